@@ -1,0 +1,47 @@
+PYTHON ?= python3
+EXPERIMENT ?=
+DATA ?=
+ARGS ?=
+
+VENV := .venv
+PCAM := $(VENV)/bin/python -m pcam_kaggle
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help submission test data lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "DATA=folder       the competition's data (also PCAM_DATA)"
+	@echo "EXPERIMENT=name   bottleneck (default), plain"
+	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
+
+submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
+	@$(PCAM) pipeline $(OPTIONS)
+
+test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
+	@$(VENV)/bin/python -m pytest
+
+data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client
+	@$(PCAM) data
+
+lint: $(VENV)/dev.stamp ## ruff, check and format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+clean: ## delete the environment and the demo, nothing else
+	rm -rf $(VENV) demo
+
+$(VENV)/run.stamp: requirements.txt
+	@echo "installing requirements.txt into $(VENV), about two minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

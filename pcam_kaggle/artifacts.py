@@ -1,0 +1,69 @@
+"""Files that are written whole or not at all, and the hashes that tell whether they still belong together."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas as pd
+
+from pcam_kaggle.errors import UserError
+
+
+def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def csv_bytes(table: pd.DataFrame) -> bytes:
+    """Return `table` as UTF-8 CSV without its index, floats in the shortest form that reads back equal."""
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write `table` as by `csv_bytes`, whole or not at all."""
+    write(path, lambda file: file.write(csv_bytes(table)))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented UTF-8 JSON, whole or not at all; raises ValueError on NaN or infinity."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises UserError where it is missing or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); delete it and run the command again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; delete it and run the command again")
+    return content
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of `content` in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of the file at `path` in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,138 @@
+"""The command line: what was asked for becomes a job, what went wrong becomes one line."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pcam_kaggle.blend import METHODS
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
+from pcam_kaggle.kaggle import download
+from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace
+from pcam_kaggle.pipeline import STAGES, Job, run_all
+from pcam_kaggle.synthetic import make_demo
+from pcam_kaggle.tables import PLAIN_NAME
+
+PURPOSE = {
+    "prepare": "read and check every TIF once, pack them into store/",
+    "folds": "draw the folds, write folds/<scheme>.csv",
+    "train": "train a net per fold, into runs/<name>/fold_<k>/",
+    "predict": "predict out of fold and the test set",
+    "blend": "average the folds of one experiment or of several, print the OOF AUC",
+    "submission": "write submissions/<name>.csv for Kaggle",
+    "pipeline": "all of these, in order",
+    "data": "download, verify and unpack the competition with Kaggle's client",
+}
+ORDER = [*STAGES]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and leave with status 2."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command in `arguments`, by default the process's own; return its exit status: 0, or 2 for a user's error."""
+    # Both are read when a package is first imported: the allocator's use of huge pages makes training on a CPU a third
+    # faster, and albumentations would else look for a newer version of itself.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    options = parser().parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    for name, purpose in PURPOSE.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("--work", default=os.environ.get("PCAM_WORK"), help="folder to write in [the current one]")
+        if name == "data":
+            continue
+        command.add_argument("--data", default=os.environ.get("PCAM_DATA"), help="the competition's folder [PCAM_DATA]")
+        command.add_argument("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
+        command.add_argument("--name", help="name of the run and of its submission [the experiment's]")
+        command.add_argument("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
+        command.add_argument("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
+        if name in ("prepare", "pipeline"):
+            command.add_argument("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
+            command.add_argument("--skip-damaged", action="store_true", help="set damaged train patches aside")
+        if name in ("train", "predict", "pipeline"):
+            command.add_argument("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+        if name == "blend":
+            command.add_argument("members", nargs="*", help="runs to blend [the experiment's folds]")
+        if name in ("blend", "pipeline"):
+            command.add_argument("--method", choices=METHODS, default="mean", help="how to average [mean]")
+    return top
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "data":
+        data = Data(find_workspace(options.work).root / "data" / COMPETITION)
+        print(f"data: {data.root}" if download(data) else f"data: {data.root} (kept)")
+        print("next: make submission")
+        return
+    job = _job(options)
+    if options.command == "pipeline":
+        run_all(job)
+        return
+    STAGES[options.command](job)
+    after = ORDER[ORDER.index(options.command) + 1 :]
+    print(f"next: python -m pcam_kaggle {after[0]}" if after else f"next: submit {job.target} to Kaggle")
+
+
+def _job(options: argparse.Namespace) -> Job:
+    workspace = find_workspace(options.work)
+    data = find_data(options.data, workspace.root)
+    demo = data is None
+    if data is None:
+        workspace, data = demo_workspace(workspace), demo_data(workspace)
+        print(f"No data of the competition found: this is the synthetic demo in {workspace.root}.", flush=True)
+        make_demo(data)
+    members = tuple(getattr(options, "members", ()))
+    named = options.experiment or (DEMO if demo else DEFAULT)
+    name = options.name or ("-".join(members) if members else named)
+    for text in (name, *members):
+        if not PLAIN_NAME.fullmatch(text):
+            raise UserError(f"{text!r} is no plain file name; use letters, digits, points, dashes and underscores")
+    return Job(
+        data=data,
+        workspace=workspace,
+        demo=demo,
+        experiment=named,
+        config=experiment(named).changed(options.set),
+        name=name,
+        chosen=getattr(options, "folds", None),
+        slides=options.slides,
+        ids=getattr(options, "ids", None),
+        skip_damaged=getattr(options, "skip_damaged", False),
+        members=members,
+        method=getattr(options, "method", "mean"),
+    )
+
+
+def _folds(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list like 0,2")
+    return tuple(map(int, text.split(",")))

@@ -1,0 +1,179 @@
+"""One epoch and one prediction pass: the only loops over batches."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pcam_kaggle import tta
+from pcam_kaggle.augment import augmentation, centre
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.store import PatchStore
+
+LOSSES_SHOWN = 5
+PREDICT_BATCH = 256
+
+
+class TrainBatches(Dataset):
+    """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
+
+    Order and augmentation come from (seed, fold, epoch, batch) alone, so neither the number of workers nor a resumed run
+    changes them. An item is uint8 (batch, side, side, 3) and float32 targets (batch,).
+    """
+
+    def __init__(
+        self, store: PatchStore, rows: NDArray[np.int64], labels: NDArray[np.int64], config: Config, fold: int
+    ) -> None:
+        self.store, self.rows, self.config, self.fold = store, rows, config, fold
+        self.targets = (labels * (1 - 2 * config.label_smoothing) + config.label_smoothing).astype(np.float32)
+        self.steps = max(1, len(rows) // config.batch_size)
+        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter)
+
+    def __len__(self) -> int:
+        return self.steps * self.config.epochs
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        epoch, batch = divmod(index, self.steps)
+        order = np.random.default_rng((self.config.seed, self.fold, epoch)).permutation(len(self.rows))
+        chosen = order[batch * self.config.batch_size :][: self.config.batch_size]
+        draw = np.random.default_rng((self.config.seed, self.fold, epoch, batch))
+        self.augment.set_random_seed(int(draw.integers(2**32)))
+        patches = np.stack([self.augment(image=patch)["image"] for patch in self.store.images(self.rows[chosen])])
+        return torch.from_numpy(patches), torch.from_numpy(self.targets[chosen])
+
+
+def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of `data` from `first_epoch` on, augmented in worker processes that live through all epochs."""
+    workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+    yield from DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(first_epoch * data.steps, len(data)),
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """Return the learning rate after `progress` epochs, of 0 to `config.epochs`.
+
+    `cosine`: linear from 0 over the warm-up, then half a cosine to 1 % (Loshchilov & Hutter 2017). `onecycle`: half a
+    cosine up from 4 % over the first 30 %, half a cosine down to 0.01 % (Smith & Topin 2019).
+    """
+
+    def half_cosine(start: float, end: float, part: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * min(1.0, part))) / 2
+
+    if config.schedule == "onecycle":
+        rise = 0.3 * config.epochs
+        if progress < rise:
+            return config.lr * half_cosine(0.04, 1.0, progress / rise)
+        return config.lr * half_cosine(1.0, 1e-4, (progress - rise) / (config.epochs - rise))
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    return config.lr * half_cosine(
+        1.0, 0.01, (progress - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
+    )
+
+
+@dataclass(slots=True)
+class Learner:
+    """What changes during training."""
+
+    net: nn.Module
+    average: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    backend: Backend
+
+
+@torch.no_grad()
+def follow(average: nn.Module, net: nn.Module, weight: float) -> None:
+    """Move the weights and statistics of `average` towards those of `net` by `weight`, in (0, 1]."""
+    pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([to for to, _ in floats], [new for _, new in floats], weight)
+    for to, new in pairs:
+        if not to.is_floating_point():
+            to.copy_(new)
+
+
+def average_weight(config: Config, steps: int, taken: int) -> float:
+    """Return how much the weights after `taken` steps count in their moving average, with `steps` an epoch.
+
+    One over the horizon in steps, and more at the start, where the average would else hold on to the initial weights.
+    """
+    return max(1 / max(1.0, config.average_epochs * steps), 9 / (9 + taken))
+
+
+def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps: int, epoch: int, config: Config) -> float:
+    """Take `steps` batches of `source` through the net; return the mean loss.
+
+    Raises UserError where a loss is not finite, with the losses and the rate that led to it.
+    """
+    learner.net.train()
+    losses = []
+    for step in range(steps):
+        patches, targets = next(source)
+        lr = learning_rate(config, epoch + (step + 1) / steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+        with learner.backend.autocast():
+            logits = learner.net(learner.backend.images(patches))
+        loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=True))
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.scaler.scale(loss).backward()
+        learner.scaler.unscale_(learner.optimizer)
+        nn.utils.clip_grad_norm_(learner.net.parameters(), config.clip_norm)
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        follow(learner.average, learner.net, average_weight(config, steps, epoch * steps + step))
+        losses.append(loss.detach())
+        # Reading a loss waits for the GPU, so they are read in groups.
+        if step % 25 == 24 or step == steps - 1:
+            _check_finite(losses, epoch, lr)
+    return float(torch.stack(losses).double().mean())
+
+
+def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
+    finite = torch.stack(losses).isfinite()
+    if not finite.all():
+        step = int(finite.logical_not().nonzero()[0])
+        before = ", ".join(f"{float(loss):.4g}" for loss in losses[max(0, step - LOSSES_SHOWN) : step]) or "nothing"
+        raise UserError(
+            f"epoch {epoch + 1}, step {step + 1}: the loss is {float(losses[step])} at a learning rate near {lr:.2g}, after "
+            f"{before}; try a smaller lr or precision=fp32"
+        )
+
+
+def predict_logits(
+    net: nn.Module, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend, n_views: int, what: str
+) -> Tensor:
+    """Return the logits of the patches in `rows` under `n_views` views: float32 (views, n) on the CPU."""
+    net.eval()
+    logits = []
+    starts = range(0, len(rows), PREDICT_BATCH)
+    with torch.inference_mode(), backend.autocast():
+        for start in tqdm(starts, what, leave=False, delay=2):
+            patches = centre(store.images(rows[start : start + PREDICT_BATCH]), config.side)
+            images = backend.images(torch.from_numpy(patches))
+            logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views)]).cpu())
+    return torch.cat(logits, dim=1)

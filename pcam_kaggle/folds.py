@@ -1,0 +1,128 @@
+"""Which patch is validated in which fold: drawn once, written down, and refused when it no longer fits the labels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.tables import labels_sha256, read_numbers
+
+UNMAPPED = "unmapped"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How folds are drawn; its name is the fold file's."""
+
+    n_splits: int
+    seed: int
+    by_slide: bool
+
+    @property
+    def name(self) -> str:
+        """`stratified_5_42`, or `slides_5_42` where patches of one slide share a fold."""
+        return f"{'slides' if self.by_slide else 'stratified'}_{self.n_splits}_{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """A fold file: `table` has id (text), label and fold (both int64, folds from 0), sorted by id."""
+
+    table: pd.DataFrame
+    manifest: dict[str, Any]
+
+
+def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> pd.DataFrame:
+    """Return `labels` (id, label) sorted by id with a column `fold`, and `group` where `slides` (id, wsi) are given.
+
+    Stratified by label; with slides, no slide lies in two folds. Ids that the map lacks become one group, in one fold: they
+    may share slides among themselves, so they are never on both sides.
+
+    Raises UserError where they are more than one fold holds, where slides are fewer than folds, or where a fold lacks a class.
+    """
+    table = labels.sort_values("id").reset_index(drop=True)
+    if slides is None:
+        splitter = StratifiedKFold(scheme.n_splits, shuffle=True, random_state=scheme.seed)
+        groups = None
+    else:
+        groups = table["id"].map(slides.set_index("id")["wsi"]).fillna(UNMAPPED)
+        lacking = int((groups == UNMAPPED).sum())
+        if lacking * scheme.n_splits > len(table):
+            raise UserError(
+                f"the slide map lacks {lacking:,} of {len(table):,} ids, more than one of {scheme.n_splits} folds holds; "
+                "complete it or use --set groups=none"
+            )
+        if groups.nunique() < scheme.n_splits:
+            raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
+        splitter = StratifiedGroupKFold(scheme.n_splits, shuffle=True, random_state=scheme.seed)
+        table["group"] = groups
+    if table["label"].value_counts().min() < scheme.n_splits:
+        raise UserError(f"fewer patches of one label than {scheme.n_splits} folds; use --set n_splits=…")
+    fold = np.empty(len(table), np.int64)
+    for number, (_, valid) in enumerate(splitter.split(table["id"], table["label"], groups)):
+        fold[valid] = number
+    table.insert(2, "fold", fold)
+    if (table.groupby("fold")["label"].nunique() < 2).any() or table["fold"].nunique() < scheme.n_splits:
+        raise UserError(
+            "a fold holds one label alone, since slides are too few or too uneven; use --set n_splits=… or fold_seed=…"
+        )
+    return table
+
+
+def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
+    """Write `<scheme>.csv` and `.json` into `folder`, or keep them; return them and whether anything was written.
+
+    The same labels, scheme and slides give the same bytes, whatever the order of the rows. Raises UserError as `draw`, and
+    where the files stand already but belong to other labels or slides.
+    """
+    file = folder / f"{scheme.name}.csv"
+    if file.exists() or file.with_suffix(".json").exists():
+        return load(labels, scheme, slides, folder), False
+    table = draw(labels, scheme, slides)
+    per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
+    groups = table.groupby("fold")["group"].nunique().tolist() if slides is not None else None
+    manifest = {
+        "scheme": scheme.name,
+        "n_splits": scheme.n_splits,
+        "seed": scheme.seed,
+        "patches": per_fold["size"].tolist(),
+        "positives": per_fold["sum"].tolist(),
+        "slides": groups,
+        "unmapped": int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
+        "labels_sha256": labels_sha256(labels),
+        "slides_sha256": _slides_sha256(slides),
+        "csv_sha256": sha256(csv_bytes(table)),
+    }
+    write_csv(file, table)
+    write_json(file.with_suffix(".json"), manifest)
+    return Folds(table[["id", "label", "fold"]], manifest), True
+
+
+def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> Folds:
+    """Return the folds of `scheme` from `folder`.
+
+    Raises UserError where they are missing, changed since they were drawn, or belong to other labels or slides.
+    """
+    file = folder / f"{scheme.name}.csv"
+    if not file.exists() and not file.with_suffix(".json").exists():
+        raise UserError(f"{file}: no such file; run `python -m pcam_kaggle folds` first")
+    manifest = read_json(file.with_suffix(".json"))
+    again = f"delete {file.name} and {file.with_suffix('.json').name} to draw them again"
+    if not file.exists():
+        raise UserError(f"{file}: no such file, but its manifest stands; {again}")
+    if manifest.get("labels_sha256") != labels_sha256(labels):
+        raise UserError(f"{file}: belongs to other labels; {again}, or work in another folder with --work")
+    if manifest.get("slides_sha256") != _slides_sha256(slides):
+        raise UserError(f"{file}: belongs to another slide map; {again}, or work in another folder with --work")
+    if manifest.get("csv_sha256") != file_sha256(file):
+        raise UserError(f"{file}: has changed since it was drawn; {again}")
+    return Folds(read_numbers(file, ["label", "fold"]).astype({"label": np.int64, "fold": np.int64}), manifest)
+
+
+def _slides_sha256(slides: pd.DataFrame | None) -> str | None:
+    return sha256(csv_bytes(slides)) if slides is not None else None

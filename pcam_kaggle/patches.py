@@ -1,0 +1,214 @@
+"""From the competition's TIFs to one packed file: every patch read once, checked, and kept by id."""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pcam_kaggle.artifacts import file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.config import PATCH_SIDE
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import Data
+from pcam_kaggle.tables import read_labels, read_sample
+
+Ids = Literal["sha1", "names"]
+SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
+SHA1 = re.compile(r"[0-9a-f]{40}")
+CHUNK = 256
+SHOWN = 100
+
+
+class Damaged(Exception):
+    """Why one patch can't be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A patch that can't be used, and why."""
+
+    split: str
+    id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.split}/{self.id}.tif: {self.reason}"
+
+
+def read_patch(path: Path) -> NDArray[np.uint8]:
+    """Return the patch in `path` as uint8 RGB, shape (96, 96, 3); raises Damaged where it is anything else."""
+    try:
+        content = np.fromfile(path, np.uint8)
+    except FileNotFoundError:
+        raise Damaged("missing") from None
+    image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
+    if image is None:
+        raise Damaged("does not decode; the file is cut short or damaged")
+    if image.dtype != np.uint8:
+        raise Damaged(f"is {image.dtype}, not 8 bit")
+    if image.shape != SHAPE:
+        raise Damaged(f"is {'x'.join(map(str, image.shape))}, not {'x'.join(map(str, SHAPE))}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def declared_ids(data: Data) -> Ids:
+    """Return how the ids of `data` are made: as its dataset.json says, else `sha1`, the competition's way."""
+    if not data.declaration.is_file():
+        return "sha1"
+    ids = read_json(data.declaration).get("ids")
+    if ids not in ("sha1", "names"):
+        raise UserError(f'{data.declaration}: "ids" must be "sha1" or "names"')
+    return ids
+
+
+def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[dict, bool]:
+    """Pack all patches of `data` into the folder `store`; return its manifest and whether anything was done.
+
+    `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` the split and id of each row, `manifest.json` what they were made
+    of. A store that still belongs to the same files is kept. With ids `sha1` (default: as the data's dataset.json says)
+    each id must be the SHA-1 of its patch's RGB bytes. `skip_damaged` sets damaged train patches aside and lists them in
+    `skipped.csv`.
+
+    Raises UserError that lists every damaged, missing and unlabelled patch; nothing is left half-written.
+    """
+    ids = ids or declared_ids(data)
+    wanted = {"train": read_labels(data.labels)["id"].tolist(), "test": sorted(read_sample(data.sample)["id"])}
+    signature = _signature(data, ids, skip_damaged)
+    manifest = store / "manifest.json"
+    if manifest.is_file() and (store / "patches.npy").is_file() and (store / "index.csv").is_file():
+        made = read_json(manifest)
+        if made.get("signature") == signature and (store / "patches.npy").stat().st_size == made["bytes"]:
+            return made, False
+
+    problems = [*_unlabelled(data, wanted), *(_misnamed(wanted) if ids == "sha1" else ())]
+    store.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}."))
+    try:
+        rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
+        digests, damaged = _pack(data, rows, building / "patches.npy", ids)
+        problems += damaged
+        skipped = [problem for problem in problems if problem.split == "train"] if skip_damaged else []
+        left = [problem for problem in problems if problem not in skipped]
+        if left:
+            raise UserError(_listing(data, left))
+        aside = {problem.id for problem in skipped}
+        made = {
+            "ids": ids,
+            "train": len(wanted["train"]) - len(aside & set(wanted["train"])),
+            "test": len(wanted["test"]),
+            "skipped": len(skipped),
+            "train_sha256": _content_sha256(rows, digests, "train", aside),
+            "test_sha256": _content_sha256(rows, digests, "test", set()),
+            "bytes": (building / "patches.npy").stat().st_size,
+            "signature": signature,
+        }
+        usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
+        write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
+        if skipped:
+            listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
+            write_csv(building / "skipped.csv", listed)
+        write_json(building / "manifest.json", made)
+        if store.exists():
+            shutil.rmtree(store)
+        building.chmod(0o755)
+        building.replace(store)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return made, True
+
+
+def _signature(data: Data, ids: Ids, skip_damaged: bool) -> str:
+    """Hash what a store is made of: name, size and time of every patch's file, the two tables' bytes, and how to read them."""
+    parts = [ids, str(skip_damaged), file_sha256(data.labels), file_sha256(data.sample)]
+    for split in ("train", "test"):
+        parts += [f"{split}/{entry.name} {entry.stat().st_size} {entry.stat().st_mtime_ns}" for entry in _files(data, split)]
+    return sha256("\n".join(parts).encode())
+
+
+def _files(data: Data, split: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(data.patches(split)) as entries:
+            return sorted((entry for entry in entries if entry.name.endswith(".tif")), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{data.patches(split)}: no such folder; it must hold the TIFs of {split}") from None
+
+
+def _unlabelled(data: Data, wanted: dict[str, list[str]]) -> Iterator[Problem]:
+    table = {"train": data.labels.name, "test": data.sample.name}
+    for split in ("train", "test"):
+        known = set(wanted[split])
+        for entry in _files(data, split):
+            if entry.name.removesuffix(".tif") not in known:
+                yield Problem(split, entry.name.removesuffix(".tif"), f"extra, no row in {table[split]}")
+
+
+def _misnamed(wanted: dict[str, list[str]]) -> Iterator[Problem]:
+    for split, names in wanted.items():
+        for name in names:
+            if not SHA1.fullmatch(name):
+                yield Problem(split, name, "its id is no SHA-1; for a set of other ids use --ids names")
+
+
+def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tuple[list[bytes], list[Problem]]:
+    """Read every patch of `rows` into its row of a new array at `target`; return each row's SHA-1 and what is damaged."""
+    packed = np.lib.format.open_memmap(target, "w+", np.uint8, (len(rows), *SHAPE))
+    packed.flush()
+    del packed
+    starts = range(0, len(rows), CHUNK)
+    files = [[data.patches(split) / f"{name}.tif" for split, name in rows[start : start + CHUNK]] for start in starts]
+    digests: list[bytes] = []
+    problems: list[Problem] = []
+    workers = min(os.cpu_count() or 1, len(files))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        chunks = pool.map(_pack_chunk, files, starts, [target] * len(files), [ids] * len(files))
+        for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2), strict=True):
+            digests += found
+            problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
+    return digests, problems
+
+
+def _pack_chunk(files: list[Path], start: int, target: Path, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    packed = np.load(target, mmap_mode="r+")
+    digests: list[bytes] = []
+    reasons: dict[int, str] = {}
+    for offset, path in enumerate(files):
+        digest = hashlib.sha1(b"", usedforsecurity=False)
+        try:
+            patch = read_patch(path)
+            digest.update(patch.tobytes())
+            if ids == "sha1" and digest.hexdigest() != path.stem and SHA1.fullmatch(path.stem):
+                raise Damaged(f"the SHA-1 of its pixels is {digest.hexdigest()}; copy the file again")
+            packed[start + offset] = patch
+        except Damaged as damage:
+            reasons[offset] = str(damage)
+        digests.append(digest.digest())
+    packed.flush()
+    return digests, reasons
+
+
+def _content_sha256(rows: list[tuple[str, str]], digests: list[bytes], split: str, aside: set[str]) -> str:
+    kept = ((name, digest) for (of, name), digest in zip(rows, digests, strict=True) if of == split and name not in aside)
+    return sha256("\n".join(f"{name} {digest.hex()}" for name, digest in kept).encode())
+
+
+def _listing(data: Data, problems: list[Problem]) -> str:
+    if len(problems) == 1:
+        return f"{data.root}/{problems[0]}"
+    more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    advice = "mend them, or set those of train aside with --skip-damaged"
+    listed = [f"  {problem}" for problem in problems[:SHOWN]]
+    return "\n".join([f"{data.root}: {len(problems)} patches can't be used; {advice}:", *listed, *more])

@@ -1,0 +1,181 @@
+"""The stages in their order, each kept where it is finished and still belongs to its inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pcam_kaggle import folds as fold_files
+from pcam_kaggle.blend import Method, blend, read_member
+from pcam_kaggle.config import Config
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.folds import Scheme
+from pcam_kaggle.patches import Ids, prepare
+from pcam_kaggle.paths import Data, Workspace
+from pcam_kaggle.runs import open_run, predicted, trained
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.submission import submit
+from pcam_kaggle.tables import read_labels, read_slides
+
+DEMO_SUBMISSION = "demo-not-for-kaggle"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the stages work on; `name` is the run's, `chosen` the folds to train, None for all."""
+
+    data: Data
+    workspace: Workspace
+    demo: bool
+    experiment: str
+    config: Config
+    name: str
+    chosen: tuple[int, ...] | None = None
+    slides: Path | None = None
+    ids: Ids | None = None
+    skip_damaged: bool = False
+    members: tuple[str, ...] = ()
+    method: Method = "mean"
+
+    @property
+    def run(self) -> Path:
+        """Folder of the run."""
+        return self.workspace.run(self.name)
+
+    @property
+    def target(self) -> Path:
+        """File of the submission."""
+        return self.workspace.submissions / f"{DEMO_SUBMISSION if self.demo else self.name}.csv"
+
+    def folds(self) -> list[int]:
+        """Return the folds to work on; raises UserError on one that the config does not have."""
+        n_splits = self.config.n_splits
+        for fold in self.chosen or ():
+            if not 0 <= fold < n_splits:
+                raise UserError(f"--folds {fold}: there are folds 0 to {n_splits - 1}")
+        return list(range(n_splits)) if self.chosen is None else sorted(set(self.chosen))
+
+
+def run_prepare(job: Job) -> bool:
+    """Pack the patches; return whether anything was done."""
+    made, new = prepare(job.data, job.workspace.store, job.ids, job.skip_damaged)
+    skipped = f", {made['skipped']} set aside in {job.workspace.store / 'skipped.csv'}" if made["skipped"] else ""
+    _say(f"prepare: {made['train']:,} train and {made['test']:,} test patches in {job.workspace.store}{skipped}", new)
+    return new
+
+
+def run_folds(job: Job) -> bool:
+    """Draw the folds; return whether anything was done."""
+    folds, new = fold_files.make(*_split(job), job.workspace.folds)
+    manifest = folds.manifest
+    counts = ", ".join(f"{n:,}" for n in manifest["patches"])
+    positives = ", ".join(f"{n:,}" for n in manifest["positives"])
+    _say(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest['scheme']}.csv", new)
+    if manifest["slides"]:
+        unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
+        print(f"folds: no slide lies in two folds; slides per fold {manifest['slides']}{unmapped}")
+    return new
+
+
+def run_train(job: Job) -> bool:
+    """Train what is not finished; return whether anything was done."""
+    store, folds = PatchStore(job.workspace.store), fold_files.load(*_split(job), job.workspace.folds)
+    open_run(job.run, job.experiment, job.config, store, folds)
+    todo = [fold for fold in job.folds() if not trained(job.run / f"fold_{fold}")]
+    if todo:
+        # torch and albumentations take seconds to import, and a run that is finished needs neither.
+        from pcam_kaggle.train import train
+
+        train(job.run, job.config, store, folds, todo)
+    _say(f"train: folds {_listed(job.folds())} of {job.run}", bool(todo))
+    return bool(todo)
+
+
+def run_predict(job: Job) -> bool:
+    """Predict what is missing or stale; return whether anything was done."""
+    store, folds = PatchStore(job.workspace.store), fold_files.load(*_split(job), job.workspace.folds)
+    open_run(job.run, job.experiment, job.config, store, folds)
+    for fold in job.folds():
+        if not trained(job.run / f"fold_{fold}"):
+            raise UserError(f"{job.run / f'fold_{fold}'}: not trained to its end; run `python -m pcam_kaggle train` first")
+    todo = [fold for fold in job.folds() if not predicted(job.run / f"fold_{fold}", store)]
+    if todo:
+        from pcam_kaggle.predict import predict
+
+        predict(job.run, job.config, store, folds, todo)
+    _say(f"predict: folds {_listed(job.folds())} of {job.run}", bool(todo))
+    return bool(todo)
+
+
+def run_blend(job: Job) -> bool:
+    """Blend the folds of the members and print the OOF table; return whether anything was done."""
+    members = [read_member(job.workspace.run(name)) for name in job.members or (job.name,)]
+    metrics, new = blend(members, job.method, job.run)
+    for fold, (size, area) in enumerate(zip(metrics["patches"], metrics["fold_auc"], strict=True)):
+        print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")
+    print(f"  mean     {metrics['mean']:.4f} ± {metrics['sd']:.4f} (SD over folds)")
+    for kind, words in (("pooled", "pooled"), ("ranked", "pooled after ranking within folds")):
+        print(
+            f"  {words}   {metrics[kind]['value']:.4f}, 95 % interval {metrics[kind]['low']:.4f} to {metrics[kind]['high']:.4f}"
+        )
+    if metrics["gain_of_weights"]:
+        gain, used = metrics["gain_of_weights"], metrics["method"] == "climb"
+        verdict = "more than the noise, so weights are used" if used else "within the noise, so the mean is used"
+        print(f"  weights against the mean   {gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f}): {verdict}")
+    _say(f"blend: {metrics['method']} of {', '.join(metrics['members'])} in {job.run / 'oof.csv'} and test.csv", new)
+    return new
+
+
+def run_submission(job: Job) -> bool:
+    """Write the submission; return whether anything was done."""
+    table, new = submit(job.run, job.data.sample, job.target)
+    _say(f"submission: {len(table):,} rows in {job.target}", new)
+    return new
+
+
+STAGES: dict[str, Callable[[Job], bool]] = {
+    "prepare": run_prepare,
+    "folds": run_folds,
+    "train": run_train,
+    "predict": run_predict,
+    "blend": run_blend,
+    "submission": run_submission,
+}
+
+
+def run_all(job: Job) -> None:
+    """Run every stage; where `job.chosen` leaves folds untrained, stop after their prediction and say so."""
+    done = [run_prepare(job), run_folds(job), run_train(job), run_predict(job)]
+    left = [fold for fold in range(job.config.n_splits) if not (job.run / f"fold_{fold}" / "predictions.json").exists()]
+    if left:
+        print(f"next: folds {_listed(left)}, then the blend")
+        return
+    done += [run_blend(job), run_submission(job)]
+    if job.demo:
+        print("This was the synthetic demo: its score and its submission mean nothing for Kaggle.")
+    if not any(done):
+        print(f"nothing to do: {job.target} is up to date")
+    elif not job.demo:
+        print(f"next: compare {job.run / 'metrics.json'} with other runs, or submit {job.target} to Kaggle")
+    else:
+        print("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
+
+
+def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
+    """Return what the job's fold file is drawn from: labels, scheme, slide map."""
+    if job.config.groups == "none" and job.slides:
+        raise UserError("groups=none and --slides contradict each other; leave one out")
+    path = None if job.config.groups == "none" else job.slides or job.data.slides()
+    if job.config.groups == "slides" and path is None:
+        raise UserError(f"groups=slides: no slide map in {job.data.root}; give one with --slides, or use --set groups=auto")
+    scheme = Scheme(job.config.n_splits, job.config.fold_seed, by_slide=path is not None)
+    return read_labels(job.data.labels), scheme, read_slides(path) if path else None
+
+
+def _say(text: str, new: bool) -> None:
+    print(text if new else f"{text} (kept)", flush=True)
+
+
+def _listed(folds: list[int]) -> str:
+    return ", ".join(map(str, folds))

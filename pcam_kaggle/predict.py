@@ -1,0 +1,51 @@
+"""Predictions of each fold's net: out of fold for its validation patches, and for the test set."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from pcam_kaggle import tta
+from pcam_kaggle.artifacts import write_csv, write_json
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend
+from pcam_kaggle.engine import predict_logits
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.folds import Folds
+from pcam_kaggle.runs import made_of, predicted, trained
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.train import load_best, run_backend
+
+
+def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> list[int]:
+    """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the folds in `chosen`; return which.
+
+    Probabilities are the average over the config's views. Predictions that still belong to the checkpoint and the patches
+    are kept. Raises UserError where a fold is not trained to its end.
+    """
+    done = []
+    for fold in chosen:
+        folder = run / f"fold_{fold}"
+        if not trained(folder):
+            raise UserError(f"{folder}: not trained to its end; run `python -m pcam_kaggle train` first")
+        if predicted(folder, store):
+            continue
+        backend = run_backend(run, config)
+        net = load_best(folder, config, backend)
+        valid = folds.table[(folds.table["fold"] == fold) & folds.table["id"].isin(store.ids("train"))]
+        oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
+        test = _probabilities(net, store, "test", store.ids("test"), config, backend)
+        write_csv(folder / "oof.csv", oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]])
+        write_csv(folder / "test.csv", test)
+        write_json(folder / "predictions.json", made_of(folder, store))
+        print(f"predict: fold {fold}, {len(oof):,} out of fold, {len(test):,} test", flush=True)
+        done.append(fold)
+    return done
+
+
+def _probabilities(
+    net: nn.Module, store: PatchStore, split: str, ids: np.ndarray, config: Config, backend: Backend
+) -> pd.DataFrame:
+    logits = predict_logits(net, store, store.rows(split, ids), config, backend, config.tta, f"predict {split}")
+    return pd.DataFrame({"id": ids, "probability": tta.average(logits, config.tta_mean).numpy()})

@@ -1,0 +1,28 @@
+"""What code and which packages a result comes from."""
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of each package that a result depends on, None where it is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of the code that runs, with `+` where it was changed since; None outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

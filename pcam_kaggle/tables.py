@@ -1,0 +1,99 @@
+"""The CSV files that come in, read with ids as text and checked at the door."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle.artifacts import csv_bytes, sha256
+from pcam_kaggle.errors import UserError
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def read_labels(path: Path) -> pd.DataFrame:
+    """Return the labels in `path`: `id` (text) and `label` (int8, 0 or 1), sorted by id whatever the order of the rows.
+
+    Raises UserError on a missing column, an id that is no plain file name or stands twice, a label other than 0 and 1,
+    and labels that are all the same.
+    """
+    table = _read(path, ["id", "label"])
+    label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
+    wrong = table.loc[label.isna()]
+    if len(wrong):
+        row = wrong.iloc[0]
+        raise UserError(f"{path}: label {row['label']!r} of id {row['id']}{_more(wrong)} is neither 0 nor 1; mend it")
+    if label.nunique() < 2:
+        raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
+    return _by_id(pd.DataFrame({"id": table["id"], "label": label.astype(np.int8)}))
+
+
+def read_sample(path: Path) -> pd.DataFrame:
+    """Return the one column `id` (text) of the sample submission in `path`, in its own order.
+
+    Raises UserError on a missing column and on an id that is no plain file name or stands twice.
+    """
+    return _read(path, ["id", "label"])[["id"]]
+
+
+def read_slides(path: Path) -> pd.DataFrame:
+    """Return the slide map in `path`, columns `id` and `wsi` (both text), sorted by id; raises UserError as `read_sample`."""
+    table = _read(path, ["id", "wsi"])
+    empty = table.loc[table["wsi"].str.strip() == ""]
+    if len(empty):
+        raise UserError(f"{path}: id {empty['id'].iloc[0]}{_more(empty)} names no slide; mend or drop the row")
+    return _by_id(table)
+
+
+def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Return a table that the pipeline wrote: `id` as text, then `columns` as float64.
+
+    Raises UserError where the file is missing, cut short, or holds a number that is not finite.
+    """
+    table = _read(path, ["id", *columns])
+    try:
+        numbers = table[columns].astype(np.float64)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; delete it and run the command again") from None
+    if not np.isfinite(numbers.to_numpy()).all():
+        raise UserError(f"{path}: holds a number that is not finite; delete it and run the command again")
+    return pd.concat([table[["id"]], numbers], axis=1)
+
+
+def labels_sha256(labels: pd.DataFrame) -> str:
+    """Return the SHA-256 of `id,label` sorted by id: the same for the same labels in any order."""
+    return sha256(csv_bytes(_by_id(labels[["id", "label"]].astype({"label": np.int8}))))
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file ({' '.join(str(error).split())})") from None
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise UserError(f"{path}: has no column {' or '.join(missing)}; its first line must be {','.join(columns)}")
+    table = table[columns]
+    if table.isna().to_numpy().any():
+        row = int(np.flatnonzero(table.isna().any(axis=1))[0])
+        raise UserError(f"{path}: line {row + 2} has too few fields; the file is cut short or damaged")
+    if table.empty:
+        raise UserError(f"{path}: holds no rows")
+    odd = table.loc[~table["id"].map(lambda text: bool(PLAIN_NAME.fullmatch(text)))]
+    if len(odd):
+        raise UserError(f"{path}: id {odd['id'].iloc[0]!r}{_more(odd)} is no plain file name; mend or drop the row")
+    twice = table.loc[table["id"].duplicated()]
+    if len(twice):
+        raise UserError(f"{path}: id {twice['id'].iloc[0]}{_more(twice)} stands there twice; keep one row of each id")
+    return table
+
+
+def _by_id(table: pd.DataFrame) -> pd.DataFrame:
+    return table.sort_values("id", kind="stable").reset_index(drop=True)
+
+
+def _more(rows: pd.DataFrame) -> str:
+    return f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""

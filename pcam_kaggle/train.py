@@ -1,0 +1,162 @@
+"""Training, one fold at a time, each from its last finished epoch."""
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from pcam_kaggle import __version__, checkpoint
+from pcam_kaggle.artifacts import read_json, write_csv, write_json
+from pcam_kaggle.backbones import create
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend, choose, device_name, find_device
+from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
+from pcam_kaggle.folds import Folds
+from pcam_kaggle.metrics import auc
+from pcam_kaggle.provenance import commit, versions
+from pcam_kaggle.runs import trained
+from pcam_kaggle.store import PatchStore
+
+
+def run_backend(run: Path, config: Config) -> Backend:
+    """Return how the run computes: as it has so far, else as measured now, which is then written to environment.json."""
+    file = run / "environment.json"
+    if file.exists():
+        made = read_json(file)["backend"]
+        if made["kind"] == find_device():
+            return Backend(**made)
+    backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
+    environment = {
+        "backend": dataclasses.asdict(backend),
+        "device": device_name(backend.kind),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "pcam_kaggle": __version__,
+        "commit": commit(),
+        "packages": versions(),
+    }
+    write_json(file, environment)
+    return backend
+
+
+def train(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> list[int]:
+    """Train the folds in `chosen` that are not finished, into `run`/fold_<k>; return which were trained.
+
+    A fold leaves `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to go on from,
+    `log.csv` with a row per epoch, and `metrics.json`.
+    """
+    todo = [fold for fold in chosen if not trained(run / f"fold_{fold}")]
+    if not todo:
+        return []
+    backend = run_backend(run, config)
+    print(f"train: {len(todo)} of {len(folds.manifest['patches'])} folds on {backend}", flush=True)
+    for fold in todo:
+        train_fold(run / f"fold_{fold}", config, store, folds.table, fold, backend)
+    return todo
+
+
+def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend) -> None:
+    """Train the net of `fold` on the patches of all other folds in `table` that the store holds."""
+    table = table[table["id"].isin(store.ids("train"))]
+    train_part, valid_part = table[table["fold"] != fold], table[table["fold"] == fold]
+    train_rows = store.rows("train", train_part["id"].to_numpy())
+    valid_rows = store.rows("train", valid_part["id"].to_numpy())
+    valid_labels = valid_part["label"].to_numpy()
+    data = TrainBatches(store, train_rows, train_part["label"].to_numpy(), config, fold)
+
+    torch.manual_seed(_seed(config, fold, 0))
+    net = backend.place(create(config))
+    learner = Learner(net, copy.deepcopy(net), _optimizer(net, config), backend.scaler(), backend)
+    log: list[dict[str, float]] = []
+    if (folder / "last.pt").exists():
+        log = _resume(learner, checkpoint.load(folder / "last.pt"))
+    best = max((row["valid_auc"] for row in log), default=-np.inf)
+
+    source = batches(data, first_epoch=len(log))
+    for epoch in range(len(log), config.epochs):
+        torch.manual_seed(_seed(config, fold, epoch + 1))
+        start = time.perf_counter()
+        loss = train_epoch(learner, source, data.steps, epoch, config)
+        train_seconds = time.perf_counter() - start
+        logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+        score = auc(valid_labels, logits.double().numpy())
+        row = {
+            "epoch": epoch + 1,
+            "lr": learning_rate(config, epoch + 1),
+            "train_loss": loss,
+            "valid_auc": score,
+            "seconds": round(time.perf_counter() - start, 3),
+            "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
+        }
+        log.append(row)
+        if score > best:
+            best = score
+            content = {"net": learner.average.state_dict(), "epoch": epoch + 1, "valid_auc": score}
+            checkpoint.save(folder / "best.pt", content)
+        checkpoint.save(folder / "last.pt", _state(learner, log))
+        write_csv(folder / "log.csv", pd.DataFrame(log))
+        print(
+            f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {score:.4f}, "
+            f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
+            flush=True,
+        )
+    metrics = {
+        "fold": fold,
+        "valid_auc": best,
+        "epoch": next(int(row["epoch"]) for row in log if row["valid_auc"] == best),
+        "train_patches": len(train_rows),
+        "valid_patches": len(valid_rows),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "seconds": round(sum(row["seconds"] for row in log), 1),
+        "images_per_second": float(np.median([row["images_per_second"] for row in log])),
+    }
+    write_json(folder / "metrics.json", metrics)
+
+
+def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:
+    """Return the net of the fold in `folder` with its best weights, in evaluation mode on the backend."""
+    content = checkpoint.load(folder / "best.pt")
+    net = create(config, weights=False)
+    net.load_state_dict(content["net"])
+    return backend.place(net).eval()
+
+
+def _optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
+    parameters = list(net.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _seed(config: Config, fold: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((config.seed, fold, epoch)).generate_state(1)[0])
+
+
+def _state(learner: Learner, log: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "net": learner.net.state_dict(),
+        "average": learner.average.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "log": json.dumps(log),
+    }
+
+
+def _resume(learner: Learner, state: dict[str, Any]) -> list[dict[str, float]]:
+    learner.net.load_state_dict(state["net"])
+    learner.average.load_state_dict(state["average"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    return json.loads(state["log"])
