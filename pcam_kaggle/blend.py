@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.artifacts import csv_bytes, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.metrics import Estimate, auc, auc_difference, auc_interval, rank_within
 from pcam_kaggle.tables import read_numbers
@@ -37,6 +37,11 @@ def read_member(run: Path) -> Member:
         folder = run / f"fold_{fold}"
         if not (folder / "predictions.json").exists():
             raise UserError(f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {fold} first")
+        for name, digest in read_json(folder / "predictions.json")["files"].items():
+            if not (folder / name).exists() or file_sha256(folder / name) != digest:
+                raise UserError(
+                    f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`"
+                )
         oof.append(read_numbers(folder / "oof.csv", ["label", "probability"]).assign(fold=fold))
         tests.append(read_numbers(folder / "test.csv", ["probability"]).sort_values("id", ignore_index=True))
     table = pd.concat(oof).astype({"label": np.int64})

@@ -52,7 +52,7 @@ class Config:
     color_jitter: float = 0.1
     """Half width of the random factor of brightness, contrast and saturation; in [0, 1)."""
 
-    epochs: int = 12
+    epochs: int = 10
     """Passes over the train patches of a fold."""
     batch_size: int = 64
     """Patches per step."""

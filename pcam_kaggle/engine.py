@@ -65,6 +65,7 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
         prefetch_factor=4,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # Else the loader draws from the stream that dropout draws from.
     )
 
 

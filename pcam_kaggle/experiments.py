@@ -9,15 +9,15 @@ DEMO = "demo"
 EXPERIMENTS: dict[str, tuple[str, Config]] = {
     DEFAULT: (
         "the default: residual bottlenecks, a pooled head",
-        Config(epochs=12),
+        Config(epochs=10),
     ),
     "plain": (
         "the baseline, which stays as it is: one 3x3 convolution a block, a flattened head",
-        Config(body="plain", head="flatten", pool_first=False, hidden=256, dropout=0.5, epochs=12),
+        Config(body="plain", head="flatten", pool_first=False, hidden=256, dropout=0.5, epochs=10),
     ),
     DEMO: (
         "for the synthetic patches alone",
-        Config(n_splits=3, n_blocks=3, head="flatten", dropout=0.2, batch_size=32, epochs=6, average_epochs=1.0, tta=4),
+        Config(n_splits=3, n_blocks=3, head="flatten", dropout=0.2, batch_size=32, epochs=4, average_epochs=1.0, tta=4),
     ),
 }
 

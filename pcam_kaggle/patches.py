@@ -1,7 +1,6 @@
 """From the competition's TIFs to one packed file: every patch read once, checked, and kept by id."""
 
 import hashlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -171,7 +170,7 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
     digests: list[bytes] = []
     problems: list[Problem] = []
     workers = min(os.cpu_count() or 1, len(files))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_pack_chunk, files, starts, [target] * len(files), [ids] * len(files))
         for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2), strict=True):
             digests += found

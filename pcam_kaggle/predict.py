@@ -7,13 +7,13 @@ import pandas as pd
 from torch import nn
 
 from pcam_kaggle import tta
-from pcam_kaggle.artifacts import write_csv, write_json
+from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
 from pcam_kaggle.engine import predict_logits
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
-from pcam_kaggle.runs import made_of, predicted, trained
+from pcam_kaggle.runs import predicted, sources, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.train import load_best, run_backend
 
@@ -38,7 +38,8 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
         test = _probabilities(net, store, "test", store.ids("test"), config, backend)
         write_csv(folder / "oof.csv", oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]])
         write_csv(folder / "test.csv", test)
-        write_json(folder / "predictions.json", made_of(folder, store))
+        files = {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}
+        write_json(folder / "predictions.json", {"sources": sources(folder, store), "files": files})
         print(f"predict: fold {fold}, {len(oof):,} out of fold, {len(test):,} test", flush=True)
         done.append(fold)
     return done

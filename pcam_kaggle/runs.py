@@ -51,8 +51,8 @@ def trained(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def made_of(folder: Path, store: PatchStore) -> dict[str, str]:
-    """Return the hashes that the predictions of the fold in `folder` depend on."""
+def sources(folder: Path, store: PatchStore) -> dict[str, str]:
+    """Return the hashes of what the predictions of the fold in `folder` are made of."""
     return {
         "best_sha256": file_sha256(folder / "best.pt"),
         "train_sha256": store.manifest["train_sha256"],
@@ -61,6 +61,11 @@ def made_of(folder: Path, store: PatchStore) -> dict[str, str]:
 
 
 def predicted(folder: Path, store: PatchStore) -> bool:
-    """Tell whether the predictions in `folder` stand and belong to its checkpoint and to the patches of `store`."""
-    files = [folder / "oof.csv", folder / "test.csv", folder / "predictions.json"]
-    return all(file.exists() for file in files) and read_json(files[-1]) == made_of(folder, store)
+    """Tell whether the predictions in `folder` stand whole and belong to its checkpoint and to the patches of `store`."""
+    file = folder / "predictions.json"
+    if not file.exists():
+        return False
+    made = read_json(file)
+    return made["sources"] == sources(folder, store) and all(
+        (folder / name).exists() and file_sha256(folder / name) == digest for name, digest in made["files"].items()
+    )

@@ -1,0 +1,104 @@
+"""Folds: the same bytes for the same labels, stratified, and no slide in two of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.folds import UNMAPPED, Scheme, draw, load, make
+from pcam_kaggle.tables import read_labels
+
+PLAIN = Scheme(n_splits=5, seed=42, by_slide=False)
+SLIDES = Scheme(n_splits=5, seed=42, by_slide=True)
+
+
+@pytest.fixture
+def labels() -> pd.DataFrame:
+    """Return 1,000 labels, four in ten positive."""
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({"id": [f"{n:040x}" for n in rng.permutation(1000)], "label": (rng.random(1000) < 0.4).astype(np.int8)})
+
+
+@pytest.fixture
+def slides(labels: pd.DataFrame) -> pd.DataFrame:
+    """Return a map of these to 40 slides of very different sizes."""
+    rng = np.random.default_rng(1)
+    share = rng.dirichlet(np.ones(40))
+    return pd.DataFrame({"id": labels["id"], "wsi": [f"slide_{n}" for n in rng.choice(40, len(labels), p=share)]})
+
+
+@pytest.mark.parametrize("by_slide", [False, True])
+def test_the_order_of_rows_does_not_matter(labels: pd.DataFrame, slides: pd.DataFrame, by_slide: bool, tmp_path: Path) -> None:
+    scheme = SLIDES if by_slide else PLAIN
+    for number in range(3):
+        labels.sample(frac=1, random_state=number).to_csv(tmp_path / "labels.csv", index=False)
+        shuffled = slides.sample(frac=1, random_state=number).sort_values("id", ignore_index=True) if by_slide else None
+        make(read_labels(tmp_path / "labels.csv"), scheme, shuffled, tmp_path / str(number))
+    for name in (f"{scheme.name}.csv", f"{scheme.name}.json"):
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(3)}) == 1
+
+
+def test_labels_are_spread_evenly(labels: pd.DataFrame) -> None:
+    table = draw(labels, PLAIN, None)
+    per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
+    assert np.ptp(per_fold["size"]) <= 1
+    assert np.ptp(per_fold["sum"]) <= 1
+
+
+def test_no_slide_lies_in_two_folds(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
+    table = draw(labels, SLIDES, slides)
+    assert table.groupby("group")["fold"].nunique().max() == 1
+    assert draw(labels, PLAIN, None).merge(slides, on="id").groupby("wsi")["fold"].nunique().max() > 1
+
+
+def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
+    known = slides.iloc[50:]
+    table = draw(labels, SLIDES, known)
+    lacking = table[table["group"] == UNMAPPED]
+    assert set(lacking["id"]) == set(slides["id"][:50])
+    assert len(set(lacking["fold"])) == 1
+    assert make(labels, SLIDES, known, tmp_path)[0].manifest["unmapped"] == 50
+    with pytest.raises(UserError, match="lacks 300"):
+        draw(labels, SLIDES, slides.iloc[300:])
+
+
+def test_another_seed_is_another_split(labels: pd.DataFrame) -> None:
+    other = Scheme(n_splits=5, seed=43, by_slide=False)
+    assert not draw(labels, PLAIN, None).equals(draw(labels, other, None))
+    assert PLAIN.name != other.name
+
+
+def test_folds_of_other_labels_are_refused(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
+    make(labels, PLAIN, None, tmp_path)
+    changed = labels.assign(label=labels["label"].where(labels.index != 5, 1 - labels["label"]))
+    for action in (make, load):
+        with pytest.raises(UserError, match="belongs to other labels"):
+            action(changed, PLAIN, None, tmp_path)
+    make(labels, SLIDES, slides, tmp_path)
+    with pytest.raises(UserError, match="belongs to another slide map"):
+        load(labels, SLIDES, slides.iloc[1:], tmp_path)
+
+
+def test_an_edited_fold_file_is_refused(labels: pd.DataFrame, tmp_path: Path) -> None:
+    make(labels, PLAIN, None, tmp_path)
+    file = tmp_path / f"{PLAIN.name}.csv"
+    file.write_text(file.read_text().replace(",0\n", ",1\n", 1))
+    with pytest.raises(UserError, match="has changed since"):
+        load(labels, PLAIN, None, tmp_path)
+
+
+def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, tmp_path: Path) -> None:
+    made, new = make(labels, PLAIN, None, tmp_path)
+    kept, again = make(labels, PLAIN, None, tmp_path)
+    assert (new, again) == (True, False)
+    assert made.manifest == kept.manifest
+    pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
+
+
+def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
+    with pytest.raises(UserError, match="fewer patches"):
+        draw(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)
+    with pytest.raises(UserError, match="3 slides can't fill 5 folds"):
+        draw(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))

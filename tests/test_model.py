@@ -1,0 +1,91 @@
+"""The net: shapes against torch, the description to the letter, the most blocks."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.experiments import EXPERIMENTS
+from pcam_kaggle.model import Bottleneck, BottleneckCNN, MeanMaxPool, conv_output_shape, most_blocks
+
+GRID = list(itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2, 3)))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GRID)
+def test_conv_output_shape_is_torchs(kernel: int, stride: int, padding: int, dilation: int) -> None:
+    for shape in ((96, 96), (7, 13), (11, 5), (1, 2)):
+        conv = nn.Conv2d(1, 1, kernel, stride, padding, dilation)
+        try:
+            expected = tuple(conv(torch.zeros(1, 1, *shape)).shape[2:])
+        except RuntimeError:
+            with pytest.raises(ValueError, match="does not fit"):
+                conv_output_shape(shape, kernel, stride, padding, dilation)
+        else:
+            assert conv_output_shape(shape, kernel, stride, padding, dilation) == expected
+
+
+def test_conv_output_shape_per_axis() -> None:
+    conv = nn.Conv2d(1, 1, (3, 5), (2, 1), (0, 2), (1, 2))
+    expected = tuple(conv(torch.zeros(1, 1, 17, 23)).shape[2:])
+    assert conv_output_shape((17, 23), (3, 5), (2, 1), (0, 2), (1, 2)) == expected
+
+
+@pytest.mark.parametrize("side", range(32, 97, 2))
+def test_most_blocks_fit_and_one_more_does_not(side: int) -> None:
+    most = most_blocks(side)
+    net = BottleneckCNN(most, width=4, max_width=8, side=side, head="flatten", hidden=2).eval()
+    assert net(torch.rand(2, 3, side, side)).shape == (2,)
+    with pytest.raises(UserError, match=f"at most {most} fit"):
+        BottleneckCNN(most + 1, width=4, side=side)
+
+
+def test_plain_is_the_description() -> None:
+    config = EXPERIMENTS["plain"][1]
+    net = BottleneckCNN(
+        config.n_blocks,
+        config.width,
+        body=config.body,
+        head=config.head,
+        hidden=config.hidden,
+        dropout=config.dropout,
+        pool_first=config.pool_first,
+    )
+    layers = [m for m in net.modules() if not list(m.children())]
+    names = [type(layer).__name__ for layer in layers[1:]]
+    assert names[:20] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 5
+    assert names[20:] == ["Flatten", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert [conv.out_channels for conv in convs] == [32, 64, 128, 256, 512]
+    assert {conv.kernel_size for conv in convs} == {(3, 3)}
+    assert net.head[2].in_features == 512 * 3 * 3
+
+
+def test_filters_double_up_to_the_widest() -> None:
+    net = BottleneckCNN(4, 8, max_width=32, depth=2)
+    assert [block[1].conv3.out_channels for block in net.blocks] == [16, 32, 32, 32]
+
+
+def test_a_fresh_bottleneck_is_its_shortcut() -> None:
+    net = BottleneckCNN(2, 8, depth=2).train()
+    second = net.blocks[0][1]
+    x = torch.rand(4, 16, 6, 6)
+    assert isinstance(second, Bottleneck)
+    assert torch.equal(second(x), x)
+
+
+def test_pooling_first_changes_nothing_where_the_norm_keeps_order() -> None:
+    after = BottleneckCNN(2, 8, pool_first=False).eval()
+    first = BottleneckCNN(2, 8, pool_first=True).eval()
+    first.blocks.load_state_dict(after.blocks.state_dict())
+    first.head.load_state_dict(after.head.state_dict())
+    first.stem[0].load_state_dict(after.stem[0].state_dict())
+    x = torch.rand(3, 3, 96, 96)
+    torch.testing.assert_close(first(x), after(x))
+
+
+def test_pooled_head_does_not_care_where() -> None:
+    x = torch.rand(2, 5, 6, 6)
+    moved = x.flatten(2)[..., torch.randperm(36)].view_as(x)
+    torch.testing.assert_close(MeanMaxPool()(moved), MeanMaxPool()(x))

@@ -1,0 +1,196 @@
+"""The whole way through the command line, on a small set and on real patches."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY, Outcome
+
+from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.cli import main
+from pcam_kaggle.metrics import auc
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import COMPETITION, Data, find_data, find_workspace
+from pcam_kaggle.store import PatchStore
+
+Command = Callable[..., Outcome]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return every file below `folder` with its time and its hash."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
+
+
+def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Path) -> None:
+    for stage, following in (
+        ("prepare", "folds"),
+        ("folds", "train"),
+        ("train", "predict"),
+        ("predict", "blend"),
+        ("blend", "submission"),
+    ):
+        outcome = pcam(stage)
+        assert outcome.status == 0, outcome.err
+        assert outcome.out.splitlines()[-1] == f"next: python -m pcam_kaggle {following}"
+    assert pcam("submission").status == 0
+    work = tmp_path / "work"
+    left = {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()}
+    fold_files = {"best.pt", "last.pt", "log.csv", "metrics.json", "oof.csv", "test.csv", "predictions.json"}
+    run = "runs/bottleneck"
+    assert left == {
+        *("store/patches.npy", "store/index.csv", "store/manifest.json"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
+        *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
+        *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
+        *("submissions/bottleneck.csv", "submissions/bottleneck.json"),
+    }
+    oof = pd.read_csv(work / run / "oof.csv")
+    labels = pd.read_csv(data.labels)
+    assert sorted(oof["id"]) == sorted(labels["id"])
+    assert oof.merge(labels, on="id").eval("label_x == label_y").all()
+    assert read_json(work / run / "metrics.json")["pooled"]["value"] == auc(
+        oof["label"].to_numpy(), oof["probability"].to_numpy()
+    )
+
+
+def test_a_second_run_does_nothing_but_say_so(pcam: Command, tmp_path: Path) -> None:
+    first = pcam("pipeline")
+    assert first.status == 0, first.err
+    before = contents(tmp_path / "work")
+    second = pcam("pipeline")
+    assert second.status == 0
+    assert second.out.splitlines()[-1].startswith("nothing to do: ")
+    assert contents(tmp_path / "work") == before
+
+
+def test_the_pipeline_and_its_stages_agree_whatever_the_order_of_labels(data: Data, pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline").status == 0
+    first = (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes()
+    (tmp_path / "work").rename(tmp_path / "first")
+    pd.read_csv(data.labels).sample(frac=1, random_state=1).to_csv(data.labels, index=False)
+    assert pcam("pipeline").status == 0
+    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == first
+
+
+def test_folds_can_be_trained_in_turns(pcam: Command, tmp_path: Path) -> None:
+    part = pcam("pipeline", "--folds", "2")
+    assert part.status == 0
+    assert part.out.splitlines()[-1] == "next: folds 0, 1, then the blend"
+    assert pcam("blend").status == 2
+    whole = pcam("pipeline")
+    assert whole.status == 0
+    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").exists()
+
+
+def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline").status == 0
+    sample = pd.read_csv(data.sample)
+    (data.patches("test") / f"{sample['id'][0]}.tif").unlink()
+    sample.iloc[1:].to_csv(data.sample, index=False)
+    outcome = pcam("pipeline", "--name", "bottleneck")
+    assert outcome.status == 2
+    assert "holds another submission" in outcome.err
+    assert len(pd.read_csv(tmp_path / "work" / "runs" / "bottleneck" / "test.csv")) == 6
+
+
+def test_another_config_needs_another_name(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline", "--folds", "0").status == 0
+    outcome = pcam("train", "--set", "lr=0.5", "--folds", "0")
+    assert outcome.status == 2
+    assert "lr (0.002 → 0.5)" in outcome.err
+    assert pcam("train", "--set", "lr=0.5", "--folds", "0", "--name", "faster").status == 0
+    assert (tmp_path / "work" / "runs" / "faster" / "fold_0" / "best.pt").exists()
+
+
+def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_path: Path) -> None:
+    ids = pd.read_csv(data.labels)["id"]
+    pd.DataFrame({"id": ids, "wsi": [f"slide_{n % 12}" for n in range(len(ids))]}).to_csv(
+        data.root / "patch_id_wsi.csv", index=False
+    )
+    outcome = pcam("folds")
+    assert outcome.status == 0, outcome.err
+    assert "no slide lies in two folds" in outcome.out
+    assert (tmp_path / "work" / "folds" / "slides_3_42.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "prepare"),
+        (["prepare", "--set", "epochs=many"], "epochs=many"),
+        (["prepare", "--set", "epoch=3"], "epoch=3"),
+        (["prepare", "--set", "dropout=1.5"], "dropout=1.5"),
+        (["prepare", "--set", "body=wide"], "choose one of plain, bottleneck"),
+        (["prepare", "--set", "side=63"], "side=63"),
+        (["prepare", "-e", "unheard"], "unheard"),
+        (["prepare", "--name", "../up"], "../up"),
+        (["pipeline", "--folds", "0,7"], "7"),
+        (["folds", "--set", "groups=slides"], "--slides"),
+        (["folds", "--slides", "nowhere.csv"], "nowhere.csv"),
+        (["blend", "one", "two"], "one"),
+        (["submission"], "metrics.json"),
+    ],
+)
+def test_a_users_mistake_is_one_line(arguments: list[str], said: str, pcam: Command) -> None:
+    outcome = pcam(*arguments)
+    assert outcome.status == 2
+    assert said in outcome.err
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["pipelin"], ["train", "--folds", "a"], ["blend", "--method", "best"], []])
+def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(arguments)
+    assert leave.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_data_that_is_given_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--data", str(tmp_path / "none"), "--work", str(tmp_path)]) == 2
+    assert "train_labels.csv" in capsys.readouterr().err
+
+
+def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
+    assert find_data(None, tmp_path, tmp_path) is None
+    home = tmp_path / "data" / COMPETITION
+    for folder in (home, tmp_path / "input" / COMPETITION, tmp_path / "input" / "competitions" / COMPETITION):
+        folder.mkdir(parents=True)
+        (folder / "train_labels.csv").touch()
+        assert find_data(None, tmp_path, tmp_path) == Data(folder)
+    assert find_data(str(home), tmp_path, tmp_path) == Data(home)
+    (tmp_path / "working").mkdir()
+    assert find_workspace(None, tmp_path).store == tmp_path / "temp" / "store"
+
+
+def test_the_demo_keeps_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PCAM_DATA", raising=False)
+    fields = [part for field in (*TINY, "tta=1", "epochs=1", "warmup_epochs=0") for part in ("--set", field)]
+    assert main(["pipeline", "--work", str(tmp_path), *fields]) == 0
+    out = capsys.readouterr().out
+    assert "mean nothing for Kaggle" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert len(pd.read_csv(tmp_path / "demo" / "submissions" / "demo-not-for-kaggle.csv")) == 120
+
+
+def test_real_patches_are_what_their_ids_say_and_a_net_learns_from_them(
+    real: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, _ = prepare(real, tmp_path / "store")
+    assert made["ids"] == "sha1"
+    fields = ["side=64", "n_blocks=3", "epochs=2", "tta=1", "fold_seed=1", "average_epochs=0.5", "warmup_epochs=0.5"]
+    options = [part for field in fields for part in ("--set", field)]
+    for stage in ("folds", "train", "predict"):
+        chosen = ["--folds", "0"] if stage != "folds" else []
+        assert main([stage, "--data", str(real.root), "--work", str(tmp_path), *options, *chosen]) == 0
+    oof = pd.read_csv(tmp_path / "runs" / "bottleneck" / "fold_0" / "oof.csv")
+    images = PatchStore(tmp_path / "store").images(PatchStore(tmp_path / "store").rows("train", oof["id"].to_numpy()))
+    labels = oof["label"].to_numpy()
+    by_colour = auc(labels, -images.mean((1, 2, 3)))
+    assert auc(labels, oof["probability"].to_numpy()) > max(0.85, by_colour + 0.05)
+    assert np.isfinite(oof["probability"]).all()

@@ -1,0 +1,206 @@
+"""Training: the same whatever the workers, whole after an interruption, and its best net gives the score it stored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pcam_kaggle import checkpoint, engine
+from pcam_kaggle import train as room
+from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.backbones import create
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend
+from pcam_kaggle.engine import TrainBatches, average_weight, batches, follow, learning_rate, predict_logits
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.folds import Folds, Scheme, make
+from pcam_kaggle.metrics import auc
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.runs import open_run
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.tables import read_labels
+from pcam_kaggle.train import load_best, train, train_fold
+
+CPU = Backend("cpu", "fp32", "channels_last")
+
+
+@pytest.fixture
+def store(data: Data, tmp_path: Path) -> PatchStore:
+    """Return the packed patches of `data`."""
+    prepare(data, tmp_path / "store")
+    return PatchStore(tmp_path / "store")
+
+
+@pytest.fixture
+def folds(data: Data, tmp_path: Path) -> Folds:
+    """Return three folds of `data`."""
+    return make(read_labels(data.labels), Scheme(3, 42, by_slide=False), None, tmp_path / "folds")[0]
+
+
+def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0) -> TrainBatches:
+    """Return the batches of one fold."""
+    table = folds.table[folds.table["fold"] != fold]
+    return TrainBatches(store, store.rows("train", table["id"].to_numpy()), table["label"].to_numpy(), config, fold)
+
+
+def test_validation_patches_are_never_trained_on(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(room, "batches", lambda data, first_epoch: seen.append(data) or batches(data, first_epoch))
+    train_fold(tmp_path / "fold_1", tiny, store, folds.table, 1, CPU)
+    trained = set(store.ids("train")[seen[0].rows])
+    valid = set(folds.table["id"][folds.table["fold"] == 1])
+    assert not trained & valid
+    assert trained | valid == set(folds.table["id"])
+
+
+def test_batches_do_not_depend_on_workers(
+    store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for cpus in (2, 3):
+        monkeypatch.setattr(engine.os, "cpu_count", lambda cpus=cpus: cpus)
+        seen.append(list(batches(train_batches(store, folds, tiny), 0)))
+    assert len(seen[0]) == 2 * (24 // 8)
+    for (patches, targets), (others, same) in zip(*seen, strict=True):
+        assert torch.equal(patches, others)
+        assert torch.equal(targets, same)
+
+
+def test_each_epoch_takes_every_patch_once_in_a_new_order(store: PatchStore, folds: Folds, tiny: Config) -> None:
+    config = replace(tiny, side=96, shift=0, stain_jitter=0.0, color_jitter=0.0)
+    data = train_batches(store, folds, config)
+    sums = [[int(patch.sum()) for index in range(3) for patch in data[epoch * 3 + index][0]] for epoch in range(2)]
+    expected = sorted(int(patch.sum()) for patch in store.images(data.rows))
+    assert sorted(sums[0]) == sorted(sums[1]) == expected
+    assert sums[0] != sums[1]
+
+
+def test_folds_and_seeds_draw_differently(store: PatchStore, folds: Folds, tiny: Config) -> None:
+    table = folds.table
+    rows, labels = store.rows("train", table["id"].to_numpy()), table["label"].to_numpy()
+    first = TrainBatches(store, rows, labels, tiny, 0)[0][0]
+    assert not torch.equal(first, TrainBatches(store, rows, labels, tiny, 1)[0][0])
+    assert not torch.equal(first, TrainBatches(store, rows, labels, replace(tiny, seed=43), 0)[0][0])
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, epochs=3)
+    train_fold(tmp_path / "whole", config, store, folds.table, 0, CPU)
+
+    class Stop(Exception):
+        pass
+
+    def stop_in_the_second_epoch(learner, source, steps, epoch, config):  # noqa: ANN001, ANN202
+        if epoch == 1:
+            raise Stop
+        return engine.train_epoch(learner, source, steps, epoch, config)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(room, "train_epoch", stop_in_the_second_epoch)
+        train_fold(tmp_path / "stopped", config, store, folds.table, 0, CPU)
+    assert len(pd.read_csv(tmp_path / "stopped" / "log.csv")) == 1
+    train_fold(tmp_path / "stopped", config, store, folds.table, 0, CPU)
+    for name in ("best.pt", "last.pt"):
+        whole, stopped = (checkpoint.load(tmp_path / run / name)["net"] for run in ("whole", "stopped"))
+        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+    logs = [pd.read_csv(tmp_path / run / "log.csv")[["epoch", "lr", "train_loss", "valid_auc"]] for run in ("whole", "stopped")]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+
+
+def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    train_fold(tmp_path / "fold_2", tiny, store, folds.table, 2, CPU)
+    valid = folds.table[folds.table["fold"] == 2]
+    net = load_best(tmp_path / "fold_2", tiny, CPU)
+    rows = store.rows("train", valid["id"].to_numpy())
+    logits = predict_logits(net, store, rows, tiny, CPU, 1, "test")[0].double().numpy()
+    stored = read_json(tmp_path / "fold_2" / "metrics.json")["valid_auc"]
+    assert auc(valid["label"].to_numpy(), logits) == stored
+    assert stored == pd.read_csv(tmp_path / "fold_2" / "log.csv")["valid_auc"].max()
+
+
+def test_a_finished_fold_is_not_trained_again(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", "tiny", tiny, store, folds)
+    assert train(tmp_path / "run", tiny, store, folds, [0]) == [0]
+    before = (tmp_path / "run" / "fold_0" / "best.pt").stat().st_mtime_ns
+    assert train(tmp_path / "run", tiny, store, folds, [0]) == []
+    assert (tmp_path / "run" / "fold_0" / "best.pt").stat().st_mtime_ns == before
+
+
+def test_another_config_does_not_go_on_in_the_same_folder(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
+) -> None:
+    open_run(tmp_path / "run", "tiny", tiny, store, folds)
+    with pytest.raises(UserError, match=r"lr \(0.002 → 0.1\)"):
+        open_run(tmp_path / "run", "tiny", replace(tiny, lr=0.1), store, folds)
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: Config) -> torch.nn.Module:
+        net = create(config)
+        torch.nn.init.constant_(net.head[-1].bias, torch.inf)
+        return net
+
+    monkeypatch.setattr(room, "create", broken)
+    with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is .* smaller lr"):
+        train_fold(tmp_path / "fold_0", tiny, store, folds.table, 0, CPU)
+    assert not (tmp_path / "fold_0").exists()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_the_learning_rate_rises_once_and_falls_once(schedule: str) -> None:
+    config = replace(Config(), schedule=schedule, epochs=10, warmup_epochs=2.0, lr=1.0)
+    rates = np.array([learning_rate(config, progress) for progress in np.linspace(0, 10, 501)])
+    top = int(rates.argmax())
+    assert rates.max() == pytest.approx(1.0, abs=1e-3)
+    assert (np.diff(rates[: top + 1]) >= 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
+    assert rates[-1] == pytest.approx(0.01 if schedule == "cosine" else 1e-4)
+
+
+def test_one_cycle_is_torchs() -> None:
+    config = replace(Config(), schedule="onecycle", epochs=1, warmup_epochs=0.0, lr=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.5, total_steps=101, pct_start=0.31, div_factor=25, final_div_factor=400
+    )
+    for step in range(101):
+        ours = learning_rate(config, (step + 0.3) / 100 if step < 30 else step / 100)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=0.02)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
+    config = replace(Config(), average_epochs=2.0)
+    net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    torch.nn.init.constant_(net.weight, 3.0)
+    follow(average, net, average_weight(config, 10, 0))
+    assert torch.equal(average.weight, net.weight)
+    assert average_weight(config, 10, 10_000) == pytest.approx(1 / 20)
+    assert average_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
+
+
+def test_averaging_includes_the_norms_statistics() -> None:
+    net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    net(torch.randn(8, 2) + 5)
+    follow(average, net, 0.5)
+    torch.testing.assert_close(average.running_mean, net.running_mean / 2)
+    assert average.num_batches_tracked == net.num_batches_tracked == 1
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "last.pt", {"net": {"weight": torch.zeros(100)}})
+    content = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")

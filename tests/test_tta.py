@@ -1,0 +1,34 @@
+"""The views are the square's symmetries, each once."""
+
+import pytest
+import torch
+
+from pcam_kaggle import tta
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_views_are_a_group(count: int) -> None:
+    image = torch.rand(1, 3, 6, 6)
+    views = tta.views(image, count)
+    seen = {view.numpy().tobytes() for view in views}
+    assert len(seen) == count
+    assert torch.equal(views[0], image)
+    for view in views:
+        assert {again.numpy().tobytes() for again in tta.views(view, count)} == seen
+
+
+def test_eight_views_make_any_net_invariant() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 1))
+    image = torch.rand(1, 3, 8, 8)
+    outcomes = []
+    for turned in tta.views(image, 8):
+        logits = torch.stack([net(view)[:, 0] for view in tta.views(turned, 8)]).detach()
+        outcomes.append(tta.average(logits, "logits"))
+    torch.testing.assert_close(torch.stack(outcomes), outcomes[0].expand(8, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_the_two_means() -> None:
+    logits = torch.tensor([[2.0], [-1.0]])
+    assert tta.average(logits, "logits").item() == pytest.approx(torch.tensor(0.5).double().sigmoid().item())
+    assert tta.average(logits, "probabilities").item() == pytest.approx((0.880797078 + 0.268941421) / 2)
+    assert tta.average(logits, "logits").dtype == torch.float64
