@@ -132,7 +132,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
     """
     learner.net.train()
     losses = []
-    for step in range(steps):
+    for step in tqdm(range(steps), f"epoch {epoch + 1}", leave=False, delay=2, disable=None):
         patches, targets = next(source)
         lr = learning_rate(config, epoch + (step + 1) / steps)
         for group in learner.optimizer.param_groups:
@@ -173,7 +173,7 @@ def predict_logits(
     logits = []
     starts = range(0, len(rows), PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
-        for start in tqdm(starts, what, leave=False, delay=2):
+        for start in tqdm(starts, what, leave=False, delay=2, disable=None):
             patches = centre(store.images(rows[start : start + PREDICT_BATCH]), config.side)
             images = backend.images(torch.from_numpy(patches))
             logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views)]).cpu())

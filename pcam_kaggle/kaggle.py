@@ -59,7 +59,7 @@ def unpack(archive: Path, target: Path) -> None:
             missing = [name for name in REQUIRED if name not in names]
             if missing:
                 raise UserError(f"{archive.name}: holds no {' and no '.join(missing)}; is it this competition's?")
-            for name in tqdm(names, "unpack", delay=2):
+            for name in tqdm(names, "unpack", delay=2, disable=None):
                 file.extract(name, target)
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{archive.name}: damaged ({error}); download it again") from None
@@ -75,9 +75,9 @@ def _client() -> str:
 
 def _advice(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = lines[-1] if lines else "it said nothing"
+    said = next((line for line in lines if "rror" in line), lines[-1] if lines else "it said nothing")
     if "403" in output:
         return f"{said}; join the competition first: {RULES}"
-    if "401" in output or "kaggle.json" in output or "authenticate" in output.lower():
-        return f"{said}; it needs a token: kaggle.com/settings, API, then KAGGLE_USERNAME and KAGGLE_KEY"
+    if "token" in output or "authenticate" in output:
+        return f"{said}; set KAGGLE_USERNAME and KAGGLE_KEY to a token from kaggle.com/settings"
     return said

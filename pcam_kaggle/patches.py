@@ -172,7 +172,7 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
     workers = min(os.cpu_count() or 1, len(files))
     with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_pack_chunk, files, starts, [target] * len(files), [ids] * len(files))
-        for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2), strict=True):
+        for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2, disable=None), strict=True):
             digests += found
             problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
     return digests, problems

@@ -10,7 +10,7 @@ from pcam_kaggle import folds as fold_files
 from pcam_kaggle.blend import Method, blend, read_member
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import Scheme
+from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.patches import Ids, prepare
 from pcam_kaggle.paths import Data, Workspace
 from pcam_kaggle.runs import open_run, predicted, trained
@@ -80,8 +80,7 @@ def run_folds(job: Job) -> bool:
 
 def run_train(job: Job) -> bool:
     """Train what is not finished; return whether anything was done."""
-    store, folds = PatchStore(job.workspace.store), fold_files.load(*_split(job), job.workspace.folds)
-    open_run(job.run, job.experiment, job.config, store, folds)
+    store, folds = _open(job)
     todo = [fold for fold in job.folds() if not trained(job.run / f"fold_{fold}")]
     if todo:
         # torch and albumentations take seconds to import, and a run that is finished needs neither.
@@ -94,8 +93,7 @@ def run_train(job: Job) -> bool:
 
 def run_predict(job: Job) -> bool:
     """Predict what is missing or stale; return whether anything was done."""
-    store, folds = PatchStore(job.workspace.store), fold_files.load(*_split(job), job.workspace.folds)
-    open_run(job.run, job.experiment, job.config, store, folds)
+    store, folds = _open(job)
     for fold in job.folds():
         if not trained(job.run / f"fold_{fold}"):
             raise UserError(f"{job.run / f'fold_{fold}'}: not trained to its end; run `python -m pcam_kaggle train` first")
@@ -171,6 +169,14 @@ def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
         raise UserError(f"groups=slides: no slide map in {job.data.root}; give one with --slides, or use --set groups=auto")
     scheme = Scheme(job.config.n_splits, job.config.fold_seed, by_slide=path is not None)
     return read_labels(job.data.labels), scheme, read_slides(path) if path else None
+
+
+def _open(job: Job) -> tuple[PatchStore, Folds]:
+    """Return the store and the folds, once the run's folder is known to belong to them."""
+    store = PatchStore(job.workspace.store)
+    folds = fold_files.load(*_split(job), job.workspace.folds)
+    open_run(job.run, job.experiment, job.config, store, folds)
+    return store, folds
 
 
 def _say(text: str, new: bool) -> None:

@@ -11,27 +11,21 @@ from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
 from pcam_kaggle.engine import predict_logits
-from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
-from pcam_kaggle.runs import predicted, sources, trained
+from pcam_kaggle.runs import sources
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.train import load_best, run_backend
 
 
-def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> list[int]:
-    """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the folds in `chosen`; return which.
+def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
+    """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the trained folds in `chosen`.
 
-    Probabilities are the average over the config's views. Predictions that still belong to the checkpoint and the patches
-    are kept. Raises UserError where a fold is not trained to its end.
+    Probabilities are the average over the config's views. `predictions.json` holds the hashes of both tables and of what
+    they were made of.
     """
-    done = []
+    backend = run_backend(run, config)
     for fold in chosen:
         folder = run / f"fold_{fold}"
-        if not trained(folder):
-            raise UserError(f"{folder}: not trained to its end; run `python -m pcam_kaggle train` first")
-        if predicted(folder, store):
-            continue
-        backend = run_backend(run, config)
         net = load_best(folder, config, backend)
         valid = folds.table[(folds.table["fold"] == fold) & folds.table["id"].isin(store.ids("train"))]
         oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
@@ -41,8 +35,6 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
         files = {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}
         write_json(folder / "predictions.json", {"sources": sources(folder, store), "files": files})
         print(f"predict: fold {fold}, {len(oof):,} out of fold, {len(test):,} test", flush=True)
-        done.append(fold)
-    return done
 
 
 def _probabilities(

@@ -23,7 +23,6 @@ from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, pr
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.provenance import commit, versions
-from pcam_kaggle.runs import trained
 from pcam_kaggle.store import PatchStore
 
 
@@ -49,20 +48,16 @@ def run_backend(run: Path, config: Config) -> Backend:
     return backend
 
 
-def train(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> list[int]:
-    """Train the folds in `chosen` that are not finished, into `run`/fold_<k>; return which were trained.
+def train(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
+    """Train the folds in `chosen` into `run`/fold_<k>, each from its last finished epoch.
 
     A fold leaves `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to go on from,
     `log.csv` with a row per epoch, and `metrics.json`.
     """
-    todo = [fold for fold in chosen if not trained(run / f"fold_{fold}")]
-    if not todo:
-        return []
     backend = run_backend(run, config)
-    print(f"train: {len(todo)} of {len(folds.manifest['patches'])} folds on {backend}", flush=True)
-    for fold in todo:
+    print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
+    for fold in chosen:
         train_fold(run / f"fold_{fold}", config, store, folds.table, fold, backend)
-    return todo
 
 
 def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend) -> None:

@@ -23,7 +23,7 @@ from pcam_kaggle.paths import Data
 from pcam_kaggle.runs import open_run
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import load_best, train, train_fold
+from pcam_kaggle.train import load_best, train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -124,14 +124,6 @@ def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tin
     stored = read_json(tmp_path / "fold_2" / "metrics.json")["valid_auc"]
     assert auc(valid["label"].to_numpy(), logits) == stored
     assert stored == pd.read_csv(tmp_path / "fold_2" / "log.csv")["valid_auc"].max()
-
-
-def test_a_finished_fold_is_not_trained_again(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    open_run(tmp_path / "run", "tiny", tiny, store, folds)
-    assert train(tmp_path / "run", tiny, store, folds, [0]) == [0]
-    before = (tmp_path / "run" / "fold_0" / "best.pt").stat().st_mtime_ns
-    assert train(tmp_path / "run", tiny, store, folds, [0]) == []
-    assert (tmp_path / "run" / "fold_0" / "best.pt").stat().st_mtime_ns == before
 
 
 def test_another_config_does_not_go_on_in_the_same_folder(
