@@ -35,15 +35,6 @@ def open_run(run: Path, experiment: str, config: Config, store: PatchStore, fold
         raise UserError(f"{run}: holds a run with other {', '.join(differ)}; use --name for a new run, or delete the folder")
 
 
-def run_config(run: Path) -> Config:
-    """Return the config of the run in folder `run`; raises UserError where there is none."""
-    made = read_json(run / "config.json")
-    try:
-        return Config(**made["config"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'}: not of this version ({error}); train again under another name") from None
-
-
 def trained(folder: Path) -> dict[str, Any] | None:
     """Return the metrics of the fold trained in `folder`, None where it is not finished."""
     if (folder / "metrics.json").exists() and (folder / "best.pt").exists():

@@ -1,0 +1,28 @@
+"""Notebooks are kept without outputs, and run from top to bottom."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import Outcome
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_output_is_kept(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+def test_the_look_at_a_run_runs(pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pcam("pipeline").status == 0
+    monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
+    notebook = nbformat.read(FOLDER / "look.ipynb", as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
