@@ -45,8 +45,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises UserError where it is missing or is none."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises UserError where it is missing, is none, or lacks one of `keys`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,6 +55,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); delete it and run the command again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; delete it and run the command again")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; delete it and run the command again")
     return content
 
 

@@ -55,9 +55,14 @@ def create(config: Config, weights: bool = True) -> nn.Module:
         source["pretrained_cfg_overlay"] = {"file": config.weights}
     try:
         net = timm.create_model(name, num_classes=1, drop_rate=config.dropout, **source)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"model={config.model}, weights={config.weights}: {' '.join(str(error).split())[:300]}") from None
-    return Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
+        backbone = Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, config.side, config.side))
+    except Exception as error:
+        # What timm and its loaders raise on a patch or a file that they can't take is their own affair, and has no common type.
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"model={config.model}, weights={config.weights or 'none'}: {type(error).__name__}, {said}") from None
+    return backbone.train()
 
 
 @cache

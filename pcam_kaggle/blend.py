@@ -31,13 +31,19 @@ class Member:
 
 def read_member(run: Path) -> Member:
     """Return the predictions in folder `run`; raises UserError where a fold has none or a table is damaged."""
-    made = read_json(run / "config.json")
+    if not (run / "config.json").exists():
+        raise UserError(f"{run}: no run of that name; train it, or name one that is there")
+    made = read_json(run / "config.json", "config", "folds_sha256")
     oof, tests = [], []
     for fold in range(made["config"]["n_splits"]):
         folder = run / f"fold_{fold}"
         if not (folder / "predictions.json").exists():
             raise UserError(f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {fold} first")
-        for name, digest in read_json(folder / "predictions.json")["files"].items():
+        predictions = read_json(folder / "predictions.json", "sources", "files")
+        best = folder / "best.pt"
+        if best.exists() and file_sha256(best) != predictions["sources"]["best_sha256"]:
+            raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
+        for name, digest in predictions["files"].items():
             if not (folder / name).exists() or file_sha256(folder / name) != digest:
                 raise UserError(
                     f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`"
@@ -87,7 +93,12 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
         "test_sha256": sha256(csv_bytes(test)),
     }
     file = out / "metrics.json"
-    if file.exists() and read_json(file) == metrics and (out / "oof.csv").exists() and (out / "test.csv").exists():
+    whole = all((out / name).exists() for name in ("oof.csv", "test.csv", "metrics.json"))
+    same = whole and (file_sha256(out / "oof.csv"), file_sha256(out / "test.csv")) == (
+        metrics["oof_sha256"],
+        metrics["test_sha256"],
+    )
+    if same and read_json(file) == metrics:
         return metrics, False
     write_csv(out / "oof.csv", result)
     write_csv(out / "test.csv", test)
@@ -142,6 +153,8 @@ def cross_climb(labels: NDArray[np.int64], folds: NDArray[np.int64], values: Flo
 
 def _check(members: list[Member], out: Path) -> None:
     first = members[0]
+    if len({member.name for member in members}) < len(members):
+        raise UserError(f"{', '.join(member.name for member in members)}: a run stands there twice; name each once")
     for member in members[1:]:
         if member.folds != first.folds or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
     return 0
 
@@ -99,7 +100,23 @@ def _run(options: argparse.Namespace) -> None:
         return
     STAGES[options.command](job)
     after = ORDER[ORDER.index(options.command) + 1 :]
-    print(f"next: python -m pcam_kaggle {after[0]}" if after else f"next: submit {job.target} to Kaggle")
+    print(
+        f"next: python -m pcam_kaggle {after[0]}{_repeated(options, job)}" if after else f"next: submit {job.target} to Kaggle"
+    )
+
+
+def _repeated(options: argparse.Namespace, job: Job) -> str:
+    """Return the options that the next stage needs as well, as they are written."""
+    given = {
+        "--data": options.data if options.data != os.environ.get("PCAM_DATA") else None,
+        "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
+        "-e": options.experiment,
+        "--name": job.name if job.name != job.experiment else None,
+        "--slides": options.slides,
+    }
+    parts = [part for key, value in given.items() if value for part in (key, str(value))]
+    parts += [part for assignment in options.set for part in ("--set", assignment)]
+    return "".join(f" {shlex.quote(part)}" for part in parts)
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -116,7 +133,9 @@ def _job(options: argparse.Namespace) -> Job:
     for text in (name, *members):
         if not PLAIN_NAME.fullmatch(text):
             raise UserError(f"{text!r} is no plain file name; use letters, digits, points, dashes and underscores")
-    return Job(
+    if options.slides and not options.slides.is_file():
+        raise UserError(f"--slides {options.slides}: no such file")
+    job = Job(
         data=data,
         workspace=workspace,
         demo=demo,
@@ -130,6 +149,8 @@ def _job(options: argparse.Namespace) -> Job:
         members=members,
         method=getattr(options, "method", "mean"),
     )
+    job.folds()
+    return job
 
 
 def _folds(text: str) -> tuple[int, ...]:

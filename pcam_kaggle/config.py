@@ -120,6 +120,10 @@ class Config:
             raise UserError(f"width={self.width}, max_width={self.max_width}: both must be multiples of 4")
         if self.side % 2:
             raise UserError(f"side={self.side}: must be even, so that the crop has the patch's centre")
+        if self.max_width < self.width:
+            raise UserError(f"max_width={self.max_width}: must not be below width={self.width}")
+        if self.model == "cnn" and self.weights:
+            raise UserError(f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME")
         if self.model != "cnn" and not self.model.startswith("timm:"):
             raise UserError(f"model={self.model}: choose cnn or timm:NAME")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pcam_kaggle.errors import UserError
+
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16"), "mps": ("fp32", "fp16")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -72,6 +74,8 @@ def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_form
 
     A few steps of 16 random patches are timed per candidate, fp32 channels_last first; another must be faster by 15 %. A
     candidate whose first step takes three times the best one's is given up, one that the device refuses is left out.
+
+    Raises UserError where the device refuses all.
     """
     kind = find_device()
     precisions = PRECISIONS[kind] if precision == "auto" else (precision,)
@@ -79,14 +83,17 @@ def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_form
     candidates = [Backend(kind, *pair) for pair in itertools.product(precisions, formats)]
     if len(candidates) == 1:
         return candidates[0]
-    best, best_seconds = candidates[0], float("inf")
+    best, best_seconds, refusal = None, float("inf"), ""
     for candidate in candidates:
         try:
             seconds = _step_seconds(candidate, make, side, 3 * best_seconds)
-        except RuntimeError:
+        except RuntimeError as error:
+            refusal = " ".join(str(error).split())
             continue
         if seconds * CLEAR_GAIN < best_seconds:
             best, best_seconds = candidate, seconds
+    if best is None:
+        raise UserError(f"{kind}: no precision works for this net ({refusal[:200]})")
     return best
 
 

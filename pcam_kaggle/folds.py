@@ -41,7 +41,8 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
     """Return `labels` (id, label) sorted by id with a column `fold`, and `group` where `slides` (id, wsi) are given.
 
     Stratified by label; with slides, no slide lies in two folds. Ids that the map lacks become one group, in one fold: they
-    may share slides among themselves, so they are never on both sides.
+    may share slides among themselves, so that they are never on both sides; that one of them belongs to a mapped slide of
+    another fold can't be known.
 
     Raises UserError where they are more than one fold holds, where slides are fewer than folds, or where a fold lacks a class.
     """
@@ -77,29 +78,32 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
 def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
     """Write `<scheme>.csv` and `.json` into `folder`, or keep them; return them and whether anything was written.
 
-    The same labels, scheme and slides give the same bytes, whatever the order of the rows. Raises UserError as `draw`, and
-    where the files stand already but belong to other labels or slides.
+    The same labels, scheme and slides give the same bytes, whatever the order of the rows; so where one of the two files is
+    missing, it is made again. Raises UserError as `draw`, and where what stands belongs to other labels or slides.
     """
-    file = folder / f"{scheme.name}.csv"
-    if file.exists() or file.with_suffix(".json").exists():
+    file, beside = _files(scheme, folder)
+    if file.exists() and beside.exists():
         return load(labels, scheme, slides, folder), False
     table = draw(labels, scheme, slides)
     per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
-    groups = table.groupby("fold")["group"].nunique().tolist() if slides is not None else None
     manifest = {
         "scheme": scheme.name,
         "n_splits": scheme.n_splits,
         "seed": scheme.seed,
         "patches": per_fold["size"].tolist(),
         "positives": per_fold["sum"].tolist(),
-        "slides": groups,
+        "slides": table.groupby("fold")["group"].nunique().tolist() if slides is not None else None,
         "unmapped": int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
         "labels_sha256": labels_sha256(labels),
         "slides_sha256": _slides_sha256(slides),
         "csv_sha256": sha256(csv_bytes(table)),
     }
+    if beside.exists() and read_json(beside) != manifest:
+        raise UserError(f"{beside}: belongs to other labels or slides; {_again(scheme)}")
+    if file.exists() and file_sha256(file) != manifest["csv_sha256"]:
+        raise UserError(f"{file}: belongs to other labels or slides; {_again(scheme)}")
     write_csv(file, table)
-    write_json(file.with_suffix(".json"), manifest)
+    write_json(beside, manifest)
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 
@@ -108,20 +112,25 @@ def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
 
     Raises UserError where they are missing, changed since they were drawn, or belong to other labels or slides.
     """
-    file = folder / f"{scheme.name}.csv"
-    if not file.exists() and not file.with_suffix(".json").exists():
-        raise UserError(f"{file}: no such file; run `python -m pcam_kaggle folds` first")
-    manifest = read_json(file.with_suffix(".json"))
-    again = f"delete {file.name} and {file.with_suffix('.json').name} to draw them again"
-    if not file.exists():
-        raise UserError(f"{file}: no such file, but its manifest stands; {again}")
-    if manifest.get("labels_sha256") != labels_sha256(labels):
-        raise UserError(f"{file}: belongs to other labels; {again}, or work in another folder with --work")
+    file, beside = _files(scheme, folder)
+    if not file.exists() or not beside.exists():
+        raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
+    manifest = read_json(beside, "scheme", "patches", "positives", "slides", "unmapped", "labels_sha256", "csv_sha256")
+    if manifest["labels_sha256"] != labels_sha256(labels):
+        raise UserError(f"{file}: belongs to other labels; {_again(scheme)}")
     if manifest.get("slides_sha256") != _slides_sha256(slides):
-        raise UserError(f"{file}: belongs to another slide map; {again}, or work in another folder with --work")
-    if manifest.get("csv_sha256") != file_sha256(file):
-        raise UserError(f"{file}: has changed since it was drawn; {again}")
+        raise UserError(f"{file}: belongs to another slide map; {_again(scheme)}")
+    if manifest["csv_sha256"] != file_sha256(file):
+        raise UserError(f"{file}: has changed since it was drawn; {_again(scheme)}")
     return Folds(read_numbers(file, ["label", "fold"]).astype({"label": np.int64, "fold": np.int64}), manifest)
+
+
+def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:
+    return folder / f"{scheme.name}.csv", folder / f"{scheme.name}.json"
+
+
+def _again(scheme: Scheme) -> str:
+    return f"delete {scheme.name}.csv and .json to draw them again, or work in another folder with --work"
 
 
 def _slides_sha256(slides: pd.DataFrame | None) -> str | None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -29,7 +30,9 @@ def download(data: Data) -> bool:
     building = Path(tempfile.mkdtemp(dir=data.root.parent, prefix=f".{data.root.name}."))
     try:
         command = [client, "competitions", "download", "-c", COMPETITION, "-p", str(building)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        # The client's progress bar goes to its standard error, which a terminal is there to show.
+        errors = None if sys.stderr.isatty() else subprocess.STDOUT
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
         archive = building / f"{COMPETITION}.zip"
         if done.returncode or not archive.is_file():
             raise UserError(f"kaggle competitions download: {_advice(done.stdout)}")
@@ -61,7 +64,7 @@ def unpack(archive: Path, target: Path) -> None:
                 raise UserError(f"{archive.name}: holds no {' and no '.join(missing)}; is it this competition's?")
             for name in tqdm(names, "unpack", delay=2, disable=None):
                 file.extract(name, target)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive.name}: damaged ({error}); download it again") from None
 
 

@@ -151,7 +151,7 @@ class BottleneckCNN(nn.Module):
         self.blocks = nn.Sequential()
         channels = width
         for _ in range(n_blocks):
-            wider = max(channels, min(2 * channels, max_width))
+            wider = min(2 * channels, max_width)
             bodies = [make(channels, wider), *(make(wider, wider) for _ in range(depth - 1))]
             self.blocks.append(nn.Sequential(*bodies, nn.MaxPool2d(POOL_SIZE)))
             shape = conv_output_shape(shape, 3, padding=1)

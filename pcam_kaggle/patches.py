@@ -21,13 +21,13 @@ from pcam_kaggle.artifacts import file_sha256, read_json, sha256, write_csv, wri
 from pcam_kaggle.config import PATCH_SIDE
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
+from pcam_kaggle.store import whole
 from pcam_kaggle.tables import read_labels, read_sample
 
 Ids = Literal["sha1", "names"]
 SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
 SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK = 256
-SHOWN = 100
 
 
 class Damaged(Exception):
@@ -52,7 +52,10 @@ def read_patch(path: Path) -> NDArray[np.uint8]:
         content = np.fromfile(path, np.uint8)
     except FileNotFoundError:
         raise Damaged("missing") from None
-    image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
+    try:
+        image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        image = None
     if image is None:
         raise Damaged("does not decode; the file is cut short or damaged")
     if image.dtype != np.uint8:
@@ -83,38 +86,40 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     Raises UserError that lists every damaged, missing and unlabelled patch; nothing is left half-written.
     """
     ids = ids or declared_ids(data)
-    wanted = {"train": read_labels(data.labels)["id"].tolist(), "test": sorted(read_sample(data.sample)["id"])}
+    labels = read_labels(data.labels)
+    wanted = {"train": labels["id"].tolist(), "test": sorted(read_sample(data.sample)["id"])}
     signature = _signature(data, ids, skip_damaged)
-    manifest = store / "manifest.json"
-    if manifest.is_file() and (store / "patches.npy").is_file() and (store / "index.csv").is_file():
-        made = read_json(manifest)
-        if made.get("signature") == signature and (store / "patches.npy").stat().st_size == made["bytes"]:
-            return made, False
+    kept = whole(store)
+    if kept and kept["signature"] == signature:
+        return kept, False
 
-    problems = [*_unlabelled(data, wanted), *(_misnamed(wanted) if ids == "sha1" else ())]
     store.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}."))
     try:
         rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
         digests, damaged = _pack(data, rows, building / "patches.npy", ids)
-        problems += damaged
-        skipped = [problem for problem in problems if problem.split == "train"] if skip_damaged else []
-        left = [problem for problem in problems if problem not in skipped]
+        misnamed = _misnamed(wanted) if ids == "sha1" else ()
+        problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
+        left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
         if left:
             raise UserError(_listing(data, left))
+        skipped = list(problems.values())
         aside = {problem.id for problem in skipped}
+        if labels.loc[~labels["id"].isin(aside), "label"].nunique() < 2:
+            raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
+        usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
+        write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
         made = {
             "ids": ids,
-            "train": len(wanted["train"]) - len(aside & set(wanted["train"])),
+            "train": usable.count("train"),
             "test": len(wanted["test"]),
             "skipped": len(skipped),
             "train_sha256": _content_sha256(rows, digests, "train", aside),
             "test_sha256": _content_sha256(rows, digests, "test", set()),
+            "index_sha256": file_sha256(building / "index.csv"),
             "bytes": (building / "patches.npy").stat().st_size,
             "signature": signature,
         }
-        usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
-        write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
         if skipped:
             listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
             write_csv(building / "skipped.csv", listed)
@@ -162,6 +167,9 @@ def _misnamed(wanted: dict[str, list[str]]) -> Iterator[Problem]:
 
 def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tuple[list[bytes], list[Problem]]:
     """Read every patch of `rows` into its row of a new array at `target`; return each row's SHA-1 and what is damaged."""
+    needed, free = len(rows) * int(np.prod(SHAPE)), shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(f"{target.parent.parent}: the store needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     packed = np.lib.format.open_memmap(target, "w+", np.uint8, (len(rows), *SHAPE))
     packed.flush()
     del packed
@@ -207,7 +215,6 @@ def _content_sha256(rows: list[tuple[str, str]], digests: list[bytes], split: st
 def _listing(data: Data, problems: list[Problem]) -> str:
     if len(problems) == 1:
         return f"{data.root}/{problems[0]}"
-    more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     advice = "mend them, or set those of train aside with --skip-damaged"
-    listed = [f"  {problem}" for problem in problems[:SHOWN]]
-    return "\n".join([f"{data.root}: {len(problems)} patches can't be used; {advice}:", *listed, *more])
+    listed = [f"  {problem}" for problem in problems]
+    return "\n".join([f"{data.root}: {len(problems)} patches can't be used; {advice}:", *listed])

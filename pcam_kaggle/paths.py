@@ -1,5 +1,6 @@
 """Where things are: the competition's folder, and what the pipeline writes."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
     Raises UserError where `given` holds no train_labels.csv.
     """
     if given:
-        data = Data(Path(given).expanduser())
+        data = Data(_home(given))
         if not data.labels.is_file():
             raise UserError(f"{data.labels}: no such file; DATA must be a folder in the competition's layout")
         return data
@@ -84,8 +85,12 @@ def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:
     """Return `work`, else Kaggle's working folder with the store outside of what a session saves, else the current folder."""
     if not work and (kaggle / "working").is_dir():
         return Workspace(kaggle / "working", kaggle / "temp" / "store")
-    root = Path(work or ".").expanduser()
+    root = _home(work or ".")
     return Workspace(root, root / "store")
+
+
+def _home(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111, unlike Path.expanduser it leaves an unknown user's ~ alone
 
 
 def demo_workspace(workspace: Workspace) -> Workspace:

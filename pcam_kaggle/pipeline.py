@@ -13,12 +13,12 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.patches import Ids, prepare
 from pcam_kaggle.paths import Data, Workspace
-from pcam_kaggle.runs import open_run, predicted, trained
+from pcam_kaggle.runs import check_run, predicted, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides
 
-DEMO_SUBMISSION = "demo-not-for-kaggle"
+DEMO_SUFFIX = "-not-for-kaggle"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class Job:
     @property
     def target(self) -> Path:
         """File of the submission."""
-        return self.workspace.submissions / f"{DEMO_SUBMISSION if self.demo else self.name}.csv"
+        return self.workspace.submissions / f"{self.name}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def folds(self) -> list[int]:
         """Return the folds to work on; raises UserError on one that the config does not have."""
@@ -74,7 +74,7 @@ def run_folds(job: Job) -> bool:
     _say(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest['scheme']}.csv", new)
     if manifest["slides"]:
         unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
-        print(f"folds: no slide lies in two folds; slides per fold {manifest['slides']}{unmapped}")
+        print(f"folds: no mapped slide lies in two folds; slides per fold {manifest['slides']}{unmapped}")
     return new
 
 
@@ -86,7 +86,7 @@ def run_train(job: Job) -> bool:
         # torch and albumentations take seconds to import, and a run that is finished needs neither.
         from pcam_kaggle.train import train
 
-        train(job.run, job.config, store, folds, todo)
+        train(job.run, job.experiment, job.config, store, folds, todo)
     _say(f"train: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 
@@ -145,7 +145,9 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 def run_all(job: Job) -> None:
     """Run every stage; where `job.chosen` leaves folds untrained, stop after their prediction and say so."""
     done = [run_prepare(job), run_folds(job), run_train(job), run_predict(job)]
-    left = [fold for fold in range(job.config.n_splits) if not (job.run / f"fold_{fold}" / "predictions.json").exists()]
+    store = PatchStore(job.workspace.store)
+    folders = [job.run / f"fold_{fold}" for fold in range(job.config.n_splits)]
+    left = [fold for fold, folder in enumerate(folders) if not (trained(folder) and predicted(folder, store))]
     if left:
         print(f"next: folds {_listed(left)}, then the blend")
         return
@@ -172,10 +174,10 @@ def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
 
 
 def _open(job: Job) -> tuple[PatchStore, Folds]:
-    """Return the store and the folds, once the run's folder is known to belong to them."""
+    """Return the store and the folds, once the run's folder, if it stands, is known to belong to them."""
     store = PatchStore(job.workspace.store)
     folds = fold_files.load(*_split(job), job.workspace.folds)
-    open_run(job.run, job.experiment, job.config, store, folds)
+    check_run(job.run, job.config, store, folds)
     return store, folds
 
 

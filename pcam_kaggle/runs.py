@@ -11,35 +11,39 @@ from pcam_kaggle.folds import Folds
 from pcam_kaggle.store import PatchStore
 
 
-def open_run(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds) -> None:
-    """Write what the run in folder `run` is made of, or check that it is the same.
-
-    Raises UserError, with what differs, where the folder holds a run of another config, other folds or other patches.
-    """
-    wanted = {
-        "experiment": experiment,
-        "config": dataclasses.asdict(config),
-        "folds": folds.manifest["scheme"],
-        "folds_sha256": folds.manifest["csv_sha256"],
-        "train_sha256": store.manifest["train_sha256"],
-    }
+def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> None:
+    """Raise UserError, with what differs, where folder `run` holds a run of another config, other folds or other patches."""
     file = run / "config.json"
     if not file.exists():
-        write_json(file, wanted)
         return
-    made = read_json(file)
-    differ = [key for key in ("folds", "folds_sha256", "train_sha256") if made.get(key) != wanted[key]]
-    old = made.get("config", {})
+    wanted = _made_of(config, store, folds)
+    made = read_json(file, *wanted)
+    differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
+    old = made["config"] if isinstance(made["config"], dict) else {}
     differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
     if differ:
         raise UserError(f"{run}: holds a run with other {', '.join(differ)}; use --name for a new run, or delete the folder")
 
 
-def trained(folder: Path) -> dict[str, Any] | None:
-    """Return the metrics of the fold trained in `folder`, None where it is not finished."""
-    if (folder / "metrics.json").exists() and (folder / "best.pt").exists():
-        return read_json(folder / "metrics.json")
-    return None
+def open_run(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds) -> None:
+    """Write what the run in folder `run` is made of, or check it as `check_run` does."""
+    check_run(run, config, store, folds)
+    if not (run / "config.json").exists():
+        write_json(run / "config.json", {"experiment": experiment, **_made_of(config, store, folds)})
+
+
+def _made_of(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
+    return {
+        "config": dataclasses.asdict(config),
+        "folds": folds.manifest["scheme"],
+        "folds_sha256": folds.manifest["csv_sha256"],
+        "train_sha256": store.manifest["train_sha256"],
+    }
+
+
+def trained(folder: Path) -> bool:
+    """Tell whether the fold in `folder` is trained to its end."""
+    return (folder / "metrics.json").exists() and (folder / "best.pt").exists()
 
 
 def sources(folder: Path, store: PatchStore) -> dict[str, str]:
@@ -56,7 +60,7 @@ def predicted(folder: Path, store: PatchStore) -> bool:
     file = folder / "predictions.json"
     if not file.exists():
         return False
-    made = read_json(file)
+    made = read_json(file, "sources", "files")
     return made["sources"] == sources(folder, store) and all(
         (folder / name).exists() and file_sha256(folder / name) == digest for name, digest in made["files"].items()
     )

@@ -7,21 +7,37 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.artifacts import file_sha256, read_json
 from pcam_kaggle.errors import UserError
+
+MANIFEST = ("ids", "train", "test", "skipped", "train_sha256", "test_sha256", "index_sha256", "bytes", "signature")
+
+
+def whole(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of the store in `folder`, None where there is none or its files are not those it describes."""
+    file, index, patches = (folder / name for name in ("manifest.json", "index.csv", "patches.npy"))
+    if not (file.is_file() and index.is_file() and patches.is_file()):
+        return None
+    try:
+        manifest = read_json(file, *MANIFEST)
+    except UserError:
+        return None
+    same = file_sha256(index) == manifest["index_sha256"] and patches.stat().st_size == manifest["bytes"]
+    return manifest if same else None
 
 
 class PatchStore:
     """All patches of one set, read through a memory map; small to pickle, since a worker opens the map itself.
 
-    Raises UserError where `folder` holds no store.
+    Raises UserError where `folder` holds no whole store.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "manifest.json").is_file():
-            raise UserError(f"{folder}: no patch store; run `python -m pcam_kaggle prepare` first")
+        manifest = whole(folder)
+        if manifest is None:
+            raise UserError(f"{folder}: no patch store, or not a whole one; run `python -m pcam_kaggle prepare` first")
         self.folder = folder
-        self.manifest = read_json(folder / "manifest.json")
+        self.manifest = manifest
         index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")

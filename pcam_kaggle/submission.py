@@ -11,6 +11,8 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.tables import read_numbers, read_sample
 
+PROVENANCE = ("members", "method", "pooled", "ranked", "fold_auc")
+
 
 def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
     """Write the blend in folder `run` as the submission `target` and a JSON beside it; return it and whether it is new.
@@ -18,14 +20,17 @@ def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
     Columns id and label, a probability; exactly the ids of `sample` in its order. Raises UserError where ids differ, where a
     value is not in [0, 1] or all are the same, and where `target` holds another submission.
     """
-    metrics = read_json(run / "metrics.json")
+    metrics = read_json(run / "metrics.json", *PROVENANCE, "test_sha256")
+    if file_sha256(run / "test.csv") != metrics["test_sha256"]:
+        raise UserError(f"{run / 'test.csv'}: has changed since it was blended; run `python -m pcam_kaggle blend`")
     table = submission(read_numbers(run / "test.csv", ["probability"]), read_sample(sample)["id"], run / "test.csv", sample)
     digest = sha256(csv_bytes(table))
-    if target.exists():
-        if file_sha256(target) == digest:
-            return table, False
+    beside = target.with_suffix(".json")
+    if target.exists() and file_sha256(target) != digest:
         raise UserError(f"{target}: holds another submission, which is kept; use --name for a new one, or delete it")
-    write_json(target.with_suffix(".json"), {"sha256": digest, **_provenance(run, metrics)})
+    if target.exists() and beside.exists():
+        return table, False
+    write_json(beside, {"sha256": digest, **_provenance(run, metrics)})
     write_csv(target, table)
     return table, True
 

@@ -22,8 +22,7 @@ def read_labels(path: Path) -> pd.DataFrame:
     label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
     wrong = table.loc[label.isna()]
     if len(wrong):
-        row = wrong.iloc[0]
-        raise UserError(f"{path}: label {row['label']!r} of id {row['id']}{_more(wrong)} is neither 0 nor 1; mend it")
+        raise UserError(f"{path}: label {wrong['label'].iloc[0]!r} is neither 0 nor 1; mend the rows of {_listed(wrong['id'])}")
     if label.nunique() < 2:
         raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
     return _by_id(pd.DataFrame({"id": table["id"], "label": label.astype(np.int8)}))
@@ -40,9 +39,10 @@ def read_sample(path: Path) -> pd.DataFrame:
 def read_slides(path: Path) -> pd.DataFrame:
     """Return the slide map in `path`, columns `id` and `wsi` (both text), sorted by id; raises UserError as `read_sample`."""
     table = _read(path, ["id", "wsi"])
-    empty = table.loc[table["wsi"].str.strip() == ""]
+    table = table.assign(wsi=table["wsi"].str.strip())
+    empty = table.loc[table["wsi"] == ""]
     if len(empty):
-        raise UserError(f"{path}: id {empty['id'].iloc[0]}{_more(empty)} names no slide; mend or drop the row")
+        raise UserError(f"{path}: no slide is named for id {_listed(empty['id'])}; mend or drop the rows")
     return _by_id(table)
 
 
@@ -68,7 +68,7 @@ def labels_sha256(labels: pd.DataFrame) -> str:
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -77,17 +77,14 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     if missing:
         raise UserError(f"{path}: has no column {' or '.join(missing)}; its first line must be {','.join(columns)}")
     table = table[columns]
-    if table.isna().to_numpy().any():
-        row = int(np.flatnonzero(table.isna().any(axis=1))[0])
-        raise UserError(f"{path}: line {row + 2} has too few fields; the file is cut short or damaged")
     if table.empty:
         raise UserError(f"{path}: holds no rows")
     odd = table.loc[~table["id"].map(lambda text: bool(PLAIN_NAME.fullmatch(text)))]
     if len(odd):
-        raise UserError(f"{path}: id {odd['id'].iloc[0]!r}{_more(odd)} is no plain file name; mend or drop the row")
+        raise UserError(f"{path}: no plain file name: id {_listed(odd['id'].map(repr))}; mend or drop the rows")
     twice = table.loc[table["id"].duplicated()]
     if len(twice):
-        raise UserError(f"{path}: id {twice['id'].iloc[0]}{_more(twice)} stands there twice; keep one row of each id")
+        raise UserError(f"{path}: twice in it: id {_listed(twice['id'].drop_duplicates())}; keep one row of each")
     return table
 
 
@@ -95,5 +92,5 @@ def _by_id(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("id", kind="stable").reset_index(drop=True)
 
 
-def _more(rows: pd.DataFrame) -> str:
-    return f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+def _listed(ids: pd.Series) -> str:
+    return ", ".join(ids)

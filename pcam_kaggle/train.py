@@ -20,9 +20,11 @@ from pcam_kaggle.backbones import create
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend, choose, device_name, find_device
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
+from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.provenance import commit, versions
+from pcam_kaggle.runs import open_run
 from pcam_kaggle.store import PatchStore
 
 
@@ -30,9 +32,9 @@ def run_backend(run: Path, config: Config) -> Backend:
     """Return how the run computes: as it has so far, else as measured now, which is then written to environment.json."""
     file = run / "environment.json"
     if file.exists():
-        made = read_json(file)["backend"]
-        if made["kind"] == find_device():
-            return Backend(**made)
+        made = read_json(file, "backend")["backend"]
+        if made.get("kind") == find_device():
+            return Backend(made["kind"], made["precision"], made["memory_format"])
     backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
     environment = {
         "backend": dataclasses.asdict(backend),
@@ -48,34 +50,49 @@ def run_backend(run: Path, config: Config) -> Backend:
     return backend
 
 
-def train(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
+def train(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
     """Train the folds in `chosen` into `run`/fold_<k>, each from its last finished epoch.
 
     A fold leaves `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to go on from,
     `log.csv` with a row per epoch, and `metrics.json`.
+
+    Raises UserError where the config makes no net, where memory does not hold a batch, and where a loss is not finite.
     """
+    create(config, weights=False)
+    open_run(run, experiment, config, store, folds)
     backend = run_backend(run, config)
     print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
     for fold in chosen:
-        train_fold(run / f"fold_{fold}", config, store, folds.table, fold, backend)
+        try:
+            train_fold(run / f"fold_{fold}", config, store, folds.table, fold, backend)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
+            ) from None
 
 
 def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend) -> None:
-    """Train the net of `fold` on the patches of all other folds in `table` that the store holds."""
+    """Train the net of `fold` on the patches of all other folds in `table` that the store holds.
+
+    Raises UserError where one of the two parts lacks a label.
+    """
     table = table[table["id"].isin(store.ids("train"))]
     train_part, valid_part = table[table["fold"] != fold], table[table["fold"] == fold]
+    if train_part["label"].nunique() < 2 or valid_part["label"].nunique() < 2:
+        raise UserError(f"fold {fold}: without the damaged patches it lacks a label; mend them")
     train_rows = store.rows("train", train_part["id"].to_numpy())
     valid_rows = store.rows("train", valid_part["id"].to_numpy())
     valid_labels = valid_part["label"].to_numpy()
     data = TrainBatches(store, train_rows, train_part["label"].to_numpy(), config, fold)
 
+    last = folder / "last.pt"
     torch.manual_seed(_seed(config, fold, 0))
-    net = backend.place(create(config))
+    net = backend.place(create(config, weights=not last.exists()))
     learner = Learner(net, copy.deepcopy(net), _optimizer(net, config), backend.scaler(), backend)
     log: list[dict[str, float]] = []
-    if (folder / "last.pt").exists():
-        log = _resume(learner, checkpoint.load(folder / "last.pt"))
-    best = max((row["valid_auc"] for row in log), default=-np.inf)
+    if last.exists():
+        log = _resume(learner, checkpoint.load(last, "net", "average", "optimizer", "scaler", "log"))
+        _keep(folder, learner, log)
 
     source = batches(data, first_epoch=len(log))
     for epoch in range(len(log), config.epochs):
@@ -84,31 +101,26 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
         loss = train_epoch(learner, source, data.steps, epoch, config)
         train_seconds = time.perf_counter() - start
         logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
-        score = auc(valid_labels, logits.double().numpy())
         row = {
             "epoch": epoch + 1,
             "lr": learning_rate(config, epoch + 1),
             "train_loss": loss,
-            "valid_auc": score,
+            "valid_auc": auc(valid_labels, logits.double().numpy()),
             "seconds": round(time.perf_counter() - start, 3),
             "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
         }
         log.append(row)
-        if score > best:
-            best = score
-            content = {"net": learner.average.state_dict(), "epoch": epoch + 1, "valid_auc": score}
-            checkpoint.save(folder / "best.pt", content)
-        checkpoint.save(folder / "last.pt", _state(learner, log))
-        write_csv(folder / "log.csv", pd.DataFrame(log))
+        checkpoint.save(last, _state(learner, log))
+        _keep(folder, learner, log)
         print(
-            f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {score:.4f}, "
+            f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {row['valid_auc']:.4f}, "
             f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
             flush=True,
         )
     metrics = {
         "fold": fold,
-        "valid_auc": best,
-        "epoch": next(int(row["epoch"]) for row in log if row["valid_auc"] == best),
+        "valid_auc": _best(log)["valid_auc"],
+        "epoch": _best(log)["epoch"],
         "train_patches": len(train_rows),
         "valid_patches": len(valid_rows),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
@@ -120,10 +132,24 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
 
 def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:
     """Return the net of the fold in `folder` with its best weights, in evaluation mode on the backend."""
-    content = checkpoint.load(folder / "best.pt")
+    content = checkpoint.load(folder / "best.pt", "net")
     net = create(config, weights=False)
     net.load_state_dict(content["net"])
     return backend.place(net).eval()
+
+
+def _best(log: list[dict[str, float]]) -> dict[str, float]:
+    return max(log, key=lambda row: row["valid_auc"])
+
+
+def _keep(folder: Path, learner: Learner, log: list[dict[str, float]]) -> None:
+    """Bring `best.pt` and `log.csv` up to the epoch that `last.pt` holds, also after a stop between these writes."""
+    if _best(log) is log[-1]:
+        content = {"net": learner.average.state_dict(), "epoch": len(log), "valid_auc": log[-1]["valid_auc"]}
+        checkpoint.save(folder / "best.pt", content)
+    elif checkpoint.load(folder / "best.pt", "epoch")["epoch"] != _best(log)["epoch"]:
+        raise UserError(f"{folder / 'best.pt'}: not the best epoch of last.pt; delete {folder} to train the fold anew")
+    write_csv(folder / "log.csv", pd.DataFrame(log))
 
 
 def _optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -153,5 +179,6 @@ def _resume(learner: Learner, state: dict[str, Any]) -> list[dict[str, float]]:
     learner.net.load_state_dict(state["net"])
     learner.average.load_state_dict(state["average"])
     learner.optimizer.load_state_dict(state["optimizer"])
-    learner.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and learner.scaler.is_enabled():
+        learner.scaler.load_state_dict(state["scaler"])
     return json.loads(state["log"])

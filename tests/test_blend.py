@@ -38,9 +38,8 @@ def write_run(run: Path, made: Member, order: Callable[[pd.DataFrame], pd.DataFr
         inside = made.oof[made.oof["fold"] == fold][["id", "label", "probability"]]
         write_csv(folder / "oof.csv", order(inside))
         write_csv(folder / "test.csv", order(made.tests[fold]))
-        write_json(
-            folder / "predictions.json", {"files": {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}}
-        )
+        files = {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}
+        write_json(folder / "predictions.json", {"sources": {}, "files": files})
 
 
 @pytest.mark.parametrize("method", ["mean", "rank", "climb"])
@@ -186,6 +185,7 @@ def test_what_kaggle_would_refuse_is_not_written(
     spoil: Callable[[pd.DataFrame], pd.DataFrame], said: str, run: Path, sample: Path, tmp_path: Path
 ) -> None:
     write_csv(run / "test.csv", spoil(pd.read_csv(run / "test.csv")))
+    write_json(run / "metrics.json", read_json(run / "metrics.json") | {"test_sha256": file_sha256(run / "test.csv")})
     with pytest.raises(UserError, match=said):
         submit(run, sample, tmp_path / "out" / "a.csv")
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import UNMAPPED, Scheme, draw, load, make
-from pcam_kaggle.tables import read_labels
+from pcam_kaggle.tables import read_labels, read_slides
 
 PLAIN = Scheme(n_splits=5, seed=42, by_slide=False)
 SLIDES = Scheme(n_splits=5, seed=42, by_slide=True)
@@ -79,6 +79,23 @@ def test_folds_of_other_labels_are_refused(labels: pd.DataFrame, slides: pd.Data
     make(labels, SLIDES, slides, tmp_path)
     with pytest.raises(UserError, match="belongs to another slide map"):
         load(labels, SLIDES, slides.iloc[1:], tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["csv", "json"])
+def test_a_lost_half_is_made_again(labels: pd.DataFrame, lost: str, tmp_path: Path) -> None:
+    make(labels, PLAIN, None, tmp_path)
+    files = [tmp_path / f"{PLAIN.name}.{kind}" for kind in ("csv", "json")]
+    before = [file.read_bytes() for file in files]
+    (tmp_path / f"{PLAIN.name}.{lost}").unlink()
+    with pytest.raises(UserError, match="belongs to other"):
+        make(labels.iloc[1:], PLAIN, None, tmp_path)
+    assert make(labels, PLAIN, None, tmp_path)[1]
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_slides_name_is_not_its_spaces(tmp_path: Path) -> None:
+    (tmp_path / "map.csv").write_text("id,wsi\na,s1\nb,s1 \n")
+    assert read_slides(tmp_path / "map.csv")["wsi"].nunique() == 1
 
 
 def test_an_edited_fold_file_is_refused(labels: pd.DataFrame, tmp_path: Path) -> None:

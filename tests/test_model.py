@@ -1,6 +1,7 @@
 """The net: shapes against torch, the description to the letter, the most blocks."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -60,6 +61,44 @@ def test_plain_is_the_description() -> None:
     assert [conv.out_channels for conv in convs] == [32, 64, 128, 256, 512]
     assert {conv.kernel_size for conv in convs} == {(3, 3)}
     assert net.head[2].in_features == 512 * 3 * 3
+
+
+def test_plain_stays_as_it_is() -> None:
+    pinned = {
+        "groups": "auto",
+        "n_splits": 5,
+        "fold_seed": 42,
+        "model": "cnn",
+        "weights": "",
+        "side": 96,
+        "body": "plain",
+        "n_blocks": 4,
+        "width": 32,
+        "max_width": 512,
+        "depth": 1,
+        "pool_first": False,
+        "head": "flatten",
+        "hidden": 256,
+        "dropout": 0.5,
+        "shift": 4,
+        "stain_jitter": 0.05,
+        "color_jitter": 0.1,
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 0.002,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup_epochs": 1.0,
+        "clip_norm": 1.0,
+        "average_epochs": 3.0,
+        "label_smoothing": 0.0,
+        "precision": "auto",
+        "memory_format": "auto",
+        "seed": 42,
+        "tta": 8,
+        "tta_mean": "logits",
+    }
+    assert asdict(EXPERIMENTS["plain"][1]) == pinned
 
 
 def test_filters_double_up_to_the_widest() -> None:

@@ -25,4 +25,4 @@ def test_the_look_at_a_run_runs(pcam: Callable[..., Outcome], tmp_path: Path, mo
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []

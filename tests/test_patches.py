@@ -13,7 +13,7 @@ from PIL import Image
 
 from pcam_kaggle.artifacts import write_json
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.patches import prepare
+from pcam_kaggle.patches import Damaged, prepare, read_patch
 from pcam_kaggle.paths import Data
 from pcam_kaggle.store import PatchStore
 
@@ -168,6 +168,23 @@ def test_a_fault_is_one_line(break_it: Callable[[Data], str], command: str, data
     assert left == []
 
 
+def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -> None:
+    tif = first_tif(data)
+    whole, pixels = tif.read_bytes(), sha1(read_patch(tif))
+    spoilt = tmp_path / "spoilt.tif"
+    start = whole.rfind(b"\x00\x01", 0, 8) if whole[4:8] == b"\x08\x00\x00\x00" else int.from_bytes(whole[4:8], "little")
+    for position in (*range(8), *range(max(8, start), min(len(whole), max(8, start) + 200))):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            spoilt.write_bytes(content)
+            try:
+                read = sha1(read_patch(spoilt))
+            except Damaged:
+                continue
+            assert read == pixels or read != tif.stem
+
+
 def test_all_faults_are_listed_at_once(data: Data, pcam: Command) -> None:
     tifs = sorted(data.patches("train").glob("*.tif"))
     tifs[0].unlink()
@@ -195,6 +212,14 @@ def test_skip_damaged_sets_train_patches_aside(data: Data, tmp_path: Path) -> No
     assert (made["train"], made["skipped"]) == (35, 1)
     assert named not in store.ids("train")
     assert pd.read_csv(tmp_path / "store" / "skipped.csv")["id"].tolist() == [named]
+
+
+def test_skip_damaged_keeps_both_labels(data: Data, tmp_path: Path) -> None:
+    labels = pd.read_csv(data.labels)
+    for name in labels["id"][labels["label"] == 1]:
+        (data.patches("train") / f"{name}.tif").unlink()
+    with pytest.raises(UserError, match="one label is left"):
+        prepare(data, tmp_path / "store", skip_damaged=True)
 
 
 def test_skip_damaged_never_skips_a_test_patch(data: Data, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     ):
         outcome = pcam(stage)
         assert outcome.status == 0, outcome.err
-        assert outcome.out.splitlines()[-1] == f"next: python -m pcam_kaggle {following}"
+        assert outcome.out.splitlines()[-1].startswith(f"next: python -m pcam_kaggle {following} --data ")
     assert pcam("submission").status == 0
     work = tmp_path / "work"
     left = {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()}
@@ -113,7 +113,7 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_pa
     )
     outcome = pcam("folds")
     assert outcome.status == 0, outcome.err
-    assert "no slide lies in two folds" in outcome.out
+    assert "no mapped slide lies in two folds" in outcome.out
     assert (tmp_path / "work" / "folds" / "slides_3_42.csv").exists()
 
 
@@ -132,7 +132,12 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_pa
         (["folds", "--set", "groups=slides"], "--slides"),
         (["folds", "--slides", "nowhere.csv"], "nowhere.csv"),
         (["blend", "one", "two"], "one"),
+        (["blend", "one", "one"], "one"),
         (["submission"], "metrics.json"),
+        (["prepare", "--set", "weights=x.pth"], "timm:NAME"),
+        (["prepare", "--set", "max_width=2"], "max_width=2"),
+        (["pipeline", "--set", "n_blocks=9"], "at most 4 fit"),
+        (["pipeline", "--set", "model=timm:vit_tiny_patch16_224"], "timm:vit_tiny_patch16_224"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], said: str, pcam: Command) -> None:
@@ -141,6 +146,57 @@ def test_a_users_mistake_is_one_line(arguments: list[str], said: str, pcam: Comm
     assert said in outcome.err
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
+
+
+def test_a_mistake_does_not_claim_a_name(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline", "--folds", "0,7").status == 2
+    assert not (tmp_path / "work").exists()
+    assert pcam("pipeline", "--set", "n_blocks=9").status == 2
+    assert pcam("predict", "--name", "typo").status == 2
+    assert not (tmp_path / "work" / "runs").exists()
+    assert pcam("pipeline", "--folds", "0").status == 0
+
+
+def test_what_was_edited_is_not_submitted(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline").status == 0
+    run, target = tmp_path / "work" / "runs" / "bottleneck", tmp_path / "work" / "submissions" / "bottleneck.csv"
+    before = target.read_bytes()
+    edited = pd.read_csv(run / "test.csv")
+    edited.assign(probability=edited["probability"] / 2).to_csv(run / "test.csv", index=False)
+    target.unlink()
+    outcome = pcam("submission")
+    assert outcome.status == 2
+    assert "has changed since it was blended" in outcome.err
+    assert pcam("pipeline").status == 0
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("store/manifest.json", "store/index.csv", "store/patches.npy"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
+        *(f"runs/bottleneck/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
+        *(f"runs/bottleneck/fold_1/{name}" for name in ("best.pt", "metrics.json", "oof.csv", "test.csv", "predictions.json")),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut", "empty", "delete"])
+def test_a_damaged_file_is_mended_or_named(name: str, damage: str, pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline").status == 0
+    submission = (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes()
+    file = tmp_path / "work" / name
+    if damage == "delete":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(b"{}" if damage == "empty" else content[: len(content) // 2])
+    outcome = pcam("pipeline")
+    if outcome.status == 0:
+        assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == submission
+    else:
+        assert outcome.status == 2
+        assert file.name in outcome.err or file.parent.name in outcome.err
+        assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["pipelin"], ["train", "--folds", "a"], ["blend", "--method", "best"], []])

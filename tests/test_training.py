@@ -20,7 +20,7 @@ from pcam_kaggle.folds import Folds, Scheme, make
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
-from pcam_kaggle.runs import open_run
+from pcam_kaggle.runs import check_run, open_run
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_labels
 from pcam_kaggle.train import load_best, train_fold
@@ -115,6 +115,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
+@pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
+def test_a_stop_between_two_files_is_made_good(
+    broken: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
+) -> None:
+    config = replace(tiny, epochs=1)
+    train_fold(tmp_path / "fold", config, store, folds.table, 0, CPU)
+    before = {name: (tmp_path / "fold" / name).read_bytes() for name in ("log.csv", "metrics.json")}
+    for name in (broken, "metrics.json"):
+        (tmp_path / "fold" / name).unlink()
+    train_fold(tmp_path / "fold", config, store, folds.table, 0, CPU)
+    assert {name: (tmp_path / "fold" / name).read_bytes() for name in before} == before
+    assert checkpoint.load(tmp_path / "fold" / "best.pt")["epoch"] == 1
+
+
 def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     train_fold(tmp_path / "fold_2", tiny, store, folds.table, 2, CPU)
     valid = folds.table[folds.table["fold"] == 2]
@@ -131,13 +145,13 @@ def test_another_config_does_not_go_on_in_the_same_folder(
 ) -> None:
     open_run(tmp_path / "run", "tiny", tiny, store, folds)
     with pytest.raises(UserError, match=r"lr \(0.002 → 0.1\)"):
-        open_run(tmp_path / "run", "tiny", replace(tiny, lr=0.1), store, folds)
+        check_run(tmp_path / "run", replace(tiny, lr=0.1), store, folds)
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(config: Config) -> torch.nn.Module:
+    def broken(config: Config, weights: bool) -> torch.nn.Module:
         net = create(config)
         torch.nn.init.constant_(net.head[-1].bias, torch.inf)
         return net
