@@ -51,13 +51,13 @@ def read_patch(path: Path) -> NDArray[np.uint8]:
     try:
         content = np.fromfile(path, np.uint8)
     except FileNotFoundError:
-        raise Damaged("missing") from None
+        raise Damaged("missing, though its id is listed; copy the file again or drop the row") from None
     try:
         image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         image = None
     if image is None:
-        raise Damaged("does not decode; the file is cut short or damaged")
+        raise Damaged("does not decode; it is cut short or damaged, copy the file again")
     if image.dtype != np.uint8:
         raise Damaged(f"is {image.dtype}, not 8 bit")
     if image.shape != SHAPE:
@@ -155,7 +155,9 @@ def _unlabelled(data: Data, wanted: dict[str, list[str]]) -> Iterator[Problem]:
         known = set(wanted[split])
         for entry in _files(data, split):
             if entry.name.removesuffix(".tif") not in known:
-                yield Problem(split, entry.name.removesuffix(".tif"), f"extra, no row in {table[split]}")
+                yield Problem(
+                    split, entry.name.removesuffix(".tif"), f"has no row in {table[split]}; add the row or take the file away"
+                )
 
 
 def _misnamed(wanted: dict[str, list[str]]) -> Iterator[Problem]:
