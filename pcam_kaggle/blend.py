@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.metrics import Estimate, auc, auc_difference, auc_interval, rank_within
+from pcam_kaggle.metrics import Difference, auc, auc_difference, auc_interval, rank_within
 from pcam_kaggle.tables import read_numbers
 
 Method = Literal["mean", "rank", "climb"]
@@ -142,7 +142,7 @@ def climb(labels: NDArray[np.int64], values: Floats) -> Floats:
     return counts / counts.sum()
 
 
-def cross_climb(labels: NDArray[np.int64], folds: NDArray[np.int64], values: Floats) -> tuple[Floats, Estimate]:
+def cross_climb(labels: NDArray[np.int64], folds: NDArray[np.int64], values: Floats) -> tuple[Floats, Difference]:
     """Return the blend (n,) whose weights for a fold were climbed on the others, and its AUC's gain over the plain mean."""
     blended = np.empty(len(labels))
     for fold in np.unique(folds):

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from pcam_kaggle.blend import METHODS
+from pcam_kaggle.compare import FORMATS
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
 from pcam_kaggle.kaggle import download
-from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace
-from pcam_kaggle.pipeline import STAGES, Job, run_all
+from pcam_kaggle.ledger import NAME as LEDGER
+from pcam_kaggle.ledger import record, write_ledger
+from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace, runs_workspace
+from pcam_kaggle.pipeline import STAGES, Job, run_all, run_compare
 from pcam_kaggle.synthetic import make_demo
 from pcam_kaggle.tables import PLAIN_NAME
 
@@ -26,6 +29,8 @@ PURPOSE = {
     "blend": "average the folds of one experiment or of several, print the OOF AUC",
     "submission": "write submissions/<name>.csv for Kaggle",
     "pipeline": "all of these, in order",
+    "compare": "hold runs against each other: AUC per fold, paired differences, what differs",
+    "ledger": "list the submissions, and take down Kaggle's scores",
     "data": "download, verify and unpack the competition with Kaggle's client",
 }
 ORDER = [*STAGES]
@@ -71,6 +76,17 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--work", default=os.environ.get("PCAM_WORK"), help="folder to write in [the current one]")
         if name == "data":
             continue
+        if name == "ledger":
+            command.add_argument("name", nargs="?", help="the submission that was scored")
+            command.add_argument("--public", type=float, help="its public score")
+            command.add_argument("--private", type=float, help="its private score")
+            continue
+        if name == "compare":
+            command.add_argument("runs", nargs="*", help="runs to compare [all]")
+            command.add_argument("--baseline", help="run to hold the others against [the best]")
+            command.add_argument("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
+            command.add_argument("--format", choices=FORMATS, default="text", help="what to print [text]")
+            continue
         command.add_argument("--data", default=os.environ.get("PCAM_DATA"), help="the competition's folder [PCAM_DATA]")
         command.add_argument("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
         command.add_argument("--name", help="name of the run and of its submission [the experiment's]")
@@ -93,6 +109,19 @@ def _run(options: argparse.Namespace) -> None:
         data = Data(find_workspace(options.work).root / "data" / COMPETITION)
         print(f"data: {data.root}" if download(data) else f"data: {data.root} (kept)")
         print("next: make submission")
+        return
+    if options.command == "compare":
+        workspace = runs_workspace(find_workspace(options.work))
+        print(run_compare(workspace, options.runs, options.baseline, options.slides, options.format), end="")
+        return
+    if options.command == "ledger":
+        submissions = find_workspace(options.work).submissions
+        if options.name:
+            record(submissions, options.name, options.public, options.private)
+        print(write_ledger(submissions).drop(columns="commit").to_string(index=False))
+        print(
+            f"written: {submissions / LEDGER}; python -m pcam_kaggle ledger NAME --public 0.9 --private 0.9 takes scores down"
+        )
         return
     job = _job(options)
     if options.command == "pipeline":

@@ -125,6 +125,12 @@ def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
     return Folds(read_numbers(file, ["label", "fold"]).astype({"label": np.int64, "fold": np.int64}), manifest)
 
 
+def groups(file: Path) -> pd.DataFrame | None:
+    """Return the slides (id, wsi) that the fold file was drawn with, None where it knows none or is not there."""
+    table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else pd.DataFrame()
+    return table.rename(columns={"group": "wsi"})[["id", "wsi"]] if "group" in table else None
+
+
 def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:
     return folder / f"{scheme.name}.csv", folder / f"{scheme.name}.json"
 

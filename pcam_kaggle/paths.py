@@ -98,6 +98,11 @@ def demo_workspace(workspace: Workspace) -> Workspace:
     return Workspace(workspace.root / "demo", workspace.root / "demo" / "store")
 
 
+def runs_workspace(workspace: Workspace) -> Workspace:
+    """Return `workspace` where it holds runs, else the demo's."""
+    return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
+
+
 def demo_data(workspace: Workspace) -> Data:
     """Return the folder that the synthetic patches lie in."""
     return Data(workspace.root / "demo" / "data")

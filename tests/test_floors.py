@@ -8,7 +8,7 @@ import pcam_kaggle
 FLOORS = (
     "errors",
     "artifacts augment config device metrics model paths provenance tta",
-    "backbones checkpoint experiments kaggle store synthetic tables",
+    "backbones checkpoint compare experiments kaggle ledger store synthetic tables",
     "engine folds patches",
     "blend runs submission",
     "train",

@@ -46,7 +46,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
-        *("submissions/bottleneck.csv", "submissions/bottleneck.json"),
+        *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
     }
     oof = pd.read_csv(work / run / "oof.csv")
     labels = pd.read_csv(data.labels)
@@ -104,6 +104,22 @@ def test_another_config_needs_another_name(pcam: Command, tmp_path: Path) -> Non
     assert "lr (0.002 → 0.5)" in outcome.err
     assert pcam("train", "--set", "lr=0.5", "--folds", "0", "--name", "faster").status == 0
     assert (tmp_path / "work" / "runs" / "faster" / "fold_0" / "best.pt").exists()
+
+
+def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline").status == 0
+    work = ["--work", str(tmp_path / "work")]
+    assert main(["ledger", "bottleneck", "--public", "0.91", *work]) == 0
+    assert pcam("pipeline", "--name", "again").status == 0
+    assert main(["ledger", "bottleneck", "--private", "0.89", *work]) == 0
+    ledger = pd.read_csv(tmp_path / "work" / "submissions" / "ledger.csv").set_index("name")
+    assert list(ledger.index) == ["again", "bottleneck"]
+    assert ledger.loc["bottleneck", ["public_score", "private_score"]].tolist() == [0.91, 0.89]
+    assert ledger.loc["again", ["public_score", "private_score"]].isna().all()
+    metrics = read_json(tmp_path / "work" / "runs" / "bottleneck" / "metrics.json")
+    assert ledger.loc["bottleneck", "oof_low"] == metrics["pooled"]["low"]
+    assert main(["ledger", "unheard", "--public", "0.9", *work]) == 2
+    assert main(["ledger", "again", "--public", "9", *work]) == 2
 
 
 def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_path: Path) -> None:
@@ -176,6 +192,7 @@ def test_what_was_edited_is_not_submitted(pcam: Command, tmp_path: Path) -> None
     [
         *("store/manifest.json", "store/index.csv", "store/patches.npy"),
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
+        *("submissions/bottleneck.json", "submissions/ledger.csv"),
         *(f"runs/bottleneck/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"runs/bottleneck/fold_1/{name}" for name in ("best.pt", "metrics.json", "oof.csv", "test.csv", "predictions.json")),
     ],
