@@ -10,7 +10,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(AR
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help submission test data lint clean
+.PHONY: help submission compare report test data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ help: ## list the targets
 
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
 	@$(PCAM) pipeline $(OPTIONS)
+
+compare: $(VENV)/run.stamp ## hold all runs against each other, out of fold
+	@$(PCAM) compare $(ARGS)
+
+report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
+	@$(PCAM) report $(ARGS)
 
 test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
 	@$(VENV)/bin/python -m pytest

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pcam_kaggle.metrics import auc_difference, slide_difference
+from pcam_kaggle.metrics import auc_difference, slide_difference, slide_pairs
 
 PAIRS, SLIDES, PATCHES = 200, 80, 30
 SHARED, OWN, SLIDE = 0.7, 0.7, 0.5
@@ -47,9 +47,11 @@ def main() -> None:
                 rng = np.random.default_rng((seed, clustered))
                 for shifts in ((1.2, 1.2), (1.4, 1.2)):
                     labels, slides, first, second = models(rng, shifts, clustered)
-                    test = (
-                        slide_difference(labels, slides, first, second) if by_slide else auc_difference(labels, first, second)
-                    )
+                    if by_slide:
+                        pairs = (slide_pairs(labels, slides, scores) for scores in (first, second))
+                        test = slide_difference(labels, slides, *pairs)
+                    else:
+                        test = auc_difference(labels, first, second)
                     known = true_auc(shifts[0], clustered) - true_auc(shifts[1], clustered)
                     rejected += shifts[0] == shifts[1] and test.p < 0.05
                     covered += shifts[0] != shifts[1] and test.low <= known <= test.high

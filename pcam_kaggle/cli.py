@@ -5,19 +5,20 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from pcam_kaggle.blend import METHODS
-from pcam_kaggle.compare import FORMATS
+from pcam_kaggle.compare import compare_runs
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
 from pcam_kaggle.kaggle import download
 from pcam_kaggle.ledger import NAME as LEDGER
 from pcam_kaggle.ledger import record, write_ledger
 from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace, runs_workspace
-from pcam_kaggle.pipeline import STAGES, Job, run_all, run_compare
+from pcam_kaggle.pipeline import STAGES, Job, run_all
+from pcam_kaggle.scoreboard import FORMATS, render
 from pcam_kaggle.synthetic import make_demo
 from pcam_kaggle.tables import PLAIN_NAME
 
@@ -29,9 +30,6 @@ PURPOSE = {
     "blend": "average the folds of one experiment or of several, print the OOF AUC",
     "submission": "write submissions/<name>.csv for Kaggle",
     "pipeline": "all of these, in order",
-    "compare": "hold runs against each other: AUC per fold, paired differences, what differs",
-    "ledger": "list the submissions, and take down Kaggle's scores",
-    "data": "download, verify and unpack the competition with Kaggle's client",
 }
 ORDER = [*STAGES]
 
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     options = parser().parse_args(arguments)
     try:
-        _run(options)
+        options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,61 +66,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the parser of all commands; each sets `run`, the function that carries it out."""
     top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+
+    def command(name: str, purpose: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=purpose, description=purpose)
+        added.add_argument("--work", default=os.environ.get("PCAM_WORK"), help="folder to write in [the current one]")
+        added.set_defaults(run=run)
+        return added
+
     for name, purpose in PURPOSE.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("--work", default=os.environ.get("PCAM_WORK"), help="folder to write in [the current one]")
-        if name == "data":
-            continue
-        if name == "ledger":
-            command.add_argument("name", nargs="?", help="the submission that was scored")
-            command.add_argument("--public", type=float, help="its public score")
-            command.add_argument("--private", type=float, help="its private score")
-            continue
-        if name == "compare":
-            command.add_argument("runs", nargs="*", help="runs to compare [all]")
-            command.add_argument("--baseline", help="run to hold the others against [the best]")
-            command.add_argument("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
-            command.add_argument("--format", choices=FORMATS, default="text", help="what to print [text]")
-            continue
-        command.add_argument("--data", default=os.environ.get("PCAM_DATA"), help="the competition's folder [PCAM_DATA]")
-        command.add_argument("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
-        command.add_argument("--name", help="name of the run and of its submission [the experiment's]")
-        command.add_argument("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
-        command.add_argument("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
-        if name in ("prepare", "pipeline"):
-            command.add_argument("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
-            command.add_argument("--skip-damaged", action="store_true", help="set damaged train patches aside")
-        if name in ("train", "predict", "pipeline"):
-            command.add_argument("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
-        if name == "blend":
-            command.add_argument("members", nargs="*", help="runs to blend [the experiment's folds]")
-        if name in ("blend", "pipeline"):
-            command.add_argument("--method", choices=METHODS, default="mean", help="how to average [mean]")
+        _add_job(command(name, purpose, _run_job), name)
+    compared = command("compare", "hold runs against each other: AUC per fold, paired differences, what differs", _run_compare)
+    compared.add_argument("--format", choices=FORMATS, default="text", help="what to print [text]")
+    report = command("report", "the same with figures, as one HTML file in reports/", _run_report)
+    for each in (compared, report):
+        each.add_argument("runs", nargs="*", help="runs to compare [all]")
+        each.add_argument("--baseline", help="run to hold the others against [the best]")
+        each.add_argument("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
+    ledger = command("ledger", "list the submissions, and take down Kaggle's scores", _run_ledger)
+    ledger.add_argument("name", nargs="?", help="the submission that was scored")
+    ledger.add_argument("--public", type=float, help="its public score")
+    ledger.add_argument("--private", type=float, help="its private score")
+    command("data", "download, verify and unpack the competition with Kaggle's client", _run_data)
     return top
 
 
-def _run(options: argparse.Namespace) -> None:
-    if options.command == "data":
-        data = Data(find_workspace(options.work).root / "data" / COMPETITION)
-        print(f"data: {data.root}" if download(data) else f"data: {data.root} (kept)")
-        print("next: make submission")
-        return
-    if options.command == "compare":
-        workspace = runs_workspace(find_workspace(options.work))
-        print(run_compare(workspace, options.runs, options.baseline, options.slides, options.format), end="")
-        return
-    if options.command == "ledger":
-        submissions = find_workspace(options.work).submissions
-        if options.name:
-            record(submissions, options.name, options.public, options.private)
-        print(write_ledger(submissions).drop(columns="commit").to_string(index=False))
-        print(
-            f"written: {submissions / LEDGER}; python -m pcam_kaggle ledger NAME --public 0.9 --private 0.9 takes scores down"
-        )
-        return
+def _add_job(added: argparse.ArgumentParser, name: str) -> None:
+    added.add_argument("--data", default=os.environ.get("PCAM_DATA"), help="the competition's folder [PCAM_DATA]")
+    added.add_argument("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
+    added.add_argument("--name", help="name of the run and of its submission [the experiment's]")
+    added.add_argument("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
+    added.add_argument("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
+    if name in ("prepare", "pipeline"):
+        added.add_argument("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
+        added.add_argument("--skip-damaged", action="store_true", help="set damaged train patches aside")
+    if name in ("train", "predict", "pipeline"):
+        added.add_argument("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+    if name == "blend":
+        added.add_argument("members", nargs="*", help="runs to blend [the experiment's folds]")
+    if name in ("blend", "pipeline"):
+        added.add_argument("--method", choices=METHODS, default="mean", help="how to average [mean]")
+
+
+def _run_data(options: argparse.Namespace) -> None:
+    data = Data(find_workspace(options.work).root / "data" / COMPETITION)
+    print(f"data: {data.root}" if download(data) else f"data: {data.root} (kept)")
+    print("next: make submission")
+
+
+def _run_compare(options: argparse.Namespace) -> None:
+    comparison = compare_runs(runs_workspace(find_workspace(options.work)), options.runs, options.baseline, options.slides)
+    print(render(comparison, options.format), end="")
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    # matplotlib takes a second to import, which no other command has to wait for.
+    from pcam_kaggle.report import write_report
+
+    workspace = runs_workspace(find_workspace(options.work))
+    comparison = compare_runs(workspace, options.runs, options.baseline, options.slides)
+    target = workspace.root / "reports" / f"{'-'.join(options.runs) or 'runs'}.html"
+    write_report(comparison, workspace, target)
+    print(f"report: {target}\nnext: open it in a browser")
+
+
+def _run_ledger(options: argparse.Namespace) -> None:
+    submissions = find_workspace(options.work).submissions
+    if options.name:
+        record(submissions, options.name, options.public, options.private)
+    print(write_ledger(submissions).drop(columns="commit").to_string(index=False))
+    print(
+        f"ledger: {submissions / LEDGER}\nnext: python -m pcam_kaggle ledger NAME --public 0.9 --private 0.9 takes scores down"
+    )
+
+
+def _run_job(options: argparse.Namespace) -> None:
     job = _job(options)
     if options.command == "pipeline":
         run_all(job)

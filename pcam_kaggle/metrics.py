@@ -82,25 +82,24 @@ def auc_difference(labels: NDArray[np.integer], first: Floats, second: Floats, l
 def slide_difference(
     labels: NDArray[np.integer], slides: NDArray[np.integer], first: Floats, second: Floats, level: float = 0.95
 ) -> Difference:
-    """Return AUC(first) - AUC(second) as `auc_difference`, for patches (n,) of one slide that are not independent.
+    """Return the difference of two AUCs as `auc_difference`, for patches (n,) of one slide that are not independent.
 
-    Slides, not patches, are drawn with replacement, 2,000 times with a fixed seed: a paired cluster bootstrap (Field & Welsh
-    2007). The interval is the difference plus and minus the draws' SD times the quantile of Student's t with one degree of
-    freedom less than slides. `slides` are codes from 0.
+    `first` and `second` are the `slide_pairs` of the two scores. Slides, not patches, are drawn with replacement, 2,000 times
+    with a fixed seed: a paired cluster bootstrap (Field & Welsh 2007). The interval is the difference plus and minus the
+    draws' SD times the quantile of Student's t with one degree of freedom less than slides. `slides` are codes from 0.
     """
-    pairs = [_slide_pairs(labels, slides, scores) for scores in (first, second)]
-    n_slides = len(pairs[0])
-    positives = np.bincount(slides[labels == 1], minlength=n_slides)
-    negatives = np.bincount(slides[labels != 1], minlength=n_slides)
-    draws = np.random.default_rng(0).multinomial(n_slides, np.full(n_slides, 1 / n_slides), DRAWS).astype(np.float64)
+    positives = np.bincount(slides[labels == 1], minlength=len(first)).astype(np.float64)
+    negatives = np.bincount(slides[labels != 1], minlength=len(first)).astype(np.float64)
+    even = np.full(len(first), 1 / len(first))
+    draws = np.random.default_rng(0).multinomial(len(first), even, DRAWS).astype(np.float64)
     total = (draws @ positives) * (draws @ negatives)
     draws, total = draws[total > 0], total[total > 0]
-    drawn = (((draws @ (pairs[0] - pairs[1])) * draws).sum(axis=1)) / total
-    difference = float((pairs[0] - pairs[1]).sum() / (positives.sum() * negatives.sum()))
-    return _difference(difference, float(drawn.std(ddof=1)), stats.t(n_slides - 1), level)
+    drawn = ((draws @ (first - second)) * draws).sum(axis=1) / total
+    difference = float((first - second).sum() / (positives.sum() * negatives.sum()))
+    return _difference(difference, float(drawn.std(ddof=1)), stats.t(len(first) - 1), level)
 
 
-def _slide_pairs(labels: NDArray[np.integer], slides: NDArray[np.integer], scores: Floats) -> Floats:
+def slide_pairs(labels: NDArray[np.integer], slides: NDArray[np.integer], scores: Floats) -> Floats:
     """Return how many pairs of a positive of slide i and a negative of slide j are in order, ties half: (slides, slides).
 
     The AUC of any multiset of slides is a quadratic form of this, so that a draw of the bootstrap costs no sorting.

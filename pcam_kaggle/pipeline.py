@@ -8,10 +8,9 @@ import pandas as pd
 
 from pcam_kaggle import folds as fold_files
 from pcam_kaggle.blend import Method, blend, read_member
-from pcam_kaggle.compare import compare, find_baseline, read_entry, render, table, words
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import Folds, Scheme, groups
+from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import Ids, prepare
 from pcam_kaggle.paths import Data, Workspace
@@ -163,24 +162,6 @@ def run_all(job: Job) -> None:
         print(f"next: compare {job.run / 'metrics.json'} with other runs, or submit {job.target} to Kaggle")
     else:
         print("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
-
-
-def run_compare(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None, form: str) -> str:
-    """Return the comparison of the runs called `names`, all where none is named, rendered in `form`.
-
-    Differences are pooled by slides where `slides` or the baseline's fold file tells them.
-    """
-    runs = workspace.root / "runs"
-    found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-    unknown = [name for name in (*names, baseline) if name and name not in found]
-    if unknown or not found:
-        raise UserError(f"{runs}: holds {', '.join(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
-    chosen = [name for name in found if not names or name in (*names, baseline)]
-    entries = [read_entry(runs / name) for name in chosen]
-    base = find_baseline(entries, baseline)
-    compare(entries, base, read_slides(slides) if slides else groups(workspace.folds / f"{base.scheme}.csv"))
-    sentences = [words(entry, base) for entry in entries if entry is not base]
-    return render(table(entries, base), sentences, form)
 
 
 def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:

@@ -25,6 +25,7 @@ from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.runs import open_run
+from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
 
 
@@ -95,28 +96,30 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
         _keep(folder, learner, log)
 
     source = batches(data, first_epoch=len(log))
-    for epoch in range(len(log), config.epochs):
-        torch.manual_seed(_seed(config, fold, epoch + 1))
-        start = time.perf_counter()
-        loss = train_epoch(learner, source, data.steps, epoch, config)
-        train_seconds = time.perf_counter() - start
-        logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
-        row = {
-            "epoch": epoch + 1,
-            "lr": learning_rate(config, epoch + 1),
-            "train_loss": loss,
-            "valid_auc": auc(valid_labels, logits.double().numpy()),
-            "seconds": round(time.perf_counter() - start, 3),
-            "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
-        }
-        log.append(row)
-        checkpoint.save(last, _state(learner, log))
-        _keep(folder, learner, log)
-        print(
-            f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {row['valid_auc']:.4f}, "
-            f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
-            flush=True,
-        )
+    with Scalars(folder / "events", len(log) + 1) as scalars:
+        for epoch in range(len(log), config.epochs):
+            torch.manual_seed(_seed(config, fold, epoch + 1))
+            start = time.perf_counter()
+            loss = train_epoch(learner, source, data.steps, epoch, config)
+            train_seconds = time.perf_counter() - start
+            logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+            row = {
+                "epoch": epoch + 1,
+                "lr": learning_rate(config, epoch + 1),
+                "train_loss": loss,
+                "valid_auc": auc(valid_labels, logits.double().numpy()),
+                "seconds": round(time.perf_counter() - start, 3),
+                "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
+            }
+            log.append(row)
+            checkpoint.save(last, _state(learner, log))
+            _keep(folder, learner, log)
+            scalars.add(row)
+            print(
+                f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {row['valid_auc']:.4f}, "
+                f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
+                flush=True,
+            )
     metrics = {
         "fold": fold,
         "valid_auc": _best(log)["valid_auc"],

@@ -13,8 +13,9 @@ from conftest import Outcome
 from pcam_kaggle.artifacts import csv_bytes, sha256, write_csv, write_json
 from pcam_kaggle.blend import score
 from pcam_kaggle.cli import main
-from pcam_kaggle.compare import compare, differing, find_baseline, read_entry, words
-from pcam_kaggle.metrics import auc, auc_difference, holm, slide_difference
+from pcam_kaggle.compare import compare, find_baseline, read_entry
+from pcam_kaggle.metrics import Difference, auc, auc_difference, holm, slide_difference, slide_pairs
+from pcam_kaggle.scoreboard import differing, words
 
 N, FOLDS = 900, 3
 RNG = np.random.default_rng(0)
@@ -143,11 +144,14 @@ def test_the_slide_bootstrap_knows_the_difference_and_widens_where_slides_differ
     slides = np.repeat(np.arange(60), 30)
     labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
     first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
-    plain, by_slide = auc_difference(labels, first, second), slide_difference(labels, slides, first, second)
+
+    def by(groups: np.ndarray) -> Difference:
+        return slide_difference(labels, groups, *(slide_pairs(labels, groups, scores) for scores in (first, second)))
+
+    plain, by_slide = auc_difference(labels, first, second), by(slides)
     assert by_slide.value == pytest.approx(plain.value, abs=1e-12)
     assert by_slide.error > 1.5 * plain.error
-    alone = slide_difference(labels, np.arange(1800), first, second)
-    assert alone.error == pytest.approx(plain.error, rel=0.1)
+    assert by(np.arange(1800)).error == pytest.approx(plain.error, rel=0.1)
 
 
 def test_the_bootstrap_draws_whole_slides() -> None:
@@ -156,9 +160,7 @@ def test_the_bootstrap_draws_whole_slides() -> None:
     scores = rng.integers(0, 6, 40).astype(float)
     copied = np.concatenate([np.flatnonzero(slides == slide) for slide in (1, 1, 3, 7)])
     expected = auc(labels[copied], scores[copied])
-    from pcam_kaggle.metrics import _slide_pairs
-
-    pairs = _slide_pairs(labels, slides, scores)
+    pairs = slide_pairs(labels, slides, scores)
     counts = np.bincount([1, 1, 3, 7], minlength=10).astype(float)
     positives, negatives = (counts @ np.bincount(slides[labels == k], minlength=10) for k in (1, 0))
     assert counts @ pairs @ counts / (positives * negatives) == pytest.approx(expected, abs=1e-12)

@@ -7,12 +7,12 @@ import pcam_kaggle
 
 FLOORS = (
     "errors",
-    "artifacts augment config device metrics model paths provenance tta",
-    "backbones checkpoint compare experiments kaggle ledger store synthetic tables",
+    "artifacts augment config device metrics model paths provenance saliency scalars tta",
+    "backbones checkpoint experiments figures kaggle ledger store synthetic tables",
     "engine folds patches",
-    "blend runs submission",
-    "train",
-    "predict",
+    "blend compare runs submission",
+    "scoreboard train",
+    "predict report",
     "pipeline",
     "cli",
     "__main__",

@@ -26,3 +26,14 @@ def test_the_look_at_a_run_runs(pcam: Callable[..., Outcome], tmp_path: Path, mo
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
+
+
+def test_the_comparison_runs(pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pcam("pipeline").status == 0
+    assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
+    monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
+    notebook = nbformat.read(FOLDER / "compare.ipynb", as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    text = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "other" in text
+    assert "difference" in text

@@ -140,6 +140,17 @@ def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tin
     assert stored == pd.read_csv(tmp_path / "fold_2" / "log.csv")["valid_auc"].max()
 
 
+def test_tensorboard_sees_the_log(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train_fold(tmp_path / "fold_0", tiny, store, folds.table, 0, CPU)
+    seen = events.EventAccumulator(str(tmp_path / "fold_0" / "events")).Reload()
+    log = pd.read_csv(tmp_path / "fold_0" / "log.csv")
+    for name in ("valid_auc", "train_loss", "lr"):
+        points = seen.Scalars(name)
+        assert [point.step for point in points] == log["epoch"].tolist()
+        np.testing.assert_allclose([point.value for point in points], log[name], rtol=1e-6)
+
+
 def test_another_config_does_not_go_on_in_the_same_folder(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
 ) -> None:
@@ -159,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
     monkeypatch.setattr(room, "create", broken)
     with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is .* smaller lr"):
         train_fold(tmp_path / "fold_0", tiny, store, folds.table, 0, CPU)
-    assert not (tmp_path / "fold_0").exists()
+    assert not list((tmp_path / "fold_0").glob("*.pt"))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])

@@ -1,0 +1,125 @@
+"""A comparison for people and programs: a table, and what follows from it in words."""
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from pcam_kaggle.compare import Comparison, Entry
+
+LEVEL = 0.05
+# Two-sided 5 % and 80 % power: how many standard errors a difference must be wide to be found four times in five.
+FOUND = 1.96 + 0.84
+FORMATS = ("text", "md", "csv", "json")
+
+
+def words(entry: Entry, base: Entry) -> str:
+    """Return in a sentence what follows from the pooled difference of `entry` to `base`."""
+    if entry.pooled is None:
+        return f"{entry.name}: {entry.problem or entry.apart}."
+    value, low, high, error, _ = entry.pooled
+    span = f"{abs(value):.4f} [{min(abs(low), abs(high)):.4f}, {max(abs(low), abs(high)):.4f}]"
+    if entry.corrected is not None and entry.corrected < LEVEL and low * high > 0:
+        better, worse = (entry, base) if value > 0 else (base, entry)
+        return f"{better.name} is better than {worse.name} by {span}, {_chance(entry.corrected)}."
+    signed = f"{value:+.4f} [{low:+.4f}, {high:+.4f}], {_chance(entry.corrected)}"
+    sentence = f"{entry.name} against {base.name}: no difference that this data can show ({signed})"
+    if not value:
+        return f"{sentence}."
+    assert base.oof is not None
+    patches = len(base.oof)
+    needed = patches * (FOUND * error / abs(value)) ** 2
+    more = max(0, round(needed - patches, 1 - len(str(round(needed)))))
+    return f"{sentence}; were it real, about {more:,.0f} more patches would show it four times in five."
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Return a sentence for every run but the baseline."""
+    return [words(entry, comparison.base) for entry in comparison.entries if entry is not comparison.base]
+
+
+def table(comparison: Comparison) -> pd.DataFrame:
+    """Return one row per entry, best first: AUC per fold, mean, SD, pooled, ranked, differences, costs, and what differs.
+
+    Entries that can't be scored come last, with the reason in `note`. The columns between `differs` and `note` are the
+    config's fields that are not the same everywhere.
+    """
+    entries, base = comparison.entries, comparison.base
+    keys = differing([entry.config for entry in entries if entry.config])
+    rows = []
+    for entry in sorted(entries, key=lambda entry: (bool(entry.problem), -entry.metrics.get("pooled", {}).get("value", 0))):
+        row: dict[str, Any] = {"run": entry.name}
+        if not entry.problem:
+            metrics = entry.metrics
+            row |= {f"fold_{k}": value for k, value in enumerate(metrics["fold_auc"])}
+            row |= {"mean": metrics["mean"], "sd": metrics["sd"]}
+            for kind in ("pooled", "ranked"):
+                row |= {
+                    kind: metrics[kind]["value"],
+                    f"{kind}_low": metrics[kind]["low"],
+                    f"{kind}_high": metrics[kind]["high"],
+                }
+        if entry.pooled:
+            row |= {"difference": entry.pooled.value, "difference_low": entry.pooled.low, "difference_high": entry.pooled.high}
+            row |= {"p": entry.corrected} | {f"difference_{k}": fold.value for k, fold in enumerate(entry.folds)}
+        row |= entry.costs | {"differs": len(keys)} | {key: entry.config.get(key) for key in keys}
+        row["note"] = entry.problem or entry.apart or ("the baseline" if entry is base else "")
+        rows.append(row)
+    every = dict.fromkeys(column for row in rows for column in row)
+    ends = ["differs", *keys, "note"]
+    return pd.DataFrame(rows, columns=[*(column for column in every if column not in ends), *ends])
+
+
+def differing(configs: list[dict[str, Any]]) -> list[str]:
+    """Return the config keys that are not the same in all of `configs`."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
+
+
+def render(comparison: Comparison, form: str) -> str:
+    """Return `comparison` as `text`, `md`, `csv` or `json`; only the latter two hold every column in full."""
+    rows, sentences = table(comparison), verdicts(comparison)
+    if form == "csv":
+        return rows.to_csv(index=False)
+    if form == "json":
+        records = json.loads(rows.to_json(orient="records", double_precision=15))
+        return json.dumps({"runs": records, "words": sentences}, indent=2, ensure_ascii=False) + "\n"
+    shown = _shown(rows)
+    if form == "md":
+        lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+        return (
+            "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(f"- {s}" for s in sentences) + "\n"
+        )
+    return shown.to_string(index=False) + "\n\n" + "\n".join(sentences) + "\n"
+
+
+def _shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that a person reads, as text: intervals beside their values, empty where nothing is known."""
+
+    def text(column: str, form: str) -> pd.Series:
+        return rows[column].map(lambda value: "" if pd.isna(value) else format(value, form)).astype(str)
+
+    def spanned(column: str, form: str) -> pd.Series:
+        span = text(column, form) + " [" + text(f"{column}_low", form) + ", " + text(f"{column}_high", form) + "]"
+        return span.where(rows[column].notna(), "")
+
+    shown = pd.DataFrame({"run": rows["run"]})
+    for column in [column for column in rows if column.startswith("fold_") and column != "fold_seed"]:
+        shown[column.replace("_", " ")] = text(column, ".4f")
+    if "mean" in rows:
+        shown["mean ± SD"] = (text("mean", ".4f") + " ± " + text("sd", ".4f")).where(rows["mean"].notna(), "")
+        shown["pooled"], shown["ranked"] = spanned("pooled", ".4f"), text("ranked", ".4f")
+    if "difference" in rows:
+        shown["difference"], shown["p"] = spanned("difference", "+.4f"), text("p", ".2g")
+    for column, form in (("minutes", ".1f"), ("parameters", ",.0f"), ("images_per_second", ",.0f")):
+        if column in rows:
+            shown[column.replace("images_per_second", "images/s")] = text(column, form)
+    known = list(rows.columns)
+    for column in known[known.index("differs") + 1 : known.index("note")]:
+        shown[column] = rows[column].map(lambda value: "" if pd.isna(value) else str(value))
+    shown["note"] = rows["note"]
+    return shown
+
+
+def _chance(p: float | None) -> str:
+    return "p < 0.0001" if p is not None and p < 1e-4 else f"p = {p:.2g}"
