@@ -99,10 +99,13 @@ def test_climbing_falls_back_to_the_mean_within_the_noise(tmp_path: Path) -> Non
 
 
 def test_weights_of_a_fold_do_not_see_its_labels() -> None:
-    values = np.stack([member(f"m{n}", 2, n).oof["probability"] for n in range(4)])
-    blended, _ = cross_climb(LABELS, FOLD, values)
+    values = np.stack([member(f"m{n}", 1 + n, n).oof["probability"] for n in range(4)])
     inside = FOLD == 1
-    others, _ = cross_climb(np.where(inside, np.roll(LABELS, 3), LABELS), FOLD, values)
+    # A member that knows the labels of one fold alone: only weights that see them would use it there.
+    spy = np.where(inside, LABELS, np.random.default_rng(9).random(N))
+    values = np.vstack([values, spy])
+    blended, _ = cross_climb(LABELS, FOLD, values)
+    others, _ = cross_climb(np.where(inside, 1 - LABELS, LABELS), FOLD, values)
     np.testing.assert_array_equal(blended[inside], others[inside])
     assert climb(LABELS, values).sum() == pytest.approx(1)
 
