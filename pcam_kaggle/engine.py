@@ -57,20 +57,17 @@ class TrainBatches(Dataset):
 def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of `data` from `first_epoch` on, augmented in worker processes that live through all epochs."""
     workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+    # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
+    cv2.setNumThreads(0)
     yield from DataLoader(
         data,
         batch_size=None,
         sampler=range(first_epoch * data.steps, len(data)),
         num_workers=workers,
         prefetch_factor=4,
-        worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # Else the loader draws from the stream that dropout draws from.
     )
-
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)
 
 
 def learning_rate(config: Config, progress: float) -> float:

@@ -180,6 +180,8 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
     digests: list[bytes] = []
     problems: list[Problem] = []
     workers = min(os.cpu_count() or 1, len(files))
+    # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
+    cv2.setNumThreads(0)
     with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_pack_chunk, files, starts, [target] * len(files), [ids] * len(files))
         for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2, disable=None), strict=True):
@@ -189,7 +191,6 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
 
 
 def _pack_chunk(files: list[Path], start: int, target: Path, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
-    cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     packed = np.load(target, mmap_mode="r+")
     digests: list[bytes] = []

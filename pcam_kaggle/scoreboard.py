@@ -84,7 +84,7 @@ def render(comparison: Comparison, form: str) -> str:
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
         return json.dumps({"runs": records, "words": sentences}, indent=2, ensure_ascii=False) + "\n"
-    shown = _shown(rows)
+    shown = shown_columns(rows)
     if form == "md":
         lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
         return (
@@ -93,7 +93,7 @@ def render(comparison: Comparison, form: str) -> str:
     return shown.to_string(index=False) + "\n\n" + "\n".join(sentences) + "\n"
 
 
-def _shown(rows: pd.DataFrame) -> pd.DataFrame:
+def shown_columns(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the columns that a person reads, as text: intervals beside their values, empty where nothing is known."""
 
     def text(column: str, form: str) -> pd.Series:

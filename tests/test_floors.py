@@ -7,12 +7,13 @@ import pcam_kaggle
 
 FLOORS = (
     "errors",
-    "artifacts augment config device metrics model paths provenance saliency scalars tta",
-    "backbones checkpoint experiments figures kaggle ledger store synthetic tables",
-    "engine folds patches",
+    "artifacts augment config device metrics model paths provenance saliency scalars svg tta",
+    "backbones checkpoint curves experiments kaggle ledger store synthetic tables",
+    "engine figures folds patches",
     "blend compare runs submission",
     "scoreboard train",
-    "predict report",
+    "mistakes predict",
+    "report",
     "pipeline",
     "cli",
     "__main__",

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,6 +71,12 @@ def test_batches_do_not_depend_on_workers(
     for (patches, targets), (others, same) in zip(*seen, strict=True):
         assert torch.equal(patches, others)
         assert torch.equal(targets, same)
+
+
+def test_workers_start_after_opencv_has_used_its_threads(store: PatchStore, folds: Folds, tiny: Config) -> None:
+    cv2.setNumThreads(4)
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
+    assert len(list(batches(train_batches(store, folds, tiny), 0))) == 6
 
 
 def test_each_epoch_takes_every_patch_once_in_a_new_order(store: PatchStore, folds: Folds, tiny: Config) -> None:

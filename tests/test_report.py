@@ -1,0 +1,267 @@
+"""The report: one file, whole, with every figure, in a real browser; and the map of what a net looked at."""
+
+import html
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Outcome
+from torch import Tensor, nn
+
+from pcam_kaggle.compare import Comparison, Entry, compare_runs
+from pcam_kaggle.config import Config
+from pcam_kaggle.curves import Reference, learning, precision_recall, roc
+from pcam_kaggle.figures import calibration_error, correlation, cv_against_lb, histogram, reliability, slide_aucs
+from pcam_kaggle.model import BottleneckCNN
+from pcam_kaggle.paths import Workspace
+from pcam_kaggle.report import write_report
+from pcam_kaggle.saliency import feature_module, grad_cam
+
+MOST_BYTES = 3_000_000
+FIGURES = [
+    *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
+    *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
+    *("AUC of other by slide", "Heat map of the correlation between runs", "Kaggle's scores against the OOF AUC"),
+]
+
+
+@pytest.fixture
+def workspace(data: object, pcam: Callable[..., Outcome], tmp_path: Path) -> Workspace:
+    """Return a workspace with slides, two finished runs, one of one fold, one damaged, and a ledger with scores."""
+    ids = pd.read_csv(tmp_path / "data" / "train_labels.csv")["id"]
+    slides = pd.DataFrame({"id": ids, "wsi": [f"slide_{n // 4}" for n in range(len(ids))]})
+    slides.to_csv(tmp_path / "data" / "patch_id_wsi.csv", index=False)
+    for arguments in ([], ["--set", "lr=0.01", "--name", "other"], ["--name", "half", "--folds", "0"]):
+        outcome = pcam("pipeline", *arguments)
+        assert outcome.status == 0, outcome.err
+    work = tmp_path / "work"
+    shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
+    (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
+    scores = {
+        "name": ["bottleneck", "other"],
+        "oof_auc": [0.5, 0.6],
+        "public_score": [0.5, 0.7],
+        "private_score": [np.nan, 0.6],
+    }
+    pd.DataFrame(scores).to_csv(work / "submissions" / "ledger.csv", index=False)
+    return Workspace(work, work / "store")
+
+
+def made(workspace: Workspace, *names: str) -> str:
+    """Return the report on `names`."""
+    target = workspace.root / "reports" / "runs.html"
+    write_report(compare_runs(workspace, list(names), None, None), workspace, target)
+    assert [path.name for path in target.parent.iterdir()] == ["runs.html"]
+    return target.read_text(encoding="utf-8")
+
+
+def alternatives(page: str) -> list[str]:
+    """Return the text alternative of every figure in `page`, each of which must have one."""
+    found = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
+    assert len(found) == page.count("<svg")
+    return [html.unescape(text) for text in found]
+
+
+def test_the_report_holds_every_figure_and_nothing_from_outside(workspace: Workspace) -> None:
+    page = made(workspace)
+    assert len(page.encode()) < MOST_BYTES
+    texts = alternatives(page)
+    for figure in FIGURES:
+        assert any(text.startswith(f"{figure}. ") for text in texts), figure
+    images = re.findall(r"<img [^>]*>", page)
+    assert len(images) == 24
+    for image in images:
+        assert re.search(r'src="data:image/jpeg;base64,/9j/[^"]{500,}"', image)
+        assert re.search(r'alt="[^"]{20,}"', image)
+    links = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)', page)
+    assert links
+    assert all(link.startswith(("#", "data:")) for pair in links for link in pair if link)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
+    assert used <= set(ids)
+    assert "aria-sort" in page
+    assert "Left out" not in page
+
+
+def test_what_can_not_be_scored_stands_in_the_table_with_its_reason(workspace: Workspace) -> None:
+    page = made(workspace)
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("</tr>")]
+    assert any(row.startswith("half unfinished: folds 1, 2 are to be trained") for row in rows)
+    assert any(row.startswith("broken damaged: oof.csv") for row in rows)
+    assert page.index("<li>") < page.index("<table>")
+
+
+def test_what_is_lacking_is_said(workspace: Workspace) -> None:
+    page = made(workspace, "bottleneck")
+    assert "takes two runs" in page
+    (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
+    (workspace.submissions / "ledger.csv").write_text("name\n")
+    for file in workspace.folds.iterdir():
+        file.unlink()
+    page = made(workspace, "bottleneck")
+    for reason in ("no such checkpoint", "ledger.csv can&#39;t be read", "knows slides"):
+        assert reason in page
+    shutil.rmtree(workspace.store)
+    assert "no patch store" in made(workspace, "bottleneck")
+
+
+def test_a_blend_has_no_net_to_look_into(pcam: Callable[..., Outcome], workspace: Workspace) -> None:
+    outcome = pcam("blend", "bottleneck", "other", "--name", "both")
+    assert outcome.status == 0, outcome.err
+    page = made(workspace, "both")
+    assert "both is a blend, which has no net of its own" in page
+    assert "a blend trains nothing" in page
+
+
+def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
+    oof = pd.DataFrame({"id": list("abcd"), "label": [0, 1, 0, 1], "fold": [0, 0, 1, 1], "probability": [0.1, 0.9, 0.6, 0.4]})
+    estimate = {"value": 0.5, "low": 0.0, "high": 1.0}
+    metrics = {"fold_auc": [1.0, 0.0], "mean": 0.5, "sd": 0.7, "pooled": estimate, "ranked": estimate}
+    entry = Entry('<script>"&', metrics=metrics, oof=oof)
+    write_report(Comparison([entry], entry), Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<script>") == 1
+    assert any('<script>"&' in text for text in alternatives(page))
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it_without_an_error(workspace: Workspace, width: int, dark: bool, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    page = made(workspace)
+    if dark:
+        page = page.replace("(prefers-color-scheme: dark)", "(min-width: 1px)")
+    probe = """<script>
+    const heads = [...document.querySelectorAll("th button")];
+    heads.find((head) => head.textContent.trim() === "pooled").click();
+    const first = document.querySelector("tbody th").textContent.trim().split(" ")[0];
+    const shown = [...document.querySelectorAll("figure svg, figure img")].filter((each) => each.getBoundingClientRect().width);
+    const root = document.documentElement;
+    parent.document.title = [root.clientWidth, root.scrollWidth, shown.length, first,
+      document.querySelector("th[aria-sort]").textContent.trim()].join("|");
+    </script></body>"""
+    file, shot = tmp_path / "probed.html", tmp_path / "shot.png"
+    file.write_text(page.replace("</body>", probe), encoding="utf-8")
+    # Without a screenshot no window gets narrower than 500 px, but a frame does.
+    framed = tmp_path / "framed.html"
+    frame = f'<iframe width="{width}" height="3000" style="border: 0" srcdoc="{html.escape(file.read_text(encoding="utf-8"))}">'
+    framed.write_text(f"<!doctype html><title>none</title>{frame}</iframe>", encoding="utf-8")
+    command = [
+        *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+        *("--enable-logging=stderr", "--virtual-time-budget=3000"),
+        *(f"--window-size={width},3000", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
+    ]
+    drawn = subprocess.run(
+        [*command, f"--screenshot={shot}", str(file)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in drawn.stderr
+    assert shot.stat().st_size > 20_000
+    dumped = subprocess.run([*command, "--dump-dom", framed], capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(\S*?)</title>", dumped.stdout)
+    assert title, dumped.stdout[:500]
+    inner, needed, shown, first, sorted_by = title.group(1).split("|")
+    assert int(inner) == int(needed) == width
+    assert int(shown) == page.count("<svg") + page.count("<img")
+    pooled = compare_runs(workspace, [], None, None).entries
+    lowest = min((entry for entry in pooled if not entry.problem), key=lambda entry: entry.metrics["pooled"]["value"])
+    assert (first, sorted_by) == (lowest.name, "pooled")
+
+
+def test_figures_of_all_patches_are_small() -> None:
+    rng = np.random.default_rng(0)
+    n = 201_799
+    labels = rng.integers(0, 2, n)
+    values = 1 / (1 + np.exp(-(rng.normal(size=n) + 2 * labels - 1)))
+    oof = pd.DataFrame({"id": [f"{k:06d}" for k in range(n)], "label": labels, "fold": np.arange(n) % 5, "probability": values})
+    slides = pd.DataFrame({"id": oof["id"], "wsi": [f"slide_{k % 200}" for k in range(n)]})
+    other = Reference("base", oof)
+    plots = [roc("a", oof, other), precision_recall("a", oof, other), histogram("a", oof), reliability("a", oof)]
+    plots += [slide_aucs("a", oof, slides), correlation(["a", "b"], np.stack([values, -values]))]
+    sizes = [len(plot.svg) for plot in plots if plot]
+    assert len(sizes) == 6
+    assert max(sizes) < 60_000
+    assert "-1.000" in plots[-1].svg
+
+
+def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
+    probabilities = np.repeat([0.2, 0.8], 100)
+    labels = np.concatenate([np.arange(100) < 20, np.arange(100) < 80]).astype(int)
+    assert calibration_error(labels, probabilities) == pytest.approx(0)
+    assert calibration_error(1 - labels, probabilities) == pytest.approx(0.6)
+
+
+def test_slides_of_one_label_are_left_out() -> None:
+    oof = pd.DataFrame({"id": list("abcdef"), "label": [0, 1, 0, 1, 0, 0], "probability": [0.1, 0.9, 0.6, 0.4, 0.5, 0.5]})
+    slides = pd.DataFrame({"id": list("abcdef"), "wsi": ["one", "one", "two", "two", "three", "three"]})
+    plot = slide_aucs("run", oof, slides)
+    assert plot
+    assert "2 slides, median 0.5000" in plot.caption
+    assert "lowest 0.0000 (two); left out for having one label only: 1." in plot.caption
+    assert slide_aucs("run", oof, slides.iloc[4:]) is None
+
+
+def test_the_ledger_is_ranked_from_four_submissions_on() -> None:
+    ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": [0.1, 0.2, 0.3, 0.4], "public_score": [0.2, 0.1, 0.3, 0.4]})
+    ledger["private_score"] = [np.nan, 0.1, 0.2, 0.3]
+    caption = cv_against_lb(ledger).caption
+    assert caption == "Public: 4 submissions, Spearman's rank correlation 0.80; private: 3 submissions."
+
+
+def test_a_learning_curve_names_its_best_epoch() -> None:
+    log = pd.DataFrame({"epoch": [1.0, 2.0, 3.0], "train_loss": [0.5, 0.4, 0.3], "valid_auc": [0.8, 0.9, 0.85]})
+    assert "(0.9000) after epoch 2." in learning("run", {"fold_0": log}).caption
+
+
+class Darkness(nn.Module):
+    """A net whose logit is how much of an image is dark; a second channel answers to what is bright and is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 2, 3, padding=1, padding_mode="replicate")
+        self.body = nn.Sequential(conv, nn.ReLU(inplace=True), nn.AvgPool2d(4))
+        self.after = nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+        with torch.no_grad():
+            conv.weight.copy_(torch.stack([torch.full((3, 3, 3), -1 / 27), torch.full((3, 3, 3), 1 / 27)]))
+            conv.bias.copy_(torch.tensor([1.0, 0.0]))
+            self.after[3].weight.copy_(torch.tensor([[1.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.body(x)).squeeze(1)
+
+
+@pytest.mark.parametrize(("top", "left"), [(8, 40), (32, 16), (48, 48)])
+def test_the_map_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
+    images = torch.ones(1, 3, 64, 64)
+    images[..., top : top + 8, left : left + 8] = 0
+    heat = grad_cam(Darkness().eval(), images, torch.ones(1))[0]
+    assert heat.shape == (64, 64)
+    assert float(heat.max()) == pytest.approx(1)
+    row, column = divmod(int(heat.argmax()), 64)
+    assert top <= row < top + 8
+    assert left <= column < left + 8
+    assert heat[:, : left - 4].max() < 0.1
+    assert not grad_cam(Darkness().eval(), images, -torch.ones(1)).any()
+
+
+def test_the_map_leaves_the_net_as_it_was(tiny: Config) -> None:
+    net = BottleneckCNN(tiny.n_blocks, tiny.width, side=tiny.side, hidden=tiny.hidden).eval()
+    images = torch.rand(3, 3, 32, 32)
+    before = net(images)
+    heat = grad_cam(net, images, torch.tensor([1.0, -1.0, 1.0]))
+    assert heat.shape == (3, 32, 32)
+    assert torch.equal(net(images), before)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert feature_module(net, images) is net.blocks
+    with pytest.raises(ValueError, match="more than one position"):
+        grad_cam(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), images, torch.ones(3))
