@@ -110,11 +110,15 @@ def slide_pairs(labels: NDArray[np.integer], slides: NDArray[np.integer], scores
     ranked, of_negatives = scores[~positive][order], slides[~positive][order]
     below = np.searchsorted(ranked, scores[positive], "left")
     up_to = np.searchsorted(ranked, scores[positive], "right")
+    of_positives = slides[positive]
+    by_slide = np.argsort(of_positives, kind="stable")
+    bounds = np.searchsorted(of_positives[by_slide], np.arange(n_slides + 1))
     pairs = np.zeros((n_slides, n_slides))
-    for slide in np.unique(slides[positive]):
-        inside = slides[positive] == slide
-        reach = np.bincount(np.concatenate([below[inside], up_to[inside]]), minlength=len(ranked) + 1) / 2
-        above = reach[::-1].cumsum()[::-1][1:]
+    for slide in range(n_slides):
+        own = by_slide[bounds[slide] : bounds[slide + 1]]
+        reach = np.bincount(np.concatenate([below[own], up_to[own]]), minlength=len(ranked) + 1)
+        # Of a slide's positives, those above the k-th negative are those that do not end at or before it.
+        above = len(own) - reach[:-1].cumsum() / 2
         pairs[slide] = np.bincount(of_negatives, weights=above, minlength=n_slides)
     return pairs
 

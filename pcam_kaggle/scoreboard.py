@@ -61,7 +61,10 @@ def table(comparison: Comparison) -> pd.DataFrame:
                 }
         if entry.pooled:
             row |= {"difference": entry.pooled.value, "difference_low": entry.pooled.low, "difference_high": entry.pooled.high}
-            row |= {"p": entry.corrected} | {f"difference_{k}": fold.value for k, fold in enumerate(entry.folds)}
+            row["p"] = entry.corrected
+            for k, fold in enumerate(entry.folds):
+                row |= {f"difference_{k}": fold.value, f"difference_{k}_low": fold.low, f"difference_{k}_high": fold.high}
+                row[f"p_{k}"] = fold.p
         row |= entry.costs | {"differs": len(keys)} | {key: entry.config.get(key) for key in keys}
         row["note"] = entry.problem or entry.apart or ("the baseline" if entry is base else "")
         rows.append(row)
@@ -84,13 +87,26 @@ def render(comparison: Comparison, form: str) -> str:
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
         return json.dumps({"runs": records, "words": sentences}, indent=2, ensure_ascii=False) + "\n"
-    shown = shown_columns(rows)
+    tables = [shown for shown in (shown_columns(rows), fold_differences(comparison)) if len(shown)]
     if form == "md":
-        lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
-        return (
-            "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(f"- {s}" for s in sentences) + "\n"
-        )
-    return shown.to_string(index=False) + "\n\n" + "\n".join(sentences) + "\n"
+        return "\n".join([*map(_markdown, tables), *(f"- {sentence}" for sentence in sentences)]) + "\n"
+    return "\n\n".join([*(shown.to_string(index=False) for shown in tables), "\n".join(sentences)]) + "\n"
+
+
+def fold_differences(comparison: Comparison) -> pd.DataFrame:
+    """Return, as text, each paired run's AUC minus the baseline's in every fold, with DeLong's 95 % interval."""
+    rows = [
+        {f"minus {comparison.base.name}": entry.name}
+        | {f"fold {k}": f"{fold.value:+.4f} [{fold.low:+.4f}, {fold.high:+.4f}]" for k, fold in enumerate(entry.folds)}
+        for entry in comparison.entries
+        if entry.pooled
+    ]
+    return pd.DataFrame(rows)
+
+
+def _markdown(shown: pd.DataFrame) -> str:
+    lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def shown_columns(rows: pd.DataFrame) -> pd.DataFrame:
