@@ -126,9 +126,14 @@ def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
 
 
 def groups(file: Path) -> pd.DataFrame | None:
-    """Return the slides (id, wsi) that the fold file was drawn with, None where it knows none or is not there."""
+    """Return the slides (id, wsi) that the fold file was drawn with, None where it knows none or is not there.
+
+    Ids that the slide map lacked are left out: of which slides they are is not known.
+    """
     table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else pd.DataFrame()
-    return table.rename(columns={"group": "wsi"})[["id", "wsi"]] if "group" in table else None
+    if "group" not in table:
+        return None
+    return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})
 
 
 def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ from pcam_kaggle import curves, figures
 from pcam_kaggle.artifacts import write
 from pcam_kaggle.compare import Comparison, Entry
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import UNMAPPED, groups
+from pcam_kaggle.folds import groups
 from pcam_kaggle.ledger import NAME as LEDGER
 from pcam_kaggle.mistakes import LABELLED_SIDE, Mistake, most_wrong
 from pcam_kaggle.paths import Workspace
@@ -115,7 +115,7 @@ def _slides(entries: list[Entry], workspace: Workspace) -> Section:
     for entry in entries:
         slides = groups(workspace.folds / f"{entry.scheme}.csv") if entry.oof is not None and not entry.problem else None
         if slides is not None and entry.oof is not None:
-            plot = figures.slide_aucs(entry.name, entry.oof, slides[slides["wsi"] != UNMAPPED])
+            plot = figures.slide_aucs(entry.name, entry.oof, slides)
             section.plots += [plot] if plot else []
     if not section.plots:
         section.text = "Left out: no fold file of these runs knows slides that have patches of both labels."

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import UNMAPPED, Scheme, draw, load, make
+from pcam_kaggle.folds import UNMAPPED, Scheme, draw, groups, load, make
 from pcam_kaggle.tables import read_labels, read_slides
 
 PLAIN = Scheme(n_splits=5, seed=42, by_slide=False)
@@ -60,6 +60,9 @@ def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.
     assert set(lacking["id"]) == set(slides["id"][:50])
     assert len(set(lacking["fold"])) == 1
     assert make(labels, SLIDES, known, tmp_path)[0].manifest["unmapped"] == 50
+    pd.testing.assert_frame_equal(
+        groups(tmp_path / f"{SLIDES.name}.csv").reset_index(drop=True), known.sort_values("id", ignore_index=True)
+    )
     with pytest.raises(UserError, match="lacks 300"):
         draw(labels, SLIDES, slides.iloc[300:])
 
