@@ -7,14 +7,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]
+from pcam_kaggle.stain import STAINS, Image, Images, restain
 
-# Optical density of each 8-bit level; the added one keeps black finite.
-DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
-
-# Rows are the optical densities of haematoxylin, eosin and the residual in R, G, B (Ruifrok & Johnston 2001, table 1).
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+Targets = NDArray[np.float32]
 
 
 class StainJitter(A.ImageOnlyTransform):
@@ -33,20 +28,18 @@ class StainJitter(A.ImageOnlyTransform):
         factors = 1 + self.strength * self.random_generator.uniform(-1, 1, 3)
         offsets = 0.4 * self.strength * self.random_generator.uniform(-1, 1, 3)
         matrix = np.linalg.inv(STAINS) @ np.diag(factors) @ STAINS
-        affine = np.column_stack([matrix.T, offsets @ STAINS]).astype(np.float32)
-        return {"affine": affine}
+        return {"affine": np.column_stack([matrix.T, offsets @ STAINS])}
 
-    def apply(self, img: Image, affine: NDArray[np.float32], **params: Any) -> Image:
+    def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
         """Return `img` with the drawn map applied to its optical density."""
-        light = cv2.exp(-cv2.transform(DENSITY[img], affine)) * 256 - 1
-        return np.clip(np.rint(light), 0, 255).astype(np.uint8)
+        return restain(img, affine)
 
 
-def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float) -> A.Compose:
+def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float, degrade: float) -> A.Compose:
     """Return the random augmentation of one train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
 
-    The centre moves by at most `shift` px on each axis, then one of the square's eight symmetries, then stain and colour.
-    Beyond the patch's edge lies its reflection.
+    The centre moves by at most `shift` px on each axis, then one of the square's eight symmetries, then stain and colour,
+    then, each with the chance `degrade`, a blur and a JPEG's losses. Beyond the patch's edge lies its reflection.
     """
     reach = side + 2 * shift
     return A.Compose(
@@ -62,11 +55,22 @@ def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float
                 hue=(0.0, 0.0),
                 p=1.0,
             ),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=degrade),
+            A.ImageCompression(quality_range=(40, 95), p=degrade),
         ]
     )
 
 
-def centre(images: Image, side: int) -> Image:
+def mixup(images: Images, targets: Targets, alpha: float, rng: np.random.Generator) -> tuple[Images, Targets]:
+    """Return `images` (n, h, w, 3) and `targets` (n,) mixed pairwise by a share from Beta(alpha, alpha) (Zhang et al. 2018)."""
+    if not alpha:
+        return images, targets
+    share, partners = np.float32(rng.beta(alpha, alpha)), rng.permutation(len(images))
+    mixed = cv2.addWeighted(images.reshape(-1), float(share), images[partners].reshape(-1), float(1 - share), 0)
+    return mixed.reshape(images.shape), share * targets + (1 - share) * targets[partners]
+
+
+def centre(images: Images, side: int) -> Images:
     """Return the centre square of `side` px of `images` (…, height, width, 3): what evaluation sees."""
     top, left = (images.shape[-3] - side) // 2, (images.shape[-2] - side) // 2
     return images[..., top : top + side, left : left + side, :]

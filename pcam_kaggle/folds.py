@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from sklearn.cluster import KMeans
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.stain import stain_vectors
+from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import labels_sha256, read_numbers
 
 UNMAPPED = "unmapped"
+STAIN_GROUPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +25,12 @@ class Scheme:
 
     n_splits: int
     seed: int
-    by_slide: bool
+    kind: Literal["stratified", "slides", "stain"]
 
     @property
     def name(self) -> str:
-        """`stratified_5_42`, or `slides_5_42` where patches of one slide share a fold."""
-        return f"{'slides' if self.by_slide else 'stratified'}_{self.n_splits}_{self.seed}"
+        """`stratified_5_42`; `slides_5_42`, `stain_5_42` where patches of one slide or of like stain share a fold."""
+        return f"{self.kind}_{self.n_splits}_{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,19 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
             "a fold holds one label alone, since slides are too few or too uneven; use --set n_splits=… or fold_seed=…"
         )
     return table
+
+
+def stain_groups(store: PatchStore) -> pd.DataFrame:
+    """Return a map like one of slides, columns id and wsi, that gives every train patch one of 50 groups of like stain.
+
+    Groups are clusters (k-means, seed 0) of the patches' stain vectors. They stand in for slides where no map is at hand:
+    a slide is stained and scanned once, so its patches are more alike than those of two slides.
+    """
+    ids = store.ids("train")
+    rows = store.rows("train", ids)
+    vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
+    clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
+    return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
 
 
 def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:

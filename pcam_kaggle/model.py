@@ -1,9 +1,14 @@
 """The convolutional net, written out: a stem, blocks that double the filters and halve the side, and a sized head."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool
 
 # Mean and standard deviation of R, G and B over the competition's train patches, to two digits.
 IMAGE_MEAN = (0.70, 0.54, 0.70)
@@ -56,47 +61,19 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-class Plain(nn.Module):
-    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w)."""
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What a net is built of: `lift` reads the image, `conv` and `norm` maps, `pool` makes a vector of a map.
 
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.act1 = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act1(self.bn1(self.conv1(x)))
-
-
-class Bottleneck(nn.Module):
-    """1x1 → 3x3 → 1x1 with a shortcut (He et al. 2016, figure 5, right); a quarter of the filters inside.
-
-    Shape (n, in_channels, h, w) to (n, channels, h, w). The last norm starts at zero, the block as its shortcut (Goyal et
-    al. 2017, section 5.1).
+    Called as lift(in_channels, channels, kernel_size), conv likewise, norm(channels), pool(); `factor` is how many entries
+    of the pooled vector a channel gives.
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        inner = channels // 4
-        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.act3 = nn.ReLU(inplace=True)
-        self.shortcut: nn.Module = nn.Identity()
-        if in_channels != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act1(self.bn1(self.conv1(x)))
-        out = self.act2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.act3(out + self.shortcut(x))
+    lift: Callable[[int, int, int], nn.Module]
+    conv: Callable[[int, int, int], nn.Module]
+    norm: Callable[[int], nn.Module]
+    pool: Callable[[], nn.Module]
+    factor: float
 
 
 class MeanMaxPool(nn.Module):
@@ -109,14 +86,64 @@ class MeanMaxPool(nn.Module):
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
 
-BODIES = {"plain": Plain, "bottleneck": Bottleneck}
+def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
+    return nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
 
 
-class BottleneckCNN(nn.Module):
-    """Stem, blocks, head: RGB (n, 3, side, side) in [0, 1] to one logit each, shape (n,).
+LAYERS = {
+    "none": Layers(_conv, _conv, nn.BatchNorm2d, MeanMaxPool, 2),
+    "d4": Layers(partial(GroupConv2d, lifts=True), GroupConv2d, GroupNorm2d, GroupPool, 2 / ORDER),
+}
+
+
+class Plain(nn.Module):
+    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w)."""
+
+    def __init__(self, in_channels: int, channels: int, layers: Layers) -> None:
+        super().__init__()
+        self.conv1 = layers.conv(in_channels, channels, 3)
+        self.bn1 = layers.norm(channels)
+        self.act1 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.conv1(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1 → 3x3 → 1x1 with a shortcut (He et al. 2016, figure 5, right); inside, channels / `squeeze` filters.
+
+    Shape (n, in_channels, h, w) to (n, channels, h, w). The last norm starts at zero, the block as its shortcut (Goyal et
+    al. 2017, section 5.1).
+    """
+
+    def __init__(self, in_channels: int, channels: int, layers: Layers, squeeze: int) -> None:
+        super().__init__()
+        inner = channels // squeeze
+        self.conv1 = layers.conv(in_channels, inner, 1)
+        self.bn1 = layers.norm(inner)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = layers.conv(inner, inner, 3)
+        self.bn2 = layers.norm(inner)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = layers.conv(inner, channels, 1)
+        self.bn3 = layers.norm(channels)
+        self.act3 = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            self.shortcut = nn.Sequential(layers.conv(in_channels, channels, 1), layers.norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.act2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.act3(out + self.shortcut(x))
+
+
+class Stream(nn.Module):
+    """Stem, blocks, pooling on the centre square of `side` px: images (n, 3, h, w) to vectors (n, `features`).
 
     The stem and every block halve the side by max pooling; block i has min(width 2^i, max_width) filters in `depth`
-    bodies. The head flattens or pools what is left and has one hidden layer, dropout before each linear one.
+    bodies. The end pools over positions or, with `head` flatten, keeps them all.
 
     Raises UserError where the side is too small for `n_blocks`.
     """
@@ -124,26 +151,26 @@ class BottleneckCNN(nn.Module):
     def __init__(
         self,
         n_blocks: int,
-        width: int = 32,
+        width: int,
         *,
-        side: int = 96,
-        body: str = "bottleneck",
-        depth: int = 1,
-        max_width: int = 512,
-        pool_first: bool = False,
-        head: str = "pool",
-        hidden: int = 128,
-        dropout: float = 0.3,
+        side: int,
+        body: str,
+        depth: int,
+        max_width: int,
+        squeeze: int,
+        pool_first: bool,
+        head: str,
+        layers: Layers,
     ) -> None:
         super().__init__()
         if n_blocks > most_blocks(side):
             raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most_blocks(side)} fit")
-        make = BODIES[body]
+        make = Plain if body == "plain" else partial(Bottleneck, squeeze=squeeze)
+        self.side = side
         shape = (side, side)
 
-        conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        norm, act, pool = nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(POOL_SIZE)
-        self.normalize = Normalize()
+        conv = layers.lift(3, width, 3)
+        norm, act, pool = layers.norm(width), nn.ReLU(inplace=True), nn.MaxPool2d(POOL_SIZE)
         self.stem = nn.Sequential(conv, pool, norm, act) if pool_first else nn.Sequential(conv, norm, act, pool)
         shape = conv_output_shape(shape, 3, padding=1)
         shape = conv_output_shape(shape, POOL_SIZE, stride=POOL_SIZE)
@@ -152,17 +179,67 @@ class BottleneckCNN(nn.Module):
         channels = width
         for _ in range(n_blocks):
             wider = min(2 * channels, max_width)
-            bodies = [make(channels, wider), *(make(wider, wider) for _ in range(depth - 1))]
+            bodies = [make(channels, wider, layers), *(make(wider, wider, layers) for _ in range(depth - 1))]
             self.blocks.append(nn.Sequential(*bodies, nn.MaxPool2d(POOL_SIZE)))
             shape = conv_output_shape(shape, 3, padding=1)
             shape = conv_output_shape(shape, POOL_SIZE, stride=POOL_SIZE)
             channels = wider
+        self.end = layers.pool() if head == "pool" else nn.Flatten()
+        self.features = int(layers.factor * channels) if head == "pool" else channels * shape[0] * shape[1]
 
-        features = 2 * channels if head == "pool" else channels * shape[0] * shape[1]
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = (x.shape[2] - self.side) // 2, (x.shape[3] - self.side) // 2
+        return self.end(self.blocks(self.stem(x[:, :, top : top + self.side, left : left + self.side])))
+
+
+class BottleneckCNN(nn.Module):
+    """One stream or two, and a head: RGB (n, 3, side, side) in [0, 1] to one logit each, shape (n,).
+
+    With `centre` a second stream of one block less reads the centre square of that side, which alone decides the label,
+    beside the context. The head has one hidden layer, dropout before each linear one. With `symmetry` d4 the logit is the
+    same under the square's eight symmetries.
+
+    Raises UserError where a side is too small for its blocks.
+    """
+
+    def __init__(
+        self,
+        n_blocks: int,
+        width: int = 32,
+        *,
+        side: int = 96,
+        centre: int = 0,
+        body: str = "bottleneck",
+        symmetry: str = "none",
+        depth: int = 1,
+        max_width: int = 512,
+        squeeze: int = 4,
+        pool_first: bool = False,
+        head: str = "pool",
+        hidden: int = 128,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        sides = {side: n_blocks} | ({centre: n_blocks - 1} if centre else {})
+        self.streams = nn.ModuleList(
+            Stream(
+                blocks,
+                width,
+                side=size,
+                body=body,
+                depth=depth,
+                max_width=max_width,
+                squeeze=squeeze,
+                pool_first=pool_first,
+                head=head,
+                layers=LAYERS[symmetry],
+            )
+            for size, blocks in sides.items()
+        )
         self.head = nn.Sequential(
-            MeanMaxPool() if head == "pool" else nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(features, hidden),
+            nn.Linear(sum(stream.features for stream in self.streams), hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
             nn.Linear(hidden, 1),
@@ -170,7 +247,8 @@ class BottleneckCNN(nn.Module):
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(self.normalize(x)))).squeeze(1)
+        x = self.normalize(x)
+        return self.head(torch.cat([stream(x) for stream in self.streams], dim=1)).squeeze(1)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -1,15 +1,17 @@
 """The stages in their order, each kept where it is finished and still belongs to its inputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
+from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.blend import Method, blend, read_member
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.experiments import experiment
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import Ids, prepare
@@ -24,7 +26,10 @@ DEMO_SUFFIX = "-not-for-kaggle"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the stages work on; `name` is the run's, `chosen` the folds to train, None for all."""
+    """What the stages work on; `name` is the run's, `chosen` the folds to train, None for all.
+
+    `trains` are the members of an experiment that is a blend; `members` the runs that the blend stage is given.
+    """
 
     data: Data
     workspace: Workspace
@@ -37,6 +42,7 @@ class Job:
     ids: Ids | None = None
     skip_damaged: bool = False
     members: tuple[str, ...] = ()
+    trains: tuple[str, ...] = ()
     method: Method = "mean"
 
     @property
@@ -48,6 +54,11 @@ class Job:
     def target(self) -> Path:
         """File of the submission."""
         return self.workspace.submissions / f"{self.name}{DEMO_SUFFIX if self.demo else ''}.csv"
+
+    def parts(self) -> list["Job"]:
+        """Return the jobs to train and predict: this one, or one for each experiment that it blends."""
+        parts = [replace(self, experiment=name, config=experiment(name).config, name=name, trains=()) for name in self.trains]
+        return parts or [self]
 
     def folds(self) -> list[int]:
         """Return the folds to work on; raises UserError on one that the config does not have."""
@@ -75,12 +86,18 @@ def run_folds(job: Job) -> bool:
     _say(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest['scheme']}.csv", new)
     if manifest["slides"]:
         unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
-        print(f"folds: no mapped slide lies in two folds; slides per fold {manifest['slides']}{unmapped}")
+        kind = "group of like stain" if job.config.groups == "stain" else "mapped slide"
+        print(f"folds: no {kind} lies in two folds; groups per fold {manifest['slides']}{unmapped}")
     return new
 
 
 def run_train(job: Job) -> bool:
     """Train what is not finished; return whether anything was done."""
+    done = [_train(part) for part in job.parts()]
+    return any(done)
+
+
+def _train(job: Job) -> bool:
     store, folds = _open(job)
     todo = [fold for fold in job.folds() if not trained(job.run / f"fold_{fold}")]
     if todo:
@@ -94,6 +111,11 @@ def run_train(job: Job) -> bool:
 
 def run_predict(job: Job) -> bool:
     """Predict what is missing or stale; return whether anything was done."""
+    done = [_predict(part) for part in job.parts()]
+    return any(done)
+
+
+def _predict(job: Job) -> bool:
     store, folds = _open(job)
     for fold in job.folds():
         if not trained(job.run / f"fold_{fold}"):
@@ -109,7 +131,7 @@ def run_predict(job: Job) -> bool:
 
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
-    members = [read_member(job.workspace.run(name)) for name in job.members or (job.name,)]
+    members = [read_member(job.workspace.run(name)) for name in job.members or job.trains or (job.name,)]
     metrics, new = blend(members, job.method, job.run)
     for fold, (size, area) in enumerate(zip(metrics["patches"], metrics["fold_auc"], strict=True)):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")
@@ -148,8 +170,12 @@ def run_all(job: Job) -> None:
     """Run every stage; where `job.chosen` leaves folds untrained, stop after their prediction and say so."""
     done = [run_prepare(job), run_folds(job), run_train(job), run_predict(job)]
     store = PatchStore(job.workspace.store)
-    folders = [job.run / f"fold_{fold}" for fold in range(job.config.n_splits)]
-    left = [fold for fold, folder in enumerate(folders) if not (trained(folder) and predicted(folder, store))]
+    left = [
+        fold
+        for fold in range(job.config.n_splits)
+        for folder in (part.run / f"fold_{fold}" for part in job.parts())
+        if not (trained(folder) and predicted(folder, store))
+    ]
     if left:
         print(f"next: folds {_listed(left)}, then the blend")
         return
@@ -165,14 +191,26 @@ def run_all(job: Job) -> None:
 
 
 def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
-    """Return what the job's fold file is drawn from: labels, scheme, slide map."""
-    if job.config.groups == "none" and job.slides:
-        raise UserError("groups=none and --slides contradict each other; leave one out")
-    path = None if job.config.groups == "none" else job.slides or job.data.slides()
-    if job.config.groups == "slides" and path is None:
+    """Return what the job's fold file is drawn from: labels, scheme, map of slides or of stain."""
+    labels, groups = read_labels(job.data.labels), job.config.groups
+    if groups in ("none", "stain") and job.slides:
+        raise UserError(f"groups={groups} and --slides contradict each other; leave one out")
+    if groups == "stain":
+        return labels, Scheme(job.config.n_splits, job.config.fold_seed, "stain"), _stain_map(job)
+    path = None if groups == "none" else job.slides or job.data.slides()
+    if groups == "slides" and path is None:
         raise UserError(f"groups=slides: no slide map in {job.data.root}; give one with --slides, or use --set groups=auto")
-    scheme = Scheme(job.config.n_splits, job.config.fold_seed, by_slide=path is not None)
-    return read_labels(job.data.labels), scheme, read_slides(path) if path else None
+    scheme = Scheme(job.config.n_splits, job.config.fold_seed, "slides" if path else "stratified")
+    return labels, scheme, read_slides(path) if path else None
+
+
+def _stain_map(job: Job) -> pd.DataFrame:
+    """Return the groups of like stain, found once for these patches and then read."""
+    store = PatchStore(job.workspace.store)
+    file = job.workspace.folds / f"stain_groups_{store.manifest['train_sha256'][:12]}.csv"
+    if not file.exists():
+        write_csv(file, fold_files.stain_groups(store))
+    return read_slides(file)
 
 
 def _open(job: Job) -> tuple[PatchStore, Folds]:

@@ -1,5 +1,6 @@
 """Predictions of each fold's net: out of fold for its validation patches, and for the test set."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from pcam_kaggle import tta
 from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
-from pcam_kaggle.engine import predict_logits
+from pcam_kaggle.engine import adapt_norms, predict_logits
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.runs import sources
 from pcam_kaggle.store import PatchStore
@@ -28,17 +29,27 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
         folder = run / f"fold_{fold}"
         net = load_best(folder, config, backend)
         valid = folds.table[(folds.table["fold"] == fold) & folds.table["id"].isin(store.ids("train"))]
+        start = time.perf_counter()
         oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
         test = _probabilities(net, store, "test", store.ids("test"), config, backend)
         write_csv(folder / "oof.csv", oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]])
         write_csv(folder / "test.csv", test)
         files = {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}
-        write_json(folder / "predictions.json", {"sources": sources(folder, store), "files": files})
+        seconds = time.perf_counter() - start
+        made = {
+            "sources": sources(folder, store),
+            "files": files,
+            "images_per_second": round((len(oof) + len(test)) / seconds, 1),
+        }
+        write_json(folder / "predictions.json", made)
         print(f"predict: fold {fold}, {len(oof):,} out of fold, {len(test):,} test", flush=True)
 
 
 def _probabilities(
     net: nn.Module, store: PatchStore, split: str, ids: np.ndarray, config: Config, backend: Backend
 ) -> pd.DataFrame:
-    logits = predict_logits(net, store, store.rows(split, ids), config, backend, config.tta, f"predict {split}")
+    rows = store.rows(split, ids)
+    if config.norm == "test":
+        adapt_norms(net, store, rows, config, backend)
+    logits = predict_logits(net, store, rows, config, backend, config.tta, f"predict {split}")
     return pd.DataFrame({"id": ids, "probability": tta.average(logits, config.tta_mean).numpy()})

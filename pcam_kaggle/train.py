@@ -16,7 +16,7 @@ from torch import nn
 
 from pcam_kaggle import __version__, checkpoint
 from pcam_kaggle.artifacts import read_json, write_csv, write_json
-from pcam_kaggle.backbones import create
+from pcam_kaggle.backbones import create, freeze_body, macs, parameter_groups
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend, choose, device_name, find_device
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
@@ -27,6 +27,7 @@ from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.runs import open_run
 from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
+from pcam_kaggle.tables import read_numbers
 
 
 def run_backend(run: Path, config: Config) -> Backend:
@@ -84,12 +85,18 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
     train_rows = store.rows("train", train_part["id"].to_numpy())
     valid_rows = store.rows("train", valid_part["id"].to_numpy())
     valid_labels = valid_part["label"].to_numpy()
-    data = TrainBatches(store, train_rows, train_part["label"].to_numpy(), config, fold)
+    targets = train_part["label"].to_numpy(np.float64)
+    if config.teacher:
+        taught = _taught(folder.parent.parent / config.teacher / folder.name / "test.csv")
+        train_rows = np.concatenate([train_rows, store.rows("test", taught["id"].to_numpy())])
+        targets = np.concatenate([targets, taught["probability"].to_numpy()])
+    data = TrainBatches(store, train_rows, targets, config, fold)
 
     last = folder / "last.pt"
     torch.manual_seed(_seed(config, fold, 0))
     net = backend.place(create(config, weights=not last.exists()))
-    learner = Learner(net, copy.deepcopy(net), _optimizer(net, config), backend.scaler(), backend)
+    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr)
+    learner = Learner(net, copy.deepcopy(net), optimizer, backend.scaler(), backend)
     log: list[dict[str, float]] = []
     if last.exists():
         log = _resume(learner, checkpoint.load(last, "net", "average", "optimizer", "scaler", "log"))
@@ -99,6 +106,7 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
     with Scalars(folder / "events", len(log) + 1) as scalars:
         for epoch in range(len(log), config.epochs):
             torch.manual_seed(_seed(config, fold, epoch + 1))
+            freeze_body(net, optimizer.param_groups, frozen=epoch < config.head_epochs)
             start = time.perf_counter()
             loss = train_epoch(learner, source, data.steps, epoch, config)
             train_seconds = time.perf_counter() - start
@@ -127,10 +135,17 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
         "train_patches": len(train_rows),
         "valid_patches": len(valid_rows),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "macs": macs(create(config, weights=False), config.side),
         "seconds": round(sum(row["seconds"] for row in log), 1),
         "images_per_second": float(np.median([row["images_per_second"] for row in log])),
     }
     write_json(folder / "metrics.json", metrics)
+
+
+def _taught(file: Path) -> pd.DataFrame:
+    if not file.exists():
+        raise UserError(f"{file}: no predictions of the teacher; train and predict that run first")
+    return read_numbers(file, ["probability"])
 
 
 def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:
@@ -153,15 +168,6 @@ def _keep(folder: Path, learner: Learner, log: list[dict[str, float]]) -> None:
     elif checkpoint.load(folder / "best.pt", "epoch")["epoch"] != _best(log)["epoch"]:
         raise UserError(f"{folder / 'best.pt'}: not the best epoch of last.pt; delete {folder} to train the fold anew")
     write_csv(folder / "log.csv", pd.DataFrame(log))
-
-
-def _optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    parameters = list(net.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def _seed(config: Config, fold: int, epoch: int) -> int:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from pcam_kaggle.augment import DENSITY, STAINS, StainJitter, augmentation, centre
+from pcam_kaggle.augment import StainJitter, augmentation, centre
+from pcam_kaggle.stain import DENSITY, STAINS
 
-NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0)
+NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
 
 
 def marked() -> np.ndarray:
@@ -18,7 +19,7 @@ def marked() -> np.ndarray:
 @pytest.mark.parametrize("side", [64, 96])
 @pytest.mark.parametrize("shift", [0, 2, 4])
 def test_the_centre_moves_by_the_shift_at_most(side: int, shift: int) -> None:
-    augment = augmentation(side, shift, 0.0, 0.0)
+    augment = augmentation(side, shift, 0.0, 0.0, 0.0)
     augment.set_random_seed(0)
     moved = set()
     for _ in range(200):
@@ -40,7 +41,7 @@ def test_all_eight_symmetries_and_no_other() -> None:
 
 def test_same_seed_same_patches() -> None:
     patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    augment = augmentation(96, 4, 0.1, 0.1)
+    augment = augmentation(96, 4, 0.1, 0.1, 0.5)
 
     def drawn(seed: int) -> list[bytes]:
         augment.set_random_seed(seed)

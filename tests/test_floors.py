@@ -7,9 +7,9 @@ import pcam_kaggle
 
 FLOORS = (
     "errors",
-    "artifacts augment config device metrics model paths provenance saliency scalars svg tta",
-    "backbones checkpoint curves experiments kaggle ledger store synthetic tables",
-    "engine figures folds patches",
+    "artifacts config device metrics p4m paths provenance saliency scalars stain svg tta",
+    "augment checkpoint curves experiments kaggle ledger model store synthetic tables",
+    "backbones engine figures folds patches",
     "blend compare runs submission",
     "scoreboard train",
     "mistakes predict",

@@ -10,8 +10,8 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import UNMAPPED, Scheme, draw, groups, load, make
 from pcam_kaggle.tables import read_labels, read_slides
 
-PLAIN = Scheme(n_splits=5, seed=42, by_slide=False)
-SLIDES = Scheme(n_splits=5, seed=42, by_slide=True)
+PLAIN = Scheme(5, 42, "stratified")
+SLIDES = Scheme(5, 42, "slides")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.
 
 
 def test_another_seed_is_another_split(labels: pd.DataFrame) -> None:
-    other = Scheme(n_splits=5, seed=43, by_slide=False)
+    other = Scheme(5, 43, "stratified")
     assert not draw(labels, PLAIN, None).equals(draw(labels, other, None))
     assert PLAIN.name != other.name
 

@@ -43,7 +43,7 @@ def test_most_blocks_fit_and_one_more_does_not(side: int) -> None:
 
 
 def test_plain_is_the_description() -> None:
-    config = EXPERIMENTS["plain"][1]
+    config = EXPERIMENTS["plain"].config
     net = BottleneckCNN(
         config.n_blocks,
         config.width,
@@ -60,7 +60,7 @@ def test_plain_is_the_description() -> None:
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     assert [conv.out_channels for conv in convs] == [32, 64, 128, 256, 512]
     assert {conv.kernel_size for conv in convs} == {(3, 3)}
-    assert net.head[2].in_features == 512 * 3 * 3
+    assert net.head[1].in_features == 512 * 3 * 3
 
 
 def test_plain_stays_as_it_is() -> None:
@@ -71,44 +71,54 @@ def test_plain_stays_as_it_is() -> None:
         "model": "cnn",
         "weights": "",
         "side": 96,
+        "centre": 0,
+        "symmetry": "none",
         "body": "plain",
         "n_blocks": 4,
         "width": 32,
         "max_width": 512,
         "depth": 1,
+        "squeeze": 4,
         "pool_first": False,
         "head": "flatten",
         "hidden": 256,
         "dropout": 0.5,
         "shift": 4,
         "stain_jitter": 0.05,
+        "stain_mix": 0.0,
         "color_jitter": 0.1,
+        "degrade": 0.0,
+        "mixup": 0.0,
         "epochs": 10,
         "batch_size": 64,
         "lr": 0.002,
+        "layer_decay": 1.0,
+        "head_epochs": 0,
         "weight_decay": 0.05,
         "schedule": "cosine",
         "warmup_epochs": 1.0,
         "clip_norm": 1.0,
         "average_epochs": 3.0,
         "label_smoothing": 0.0,
+        "teacher": "",
         "precision": "auto",
         "memory_format": "auto",
         "seed": 42,
         "tta": 8,
         "tta_mean": "logits",
+        "norm": "train",
     }
-    assert asdict(EXPERIMENTS["plain"][1]) == pinned
+    assert asdict(EXPERIMENTS["plain"].config) == pinned
 
 
 def test_filters_double_up_to_the_widest() -> None:
     net = BottleneckCNN(4, 8, max_width=32, depth=2)
-    assert [block[1].conv3.out_channels for block in net.blocks] == [16, 32, 32, 32]
+    assert [block[1].conv3.out_channels for block in net.streams[0].blocks] == [16, 32, 32, 32]
 
 
 def test_a_fresh_bottleneck_is_its_shortcut() -> None:
     net = BottleneckCNN(2, 8, depth=2).train()
-    second = net.blocks[0][1]
+    second = net.streams[0].blocks[0][1]
     x = torch.rand(4, 16, 6, 6)
     assert isinstance(second, Bottleneck)
     assert torch.equal(second(x), x)
@@ -117,9 +127,9 @@ def test_a_fresh_bottleneck_is_its_shortcut() -> None:
 def test_pooling_first_changes_nothing_where_the_norm_keeps_order() -> None:
     after = BottleneckCNN(2, 8, pool_first=False).eval()
     first = BottleneckCNN(2, 8, pool_first=True).eval()
-    first.blocks.load_state_dict(after.blocks.state_dict())
+    first.streams[0].blocks.load_state_dict(after.streams[0].blocks.state_dict())
     first.head.load_state_dict(after.head.state_dict())
-    first.stem[0].load_state_dict(after.stem[0].state_dict())
+    first.streams[0].stem[0].load_state_dict(after.streams[0].stem[0].state_dict())
     x = torch.rand(3, 3, 96, 96)
     torch.testing.assert_close(first(x), after(x))
 

@@ -39,7 +39,7 @@ def store(data: Data, tmp_path: Path) -> PatchStore:
 @pytest.fixture
 def folds(data: Data, tmp_path: Path) -> Folds:
     """Return three folds of `data`."""
-    return make(read_labels(data.labels), Scheme(3, 42, by_slide=False), None, tmp_path / "folds")[0]
+    return make(read_labels(data.labels), Scheme(3, 42, "stratified"), None, tmp_path / "folds")[0]
 
 
 def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0) -> TrainBatches:

@@ -1,0 +1,135 @@
+"""Layers that commute with the square's eight symmetries: group convolutions of p4m (Cohen & Welling 2016).
+
+A feature map (n, 8 fields, h, w) holds each of its fields as seen under the eight symmetries, symmetry outermost: channel
+symmetry * fields + field. Where an image is turned or mirrored, its maps are too, and the eight copies change places.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, conv2d
+
+ORDER = 8
+
+
+def transform(images: Tensor, symmetry: int) -> Tensor:
+    """Return `images` (…, side, side) under a symmetry: 0 to 3 are quarter turns, 4 to 7 those of the mirror image."""
+    return torch.rot90(images.flip(-1) if symmetry >= 4 else images, symmetry % 4, (-2, -1))
+
+
+def product_table() -> Tensor:
+    """Return int64 (8, 8): entry (a, b) is the symmetry that acts as b and then a."""
+    probe = torch.arange(4).view(2, 2)
+    moved = [transform(probe, symmetry).flatten().tolist() for symmetry in range(ORDER)]
+    return torch.tensor(
+        [[moved.index(transform(transform(probe, b), a).flatten().tolist()) for b in range(ORDER)] for a in range(ORDER)]
+    )
+
+
+def filter_index(kernel_size: int, lifts: bool) -> Tensor:
+    """Return where a filter's values come from under each symmetry: int64 (8, symmetries in, k, k), flat positions.
+
+    Under symmetry g the filter is moved as an image is, and its slice for h is the one it had for g⁻¹h (Cohen & Welling
+    2016, section 6.2). Images have one symmetry in, maps eight.
+    """
+    symmetries = 1 if lifts else ORDER
+    positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
+    products = product_table()
+    sources = [torch.zeros(1, dtype=torch.int64) if lifts else products[g].argsort() for g in range(ORDER)]
+    return torch.stack([transform(positions[source], g) for g, source in enumerate(sources)])
+
+
+class GroupConv2d(nn.Module):
+    """A convolution that commutes with the eight symmetries: (n, in_channels, h, w) to (n, channels, h, w), same side.
+
+    `channels` are counted whole and must be multiples of 8; with `lifts` the input is an image, and `in_channels` any. The
+    weight (channels / 8, in fields, symmetries in times k²) is an eighth of an ordinary convolution's. In evaluation mode its
+    transformed filters are kept, so a net whose weights are changed needs `eval()` again.
+
+    Raises ValueError where channels are no multiple of 8.
+    """
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int, lifts: bool = False) -> None:
+        super().__init__()
+        if channels % ORDER or (in_channels % ORDER and not lifts):
+            raise ValueError(f"{in_channels} to {channels} channels: feature maps need multiples of {ORDER}")
+        symmetries = 1 if lifts else ORDER
+        self.padding = kernel_size // 2
+        fields, in_fields = channels // ORDER, in_channels // symmetries
+        self.weight = nn.Parameter(torch.empty(fields, in_fields, symmetries * kernel_size**2))
+        # The variance of He et al. 2015 (equation 14), as for the ordinary convolution of these channels.
+        nn.init.normal_(self.weight, std=(2 / (channels * kernel_size**2)) ** 0.5)
+        self.register_buffer("index", filter_index(kernel_size, lifts), persistent=False)
+        self.register_buffer("kept", None, persistent=False)
+
+    def filters(self) -> Tensor:
+        """Return the ordinary filters (channels, in_channels, k, k): the weight under each symmetry, one gather."""
+        gathered = self.weight.permute(2, 0, 1)[self.index]
+        return gathered.permute(0, 4, 1, 5, 2, 3).flatten(2, 3).flatten(0, 1)
+
+    def train(self, mode: bool = True) -> "GroupConv2d":
+        """Switch modes as any module; on the way to evaluation the filters are transformed once."""
+        super().train(mode)
+        self.kept = None if mode else self.filters().detach()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.filters() if self.kept is None else self.kept, padding=self.padding)
+
+
+class GroupNorm2d(nn.BatchNorm2d):
+    """Batch norm with one mean, variance, scale and shift for a field's eight copies; shape (n, channels, h, w) stays."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels // ORDER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            statistics = (each.repeat(ORDER) for each in (self.running_mean, self.running_var, self.weight, self.bias))
+            return batch_norm(x, *statistics, eps=self.eps)
+        with torch.no_grad():
+            # PyTorch's kernel is slow on few channels, so it sees all, and the copies' statistics are pooled after.
+            statistics = torch.batch_norm_update_stats(x, None, None, 0.0)
+            means, variances = (each.to(self.weight.dtype).view(ORDER, -1) for each in statistics)
+            mean = means.mean(0)
+            variance = (variances + (means - mean) ** 2).mean(0)
+            count = x.numel() / self.num_features
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return _GroupNormalize.apply(x, self.weight, self.bias, mean, variance, self.eps)
+
+
+class _GroupNormalize(torch.autograd.Function):
+    """Batch norm by the pooled statistics; its gradient is Ioffe & Szegedy 2015's (section 3) with sums over the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        mean, variance, weight, bias = (each.repeat(ORDER) for each in (mean, variance, weight, bias))
+        return batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        repeated = [each.repeat(ORDER) for each in (weight, mean, variance)]
+        # As if the statistics were constants: what they add to the gradient of x is linear in x, and follows from the sums.
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, *repeated, None, None, False, ctx.eps, [True, True, True]
+        )
+        of_weight, of_bias = of_weight.view(ORDER, -1).sum(0), of_bias.view(ORDER, -1).sum(0)
+        scale = weight * (variance + ctx.eps).rsqrt() * len(weight) / x.numel()
+        slope = -scale * (variance + ctx.eps).rsqrt() * of_weight
+        offset = -scale * of_bias - slope * mean
+        slope, offset = (each.repeat(ORDER).view(1, -1, 1, 1).to(x.dtype) for each in (slope, offset))
+        return of_x.addcmul_(x, slope).add_(offset), of_weight, of_bias, None, None, None
+
+
+class GroupPool(nn.Module):
+    """Mean and maximum over positions and symmetries: shape (n, channels, h, w) to (n, channels / 4), invariant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fields = x.unflatten(1, (ORDER, -1))
+        return torch.cat([fields.mean((1, 3, 4)), fields.amax((1, 3, 4))], dim=1)

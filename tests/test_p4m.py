@@ -1,0 +1,167 @@
+"""Layers of p4m against sums written out over coordinates, and nets that answer the same under the eight symmetries."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcam_kaggle.backbones import create
+from pcam_kaggle.experiments import EXPERIMENTS
+from pcam_kaggle.model import LAYERS, Bottleneck, BottleneckCNN
+from pcam_kaggle.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool, filter_index, product_table, transform
+from pcam_kaggle.tta import views
+
+TURN, MIRROR = np.array([[0, -1], [1, 0]]), np.array([[1, 0], [0, -1]])
+# Row and column offsets from the centre are mapped by these; a quarter turn to the left takes (0, 1), right, to (-1, 0), up.
+MATRICES = [np.linalg.matrix_power(TURN, turns) @ face for face in (np.eye(2, dtype=int), MIRROR) for turns in range(4)]
+
+
+def number_of(matrix: np.ndarray) -> int:
+    """Return the number of the symmetry that acts by `matrix`."""
+    return next(g for g, each in enumerate(MATRICES) if (each == matrix).all())
+
+
+def moved(image: np.ndarray, g: int) -> np.ndarray:
+    """Return a square image, every pixel of which is carried to where matrix g takes its offset from the centre."""
+    half = (image.shape[-1] - 1) / 2
+    result = np.empty_like(image)
+    for row, column in itertools.product(range(image.shape[-1]), repeat=2):
+        to = MATRICES[g] @ (row - half, column - half) + half
+        result[..., int(to[0]), int(to[1])] = image[..., row, column]
+    return result
+
+
+def correlated(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Return the correlation of two square images, with zeros beyond the edge."""
+    reach = kernel.shape[0] // 2
+    padded = np.pad(image, reach)
+    side = image.shape[0]
+    return sum(
+        kernel[i, j] * padded[i : i + side, j : j + side] for i, j in itertools.product(range(kernel.shape[0]), repeat=2)
+    )
+
+
+def slow_group_conv(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return Cohen & Welling's equations 10 and 11 on x (symmetries, in fields, h, w).
+
+    `weight` is (fields, in fields, symmetries, k, k).
+    """
+    out = np.zeros((ORDER, len(weight), *x.shape[2:]))
+    lifts = weight.shape[2] == 1
+    for g, field, source, h in itertools.product(range(ORDER), range(len(weight)), range(weight.shape[1]), range(len(x))):
+        inverse = np.linalg.inv(MATRICES[g]).round().astype(int)
+        slice_ = 0 if lifts else number_of(inverse @ MATRICES[h])
+        out[g, field] += correlated(x[h, source], moved(weight[field, source, slice_], g))
+    return out
+
+
+def acted(maps: Tensor, symmetry: int) -> Tensor:
+    """Return feature maps (n, channels, h, w) as they are when the image comes under `symmetry`."""
+    fields = transform(maps, symmetry).unflatten(1, (ORDER, -1))
+    return fields[:, product_table()[symmetry].argsort()].flatten(1, 2)
+
+
+def test_symmetries_are_those_of_the_views_and_form_a_group() -> None:
+    image = torch.rand(1, 3, 6, 6)
+    assert all(torch.equal(transform(image, g), view) for g, view in enumerate(views(image, 8)))
+    products = product_table()
+    assert all(sorted(row.tolist()) == list(range(ORDER)) for row in (*products, *products.T))
+    assert all(np.array_equal(moved(image.numpy(), g), transform(image, g).numpy()) for g in range(ORDER))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("lifts", [True, False])
+@pytest.mark.parametrize("mode", [True, False])
+def test_group_convolution_is_the_sum_over_the_group(kernel_size: int, lifts: bool, mode: bool) -> None:
+    symmetries = 1 if lifts else ORDER
+    layer = GroupConv2d(2 * symmetries, 3 * ORDER, kernel_size, lifts=lifts).double().train(mode)
+    x = torch.rand(1, 2 * symmetries, 6, 6, dtype=torch.float64)
+    weight = layer.weight.detach().view(3, 2, symmetries, kernel_size, kernel_size).numpy()
+    expected = slow_group_conv(x.view(symmetries, 2, 6, 6).numpy(), weight)
+    np.testing.assert_allclose(layer(x).detach().view(ORDER, 3, 6, 6).numpy(), expected, atol=1e-12)
+
+
+def test_every_weight_is_used_once_under_each_symmetry() -> None:
+    index = filter_index(3, lifts=False).flatten(1).sort(1).values
+    assert torch.equal(index, torch.arange(72).expand(ORDER, -1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_group_norm_is_batch_norm_over_the_copies(memory_format: torch.memory_format) -> None:
+    layer, reference = GroupNorm2d(3 * ORDER).double(), nn.BatchNorm2d(3).double()
+    for norm in (layer, reference):
+        nn.init.constant_(norm.weight, 1.5)
+        nn.init.constant_(norm.bias, -0.5)
+
+    def slow(x: Tensor) -> Tensor:
+        pixels = x.unflatten(1, (ORDER, 3)).permute(0, 2, 1, 3, 4)
+        return reference(pixels.flatten(2, 3)).unflatten(2, (ORDER, -1)).permute(0, 2, 1, 3, 4).flatten(1, 2)
+
+    x = (torch.randn(4, 3 * ORDER, 6, 6, dtype=torch.float64) * 3 + 1).to(memory_format=memory_format)
+    x = x + torch.arange(3 * ORDER).view(1, -1, 1, 1)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    gradient = torch.randn_like(x)
+    for _ in range(2):
+        first, second = layer(ours), slow(theirs)
+        torch.testing.assert_close(first, second)
+        first.backward(gradient)
+        second.backward(gradient)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value)
+    for ours_, theirs_ in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours_.grad, theirs_.grad)
+    reference.eval()
+    torch.testing.assert_close(layer.eval()(x), slow(x))
+
+
+@pytest.mark.parametrize("symmetry", range(ORDER))
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_commute_with_the_symmetries(symmetry: int, training: bool) -> None:
+    x = torch.randn(2, 4 * ORDER, 8, 8)
+    body = Bottleneck(4 * ORDER, 8 * ORDER, LAYERS["d4"], squeeze=2)
+    nn.init.ones_(body.bn3.weight)
+    body.train(training)
+    torch.testing.assert_close(body(acted(x, symmetry)), acted(body(x), symmetry), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(GroupPool()(acted(x, symmetry)), GroupPool()(x))
+
+
+@pytest.mark.parametrize("name", ["bottleneck_d4", "two_stream"])
+def test_logits_are_the_same_under_the_eight_symmetries(name: str) -> None:
+    torch.manual_seed(0)
+    net = create(EXPERIMENTS[name].config)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, GroupNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+        for _ in range(3):
+            net(torch.rand(8, 3, 96, 96))
+    images = torch.rand(4, 3, 96, 96)
+    net.eval()
+    logits = torch.stack([net(view) for view in views(images, 8)])
+    assert logits.std(1).min() > 1e-2
+    assert (logits - logits[0]).abs().max() < 1e-4
+
+
+def test_an_ordinary_net_is_not_symmetric() -> None:
+    net = BottleneckCNN(2, 16).eval()
+    images = torch.rand(4, 3, 96, 96)
+    assert (net(images) - net(images.flip(3))).abs().max() > 1e-4
+
+
+def test_filters_of_evaluation_follow_the_weights() -> None:
+    layer = GroupConv2d(8, 8, 3)
+    x = torch.rand(1, 8, 6, 6)
+    before = layer.eval()(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(layer.eval()(x), 2 * before)
+    assert "kept" not in layer.state_dict()
+    torch.testing.assert_close(layer.train()(x), 2 * before)
+
+
+def test_channels_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        GroupConv2d(8, 12, 3)
