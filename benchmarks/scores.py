@@ -22,11 +22,13 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.metrics import auc, auc_difference, auc_interval
 from pcam_kaggle.paths import find_data, find_workspace
-from pcam_kaggle.pipeline import Job, run_blend, run_folds, run_predict, run_prepare, run_train
+from pcam_kaggle.pipeline import Job, run_folds, run_predict, run_prepare, run_train
 from pcam_kaggle.tables import read_numbers
 
 HERE = Path(__file__).parent
-RECORD = HERE / "scores.json"
+RECORD = HERE / "scores" / "records.json"
+OOF = HERE / "scores" / "oof.csv"
+TEXT = HERE / "scores" / "text.md"
 ALL = tuple(range(5))
 PART = (0, 1)
 
@@ -88,61 +90,37 @@ def job_of(row: Row) -> Job:
     )
 
 
-def finished(row: Row) -> bool:
-    """Tell whether every fold of `row` is trained and predicted."""
-    return all((part.run / f"fold_{fold}" / "predictions.json").exists() for part in job_of(row).parts() for fold in row.folds)
-
-
 def make(row: Row) -> None:
     """Run the stages of `row` that are not finished."""
-    job = job_of(row)
     for stage in (run_prepare, run_folds, run_train, run_predict):
-        stage(job)
-    if row.folds == ALL:
-        run_blend(job)
+        stage(job_of(row))
 
 
-def out_of_fold(row: Row) -> pd.DataFrame:
-    """Return id, label, fold, probability of the patches in the folds of `row`, sorted by id."""
+def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
+    """Take down in `records` and in a column of `oof`, which is returned, what the finished run of `row` left."""
     job = job_of(row)
-    if job.trains:
-        return read_numbers(job.run / "oof.csv", ["label", "fold", "probability"])
-    parts = [read_numbers(job.run / f"fold_{k}" / "oof.csv", ["label", "probability"]).assign(fold=k) for k in row.folds]
-    return pd.concat(parts).sort_values("id", ignore_index=True)
-
-
-def measure(row: Row) -> dict[str, Any]:
-    """Return the record of `row`, whose run and whose base's run are finished."""
-    oof = out_of_fold(row)
-    labels, values = oof["label"].to_numpy(np.int64), oof["probability"].to_numpy()
-    both = oof.merge(out_of_fold(ROWS[row.base]), on="id", suffixes=("", "_base"), validate="1:1")
-    difference = auc_difference(*(both[name].to_numpy() for name in ("label", "probability", "probability_base")))
-    costs = [_costs(part.run, row.folds) for part in job_of(row).parts()]
-    first, changed = Config(), job_of(row).config
-    return {
-        "base": row.base,
-        "fold_auc": {int(k): _auc(part) for k, part in oof.groupby("fold")},
-        "pooled": list(auc_interval(labels, values)[:3]),
-        "difference": list(difference[:3]),
-        "paired": len(both),
+    costs = [_costs(part.run, row.folds) for part in job.parts()]
+    columns = []
+    for part in job.parts():
+        tables = [read_numbers(part.run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
+        columns.append(pd.concat(tables).set_index("id")["probability"])
+    first, config = dataclasses.asdict(Config()), dataclasses.asdict(job.config)
+    records[row.name] = {
         "parameters": sum(each["parameters"] for each in costs),
         "macs": sum(each["macs"] for each in costs),
-        "train_images_per_second": 1 / sum(1 / each["train"] for each in costs),
-        "predict_images_per_second": 1 / sum(1 / each["predict"] for each in costs),
-        "minutes": sum(each["minutes"] for each in costs),
-        "config": {key: value for key, value in dataclasses.asdict(changed).items() if value != getattr(first, key)},
-        "members": list(job_of(row).trains),
+        "train_images_per_second": round(1 / sum(1 / each["train"] for each in costs), 1),
+        "predict_images_per_second": round(1 / sum(1 / each["predict"] for each in costs), 1),
+        "minutes": round(sum(each["minutes"] for each in costs), 1),
+        "config": " + ".join(job.trains) or {key: value for key, value in config.items() if value != first[key]},
         "backend": costs[0]["backend"],
+        "commit": costs[0]["commit"],
     }
-
-
-def _auc(oof: pd.DataFrame) -> float:
-    return auc(oof["label"].to_numpy(np.int64), oof["probability"].to_numpy())
+    return oof.drop(columns=row.name, errors="ignore").join(sum(columns).div(len(columns)).rename(row.name), how="outer")
 
 
 def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
-    metrics = [read_json(run / f"fold_{k}" / "metrics.json") for k in folds]
-    predictions = [read_json(run / f"fold_{k}" / "predictions.json") for k in folds]
+    metrics = [read_json(run / f"fold_{fold}" / "metrics.json") for fold in folds]
+    predictions = [read_json(run / f"fold_{fold}" / "predictions.json") for fold in folds]
     made = read_json(run / "environment.json")
     return {
         "parameters": metrics[0]["parameters"],
@@ -151,63 +129,84 @@ def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
         "predict": float(np.median([fold["images_per_second"] for fold in predictions])),
         "minutes": sum(fold["seconds"] for fold in metrics) / 60,
         "backend": f"{made['device']}, {made['backend']['precision']}",
+        "commit": made["commit"],
     }
 
 
-def table(rows: tuple[Row, ...], records: dict[str, dict[str, Any]], base: str) -> list[str]:
+def score(row: Row, oof: pd.DataFrame) -> dict[str, Any]:
+    """Return the AUC of `row` per fold and pooled, and its paired difference to its base's on the same patches."""
+    job = job_of(row)
+    table = read_numbers(job.workspace.folds / f"{scheme(row)}.csv", ["label", "fold"]).set_index("id").astype(int)
+    table = table.join(oof[[row.name]].dropna(), how="inner")
+    labels, values = table["label"].to_numpy(), table[row.name].to_numpy()
+    both = table.join(oof[[row.base]].dropna().rename(columns={row.base: "base"}), how="inner")
+    difference = auc_difference(both["label"].to_numpy(), both[row.name].to_numpy(), both["base"].to_numpy())
+    return {
+        "fold_auc": [auc(part["label"].to_numpy(), part[row.name].to_numpy()) for _, part in table.groupby("fold")],
+        "pooled": list(auc_interval(labels, values)[:3]),
+        "difference": list(difference[:3]),
+    }
+
+
+def scheme(row: Row) -> str:
+    """Return the name of the folds of `row`."""
+    return "stain_5_42" if "groups=stain" in row.changes else "stratified_5_42"
+
+
+def table(rows: tuple[Row, ...], records: dict[str, Any]) -> str:
     """Return a Markdown table of those of `rows` that are in `records`, highest pooled AUC first."""
-    heads = (
-        "run",
-        "pooled OOF AUC",
-        f"minus {base}",
-        "folds",
-        "parameters",
-        "MACs",
-        "train /s",
-        "predict /s",
-        "minutes",
-        "config",
-    )
-    lines = [heads, ["---"] * len(heads)]
-    known = [row for row in rows if row.name in records]
-    for row in sorted(known, key=lambda row: -records[row.name]["pooled"][0]):
+    known = sorted((row for row in rows if row.name in records), key=lambda row: -records[row.name]["pooled"][0])
+    lines = [
+        ("run", "pooled, 95 % interval", "minus base", "folds", "parameters", "MACs", "images/s", "minutes", "config"),
+        ("---",) * 9,
+    ]
+    for row in known:
         record = records[row.name]
+        config = record["config"]
+        speeds = f"{record['train_images_per_second']:.0f}, {record['predict_images_per_second']:.0f}"
         lines.append(
             (
                 f"`{row.name}`",
                 "{:.4f} [{:.4f}, {:.4f}]".format(*record["pooled"]),
                 "" if row.name == row.base else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*record["difference"]),
-                " ".join(f"{value:.4f}" for value in record["fold_auc"].values()),
+                " ".join(f"{value:.4f}" for value in record["fold_auc"]),
                 f"{record['parameters']:,}",
                 f"{record['macs'] / 1e6:.0f} M",
-                f"{record['train_images_per_second']:.0f}",
-                f"{record['predict_images_per_second']:.0f}",
+                speeds,
                 f"{record['minutes']:.1f}",
-                " + ".join(record["members"]) or " ".join(f"{key}={value}" for key, value in record["config"].items()),
+                config if isinstance(config, str) else " ".join(f"{key}={value}" for key, value in config.items()),
             )
         )
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def stain_table(records: dict[str, Any]) -> str:
+    """Return a Markdown table of the AUC over the same number of patches in folds by label and in folds by stain."""
+    lines = [("experiment", "folds 0 and 1 by label", "folds 0 and 1 by stain", "falls by"), ("---",) * 4]
+    for row in (row for row in STAIN if row.name in records and row.experiment in records):
+        plain, stain = (float(np.mean(records[name]["fold_auc"][:2])) for name in (row.experiment, row.name))
+        lines.append((f"`{row.experiment}`", f"{plain:.4f}", f"{stain:.4f}", f"{plain - stain:.4f}"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(names: list[str]) -> None:
-    """Bring the rows called `names`, or all, up to date; write SCORES.md and print it."""
+    """Bring the rows called `names`, or all that are missing, up to date; write SCORES.md and print it."""
     unknown = set(names) - set(ROWS)
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no such row; choose of {', '.join(ROWS)}")
+        raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose of {', '.join(ROWS)}")
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for name, row in ROWS.items():
-        bases = {row.base, *(change.removeprefix("teacher=") for change in row.changes if change.startswith("teacher="))}
-        if name in names or (not names and name not in records):
-            for each in (*(ROWS[base] for base in bases), row):
-                make(each)
-        if finished(row) and all(finished(ROWS[base]) for base in bases):
-            records[name] = measure(row)
-            write_json(RECORD, records)
-    text = "\n".join(
-        [
-            (HERE / "scores_head.md").read_text().rstrip(),
-        ]
-    )
+    oof = pd.read_csv(OOF, dtype={"id": str}, index_col="id") if OOF.exists() else pd.DataFrame(index=pd.Index([], name="id"))
+    for name in names or [name for name in ROWS if name not in records]:
+        row = ROWS[name]
+        make(row)
+        oof = harvest(row, oof, records)
+        oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
+        write_json(RECORD, records)
+    for name in records:
+        if ROWS[name].base in records:
+            records[name] |= score(ROWS[name], oof)
+    write_json(RECORD, records)
+    text = TEXT.read_text().format(named=table(NAMED, records), trials=table(TRIALS, records), stain=stain_table(records))
     write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
     print(text)
 

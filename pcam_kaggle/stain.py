@@ -13,7 +13,7 @@ DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
 
-# A density below which a pixel is glass (Macenko et al. 2009 take 0.15), and one below which a stain's strength is noise.
+# A mean density below which a pixel is glass (Macenko et al. 2009), and one below which a stain's strength is noise.
 GLASS = 0.15
 FAINT = 0.05
 LEAST_TISSUE = 32
@@ -51,7 +51,7 @@ def stain_vectors(image: Image) -> NDArray[np.float64]:
     hardly any tissue has those of Ruifrok & Johnston.
     """
     density = DENSITY[image[::3, ::3].reshape(-1, 3)].astype(np.float64)
-    tissue = density[(density > GLASS).all(1)]
+    tissue = density[density.mean(1) > GLASS]
     if len(tissue) < LEAST_TISSUE:
         return STAINS[:2]
     plane = np.linalg.eigh(np.cov(tissue.T))[1][:, 1:]

@@ -1,13 +1,22 @@
 """The demo follows the competition's label rule and is the same every time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
+from pcam_kaggle.device import Backend
+from pcam_kaggle.experiments import QUICK, experiment
+from pcam_kaggle.folds import Scheme, make
+from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
+from pcam_kaggle.store import PatchStore
 from pcam_kaggle.synthetic import CENTRE, draw_patch, make_demo, tumour_place
+from pcam_kaggle.tables import read_labels
+from pcam_kaggle.train import load_best, train_fold
 
 
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
@@ -40,3 +49,28 @@ def test_slides_differ_in_stain() -> None:
     within = np.ptp([mean_colour(0, number) for number in range(8)], axis=0).max()
     between = np.ptp([mean_colour(slide, 0) for slide in range(8)], axis=0).max()
     assert between > 2 * within
+
+
+def pair(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a patch with its tumour in the centre, and one of the same slide with it near the edge."""
+    rng = np.random.default_rng((9, number))
+    inside = int(rng.integers(40, 56)), int(rng.integers(40, 56))
+    outside = [(8, 8), (8, 48), (48, 88), (88, 20)][number % 4]
+    drawn = [draw_patch(np.random.default_rng(number), np.random.default_rng((1, number % 10)), at) for at in (inside, outside)]
+    assert [bool(tumour[CENTRE, CENTRE].any()) for _, tumour in drawn] == [True, False]
+    assert drawn[1][1].any()
+    return drawn[0][0], drawn[1][0]
+
+
+def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> None:
+    data, backend = Data(tmp_path / "demo"), Backend("cpu", "fp32", "channels_last")
+    make_demo(data)
+    prepare(data, tmp_path / "store")
+    folds = make(read_labels(data.labels), Scheme(3, 42, "stratified"), None, tmp_path / "folds")[0]
+    config = replace(experiment(QUICK).config, n_splits=3, epochs=10, batch_size=32)
+    train_fold(tmp_path / "fold_0", config, PatchStore(tmp_path / "store"), folds.table, 0, backend)
+    net = load_best(tmp_path / "fold_0", config, backend)
+    pairs = torch.from_numpy(np.array([pair(number) for number in range(60)]))
+    with torch.inference_mode():
+        logits = torch.stack([net(backend.images(patches)) for patches in pairs.unbind(1)]).double().numpy()
+    assert auc(np.repeat([1, 0], 60), logits.ravel()) >= 0.9

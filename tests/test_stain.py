@@ -1,0 +1,88 @@
+"""Stains are measured where they were put, and a patch keeps its label's reasons when its stain changes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from pcam_kaggle.folds import Scheme, draw, stain_groups
+from pcam_kaggle.stain import DENSITY, STAINS, mix_stains, restain, stain_vectors
+
+
+def stained(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return a patch of two stains in random amounts, uint8 (96, 96, 3)."""
+    rng = np.random.default_rng(seed)
+    amounts = rng.uniform(0, 1.2, (96, 96, 2)) * (rng.random((96, 96, 2)) < 0.7)
+    return np.clip(256 * np.exp(-(amounts @ vectors)) - 1, 0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stain_vectors_are_found(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = STAINS[:2] + rng.normal(0, 0.05, (2, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = stain_vectors(stained(vectors, seed))
+    assert (found * vectors).sum(1).min() > np.cos(np.radians(6))
+
+
+def test_stain_vectors_do_not_depend_on_the_square() -> None:
+    patch = stained(STAINS[:2])[:94, :94]
+    for view in (patch[::-1], patch[:, ::-1], patch.transpose(1, 0, 2)):
+        np.testing.assert_allclose(stain_vectors(view), stain_vectors(patch), atol=1e-6)
+
+
+def test_glass_has_the_common_vectors() -> None:
+    assert np.array_equal(stain_vectors(np.full((96, 96, 3), 245, np.uint8)), STAINS[:2])
+
+
+def test_mixing_keeps_what_is_where_and_takes_the_others_strength() -> None:
+    weak, strong = (
+        np.clip(256 * np.exp(-f * DENSITY[stained(STAINS[:2])]) - 1, 0, 255).round().astype(np.uint8) for f in (0.6, 1)
+    )
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(50):
+        mixed = mix_stains(np.stack([weak, strong]), 1.0, rng)
+        means.append(DENSITY[mixed].mean((1, 2, 3)))
+        for image, original in zip(mixed, (weak, strong), strict=True):
+            assert np.corrcoef(DENSITY[image].ravel(), DENSITY[original].ravel())[0, 1] > 0.99
+    low, high = DENSITY[weak].mean(), DENSITY[strong].mean()
+    assert low - 0.01 < np.min(means) < low + 0.05
+    assert high - 0.05 < np.max(means) < high + 0.01
+
+
+def test_no_chance_changes_nothing() -> None:
+    images = np.stack([stained(STAINS[:2], seed) for seed in range(3)])
+    assert mix_stains(images, 0.0, np.random.default_rng(0)) is images
+    identity = np.eye(3, 4)
+    assert np.array_equal(restain(images[0], identity), images[0])
+
+
+class Slides:
+    """A store of 6 slides, each with stains of its own."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(3)
+        self.slide = np.arange(240) % 6
+        vectors = STAINS[:2] + rng.normal(0, 0.12, (6, 2, 3))
+        vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+        self.patches = np.stack([stained(vectors[slide], number) for number, slide in enumerate(self.slide)])
+
+    def ids(self, _split: str) -> np.ndarray:
+        return np.array([f"patch_{number:03d}" for number in range(240)], dtype=object)
+
+    def rows(self, _split: str, ids: np.ndarray) -> np.ndarray:
+        return np.arange(len(ids))
+
+    def images(self, rows: np.ndarray) -> np.ndarray:
+        return self.patches[rows]
+
+
+def test_groups_of_like_stain_are_made_of_one_slide_and_of_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_kaggle.folds.STAIN_GROUPS", 6)
+    store = Slides()
+    groups = stain_groups(store)
+    assert adjusted_rand_score(store.slide, groups["wsi"]) > 0.9
+    labels = pd.DataFrame({"id": groups["id"], "label": np.random.default_rng(0).integers(0, 2, 240)})
+    drawn = draw(labels, Scheme(3, 42, "stain"), groups)
+    assert (drawn.groupby("group")["fold"].nunique() == 1).all()
