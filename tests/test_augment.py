@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcam_kaggle.augment import StainJitter, augmentation, centre
+from pcam_kaggle.augment import StainJitter, augmentation, centre, mixup
 from pcam_kaggle.stain import DENSITY, STAINS
 
 NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
@@ -76,3 +76,24 @@ def test_evaluation_sees_the_centre() -> None:
     assert centre(patches, 32).shape == (2, 32, 32, 3)
     assert not centre(patches, 32).any()
     assert centre(patches, 34).any()
+
+
+def test_mixup_mixes_pixels_and_targets_by_one_share() -> None:
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 50, 100, 150, 200, 250)])
+    targets = np.linspace(0, 1, 6, dtype=np.float32)
+    for seed in range(20):
+        mixed, moved = mixup(images, targets, 0.4, np.random.default_rng(seed))
+        np.testing.assert_allclose(mixed[:, 0, 0, 0] / 250, moved, atol=0.003)
+    assert mixup(images, targets, 0.0, np.random.default_rng(0))[0] is images
+
+
+def test_a_degraded_patch_is_blurred_or_compressed_in_its_place() -> None:
+    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    patch = np.kron(patch[:24, :24], np.ones((4, 4, 1), np.uint8))
+    augment = augmentation(96, 0, 0.0, 0.0, 1.0)
+    augment.set_random_seed(1)
+    symmetric = [np.rot90(face, turns) for face in (patch, patch[:, ::-1]) for turns in range(4)]
+    for _ in range(20):
+        image = augment(image=patch)["image"]
+        likeness = max(np.corrcoef(image.ravel(), each.ravel())[0, 1] for each in symmetric)
+        assert 0.8 < likeness < 0.9999

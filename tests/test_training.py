@@ -228,3 +228,73 @@ def test_a_damaged_checkpoint_is_said(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="not a whole checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
+
+
+def test_the_head_warms_up_alone(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    config = replace(tiny, model="timm:resnet10t", head_epochs=1, epochs=2, layer_decay=0.5, average_epochs=0.0)
+    torch.manual_seed(room._seed(config, 0, 0))
+    fresh = dict(create(config).named_parameters())
+
+    def changed(epochs: int) -> set[str]:
+        train_fold(tmp_path / str(epochs), replace(config, epochs=epochs), store, folds.table, 0, CPU)
+        after = checkpoint.load(tmp_path / str(epochs) / "last.pt")["net"]
+        return {name for name, value in fresh.items() if not torch.equal(value, after[name])}
+
+    assert changed(1) == {"net.fc.weight", "net.fc.bias"}
+    both = changed(2)
+    assert "net.layer4.0.conv1.weight" in both
+    assert not any(name.startswith("net.conv1") for name in both), "a layer with less than a tenth of the rate moved"
+
+
+def test_layers_learn_at_rates_that_fall_towards_the_input(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *arguments):  # noqa: ANN002, ANN202
+            rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(room.torch.optim, "AdamW", Watched)
+    config = replace(tiny, model="timm:resnet10t", layer_decay=0.8, epochs=1)
+    train_fold(tmp_path / "fold_0", config, store, folds.table, 0, CPU)
+    assert len(rates[0]) > 4
+    expected = [learning_rate(config, (step + 1) / len(rates)) for step in range(len(rates))]
+    np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
+
+
+def test_a_teachers_answers_are_learnt_for_its_own_fold(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, teacher="old", epochs=1)
+    with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
+        train_fold(tmp_path / "new" / "fold_1", config, store, folds.table, 1, CPU)
+    (tmp_path / "old" / "fold_1").mkdir(parents=True)
+    answers = pd.DataFrame({"id": store.ids("test")[::-1], "probability": np.linspace(0.1, 0.7, 7)})
+    answers.to_csv(tmp_path / "old" / "fold_1" / "test.csv", index=False)
+    seen = []
+    monkeypatch.setattr(room, "batches", lambda data, first_epoch: seen.append(data) or batches(data, first_epoch))
+    train_fold(tmp_path / "new" / "fold_1", config, store, folds.table, 1, CPU)
+    learnt = dict(zip(seen[0].rows, seen[0].targets, strict=True))
+    for name, probability in answers.itertuples(index=False):
+        assert learnt[store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
+    valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
+    assert not set(valid) & set(learnt)
+
+
+@pytest.mark.parametrize("symmetry", ["none", "d4"])
+def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny: Config, symmetry: str) -> None:
+    config = replace(tiny, symmetry=symmetry, width=16, max_width=32)
+    net = create(config)
+    rows = store.rows("train", store.ids("train"))
+    images = CPU.images(torch.from_numpy(engine.centre(store.images(rows), config.side)))
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    engine.adapt_norms(net, store, rows, config, CPU)
+    stem = net.eval().streams[0].stem
+    with torch.no_grad():
+        normed = stem[2](stem[1](stem[0](net.normalize(images))))
+    groups = normed if symmetry == "none" else normed.unflatten(1, (8, -1)).transpose(1, 2).flatten(2, 3)
+    torch.testing.assert_close(groups.mean((0, 2, 3)), torch.zeros(groups.shape[1]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(groups.std((0, 2, 3)), torch.ones(groups.shape[1]), atol=2e-2, rtol=0)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
