@@ -1,6 +1,6 @@
 """The experiments that have a name."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
@@ -13,10 +13,10 @@ DEMO = "demo"
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A config by name, or, with `members`, the blend of other experiments."""
+    """A config by name, or, with `members`, the blend of other experiments, whose config tells the folds they share."""
 
     purpose: str
-    config: Config = field(default_factory=Config)
+    config: Config
     members: tuple[str, ...] = ()
 
 
@@ -47,7 +47,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             average_epochs=0.5,
         ),
     ),
-    "blend": Experiment("the mean of the best", members=(DEFAULT, "two_stream", "lite0")),
+    "blend": Experiment("the mean of the best", _BOTTLENECK, members=(DEFAULT, "two_stream", "lite0")),
     "best": Experiment(
         "two wide streams for a Kaggle session on two T4",
         replace(_D4, centre=32, width=64, max_width=1024, epochs=15, batch_size=256),

@@ -132,6 +132,8 @@ def _predict(job: Job) -> bool:
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
     members = [read_member(job.workspace.run(name)) for name in job.members or job.trains or (job.name,)]
+    for part in (part for part in job.parts() if part is not job):
+        blend([read_member(part.run)], "mean", part.run)
     metrics, new = blend(members, job.method, job.run)
     for fold, (size, area) in enumerate(zip(metrics["patches"], metrics["fold_auc"], strict=True)):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")

@@ -11,6 +11,8 @@ from conftest import TINY, Outcome
 
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.cli import main
+from pcam_kaggle.config import Config
+from pcam_kaggle.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import COMPETITION, Data, find_data, find_workspace
@@ -267,3 +269,43 @@ def test_real_patches_are_what_their_ids_say_and_a_net_learns_from_them(
     by_colour = auc(labels, -images.mean((1, 2, 3)))
     assert auc(labels, oof["probability"].to_numpy()) > max(0.85, by_colour + 0.05)
     assert np.isfinite(oof["probability"]).all()
+
+
+def test_an_experiment_that_blends_trains_its_members_once(
+    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, config in (("one", tiny), ("two", tiny.changed(["seed=43"]))):
+        monkeypatch.setitem(EXPERIMENTS, name, Experiment("", config))
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
+    arguments = ["--data", str(data.root), "--work", str(tmp_path / "work")]
+    assert main(["pipeline", "-e", "one", *arguments]) == 0
+    alone = contents(tmp_path / "work" / "runs" / "one")
+    assert main(["pipeline", "-e", "both", *arguments]) == 0
+    assert contents(tmp_path / "work" / "runs" / "one") == alone
+    tables = [pd.read_csv(tmp_path / "work" / "runs" / name / "oof.csv")["probability"] for name in ("one", "two", "both")]
+    np.testing.assert_allclose(tables[2], (tables[0] + tables[1]) / 2, atol=1e-12)
+    before = contents(tmp_path / "work")
+    capsys.readouterr()
+    assert main(["pipeline", "-e", "both", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do: ")
+    assert contents(tmp_path / "work") == before
+    assert main(["train", "-e", "both", *arguments, "--set", "epochs=3"]) == 2
+    assert "blends one, two as they are" in capsys.readouterr().err
+
+
+def test_members_of_an_experiment_share_its_folds() -> None:
+    for chosen in EXPERIMENTS.values():
+        for member in (EXPERIMENTS[name].config for name in chosen.members):
+            shared = [(config.groups, config.n_splits, config.fold_seed) for config in (chosen.config, member)]
+            assert shared[0] == shared[1]
+
+
+def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_kaggle.folds.STAIN_GROUPS", 6)
+    assert pcam("pipeline", "--groups", "stain").status == 0
+    table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
+    assert (table.groupby("group")["fold"].nunique() == 1).all()
+    assert table["group"].nunique() == 6
+    second = pcam("pipeline", "--groups", "stain")
+    assert second.out.splitlines()[-1].startswith("nothing to do: ")
+    assert "stain and --slides contradict" in pcam("folds", "--groups", "stain", "--slides", __file__).err
