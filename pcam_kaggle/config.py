@@ -43,8 +43,12 @@ class Config:
     """Bodies per block."""
     squeeze: int = 4
     """Filters around a bottleneck over those inside; 1 to 4."""
+    excite: bool = False
+    """Whether a bottleneck gates its filters by squeeze and excitation."""
     pool_first: bool = True
     """In the stem, max pooling before batch norm and ReLU: a third faster on a CPU."""
+    pool_inside: bool = False
+    """In a block, max pooling before the filters widen, not at its end: half the work."""
     head: Literal["flatten", "pool"] = "pool"
     """What the fully connected layers read: every position, or mean and maximum over positions."""
     hidden: int = 128

@@ -65,15 +65,15 @@ class Normalize(nn.Module):
 class Layers:
     """What a net is built of: `lift` reads the image, `conv` and `norm` maps, `pool` makes a vector of a map.
 
-    Called as lift(in_channels, channels, kernel_size), conv likewise, norm(channels), pool(); `factor` is how many entries
-    of the pooled vector a channel gives.
+    Called as lift(in_channels, channels, kernel_size), conv likewise, norm(channels), pool(). Of every `copies` channels one
+    is a field of its own, and pooling gives two numbers for each field.
     """
 
     lift: Callable[[int, int, int], nn.Module]
     conv: Callable[[int, int, int], nn.Module]
     norm: Callable[[int], nn.Module]
     pool: Callable[[], nn.Module]
-    factor: float
+    copies: int
 
 
 class MeanMaxPool(nn.Module):
@@ -91,32 +91,54 @@ def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
 
 
 LAYERS = {
-    "none": Layers(_conv, _conv, nn.BatchNorm2d, MeanMaxPool, 2),
-    "d4": Layers(partial(GroupConv2d, lifts=True), GroupConv2d, GroupNorm2d, GroupPool, 2 / ORDER),
+    "none": Layers(_conv, _conv, nn.BatchNorm2d, MeanMaxPool, 1),
+    "d4": Layers(partial(GroupConv2d, lifts=True), GroupConv2d, GroupNorm2d, GroupPool, ORDER),
 }
 
 
 class Plain(nn.Module):
-    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w)."""
+    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`.
 
-    def __init__(self, in_channels: int, channels: int, layers: Layers) -> None:
+    It pools what the convolution gives, before norm and ReLU.
+    """
+
+    def __init__(self, in_channels: int, channels: int, pools: bool, layers: Layers) -> None:
         super().__init__()
         self.conv1 = layers.conv(in_channels, channels, 3)
+        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
         self.bn1 = layers.norm(channels)
         self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act1(self.bn1(self.conv1(x)))
+        return self.act1(self.bn1(self.pool(self.conv1(x))))
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each field by a gate that the means of all fields open (Hu et al. 2018, equations 2 to 4); the shape stays."""
+
+    def __init__(self, channels: int, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+        fields = channels // copies
+        inner = max(1, fields // 4)
+        self.gate = nn.Sequential(nn.Linear(fields, inner), nn.ReLU(inplace=True), nn.Linear(inner, fields), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.unflatten(1, (self.copies, -1)).mean((1, 3, 4))
+        return x * self.gate(means).repeat(1, self.copies)[:, :, None, None]
 
 
 class Bottleneck(nn.Module):
     """1x1 → 3x3 → 1x1 with a shortcut (He et al. 2016, figure 5, right); inside, channels / `squeeze` filters.
 
-    Shape (n, in_channels, h, w) to (n, channels, h, w). The last norm starts at zero, the block as its shortcut (Goyal et
-    al. 2017, section 5.1).
+    Shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`: then before the filters widen, inside
+    and at the start of the shortcut. With `excite` the result is gated before the shortcut is added. The last norm starts
+    at zero, the block as its shortcut (Goyal et al. 2017, section 5.1).
     """
 
-    def __init__(self, in_channels: int, channels: int, layers: Layers, squeeze: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, pools: bool, layers: Layers, squeeze: int = 4, excite: bool = False
+    ) -> None:
         super().__init__()
         inner = channels // squeeze
         self.conv1 = layers.conv(in_channels, inner, 1)
@@ -125,8 +147,10 @@ class Bottleneck(nn.Module):
         self.conv2 = layers.conv(inner, inner, 3)
         self.bn2 = layers.norm(inner)
         self.act2 = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
         self.conv3 = layers.conv(inner, channels, 1)
         self.bn3 = layers.norm(channels)
+        self.excite = SqueezeExcite(channels, layers.copies) if excite else nn.Identity()
         self.act3 = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != channels:
@@ -135,15 +159,15 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.act2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.act3(out + self.shortcut(x))
+        out = self.excite(self.bn3(self.conv3(self.pool(out))))
+        return self.act3(out + self.shortcut(self.pool(x)))
 
 
 class Stream(nn.Module):
     """Stem, blocks, pooling on the centre square of `side` px: images (n, 3, h, w) to vectors (n, `features`).
 
-    The stem and every block halve the side by max pooling; block i has min(width 2^i, max_width) filters in `depth`
-    bodies. The end pools over positions or, with `head` flatten, keeps them all.
+    The stem and every block halve the side by max pooling, at a block's end or inside of its first body; block i has
+    min(width 2^i, max_width) filters in `depth` bodies. The end pools over positions or, with `head` flatten, keeps them all.
 
     Raises UserError where the side is too small for `n_blocks`.
     """
@@ -158,14 +182,16 @@ class Stream(nn.Module):
         depth: int,
         max_width: int,
         squeeze: int,
+        excite: bool,
         pool_first: bool,
+        pool_inside: bool,
         head: str,
         layers: Layers,
     ) -> None:
         super().__init__()
         if n_blocks > most_blocks(side):
             raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most_blocks(side)} fit")
-        make = Plain if body == "plain" else partial(Bottleneck, squeeze=squeeze)
+        make = Plain if body == "plain" else partial(Bottleneck, squeeze=squeeze, excite=excite)
         self.side = side
         shape = (side, side)
 
@@ -179,13 +205,16 @@ class Stream(nn.Module):
         channels = width
         for _ in range(n_blocks):
             wider = min(2 * channels, max_width)
-            bodies = [make(channels, wider, layers), *(make(wider, wider, layers) for _ in range(depth - 1))]
-            self.blocks.append(nn.Sequential(*bodies, nn.MaxPool2d(POOL_SIZE)))
+            bodies = [
+                make(channels, wider, pool_inside, layers),
+                *(make(wider, wider, False, layers) for _ in range(depth - 1)),
+            ]
+            self.blocks.append(nn.Sequential(*bodies, *([] if pool_inside else [nn.MaxPool2d(POOL_SIZE)])))
             shape = conv_output_shape(shape, 3, padding=1)
             shape = conv_output_shape(shape, POOL_SIZE, stride=POOL_SIZE)
             channels = wider
         self.end = layers.pool() if head == "pool" else nn.Flatten()
-        self.features = int(layers.factor * channels) if head == "pool" else channels * shape[0] * shape[1]
+        self.features = 2 * channels // layers.copies if head == "pool" else channels * shape[0] * shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         top, left = (x.shape[2] - self.side) // 2, (x.shape[3] - self.side) // 2
@@ -214,7 +243,9 @@ class BottleneckCNN(nn.Module):
         depth: int = 1,
         max_width: int = 512,
         squeeze: int = 4,
+        excite: bool = False,
         pool_first: bool = False,
+        pool_inside: bool = False,
         head: str = "pool",
         hidden: int = 128,
         dropout: float = 0.3,
@@ -231,7 +262,9 @@ class BottleneckCNN(nn.Module):
                 depth=depth,
                 max_width=max_width,
                 squeeze=squeeze,
+                excite=excite,
                 pool_first=pool_first,
+                pool_inside=pool_inside,
                 head=head,
                 layers=LAYERS[symmetry],
             )

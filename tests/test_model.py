@@ -53,7 +53,7 @@ def test_plain_is_the_description() -> None:
         dropout=config.dropout,
         pool_first=config.pool_first,
     )
-    layers = [m for m in net.modules() if not list(m.children())]
+    layers = [m for m in net.modules() if not list(m.children()) and not isinstance(m, nn.Identity)]
     names = [type(layer).__name__ for layer in layers[1:]]
     assert names[:20] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 5
     assert names[20:] == ["Flatten", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
@@ -79,7 +79,9 @@ def test_plain_stays_as_it_is() -> None:
         "max_width": 512,
         "depth": 1,
         "squeeze": 4,
+        "excite": False,
         "pool_first": False,
+        "pool_inside": False,
         "head": "flatten",
         "hidden": 256,
         "dropout": 0.5,
@@ -138,3 +140,22 @@ def test_pooled_head_does_not_care_where() -> None:
     x = torch.rand(2, 5, 6, 6)
     moved = x.flatten(2)[..., torch.randperm(36)].view_as(x)
     torch.testing.assert_close(MeanMaxPool()(moved), MeanMaxPool()(x))
+
+
+@pytest.mark.parametrize("body", ["plain", "bottleneck"])
+@pytest.mark.parametrize("pool_inside", [True, False])
+def test_where_a_block_pools_does_not_change_what_it_leaves(body: str, pool_inside: bool) -> None:
+    net = BottleneckCNN(3, 8, body=body, depth=2, pool_inside=pool_inside, head="flatten")
+    stream = net.streams[0]
+    assert stream.blocks(stream.stem(torch.rand(2, 3, 96, 96))).shape == (2, 64, 6, 6)
+    assert net(torch.rand(2, 3, 96, 96)).shape == (2,)
+
+
+def test_the_second_stream_reads_the_centre_alone() -> None:
+    net = BottleneckCNN(3, 8, centre=32).eval()
+    images = torch.rand(2, 3, 96, 96)
+    outside = images.clone()
+    outside[:, :, :32] = 0
+    context, centre = net.streams
+    assert torch.equal(centre(images), centre(outside))
+    assert not torch.equal(context(images), context(outside))

@@ -119,9 +119,10 @@ def test_group_norm_is_batch_norm_over_the_copies(memory_format: torch.memory_fo
 
 @pytest.mark.parametrize("symmetry", range(ORDER))
 @pytest.mark.parametrize("training", [True, False])
-def test_layers_commute_with_the_symmetries(symmetry: int, training: bool) -> None:
+@pytest.mark.parametrize("pools", [True, False])
+def test_layers_commute_with_the_symmetries(symmetry: int, training: bool, pools: bool) -> None:
     x = torch.randn(2, 4 * ORDER, 8, 8)
-    body = Bottleneck(4 * ORDER, 8 * ORDER, LAYERS["d4"], squeeze=2)
+    body = Bottleneck(4 * ORDER, 8 * ORDER, pools, LAYERS["d4"], squeeze=2, excite=True)
     nn.init.ones_(body.bn3.weight)
     body.train(training)
     torch.testing.assert_close(body(acted(x, symmetry)), acted(body(x), symmetry), atol=1e-4, rtol=1e-4)
