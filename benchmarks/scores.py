@@ -45,28 +45,31 @@ class Row:
     @property
     def name(self) -> str:
         """Name of the run."""
-        return "-".join([self.experiment, *(change.replace("=", "_").replace(":", "_") for change in self.changes)])
+        return "-".join([self.experiment, *(change.removeprefix("groups=").replace("=", "_") for change in self.changes)])
 
 
 NAMED = tuple(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "blend"))
+STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0"))
 TRIALS = tuple(
-    Row(QUICK, QUICK, (change,), PART)
+    Row(QUICK, f"{QUICK}-stain", ("groups=stain", change), PART)
     for change in (
+        "stain_jitter=0",
         "stain_jitter=0.15",
         "stain_mix=0.5",
+        "color_jitter=0.25",
         "degrade=0.3",
         "mixup=0.2",
         "label_smoothing=0.05",
-        "teacher=quick",
         "norm=test",
-        "squeeze=2",
+        f"teacher={QUICK}-stain",
+        "dropout=0.3",
+        "excite=false",
+        "pool_inside=false",
         "depth=2",
+        "squeeze=2",
         "centre=32",
-        "symmetry=d4",
+        "average_epochs=0",
     )
-)
-STAIN = tuple(
-    Row(name, f"{BASELINE}-groups_stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0")
 )
 ROWS = {row.name: row for row in (*NAMED, *TRIALS, *STAIN)}
 
@@ -111,7 +114,8 @@ def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFram
         "train_images_per_second": round(1 / sum(1 / each["train"] for each in costs), 1),
         "predict_images_per_second": round(1 / sum(1 / each["predict"] for each in costs), 1),
         "minutes": round(sum(each["minutes"] for each in costs), 1),
-        "config": " + ".join(job.trains) or {key: value for key, value in config.items() if value != first[key]},
+        "config": {key: value for key, value in config.items() if value != first[key]},
+        "members": list(job.trains),
         "backend": costs[0]["backend"],
         "commit": costs[0]["commit"],
     }
@@ -139,13 +143,14 @@ def score(row: Row, oof: pd.DataFrame) -> dict[str, Any]:
     table = read_numbers(job.workspace.folds / f"{scheme(row)}.csv", ["label", "fold"]).set_index("id").astype(int)
     table = table.join(oof[[row.name]].dropna(), how="inner")
     labels, values = table["label"].to_numpy(), table[row.name].to_numpy()
-    both = table.join(oof[[row.base]].dropna().rename(columns={row.base: "base"}), how="inner")
-    difference = auc_difference(both["label"].to_numpy(), both[row.name].to_numpy(), both["base"].to_numpy())
-    return {
+    scored = {
         "fold_auc": [auc(part["label"].to_numpy(), part[row.name].to_numpy()) for _, part in table.groupby("fold")],
         "pooled": list(auc_interval(labels, values)[:3]),
-        "difference": list(difference[:3]),
     }
+    if row.base in oof and row.base != row.name:
+        both = table.join(oof[[row.base]].dropna().rename(columns={row.base: "base"}), how="inner")
+        scored["difference"] = list(auc_difference(*(both[each].to_numpy() for each in ("label", row.name, "base")))[:3])
+    return scored
 
 
 def scheme(row: Row) -> str:
@@ -162,19 +167,19 @@ def table(rows: tuple[Row, ...], records: dict[str, Any]) -> str:
     ]
     for row in known:
         record = records[row.name]
-        config = record["config"]
+        config = " ".join(f"{key}={value}" for key, value in record["config"].items())
         speeds = f"{record['train_images_per_second']:.0f}, {record['predict_images_per_second']:.0f}"
         lines.append(
             (
                 f"`{row.name}`",
                 "{:.4f} [{:.4f}, {:.4f}]".format(*record["pooled"]),
-                "" if row.name == row.base else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*record["difference"]),
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*record["difference"]) if "difference" in record else "",
                 " ".join(f"{value:.4f}" for value in record["fold_auc"]),
                 f"{record['parameters']:,}",
                 f"{record['macs'] / 1e6:.0f} M",
                 speeds,
                 f"{record['minutes']:.1f}",
-                config if isinstance(config, str) else " ".join(f"{key}={value}" for key, value in config.items()),
+                " ".join(row.changes) or " + ".join(record["members"]) or config,
             )
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -197,15 +202,12 @@ def main(names: list[str]) -> None:
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     oof = pd.read_csv(OOF, dtype={"id": str}, index_col="id") if OOF.exists() else pd.DataFrame(index=pd.Index([], name="id"))
     for name in names or [name for name in ROWS if name not in records]:
-        row = ROWS[name]
-        make(row)
-        oof = harvest(row, oof, records)
+        make(ROWS[name])
+        oof = harvest(ROWS[name], oof, records)
+        for known in (row for row in ROWS.values() if row.name in records):
+            records[known.name] |= score(known, oof)
         oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
         write_json(RECORD, records)
-    for name in records:
-        if ROWS[name].base in records:
-            records[name] |= score(ROWS[name], oof)
-    write_json(RECORD, records)
     text = TEXT.read_text().format(named=table(NAMED, records), trials=table(TRIALS, records), stain=stain_table(records))
     write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
     print(text)

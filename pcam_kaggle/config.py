@@ -43,11 +43,11 @@ class Config:
     """Bodies per block."""
     squeeze: int = 4
     """Filters around a bottleneck over those inside; 1 to 4."""
-    excite: bool = False
+    excite: bool = True
     """Whether a bottleneck gates its filters by squeeze and excitation."""
     pool_first: bool = True
     """In the stem, max pooling before batch norm and ReLU: a third faster on a CPU."""
-    pool_inside: bool = False
+    pool_inside: bool = True
     """In a block, max pooling before the filters widen, not at its end: half the work."""
     head: Literal["flatten", "pool"] = "pool"
     """What the fully connected layers read: every position, or mean and maximum over positions."""

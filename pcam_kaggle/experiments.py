@@ -20,15 +20,24 @@ class Experiment:
     members: tuple[str, ...] = ()
 
 
-_BOTTLENECK = Config(epochs=10)
-_D4 = Config(symmetry="d4", lr=3e-3, epochs=10, tta=1)
+_BOTTLENECK = Config(epochs=20)
+_D4 = Config(symmetry="d4", width=48, max_width=768, lr=3e-3, dropout=0.1, epochs=20, tta=1)
 
 EXPERIMENTS: dict[str, Experiment] = {
-    DEFAULT: Experiment("the default: residual bottlenecks, a pooled head", _BOTTLENECK),
-    QUICK: Experiment("the default in half the time", replace(_BOTTLENECK, epochs=5, average_epochs=1.0)),
+    DEFAULT: Experiment("the default: residual bottlenecks with squeeze and excitation, a pooled head", _BOTTLENECK),
+    QUICK: Experiment("the default in a third of the time", replace(_BOTTLENECK, dropout=0.1, epochs=6, average_epochs=1.5)),
     BASELINE: Experiment(
         "the baseline, which stays as it is: one 3x3 convolution a block, a flattened head",
-        Config(body="plain", head="flatten", pool_first=False, hidden=256, dropout=0.5, epochs=10),
+        Config(
+            body="plain",
+            head="flatten",
+            excite=False,
+            pool_first=False,
+            pool_inside=False,
+            hidden=256,
+            dropout=0.5,
+            epochs=10,
+        ),
     ),
     "bottleneck_d4": Experiment("the default under the square's eight symmetries, an eighth of the weights, one view", _D4),
     "two_stream": Experiment("bottleneck_d4 twice: the centre that decides beside its context", replace(_D4, centre=32)),
