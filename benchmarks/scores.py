@@ -1,8 +1,8 @@
 """What each experiment and each trial scores out of fold: trains what is missing, writes SCORES.md.
 
 `python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder. A row is measured from its run's
-files in runs/; where there are none, the record in scores.json stands, and where that lacks the row too, it is trained.
-Named rows are trained wherever their runs are not finished.
+files in runs/ and taken down in scores/; rows that are named, and else those without a record, are trained where their
+runs are not finished.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pcam_kaggle import cli
 from pcam_kaggle.artifacts import read_json, write, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.metrics import auc, auc_difference, auc_interval
 from pcam_kaggle.paths import find_data, find_workspace
-from pcam_kaggle.pipeline import Job, run_folds, run_predict, run_prepare, run_train
 from pcam_kaggle.tables import read_numbers
 
 HERE = Path(__file__).parent
@@ -74,40 +74,31 @@ TRIALS = tuple(
 ROWS = {row.name: row for row in (*NAMED, *TRIALS, *STAIN)}
 
 
-def job_of(row: Row) -> Job:
-    """Return the pipeline's job that makes the run of `row`; raises UserError where there is no data."""
-    workspace = find_workspace(None)
-    data = find_data(os.environ.get("PCAM_DATA"), workspace.root)
-    if data is None:
-        raise UserError("no data of the competition found: set PCAM_DATA")
-    named = experiment(row.experiment)
-    return Job(
-        data=data,
-        workspace=workspace,
-        demo=False,
-        experiment=row.experiment,
-        config=named.config.changed(list(row.changes)),
-        name=row.name,
-        chosen=row.folds,
-        trains=named.members,
-    )
-
-
 def make(row: Row) -> None:
-    """Run the stages of `row` that are not finished."""
-    for stage in (run_prepare, run_folds, run_train, run_predict):
-        stage(job_of(row))
+    """Run the stages of `row` that are not finished; raises UserError without data, and where a stage fails, which says why."""
+    if find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root) is None:
+        raise UserError(f"{row.name}: has no record, and to train it the competition's patches are needed; set PCAM_DATA")
+    options = ["-e", row.experiment, "--name", row.name, *(part for change in row.changes for part in ("--set", change))]
+    folds = ["--folds", ",".join(map(str, row.folds))]
+    for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds]):
+        if cli.main([*stage, *options]):
+            raise UserError(f"{row.name}: no figures")
+
+
+def runs(row: Row) -> list[Path]:
+    """Return the folder of the run of `row`, or those of the runs that it blends."""
+    return [find_workspace(None).run(name) for name in experiment(row.experiment).members or (row.name,)]
 
 
 def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
     """Take down in `records` and in a column of `oof`, which is returned, what the finished run of `row` left."""
-    job = job_of(row)
-    costs = [_costs(part.run, row.folds) for part in job.parts()]
+    named = experiment(row.experiment)
+    costs = [_costs(run, row.folds) for run in runs(row)]
     columns = []
-    for part in job.parts():
-        tables = [read_numbers(part.run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
+    for run in runs(row):
+        tables = [read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
         columns.append(pd.concat(tables).set_index("id")["probability"])
-    first, config = dataclasses.asdict(Config()), dataclasses.asdict(job.config)
+    first, config = dataclasses.asdict(Config()), dataclasses.asdict(named.config.changed(list(row.changes)))
     records[row.name] = {
         "parameters": sum(each["parameters"] for each in costs),
         "macs": sum(each["macs"] for each in costs),
@@ -115,7 +106,7 @@ def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFram
         "predict_images_per_second": round(1 / sum(1 / each["predict"] for each in costs), 1),
         "minutes": round(sum(each["minutes"] for each in costs), 1),
         "config": {key: value for key, value in config.items() if value != first[key]},
-        "members": list(job.trains),
+        "members": list(named.members),
         "backend": costs[0]["backend"],
         "commit": costs[0]["commit"],
     }
@@ -139,8 +130,7 @@ def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
 
 def score(row: Row, oof: pd.DataFrame) -> dict[str, Any]:
     """Return the AUC of `row` per fold and pooled, and its paired difference to its base's on the same patches."""
-    job = job_of(row)
-    table = read_numbers(job.workspace.folds / f"{scheme(row)}.csv", ["label", "fold"]).set_index("id").astype(int)
+    table = read_numbers(find_workspace(None).folds / f"{scheme(row)}.csv", ["label", "fold"]).set_index("id").astype(int)
     table = table.join(oof[[row.name]].dropna(), how="inner")
     labels, values = table["label"].to_numpy(), table[row.name].to_numpy()
     scored = {
