@@ -184,13 +184,24 @@ def stain_table(records: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page(records: dict[str, Any]) -> str:
+    """Write SCORES.md from `records` and return it."""
+    text = TEXT.read_text().format(named=table(NAMED, records), trials=table(TRIALS, records), stain=stain_table(records))
+    write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
+    return text
+
+
 def main(names: list[str]) -> None:
-    """Bring the rows called `names`, or all that are missing, up to date; write SCORES.md and print it."""
+    """Print SCORES.md as it stands, then bring the rows called `names`, or all without a record, up to date, and print it anew.
+
+    What is finished stays where it is stopped. Raises UserError on a name that is no row's, and as `make`.
+    """
     unknown = set(names) - set(ROWS)
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose of {', '.join(ROWS)}")
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     oof = pd.read_csv(OOF, dtype={"id": str}, index_col="id") if OOF.exists() else pd.DataFrame(index=pd.Index([], name="id"))
+    print(page(records))
     for name in names or [name for name in ROWS if name not in records]:
         make(ROWS[name])
         oof = harvest(ROWS[name], oof, records)
@@ -198,9 +209,7 @@ def main(names: list[str]) -> None:
             records[known.name] |= score(known, oof)
         oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
         write_json(RECORD, records)
-    text = TEXT.read_text().format(named=table(NAMED, records), trials=table(TRIALS, records), stain=stain_table(records))
-    write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
-    print(text)
+        print(page(records))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             average_epochs=0.5,
         ),
     ),
-    "blend": Experiment("the mean of the best", _BOTTLENECK, members=(DEFAULT, "two_stream", "lite0")),
+    "blend": Experiment("the mean of the best", _BOTTLENECK, members=(DEFAULT, "lite0")),
     "best": Experiment(
         "two wide streams for a Kaggle session on two T4",
         replace(_D4, centre=32, width=64, max_width=1024, epochs=15, batch_size=256),
