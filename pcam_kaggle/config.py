@@ -32,7 +32,7 @@ class Config:
     symmetry: Literal["none", "d4"] = "none"
     """Symmetries of the square that the convolutions commute with; d4 needs filters in multiples of 32."""
     centre: int = 0
-    """Side in pixels of a second stream's square, read beside the whole; 0 for one stream, else 32 to `side`."""
+    """Side in pixels of a second stream's square, read beside the whole; 0 for one stream, else 32 to `side` - 2."""
     n_blocks: int = 4
     """Blocks after the stem; each doubles the filters and halves the side."""
     width: int = 32
@@ -119,7 +119,7 @@ class Config:
             "squeeze": (1, 4),
             "hidden": (1, 65536),
             "dropout": (0, 0.99),
-            "centre": (0, self.side),
+            "centre": (0, self.side - 2),
             "shift": (0, 4),
             "stain_jitter": (0, 0.99),
             "stain_mix": (0, 1),

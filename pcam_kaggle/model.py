@@ -252,7 +252,8 @@ class BottleneckCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize()
-        sides = {side: n_blocks} | ({centre: n_blocks - 1} if centre else {})
+        # The whole comes last: what a net looked at is asked of its last map.
+        sides = ({centre: n_blocks - 1} if centre else {}) | {side: n_blocks}
         self.streams = nn.ModuleList(
             Stream(
                 blocks,

@@ -156,6 +156,6 @@ def test_the_second_stream_reads_the_centre_alone() -> None:
     images = torch.rand(2, 3, 96, 96)
     outside = images.clone()
     outside[:, :, :32] = 0
-    context, centre = net.streams
+    centre, context = net.streams
     assert torch.equal(centre(images), centre(outside))
     assert not torch.equal(context(images), context(outside))

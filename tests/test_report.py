@@ -262,6 +262,6 @@ def test_the_map_leaves_the_net_as_it_was(tiny: Config) -> None:
     assert torch.equal(net(images), before)
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
-    assert feature_module(net, images) is net.blocks
+    assert feature_module(net, images) is net.streams[0].blocks
     with pytest.raises(ValueError, match="more than one position"):
         grad_cam(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), images, torch.ones(3))
