@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from pcam_kaggle.errors import UserError
@@ -171,6 +172,8 @@ class Config:
             raise UserError(f"max_width={self.max_width}: must not be below width={self.width}")
 
     def _check_source(self) -> None:
+        if Path(self.teacher).name != self.teacher:
+            raise UserError(f"teacher={self.teacher}: must be the name of a run, not a path")
         if self.model == "cnn" and self.weights:
             raise UserError(f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME")
         if self.model == "cnn" and (self.layer_decay < 1 or self.head_epochs):

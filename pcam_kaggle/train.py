@@ -61,6 +61,8 @@ def train(run: Path, experiment: str, config: Config, store: PatchStore, folds: 
     Raises UserError where the config makes no net, where memory does not hold a batch, and where a loss is not finite.
     """
     create(config, weights=False)
+    if config.teacher:
+        _check_teacher(run.parent / config.teacher / "config.json", folds)
     open_run(run, experiment, config, store, folds)
     backend = run_backend(run, config)
     print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
@@ -140,6 +142,12 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
         "images_per_second": float(np.median([row["images_per_second"] for row in log])),
     }
     write_json(folder / "metrics.json", metrics)
+
+
+def _check_teacher(file: Path, folds: Folds) -> None:
+    """Raise UserError where the teacher's folds are others: its net of a fold has then seen labels that this one must not."""
+    if read_json(file, "folds_sha256")["folds_sha256"] != folds.manifest["csv_sha256"]:
+        raise UserError(f"{file}: the teacher has other folds; use one that was trained on {folds.manifest['scheme']}")
 
 
 def _taught(file: Path) -> pd.DataFrame:

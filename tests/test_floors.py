@@ -8,9 +8,9 @@ import pcam_kaggle
 FLOORS = (
     "errors",
     "artifacts config device metrics p4m paths provenance saliency scalars stain svg tta",
-    "augment checkpoint curves experiments kaggle ledger model store synthetic tables",
-    "backbones engine figures folds patches",
-    "blend compare runs submission",
+    "augment blocks checkpoint curves experiments kaggle ledger store synthetic tables",
+    "engine figures folds model patches",
+    "backbones blend compare runs submission",
     "scoreboard train",
     "mistakes predict",
     "report",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pcam_kaggle.backbones import create
+from pcam_kaggle.blocks import LAYERS, Bottleneck
 from pcam_kaggle.experiments import EXPERIMENTS
-from pcam_kaggle.model import LAYERS, Bottleneck, BottleneckCNN
+from pcam_kaggle.model import BottleneckCNN
 from pcam_kaggle.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool, filter_index, product_table, transform
 from pcam_kaggle.tta import views
 

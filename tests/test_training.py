@@ -298,3 +298,13 @@ def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny:
     torch.testing.assert_close(groups.mean((0, 2, 3)), torch.zeros(groups.shape[1]), atol=2e-3, rtol=0)
     torch.testing.assert_close(groups.std((0, 2, 3)), torch.ones(groups.shape[1]), atol=2e-2, rtol=0)
     assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    other = Folds(folds.table, folds.manifest | {"csv_sha256": "0" * 64})
+    open_run(tmp_path / "old", "tiny", tiny, store, other)
+    with pytest.raises(UserError, match="the teacher has other folds"):
+        room.train(tmp_path / "new", "tiny", replace(tiny, teacher="old"), store, folds, [0])
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="not a path"):
+        replace(tiny, teacher="../old")
