@@ -1,5 +1,6 @@
 """Many predictions of a patch made one: the folds of an experiment, or several experiments, averaged by id and scored."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +22,29 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The predictions of one experiment: `oof` has id, label, fold, probability, sorted by id; `tests` id, probability."""
+    """The predictions of one experiment: `oof` has id, label, fold, probability, sorted by id; `tests` id, probability.
+
+    `missing` are the folds that were left out.
+    """
 
     name: str
     oof: pd.DataFrame
     tests: list[pd.DataFrame]
     folds: str
+    missing: list[int]
 
 
-def read_member(run: Path) -> Member:
-    """Return the predictions in folder `run`; raises UserError where a fold has none or a table is damaged."""
+def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
+    """Return the predictions in folder `run` of the folds in `chosen`, of all where it is None.
+
+    Raises UserError where a fold has none or a table is damaged.
+    """
     if not (run / "config.json").exists():
         raise UserError(f"{run}: no run of that name; train it, or name one that is there")
     made = read_json(run / "config.json", "config", "folds_sha256")
     oof, tests = [], []
-    for fold in range(made["config"]["n_splits"]):
+    every = range(made["config"]["n_splits"])
+    for fold in every if chosen is None else chosen:
         folder = run / f"fold_{fold}"
         if not (folder / "predictions.json").exists():
             raise UserError(f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {fold} first")
@@ -54,7 +63,8 @@ def read_member(run: Path) -> Member:
     if table["id"].duplicated().any():
         raise UserError(f"{run}: id {table['id'][table['id'].duplicated()].iloc[0]} is out of fold twice; predict again")
     columns = ["id", "label", "fold", "probability"]
-    return Member(run.name, table.sort_values("id", ignore_index=True)[columns], tests, made["folds_sha256"])
+    missing = [fold for fold in every if chosen is not None and fold not in chosen]
+    return Member(run.name, table.sort_values("id", ignore_index=True)[columns], tests, made["folds_sha256"], missing)
 
 
 def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, Any], bool]:
@@ -64,7 +74,8 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
     (Caruana et al. 2004) and is used only where, on folds that its weights did not see, it beats the mean by more than the
     noise. A member's test prediction is the mean over its folds.
 
-    Raises UserError where members do not share folds, patches or test ids, or where `out` is the run of something else.
+    Raises UserError where members do not share folds, patches or test ids, where `out` is the run of something else, and where
+    one fold is to be climbed.
     """
     _check(members, out)
     base = members[0].oof
@@ -76,6 +87,8 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
     equal = np.full(len(members), 1 / len(members))
     weights, blended, used, gain = equal, equal @ oof, method, None
     if method == "climb":
+        if len(np.unique(folds)) < 2:
+            raise UserError("--method climb: weights for a fold come from the others, and there is one; use mean")
         crossed, gain = cross_climb(labels, folds, oof)
         used = "climb" if gain.low > 0 else "mean"
         if used == "climb":
@@ -88,6 +101,7 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
         "asked": method,
         "gain_of_weights": gain._asdict() if gain else None,
         "folds_sha256": members[0].folds,
+        "missing_folds": members[0].missing,
         **score(result),
         "oof_sha256": sha256(csv_bytes(result)),
         "test_sha256": sha256(csv_bytes(test)),
@@ -109,15 +123,16 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
 def score(oof: pd.DataFrame) -> dict[str, Any]:
     """Return the OOF AUC of a table of id, label, fold, probability: per fold, pooled, and pooled after ranking within folds.
 
-    The SD over folds is the sample's; pooled values come with DeLong's 95 % interval.
+    The SD over folds is the sample's, None of one fold; pooled values come with DeLong's 95 % interval.
     """
     folds, labels, values = (oof[column].to_numpy() for column in ("fold", "label", "probability"))
     per_fold = [auc(labels[folds == fold], values[folds == fold]) for fold in np.unique(folds)]
     return {
+        "folds": np.unique(folds).tolist(),
         "patches": [int((folds == fold).sum()) for fold in np.unique(folds)],
         "fold_auc": per_fold,
         "mean": float(np.mean(per_fold)),
-        "sd": float(np.std(per_fold, ddof=1)),
+        "sd": float(np.std(per_fold, ddof=1)) if len(per_fold) > 1 else None,
         "pooled": auc_interval(labels, values)._asdict(),
         "ranked": auc_interval(labels, rank_within(folds, values))._asdict(),
     }

@@ -1,6 +1,7 @@
 """The command line: what was asked for becomes a job, what went wrong becomes one line."""
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pcam_kaggle.blend import METHODS
+from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.compare import compare_runs
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
@@ -103,8 +105,10 @@ def _add_job(added: argparse.ArgumentParser, name: str) -> None:
     if name in ("prepare", "pipeline"):
         added.add_argument("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
         added.add_argument("--skip-damaged", action="store_true", help="set damaged train patches aside")
-    if name in ("train", "predict", "pipeline"):
+    if name in ("train", "predict", "blend", "pipeline"):
         added.add_argument("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+    if name in ("train", "pipeline"):
+        added.add_argument("--hours", type=_hours, help="end by then, with the folds that are finished [never]")
     if name == "blend":
         added.add_argument("members", nargs="*", help="runs to blend [the experiment's folds]")
     if name in ("blend", "pipeline"):
@@ -151,7 +155,9 @@ def _run_job(options: argparse.Namespace) -> None:
     STAGES[options.command](job)
     after = ORDER[ORDER.index(options.command) + 1 :]
     print(
-        f"next: python -m pcam_kaggle {after[0]}{_repeated(options, job)}" if after else f"next: submit {job.target} to Kaggle"
+        f"next: python -m pcam_kaggle {after[0]}{_repeated(options, job)}"
+        if after
+        else f"next: submit {job.target()} to Kaggle"
     )
 
 
@@ -204,6 +210,7 @@ def _job(options: argparse.Namespace) -> Job:
         members=members,
         trains=chosen.members,
         method=getattr(options, "method", "mean"),
+        budget=Budget.of_hours(hours) if (hours := getattr(options, "hours", None)) else ENDLESS,
     )
     job.folds()
     return job
@@ -213,3 +220,10 @@ def _folds(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list like 0,2")
     return tuple(map(int, text.split(",")))
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not 0 < hours < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours")
+    return hours

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +52,48 @@ class Backend:
 
 
 def find_device() -> str:
-    """Return cuda, mps or cpu: the first that carries out a convolution.
+    """Return cuda, mps or cpu, the first that there is.
 
-    A GPU can be reported as available and still lack kernels in this build of torch.
+    Raises UserError where it does not carry out a convolution: a GPU can be reported as available and lack kernels in this
+    build of torch, as a P100 does on Kaggle.
     """
     offered = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    for kind, available in offered.items():
-        if available:
-            with contextlib.suppress(RuntimeError):
-                image = torch.ones(1, 3, 8, 8, device=kind)
-                torch.nn.functional.conv2d(image, torch.ones(4, 3, 3, 3, device=kind)).sum().item()
-                return kind
-    return "cpu"
+    kind = next((kind for kind, available in offered.items() if available), "cpu")
+    try:
+        image = torch.ones(1, 3, 8, 8, device=kind)
+        torch.nn.functional.conv2d(image, torch.ones(4, 3, 3, 3, device=kind)).sum().item()
+    except RuntimeError as error:
+        raise UserError(
+            f"{device_name(kind)}: this build of torch cannot compute on it ({' '.join(str(error).split())[:100]}); choose "
+            "another accelerator, on Kaggle T4 x2, or set CUDA_VISIBLE_DEVICES= to an empty text to compute on the CPU"
+        ) from None
+    return kind
+
+
+def spread(work: Callable[[list[int]], None], items: list[int]) -> None:
+    """Call `work` with a share of `items` on each GPU, in a process of its own; with one GPU or none, here with all of them.
+
+    Raises what a process raised, once all have ended.
+    """
+    count = min(gpus(), len(items))
+    if count < 2:
+        work(items)
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_on_gpu, index, work, items[index::count]) for index in range(count)]
+    for share in shares:
+        share.result()
+
+
+def gpus() -> int:
+    """Return how many GPUs there are."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _on_gpu(index: int, work: Callable[[list[int]], None], share: list[int]) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index)
+    work(share)
 
 
 def device_name(kind: str) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
-from pcam_kaggle.artifacts import write_csv
+from pcam_kaggle.artifacts import read_json, write_csv
 from pcam_kaggle.blend import Method, blend, read_member
+from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import experiment
@@ -28,7 +29,8 @@ DEMO_SUFFIX = "-not-for-kaggle"
 class Job:
     """What the stages work on; `name` is the run's, `chosen` the folds to train, None for all.
 
-    `trains` are the members of an experiment that is a blend; `members` the runs that the blend stage is given.
+    `trains` are the members of an experiment that is a blend; `members` the runs that the blend stage is given. Training ends
+    with the `budget`, and the blend is then of the folds that are finished.
     """
 
     data: Data
@@ -44,16 +46,18 @@ class Job:
     members: tuple[str, ...] = ()
     trains: tuple[str, ...] = ()
     method: Method = "mean"
+    budget: Budget = ENDLESS
 
     @property
     def run(self) -> Path:
         """Folder of the run."""
         return self.workspace.run(self.name)
 
-    @property
     def target(self) -> Path:
-        """File of the submission."""
-        return self.workspace.submissions / f"{self.name}{DEMO_SUFFIX if self.demo else ''}.csv"
+        """Return the file of the submission; that of a blend which lacks folds has a name of its own."""
+        made = read_json(self.run / "metrics.json", "folds", "missing_folds")
+        part = f"-folds-{'-'.join(map(str, made['folds']))}" if made["missing_folds"] else ""
+        return self.workspace.submissions / f"{self.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def parts(self) -> list["Job"]:
         """Return the jobs to train and predict: this one, or one for each experiment that it blends."""
@@ -104,7 +108,7 @@ def _train(job: Job) -> bool:
         # torch and albumentations take seconds to import, and a run that is finished needs neither.
         from pcam_kaggle.train import train
 
-        train(job.run, job.experiment, job.config, store, folds, todo)
+        train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
     _say(f"train: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 
@@ -131,13 +135,14 @@ def _predict(job: Job) -> bool:
 
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
-    members = [read_member(job.workspace.run(name)) for name in job.members or job.trains or (job.name,)]
+    members = [read_member(job.workspace.run(name), job.chosen) for name in job.members or job.trains or (job.name,)]
     for part in (part for part in job.parts() if part is not job):
-        blend([read_member(part.run)], "mean", part.run)
+        blend([read_member(part.run, job.chosen)], "mean", part.run)
     metrics, new = blend(members, job.method, job.run)
-    for fold, (size, area) in enumerate(zip(metrics["patches"], metrics["fold_auc"], strict=True)):
+    for fold, size, area in zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")
-    print(f"  mean     {metrics['mean']:.4f} ± {metrics['sd']:.4f} (SD over folds)")
+    deviation = "" if metrics["sd"] is None else f" ± {metrics['sd']:.4f} (SD over folds)"
+    print(f"  mean     {metrics['mean']:.4f}{deviation}")
     for kind, title in (("pooled", "pooled"), ("ranked", "pooled after ranking within folds")):
         print(
             f"  {title}   {metrics[kind]['value']:.4f}, 95 % interval {metrics[kind]['low']:.4f} to {metrics[kind]['high']:.4f}"
@@ -152,9 +157,10 @@ def run_blend(job: Job) -> bool:
 
 def run_submission(job: Job) -> bool:
     """Write the submission; return whether anything was done."""
-    table, new = submit(job.run, job.data.sample, job.target)
+    target = job.target()
+    table, new = submit(job.run, job.data.sample, target)
     write_ledger(job.workspace.submissions)
-    _say(f"submission: {len(table):,} rows in {job.target}", new)
+    _say(f"submission: {len(table):,} rows in {target}", new)
     return new
 
 
@@ -169,27 +175,39 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 
 
 def run_all(job: Job) -> None:
-    """Run every stage; where `job.chosen` leaves folds untrained, stop after their prediction and say so."""
-    done = [run_prepare(job), run_folds(job), run_train(job), run_predict(job)]
+    """Run every stage; where `job.chosen` leaves folds to be trained, stop after their prediction and say so.
+
+    Folds that the budget leaves unfinished are missing from the blend and the submission, which say so.
+
+    Raises UserError where the budget ends before one fold is finished.
+    """
+    done = [run_prepare(job), run_folds(job), run_train(job)]
+    finished = [fold for fold in job.folds() if _all(job, fold, trained)]
+    if not finished:
+        raise UserError(f"{job.run}: no fold was finished in time; the same command goes on, give it more --hours")
+    done.append(run_predict(replace(job, chosen=tuple(finished))))
     store = PatchStore(job.workspace.store)
-    left = [
-        fold
-        for fold in range(job.config.n_splits)
-        for folder in (part.run / f"fold_{fold}" for part in job.parts())
-        if not (trained(folder) and predicted(folder, store))
-    ]
-    if left:
+    left = [fold for fold in range(job.config.n_splits) if not _all(job, fold, lambda folder: predicted(folder, store))]
+    if left and job.chosen is not None:
         print(f"next: folds {_listed(left)}, then the blend")
         return
+    if left:
+        print(f"missing: folds {_listed(left)} were not finished in time; the same command goes on from there")
+        job = replace(job, chosen=tuple(finished))
     done += [run_blend(job), run_submission(job)]
     if job.demo:
         print("This was the synthetic demo: its score and its submission mean nothing for Kaggle.")
     if not any(done):
-        print(f"nothing to do: {job.target} is up to date")
+        print(f"nothing to do: {job.target()} is up to date")
     elif not job.demo:
-        print(f"next: compare {job.run / 'metrics.json'} with other runs, or submit {job.target} to Kaggle")
+        print(f"next: compare {job.run / 'metrics.json'} with other runs, or submit {job.target()} to Kaggle")
     else:
         print("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
+
+
+def _all(job: Job, fold: int, test: Callable[[Path], bool]) -> bool:
+    """Tell whether `test` holds for the folder of `fold` in every run that the job trains."""
+    return all(test(part.run / f"fold_{fold}") for part in job.parts())
 
 
 def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:

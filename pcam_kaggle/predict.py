@@ -1,6 +1,7 @@
 """Predictions of each fold's net: out of fold for its validation patches, and for the test set."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from pcam_kaggle import tta
 from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend
+from pcam_kaggle.device import Backend, spread
 from pcam_kaggle.engine import adapt_norms, predict_logits
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.runs import sources
@@ -24,11 +25,16 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
     Probabilities are the average over the config's views. `predictions.json` holds the hashes of both tables and of what
     they were made of.
     """
-    backend = run_backend(run, config)
-    for fold in chosen:
+    spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config)), chosen)
+
+
+def _predict_share(
+    run: Path, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, share: list[int]
+) -> None:
+    for fold in share:
         folder = run / f"fold_{fold}"
         net = load_best(folder, config, backend)
-        valid = folds.table[(folds.table["fold"] == fold) & folds.table["id"].isin(store.ids("train"))]
+        valid = table[(table["fold"] == fold) & table["id"].isin(store.ids("train"))]
         start = time.perf_counter()
         oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
         test = _probabilities(net, store, "test", store.ids("test"), config, backend)

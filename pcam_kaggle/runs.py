@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from pcam_kaggle.artifacts import file_sha256, read_json, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
@@ -44,6 +46,12 @@ def _made_of(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
 def trained(folder: Path) -> bool:
     """Tell whether the fold in `folder` is trained to its end."""
     return (folder / "metrics.json").exists() and (folder / "best.pt").exists()
+
+
+def logged(folder: Path) -> int:
+    """Return how many epochs of the fold in `folder` are finished."""
+    file = folder / "log.csv"
+    return len(pd.read_csv(file)) if file.exists() else 0
 
 
 def sources(folder: Path, store: PatchStore) -> dict[str, str]:

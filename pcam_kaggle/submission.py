@@ -11,7 +11,7 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.tables import read_numbers, read_sample
 
-PROVENANCE = ("members", "method", "pooled", "ranked", "fold_auc")
+PROVENANCE = ("members", "method", "pooled", "ranked", "fold_auc", "missing_folds")
 
 
 def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
@@ -60,6 +60,7 @@ def _provenance(run: Path, metrics: dict[str, Any]) -> dict[str, Any]:
         "oof_auc": metrics["pooled"],
         "oof_auc_ranked": metrics["ranked"],
         "fold_auc": metrics["fold_auc"],
+        "missing_folds": metrics["missing_folds"],
         "public_score": None,
         "private_score": None,
         "commit": commit(),

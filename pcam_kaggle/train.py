@@ -3,9 +3,12 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ from torch import nn
 from pcam_kaggle import __version__, checkpoint
 from pcam_kaggle.artifacts import read_json, write_csv, write_json
 from pcam_kaggle.backbones import create, freeze_body, macs, parameter_groups
+from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend, choose, device_name, find_device
+from pcam_kaggle.device import Backend, choose, device_name, find_device, spread
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.provenance import commit, versions
-from pcam_kaggle.runs import open_run
+from pcam_kaggle.runs import logged, open_run
 from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_numbers
@@ -52,11 +56,19 @@ def run_backend(run: Path, config: Config) -> Backend:
     return backend
 
 
-def train(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
-    """Train the folds in `chosen` into `run`/fold_<k>, each from its last finished epoch.
+def train(
+    run: Path,
+    experiment: str,
+    config: Config,
+    store: PatchStore,
+    folds: Folds,
+    chosen: list[int],
+    budget: Budget = ENDLESS,
+) -> None:
+    """Train the folds in `chosen` into `run`/fold_<k>, each from its last finished epoch, until `budget` ends.
 
     A fold leaves `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to go on from,
-    `log.csv` with a row per epoch, and `metrics.json`.
+    `log.csv` with a row per epoch, and `metrics.json` when it is finished.
 
     Raises UserError where the config makes no net, where memory does not hold a batch, and where a loss is not finite.
     """
@@ -66,17 +78,58 @@ def train(run: Path, experiment: str, config: Config, store: PatchStore, folds: 
     open_run(run, experiment, config, store, folds)
     backend = run_backend(run, config)
     print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
-    for fold in chosen:
-        try:
-            train_fold(run / f"fold_{fold}", config, store, folds.table, fold, backend)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
-            ) from None
+    spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
 
 
-def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend) -> None:
+def _train_share(
+    run: Path, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, budget: Budget, share: list[int]
+) -> None:
+    """Train the folds in `share`, one after the other, as long as `budget` has time for an epoch and for their predictions."""
+    left = [config.epochs - logged(run / f"fold_{fold}") for fold in share]
+    epoch, prediction = 0.0, 0.0
+    for place, fold in enumerate(share):
+        epochs = fold_epochs(run / f"fold_{fold}", config, store, table, fold, backend)
+        while not left[place] or budget.left() >= epoch + prediction * (place + 1):
+            try:
+                row = next(epochs, None)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
+                ) from None
+            if row is None:
+                break
+            left[place] -= 1
+            first, epoch = not epoch, max(epoch, row["seconds"])
+            prediction = row["valid_seconds"] * config.tta * (1 + len(store.ids("test")) / (table["fold"] == fold).sum())
+            if first and budget.left() < math.inf:
+                print(_forecast(share, left, epoch, prediction, budget), flush=True)
+            print(
+                f"fold {fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
+                f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
+                flush=True,
+            )
+        else:
+            print(f"train: the time is over, in fold {fold}; the same command goes on from there", flush=True)
+            return
+
+
+def _forecast(share: list[int], left: list[int], epoch: float, prediction: float, budget: Budget) -> str:
+    """Return in words how many folds of `share`, which have `left` epochs each to go, fit into `budget`."""
+    needed = np.cumsum([epochs * epoch + prediction for epochs in left])
+    fit = int((needed <= budget.left()).sum())
+    return (
+        f"train: an epoch takes {epoch:.0f} s, a fold's predictions {prediction:.0f} s; of folds {', '.join(map(str, share))}, "
+        f"{needed[-1] / 3600:.1f} h, {fit or 'none'} will be finished in the {budget.left() / 3600:.1f} h left"
+    )
+
+
+def fold_epochs(
+    folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend
+) -> Iterator[dict[str, float]]:
     """Train the net of `fold` on the patches of all other folds in `table` that the store holds.
+
+    Yields the log's row after each epoch, when it is on the disk: epoch, lr, train_loss, valid_auc, images_per_second and,
+    of the whole epoch and of its validation, seconds and valid_seconds.
 
     Raises UserError where one of the two parts lacks a label.
     """
@@ -113,23 +166,21 @@ def train_fold(folder: Path, config: Config, store: PatchStore, table: pd.DataFr
             loss = train_epoch(learner, source, data.steps, epoch, config)
             train_seconds = time.perf_counter() - start
             logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+            seconds = time.perf_counter() - start
             row = {
                 "epoch": epoch + 1,
                 "lr": learning_rate(config, epoch + 1),
                 "train_loss": loss,
                 "valid_auc": auc(valid_labels, logits.double().numpy()),
-                "seconds": round(time.perf_counter() - start, 3),
+                "seconds": round(seconds, 3),
+                "valid_seconds": round(seconds - train_seconds, 3),
                 "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
             }
             log.append(row)
             checkpoint.save(last, _state(learner, log))
             _keep(folder, learner, log)
             scalars.add(row)
-            print(
-                f"fold {fold}, epoch {epoch + 1:>2} of {config.epochs}: loss {loss:.4f}, valid AUC {row['valid_auc']:.4f}, "
-                f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
+            yield row
     metrics = {
         "fold": fold,
         "valid_auc": _best(log)["valid_auc"],

@@ -27,7 +27,7 @@ def member(name: str, noise: float, seed: int) -> Member:
     oof = pd.DataFrame({"id": IDS, "label": LABELS, "fold": FOLD, "probability": probability})
     ids = [f"t{n:02d}" for n in range(TESTS)]
     tests = [pd.DataFrame({"id": ids, "probability": rng.random(TESTS)}) for _ in range(FOLDS)]
-    return Member(name, oof, tests, "same")
+    return Member(name, oof, tests, "same", [])
 
 
 def write_run(run: Path, made: Member, order: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -73,7 +73,7 @@ def test_ranks_do_not_see_a_folds_scale(tmp_path: Path) -> None:
     alone = member("a", 1, 1)
     scale = np.array([1.0, 0.1, 0.01])
     tests = [table.assign(probability=table["probability"] * scale[fold]) for fold, table in enumerate(alone.tests)]
-    bent = Member("a", alone.oof.assign(probability=alone.oof["probability"] * scale[FOLD]), tests, "same")
+    bent = Member("a", alone.oof.assign(probability=alone.oof["probability"] * scale[FOLD]), tests, "same", [])
     first, second = (blend([made], "rank", tmp_path / name / "a")[0] for name, made in (("first", alone), ("second", bent)))
     assert first["oof_sha256"] == second["oof_sha256"]
     assert first["test_sha256"] == second["test_sha256"]
@@ -113,10 +113,10 @@ def test_weights_of_a_fold_do_not_see_its_labels() -> None:
 def test_members_must_share_folds_and_test_ids(tmp_path: Path) -> None:
     first, second = member("a", 1, 1), member("b", 1, 2)
     with pytest.raises(UserError, match="other folds"):
-        blend([first, Member("b", second.oof, second.tests, "other")], "mean", tmp_path / "ab")
+        blend([first, Member("b", second.oof, second.tests, "other", [])], "mean", tmp_path / "ab")
     fewer = [table.iloc[1:].reset_index(drop=True) for table in second.tests]
     with pytest.raises(UserError, match="test ids"):
-        blend([first, Member("b", second.oof, fewer, "same")], "mean", tmp_path / "ab")
+        blend([first, Member("b", second.oof, fewer, "same", [])], "mean", tmp_path / "ab")
 
 
 def test_a_blend_does_not_overwrite_an_experiment(tmp_path: Path) -> None:

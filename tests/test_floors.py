@@ -7,7 +7,7 @@ import pcam_kaggle
 
 FLOORS = (
     "errors",
-    "artifacts config device metrics p4m paths provenance saliency scalars stain svg tta",
+    "artifacts budget config device metrics p4m paths provenance saliency scalars stain svg tta",
     "augment blocks checkpoint curves experiments kaggle ledger store synthetic tables",
     "engine figures folds model patches",
     "backbones blend compare runs submission",

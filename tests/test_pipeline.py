@@ -10,12 +10,14 @@ import pytest
 from conftest import TINY, Outcome
 
 from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.budget import Budget
 from pcam_kaggle.cli import main
 from pcam_kaggle.config import Config
 from pcam_kaggle.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import COMPETITION, Data, find_data, find_workspace
+from pcam_kaggle.runs import trained
 from pcam_kaggle.store import PatchStore
 
 Command = Callable[..., Outcome]
@@ -86,6 +88,37 @@ def test_folds_can_be_trained_in_turns(pcam: Command, tmp_path: Path) -> None:
     whole = pcam("pipeline")
     assert whole.status == 0
     assert (tmp_path / "work" / "submissions" / "bottleneck.csv").exists()
+
+
+def test_what_the_time_left_unfinished_is_missing_and_said_so(
+    pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+
+    def left_until_fold_2(_: Budget) -> float:
+        return -1.0 if trained(work / "runs" / "bottleneck" / "fold_1") else 1e6
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "left", left_until_fold_2)
+        outcome = pcam("pipeline", "--hours", "1")
+    assert outcome.status == 0, outcome.err
+    assert "missing: folds 2 were not finished" in outcome.out
+    part = work / "submissions" / "bottleneck-folds-0-1.csv"
+    assert read_json(part.with_suffix(".json"))["missing_folds"] == [2]
+    tests = [pd.read_csv(work / "runs" / "bottleneck" / f"fold_{fold}" / "test.csv").set_index("id") for fold in (0, 1)]
+    mean = sum(tests)["probability"] / 2
+    pd.testing.assert_series_equal(pd.read_csv(part).set_index("id")["label"], mean, check_like=True, check_names=False)
+    assert pcam("pipeline").status == 0
+    whole = work / "submissions" / "bottleneck.csv"
+    assert read_json(whole.with_suffix(".json"))["missing_folds"] == []
+    assert part.exists()
+
+
+def test_no_fold_in_time_is_one_line(pcam: Command) -> None:
+    outcome = pcam("pipeline", "--hours", "0.001")
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "no fold was finished in time" in outcome.err
 
 
 def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pcam_kaggle.paths import Data
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.synthetic import CENTRE, draw_patch, make_demo, tumour_place
 from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import load_best, train_fold
+from pcam_kaggle.train import fold_epochs, load_best
 
 
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> No
     prepare(data, tmp_path / "store")
     folds = make(read_labels(data.labels), Scheme(3, 42, "stratified"), None, tmp_path / "folds")[0]
     config = replace(experiment(QUICK).config, n_splits=3, epochs=10, batch_size=32)
-    train_fold(tmp_path / "fold_0", config, PatchStore(tmp_path / "store"), folds.table, 0, backend)
+    list(fold_epochs(tmp_path / "fold_0", config, PatchStore(tmp_path / "store"), folds.table, 0, backend))
     net = load_best(tmp_path / "fold_0", config, backend)
     pairs = torch.from_numpy(np.array([pair(number) for number in range(60)]))
     with torch.inference_mode():

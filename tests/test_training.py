@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from pcam_kaggle import checkpoint, engine
+from pcam_kaggle import budget, checkpoint, device, engine
 from pcam_kaggle import train as room
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.backbones import create
+from pcam_kaggle.budget import Budget
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
 from pcam_kaggle.engine import TrainBatches, average_weight, batches, follow, learning_rate, predict_logits
@@ -21,10 +23,11 @@ from pcam_kaggle.folds import Folds, Scheme, make
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
-from pcam_kaggle.runs import check_run, open_run
+from pcam_kaggle.predict import predict
+from pcam_kaggle.runs import check_run, logged, open_run, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import load_best, train_fold
+from pcam_kaggle.train import _forecast, fold_epochs, load_best
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -46,6 +49,11 @@ def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0
     """Return the batches of one fold."""
     table = folds.table[folds.table["fold"] != fold]
     return TrainBatches(store, store.rows("train", table["id"].to_numpy()), table["label"].to_numpy(), config, fold)
+
+
+def train_fold(*arguments: Any) -> list[dict[str, float]]:
+    """Train a fold to its end."""
+    return list(fold_epochs(*arguments))
 
 
 def test_validation_patches_are_never_trained_on(
@@ -120,6 +128,87 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
     logs = [pd.read_csv(tmp_path / run / "log.csv")[["epoch", "lr", "train_loss", "valid_auc"]] for run in ("whole", "stopped")]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
+
+
+def test_folds_on_two_devices_are_those_of_one(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, epochs=1)
+    for run, devices in (("one", 1), ("two", 2)):
+        monkeypatch.setattr(device, "gpus", lambda devices=devices: devices)
+        room.train(tmp_path / run, "tiny", config, store, folds, [0, 1, 2])
+        predict(tmp_path / run, config, store, folds, [0, 1, 2])
+    for name in ("oof.csv", "test.csv"):
+        for fold in range(3):
+            assert (tmp_path / "one" / f"fold_{fold}" / name).read_bytes() == (
+                tmp_path / "two" / f"fold_{fold}" / name
+            ).read_bytes()
+
+
+def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpus", lambda: 2)
+    with pytest.raises(UserError, match=r"^fold 1$"):
+        device.spread(_refuse, [0, 1])
+
+
+def _refuse(share: list[int]) -> None:
+    if share == [1]:
+        raise UserError("fold 1")
+
+
+def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
+
+    def no_kernel(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(UserError, match=r"^Tesla P100: .* T4 x2") as caught:
+        device.find_device()
+    assert "\n" not in str(caught.value)
+
+
+def test_training_ends_with_the_budget_and_goes_on_from_there(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Clock:
+        """A budget that ends after `epochs` epochs."""
+
+        def __init__(self, epochs: int) -> None:
+            self.epochs = epochs
+
+        def left(self) -> float:
+            return 1e6 if logged_epochs(tmp_path / "run") < self.epochs else -1.0
+
+    def logged_epochs(run: Path) -> int:
+        return sum(logged(run / f"fold_{fold}") for fold in range(3))
+
+    config = replace(tiny, epochs=2)
+    room.train(tmp_path / "run", "tiny", config, store, folds, [0, 1, 2], Clock(3))
+    said = capsys.readouterr().out
+    assert [trained(tmp_path / "run" / f"fold_{fold}") for fold in range(3)] == [True, False, False]
+    assert logged_epochs(tmp_path / "run") == 3
+    assert "the time is over, in fold 1" in said
+    assert "of folds 0, 1, 2, " in said
+    room.train(tmp_path / "run", "tiny", config, store, folds, [1, 2])
+    room.train(tmp_path / "whole", "tiny", config, store, folds, [0, 1, 2])
+    for fold in range(3):
+        whole, stopped = (checkpoint.load(tmp_path / run / f"fold_{fold}" / "best.pt")["net"] for run in ("whole", "run"))
+        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget.time, "monotonic", lambda: 0.0)
+    hour = Budget.of_hours(1)
+    # 3,600 s less the 120 s for ending: a fold of 10 epochs of 90 s and 60 s of predictions takes 960 s.
+    for left, fit in (
+        ([10, 10, 10, 10], "3 will"),
+        ([9, 10, 10, 10], "3 will"),
+        ([3, 10, 10, 10], "4 will"),
+        ([99], "none will"),
+    ):
+        assert fit in _forecast(list(range(len(left))), left, 90, 60, hour)
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
