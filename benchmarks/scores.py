@@ -205,7 +205,8 @@ def main(names: list[str]) -> None:
     for name in names or [name for name in ROWS if name not in records]:
         make(ROWS[name])
         oof = harvest(ROWS[name], oof, records)
-        for known in (row for row in ROWS.values() if row.name in records):
+        shared = [row for row in ROWS.values() if row.name in records and scheme(row) == scheme(ROWS[name])]
+        for known in shared:
             records[known.name] |= score(known, oof)
         oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
         write_json(RECORD, records)

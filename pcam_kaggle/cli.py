@@ -6,23 +6,26 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.blend import METHODS
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.compare import compare_runs
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
-from pcam_kaggle.kaggle import download
+from pcam_kaggle.kaggle import download, logs, output, owner, push, scores, send, status
 from pcam_kaggle.ledger import NAME as LEDGER
-from pcam_kaggle.ledger import record, write_ledger
+from pcam_kaggle.ledger import describe, record, take_scores, write_ledger
 from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline import STAGES, Job, run_all
 from pcam_kaggle.scoreboard import FORMATS, render
 from pcam_kaggle.synthetic import make_demo
 from pcam_kaggle.tables import PLAIN_NAME
+from pcam_kaggle.transfer import take_over
 
 PURPOSE = {
     "prepare": "read and check every TIF once, pack them into store/",
@@ -91,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
     ledger.add_argument("name", nargs="?", help="the submission that was scored")
     ledger.add_argument("--public", type=float, help="its public score")
     ledger.add_argument("--private", type=float, help="its private score")
+    sent = command("submit", "send a submission to Kaggle, with its OOF AUC as description", _run_submit)
+    sent.add_argument("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
+    command("leaderboard", "take down Kaggle's scores of what was submitted", _run_leaderboard)
+    kernel = command("kernel", "the notebook that Kaggle runs: build, push, status, logs, output", _run_kernel)
+    kernel.add_argument("action", choices=["build", "push", "status", "logs", "output"], help="what to do with it")
+    kernel.add_argument("-e", "--experiment", default=DEFAULT, help=f"push: one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
+    kernel.add_argument("--set", action="append", default=[], metavar="key=value", help="push: change a field of the config")
+    kernel.add_argument("--hours", type=_hours, default=11.0, help="push: what a session may take [11]")
+    kernel.add_argument("--goes-on", action="store_true", help="push: attach the kernel's last output, to go on from it")
     command("data", "download, verify and unpack the competition with Kaggle's client", _run_data)
     return top
 
@@ -147,6 +159,44 @@ def _run_ledger(options: argparse.Namespace) -> None:
     )
 
 
+def _run_submit(options: argparse.Namespace) -> None:
+    file, description = describe(find_workspace(options.work).submissions, options.name)
+    send(file, description)
+    print(f"submit: {file}, {description}\nnext: make leaderboard, when Kaggle has scored it")
+
+
+def _run_leaderboard(options: argparse.Namespace) -> None:
+    submissions = find_workspace(options.work).submissions
+    taken = take_scores(submissions, scores())
+    print(write_ledger(submissions).drop(columns="commit").to_string(index=False))
+    print(f"leaderboard: scores of {', '.join(taken) or 'none'} taken down in {submissions / LEDGER}")
+
+
+def _run_kernel(options: argparse.Namespace) -> None:
+    # nbformat belongs to development, and no other command needs it.
+    from pcam_kaggle.kernel import METADATA, Settings, build, pack
+
+    workspace = find_workspace(options.work)
+    if options.action == "build":
+        print(f"kernel: {build(workspace.root)}\nnext: make kernel-push")
+        return
+    if options.action == "push":
+        experiment(options.experiment).changed(options.set)
+        settings = Settings(options.experiment, tuple(options.set), options.hours)
+        with tempfile.TemporaryDirectory() as folder:
+            pack(workspace.root, owner(), settings, options.goes_on, Path(folder))
+            print(f"{push(Path(folder))}\nnext: make kernel-status, and when it is complete make kernel-output")
+        return
+    kernel = f"{owner()}/{read_json(workspace.root / METADATA, 'id')['id'].rpartition('/')[2]}"
+    if options.action == "output":
+        with tempfile.TemporaryDirectory() as folder:
+            output(kernel, Path(folder))
+            taken = ", ".join(take_over(Path(folder), workspace))
+            print(f"kernel: {taken} taken into {workspace.root / 'runs'}\nnext: make compare")
+    else:
+        print({"status": status, "logs": logs}[options.action](kernel))
+
+
 def _run_job(options: argparse.Namespace) -> None:
     job = _job(options)
     if options.command == "pipeline":
@@ -188,8 +238,6 @@ def _job(options: argparse.Namespace) -> Job:
     named = options.experiment or (DEMO if demo else DEFAULT)
     chosen = experiment(named)
     assignments = [*options.set, *([f"groups={options.groups}"] if options.groups else [])]
-    if chosen.members and assignments:
-        raise UserError(f"-e {named}: blends {', '.join(chosen.members)} as they are; it takes no --set or --groups")
     name = options.name or ("-".join(members) if members else named)
     for text in (name, *members):
         if not PLAIN_NAME.fullmatch(text):
@@ -201,7 +249,7 @@ def _job(options: argparse.Namespace) -> Job:
         workspace=workspace,
         demo=demo,
         experiment=named,
-        config=chosen.config.changed(assignments),
+        config=chosen.changed(assignments),
         name=name,
         chosen=getattr(options, "folds", None),
         slides=options.slides,

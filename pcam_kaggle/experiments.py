@@ -19,6 +19,12 @@ class Experiment:
     config: Config
     members: tuple[str, ...] = ()
 
+    def changed(self, assignments: list[str]) -> Config:
+        """Return the config with each `key=value` of `assignments` set; raises UserError as Config does, and for a blend."""
+        if self.members and assignments:
+            raise UserError(f"{', '.join(assignments)}: this experiment blends {', '.join(self.members)} as they are")
+        return self.config.changed(assignments)
+
 
 _BOTTLENECK = Config(epochs=20)
 _D4 = Config(symmetry="d4", width=48, max_width=768, lr=3e-3, dropout=0.1, epochs=20, tta=1)

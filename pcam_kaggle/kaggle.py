@@ -1,5 +1,7 @@
-"""The competition's data through Kaggle's own client."""
+"""Kaggle, through its own client: the competition's data, kernels, submissions and their scores."""
 
+import io
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +10,14 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+import pandas as pd
 from tqdm import tqdm
 
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import COMPETITION, Data
 
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
+NO_CREDENTIALS = "set KAGGLE_USERNAME and KAGGLE_KEY to a token from kaggle.com/settings"
 REQUIRED = ("train_labels.csv", "sample_submission.csv")
 
 
@@ -25,17 +29,13 @@ def download(data: Data) -> bool:
     """
     if data.labels.is_file():
         return False
-    client = _client()
     data.root.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=data.root.parent, prefix=f".{data.root.name}."))
     try:
-        command = [client, "competitions", "download", "-c", COMPETITION, "-p", str(building)]
-        # The client's progress bar goes to its standard error, which a terminal is there to show.
-        errors = None if sys.stderr.isatty() else subprocess.STDOUT
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+        said = _ask("competitions", "download", "-c", COMPETITION, "-p", str(building))
         archive = building / f"{COMPETITION}.zip"
-        if done.returncode or not archive.is_file():
-            raise UserError(f"kaggle competitions download: {_advice(done.stdout)}")
+        if not archive.is_file():
+            raise UserError(f"kaggle competitions download: {_advice(said)}")
         unpacked = building / "unpacked"
         unpack(archive, unpacked)
         if data.root.exists():
@@ -68,6 +68,69 @@ def unpack(archive: Path, target: Path) -> None:
         raise UserError(f"{archive.name}: damaged ({error}); download it again") from None
 
 
+def owner() -> str:
+    """Return the name of the user that the client's credentials belong to."""
+    said = _ask("config", "view")
+    name = re.search(r"^- username: (\S+)$", said, re.MULTILINE)
+    if not name or name[1] == "None":
+        raise UserError(f"kaggle config view: {NO_CREDENTIALS}")
+    return name[1]
+
+
+def push(folder: Path) -> str:
+    """Push the kernel in `folder` and return the line that says so; raises UserError where Kaggle refuses it or a source."""
+    said = _ask("kernels", "push", "-p", str(folder))
+    # An error can come with exit status 0, and so does a source that Kaggle leaves out.
+    if "successfully pushed" not in said or "not valid" in said:
+        raise UserError(f"kaggle kernels push: {_advice(said)}")
+    return said.strip().splitlines()[-1]
+
+
+def status(kernel: str) -> str:
+    """Return in words how `kernel`, owner/slug, stands."""
+    return _ask("kernels", "status", kernel).strip()
+
+
+def logs(kernel: str) -> str:
+    """Return the log of the last session of `kernel`, owner/slug."""
+    return _ask("kernels", "logs", kernel)
+
+
+def output(kernel: str, folder: Path) -> None:
+    """Download into `folder` what the last session of `kernel`, owner/slug, has saved."""
+    _ask("kernels", "output", kernel, "-p", str(folder), "--file-pattern", r"^(runs|folds)/")
+    if not (folder / "runs").is_dir():
+        raise UserError(f"{kernel}: has saved no runs; look at its log with `make kernel-logs`")
+
+
+def send(file: Path, message: str) -> None:
+    """Submit `file` with `message` as its description; raises UserError where Kaggle does not take it."""
+    said = _ask("competitions", "submit", "-q", "-f", str(file), "-m", message, COMPETITION)
+    if "uccess" not in said:
+        raise UserError(f"kaggle competitions submit: {_advice(said)}")
+
+
+def scores() -> pd.DataFrame:
+    """Return the user's submissions: `description`, and `publicScore` and `privateScore` as numbers, NaN where unknown."""
+    said = _ask("competitions", "submissions", "-q", "--csv", "--page-size", "200", COMPETITION)
+    columns = ["description", "publicScore", "privateScore"]
+    start = said.find("ref,fileName")
+    if start < 0:
+        return pd.DataFrame(columns=columns)
+    table = pd.read_csv(io.StringIO(said[start:]), dtype=str, keep_default_na=False)[columns]
+    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in columns[1:]})
+
+
+def _ask(*arguments: str) -> str:
+    """Call the client and return what it printed; raises UserError with its reason where it fails."""
+    # The client's progress bar goes to its standard error, which a terminal is there to show.
+    errors = None if sys.stderr.isatty() else subprocess.STDOUT
+    done = subprocess.run([_client(), *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"kaggle {' '.join(arguments[:2])}: {_advice(done.stdout)}")
+    return done.stdout
+
+
 def _client() -> str:
     beside = Path(sys.executable).with_name("kaggle")
     found = str(beside) if beside.is_file() else shutil.which("kaggle")
@@ -82,5 +145,5 @@ def _advice(output: str) -> str:
     if "403" in output:
         return f"{said}; join the competition first: {RULES}"
     if "token" in output or "authenticate" in output:
-        return f"{said}; set KAGGLE_USERNAME and KAGGLE_KEY to a token from kaggle.com/settings"
+        return f"{said}; {NO_CREDENTIALS}"
     return said

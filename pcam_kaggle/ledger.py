@@ -6,6 +6,7 @@ import pandas as pd
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import DEMO_SUFFIX
 
 COLUMNS = ["name", "members", "method", "oof_auc", "oof_low", "oof_high", "public_score", "private_score", "commit"]
 NAME = "ledger.csv"
@@ -44,3 +45,37 @@ def record(submissions: Path, name: str, public: float | None, private: float | 
         if not 0 <= score <= 1:
             raise UserError(f"{key}={score}: an AUC lies in [0, 1]")
     write_json(file, read_json(file) | scores)
+
+
+def describe(submissions: Path, name: str) -> tuple[Path, str]:
+    """Return the file of submission `name` and the description that goes with it to Kaggle, by which its scores are found.
+
+    Raises UserError where there is no such submission, where it has changed since it was validated, and on the demo's.
+    """
+    file = submissions / f"{name}.csv"
+    if not file.exists():
+        raise UserError(f"{file}: no such submission; write it with `make submission`")
+    made = read_json(file.with_suffix(".json"), "sha256", "oof_auc", "missing_folds")
+    if name.endswith(DEMO_SUFFIX):
+        raise UserError(f"{file}: is the synthetic demo's, which means nothing to Kaggle")
+    if file_sha256(file) != made["sha256"]:
+        raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
+    oof = made["oof_auc"]
+    missing = f", without folds {', '.join(map(str, made['missing_folds']))}" if made["missing_folds"] else ""
+    return file, f"{name}: OOF AUC {oof['value']:.4f} [{oof['low']:.4f}, {oof['high']:.4f}]{missing}, {made['sha256'][:16]}"
+
+
+def take_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:
+    """Write the scores in `scored` (description, publicScore, privateScore) into the JSON of the submissions they belong to.
+
+    Returns the names of those that have a score.
+    """
+    taken = []
+    for file in sorted(submissions.glob("*.json")):
+        mark = read_json(file, "sha256")["sha256"][:16]
+        own = scored[scored["description"].str.endswith(mark) & scored[["publicScore", "privateScore"]].notna().any(axis=1)]
+        if len(own):
+            public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in own.columns[1:3])
+            record(submissions, file.stem, public, private)
+            taken.append(file.stem)
+    return taken

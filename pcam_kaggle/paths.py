@@ -7,7 +7,9 @@ from pathlib import Path
 from pcam_kaggle.errors import UserError
 
 COMPETITION = "histopathologic-cancer-detection"
-KAGGLE_ROOT = Path("/kaggle")
+# Elsewhere only where a kernel is tried out at home.
+KAGGLE_ROOT = Path(os.environ.get("PCAM_KAGGLE", "/kaggle"))
+DEMO_SUFFIX = "-not-for-kaggle"
 SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
 
 
@@ -79,6 +81,14 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
         work / "data" / COMPETITION,
     )
     return next((Data(folder) for folder in folders if (folder / "train_labels.csv").is_file()), None)
+
+
+def attached(workspace: Workspace, kaggle: Path = KAGGLE_ROOT) -> list[Path]:
+    """Return the folders among a kernel's inputs that hold what a run left; none where `workspace` is not a kernel's."""
+    if workspace.root != kaggle / "working":
+        return []
+    mounts = ("*", "notebooks/*/*", "datasets/*/*")
+    return sorted({found.parent for mount in mounts for found in (kaggle / "input").glob(f"{mount}/runs")})
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

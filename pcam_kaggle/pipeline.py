@@ -1,5 +1,6 @@
 """The stages in their order, each kept where it is finished and still belongs to its inputs."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,12 @@ from pcam_kaggle.experiments import experiment
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import Ids, prepare
-from pcam_kaggle.paths import Data, Workspace
+from pcam_kaggle.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.runs import check_run, predicted, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides
-
-DEMO_SUFFIX = "-not-for-kaggle"
+from pcam_kaggle.transfer import take_over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,47 @@ class Job:
             if not 0 <= fold < n_splits:
                 raise UserError(f"--folds {fold}: there are folds 0 to {n_splits - 1}")
         return list(range(n_splits)) if self.chosen is None else sorted(set(self.chosen))
+
+
+def kernel_job(name: str, changes: list[str], hours: float) -> Job:
+    """Return the job of a Kaggle kernel: experiment `name` with `changes` to its config, to end within `hours`.
+
+    What earlier outputs of the kernel, attached as inputs, hold of it is taken over.
+
+    Raises UserError where the competition's data are not attached, and where an output does not belong to this job.
+    """
+    workspace = find_workspace(None)
+    data = find_data(None, workspace.root)
+    if data is None:
+        raise UserError("the competition's data are not attached: Add Input, Competitions, Histopathologic Cancer Detection")
+    for source in attached(workspace):
+        print(f"{source}: goes on with {', '.join(take_over(source, workspace))}")
+    chosen = experiment(name)
+    return Job(
+        data=data,
+        workspace=workspace,
+        demo=False,
+        experiment=name,
+        config=chosen.changed(changes),
+        name=re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([name, *changes])),
+        trains=chosen.members,
+        budget=Budget.of_hours(hours),
+    )
+
+
+def finished(job: Job) -> Job:
+    """Return `job` on those of its folds that are trained to their end in every run that it trains, and name the others.
+
+    Raises UserError where there is none.
+    """
+    missing = [fold for fold in job.folds() if not _all(job, fold, trained)]
+    if not missing:
+        return job
+    chosen = tuple(fold for fold in job.folds() if fold not in missing)
+    if not chosen:
+        raise UserError(f"{job.run}: no fold was finished in time; the same command goes on, give it more hours")
+    print(f"missing: folds {_listed(missing)} were not finished in time; the same command goes on from there")
+    return replace(job, chosen=chosen)
 
 
 def run_prepare(job: Job) -> bool:
@@ -182,18 +223,14 @@ def run_all(job: Job) -> None:
     Raises UserError where the budget ends before one fold is finished.
     """
     done = [run_prepare(job), run_folds(job), run_train(job)]
-    finished = [fold for fold in job.folds() if _all(job, fold, trained)]
-    if not finished:
-        raise UserError(f"{job.run}: no fold was finished in time; the same command goes on, give it more --hours")
-    done.append(run_predict(replace(job, chosen=tuple(finished))))
+    whole, job = job, finished(job)
+    done.append(run_predict(job))
     store = PatchStore(job.workspace.store)
     left = [fold for fold in range(job.config.n_splits) if not _all(job, fold, lambda folder: predicted(folder, store))]
-    if left and job.chosen is not None:
+    if left and whole.chosen is not None:
         print(f"next: folds {_listed(left)}, then the blend")
         return
-    if left:
-        print(f"missing: folds {_listed(left)} were not finished in time; the same command goes on from there")
-        job = replace(job, chosen=tuple(finished))
+    job = job if left else replace(job, chosen=None)
     done += [run_blend(job), run_submission(job)]
     if job.demo:
         print("This was the synthetic demo: its score and its submission mean nothing for Kaggle.")

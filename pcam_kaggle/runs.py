@@ -49,9 +49,14 @@ def trained(folder: Path) -> bool:
 
 
 def logged(folder: Path) -> int:
-    """Return how many epochs of the fold in `folder` are finished."""
+    """Return how many epochs of the fold in `folder` are finished; raises UserError where its log is damaged."""
     file = folder / "log.csv"
-    return len(pd.read_csv(file)) if file.exists() else 0
+    if not file.exists():
+        return 0
+    try:
+        return len(pd.read_csv(file)["epoch"])
+    except (ValueError, KeyError):
+        raise UserError(f"{file}: not a training log; delete {folder} to train the fold anew") from None
 
 
 def sources(folder: Path, store: PatchStore) -> dict[str, str]:

@@ -1,0 +1,226 @@
+"""The Kaggle kernel: one notebook that carries the package, and the metadata that go with it."""
+
+import ast
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from pcam_kaggle.artifacts import read_json, write, write_json
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.experiments import DEFAULT
+from pcam_kaggle.paths import COMPETITION
+
+PACKAGE = Path(__file__).parent
+NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
+METADATA = Path("kernel-metadata.json")
+MOST_BYTES = 900_000
+# What Kaggle takes for granted wrongly where it is missing, and what the notebook relies on.
+NEEDED = {
+    "code_file": str(NOTEBOOK),
+    "language": "python",
+    "kernel_type": "notebook",
+    "is_private": True,
+    "enable_gpu": True,
+    "enable_tpu": False,
+    "enable_internet": False,
+    "machine_shape": "NvidiaTeslaT4",
+    "competition_sources": [COMPETITION],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a person sets in the notebook: the experiment, changes to its config, and the hours that a session may take."""
+
+    experiment: str = DEFAULT
+    changes: tuple[str, ...] = ()
+    hours: float = 11.0
+
+
+INTRODUCTION = """
+# Histopathologic Cancer Detection: from the patches to a scored submission
+
+Folds, a net per fold, its predictions, their blend, `submission.csv`. It needs the competition's data (*Add Input*), a GPU
+(*Accelerator: GPU T4 x2*; both are used), and no internet. Each patch's SHA-1 is checked, the OOF AUC comes with its interval,
+and what is written into `runs/` can be taken home and compared there.
+
+**A session that is too short** ends in time, with the folds that are done. To go on, attach this notebook's own output as an
+input and run it again: every fold continues after its last epoch.
+"""
+
+SETTINGS_TEXT = """
+## Settings
+
+`EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `two_stream`, `best` or, with its weights attached as a
+dataset, `lite0`. `CHANGES` are fields of its config, for example `["epochs=10", "seed=7"]`.
+"""
+
+PACKAGE_TEXT = """
+## The package
+
+The files that a kernel needs, from the ground up, as they are in the repository.
+"""
+
+FOLDER = """
+from pathlib import Path
+
+Path("pcam_kaggle").mkdir(exist_ok=True)
+"""
+
+STAGES: tuple[tuple[str, str, str], ...] = (
+    (
+        "job",
+        """
+## The stages
+
+The data are found under `/kaggle/input`, in either of Kaggle's layouts. What an attached output of this notebook holds is
+taken over.
+""",
+        """
+%xmode Minimal
+import os
+import shutil
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from sklearn.metrics import RocCurveDisplay
+
+from pcam_kaggle.pipeline import (
+    finished,
+    kernel_job,
+    run_blend,
+    run_folds,
+    run_predict,
+    run_prepare,
+    run_submission,
+    run_train,
+)
+
+job = kernel_job(EXPERIMENT, CHANGES, HOURS)
+print(f"{job.name} on {job.data.root}")
+job.config
+""",
+    ),
+    ("prepare", "### Patches and folds", "run_prepare(job)\nrun_folds(job);"),
+    ("train", "### Training", "run_train(job)\njob = finished(job)"),
+    (
+        "learning",
+        "Valid AUC of each fold after each epoch.",
+        """
+logs = {fold: pd.read_csv(job.run / f"fold_{fold}" / "log.csv", index_col="epoch") for fold in job.folds()}
+curves = pd.DataFrame({f"fold {fold}": log["valid_auc"] for fold, log in logs.items()})
+curves.plot(figsize=(7, 4), ylabel="valid AUC", grid=True);
+""",
+    ),
+    ("blend", "### Out of fold", "run_predict(job)\nrun_blend(job);"),
+    (
+        "roc",
+        "ROC of each fold on patches that its net did not see.",
+        """
+figure, ax = plt.subplots(figsize=(5, 5))
+for fold, part in pd.read_csv(job.run / "oof.csv").groupby("fold"):
+    RocCurveDisplay.from_predictions(part["label"], part["probability"], name=f"fold {fold}", ax=ax)
+""",
+    ),
+    (
+        "submission",
+        "### Submission",
+        """
+run_submission(job)
+shutil.copy(job.target(), "submission.csv")
+pd.read_csv("submission.csv").describe()
+""",
+    ),
+)
+
+
+def rooms(names: set[str], package: Path = PACKAGE) -> list[str]:
+    """Return the modules called `names` and all that they import from `package`, each after those it imports."""
+    found: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in found:
+            for other in sorted(imported((package / f"{name}.py").read_text())):
+                visit(other)
+            found[name] = None
+
+    for name in sorted(names):
+        visit(name)
+    return list(found)
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules of the package that Python `source` imports, also inside of functions."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    modules = {node.module or "" for node in nodes}
+    names = {module.removeprefix("pcam_kaggle.") for module in modules if module.startswith("pcam_kaggle.")}
+    within = {alias.name for node in nodes if node.module == "pcam_kaggle" for alias in node.names}
+    return names | {name for name in within if (PACKAGE / f"{name}.py").is_file()}
+
+
+def notebook(settings: Settings = Settings()) -> bytes:
+    """Return the notebook with `settings`: the same package gives the same bytes."""
+    stages = "\n".join(code for _, _, code in STAGES)
+    files = ["__init__", *rooms(imported(stages.replace("%xmode Minimal", "")))]
+    assigned = [f"{key.upper()} = {json.dumps(value)}" for key, value in asdict(settings).items()]
+    cells = [
+        new_markdown_cell(INTRODUCTION.strip(), id="introduction"),
+        new_markdown_cell(SETTINGS_TEXT.strip(), id="settings-text"),
+        new_code_cell("\n".join(assigned), id="settings"),
+        new_markdown_cell(PACKAGE_TEXT.strip(), id="package"),
+        new_code_cell(FOLDER.strip(), id="folder"),
+    ]
+    for name in files:
+        source = f"%%writefile pcam_kaggle/{name}.py\n{(PACKAGE / f'{name}.py').read_text()}".rstrip("\n")
+        cells.append(new_code_cell(source, id=f"file-{name.strip('_')}", metadata={"_kg_hide-input": True}))
+    for name, text, code in STAGES:
+        cells += [new_markdown_cell(text.strip(), id=f"{name}-text"), new_code_cell(code.strip(), id=name)]
+    language = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    made = new_notebook(cells=cells, metadata=language | {"language_info": {"name": "python"}})
+    return (nbformat.writes(made) + "\n").encode()
+
+
+def build(root: Path) -> Path:
+    """Write the notebook into the repository at `root` and return its file."""
+    write(root / NOTEBOOK, lambda file: file.write(notebook()))
+    return root / NOTEBOOK
+
+
+def pack(root: Path, owner: str, settings: Settings, goes_on: bool, folder: Path) -> str:
+    """Write into `folder` what Kaggle's client pushes, in the name of `owner`: the notebook with `settings`, the metadata.
+
+    Returns the kernel's id, owner/slug. With `goes_on` the kernel's own last output is attached. What Kaggle or its client
+    would take and misunderstand is refused: raises UserError where the tracked notebook is not the package's, where a field of
+    the metadata is missing or not what the notebook needs, where the title's slug is not the id's, and where the notebook is
+    larger than 900 kB.
+    """
+    file = root / METADATA
+    metadata = read_json(file, "id", "title", "kernel_sources", *NEEDED)
+    wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]
+    slug = metadata["id"].rpartition("/")[2]
+    if slug != slugged(metadata["title"]):
+        wrong.append(f"title {metadata['title']!r} must become the id's {slug!r}, not {slugged(metadata['title'])!r}")
+    if wrong:
+        raise UserError(f"{file}: {'; '.join(wrong)}")
+    if not (root / NOTEBOOK).is_file() or (root / NOTEBOOK).read_bytes() != notebook():
+        raise UserError(f"{root / NOTEBOOK}: not made from the package as it is; run `make kernel`")
+    content = notebook(settings)
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{root / NOTEBOOK}: {len(content):,} bytes, and Kaggle takes about a million; leave modules out")
+    name = f"{owner}/{slug}"
+    sources = [*metadata["kernel_sources"], *([name] if goes_on else [])]
+    write(folder / NOTEBOOK.name, lambda out: out.write(content))
+    write_json(folder / METADATA.name, metadata | {"id": name, "code_file": NOTEBOOK.name, "kernel_sources": sources})
+    return name
+
+
+def slugged(title: str) -> str:
+    """Return the slug that Kaggle makes of `title`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

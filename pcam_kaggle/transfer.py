@@ -1,0 +1,86 @@
+"""A run that was trained elsewhere, checked at the door and taken in."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pcam_kaggle import checkpoint
+from pcam_kaggle.artifacts import file_sha256, read_json, write
+from pcam_kaggle.config import Config
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import Workspace
+from pcam_kaggle.runs import logged
+from pcam_kaggle.tables import PLAIN_NAME, read_numbers
+
+RUN_FILES = ("config.json", "environment.json")
+BLEND_FILES = ("metrics.json", "oof.csv", "test.csv")
+FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json")
+COLUMNS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
+
+
+def take_over(source: Path, workspace: Workspace) -> list[str]:
+    """Take the runs in `source`/runs, and the fold files that they stand on, into `workspace`; return the names of the runs.
+
+    Of a fold that stands in both places the one with more finished epochs is kept. Files are read before they are copied, and
+    only those that a run is made of are. Raises UserError where a file is damaged, where the run here has another config, and
+    where a name is none; nothing of that run is then taken.
+    """
+    taken = []
+    for run in sorted(path.parent for path in source.glob("runs/*/config.json")):
+        made = read_json(run / "config.json", "config", "folds")
+        for name in (run.name, made["folds"]):
+            if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
+                raise UserError(f"{run}: {name!r} is no plain file name; use letters, digits, points, dashes and underscores")
+        target = workspace.run(run.name)
+        files = [*_run_files(run, target)]
+        for file in files:
+            _check(file)
+        copies = [(file, target / file.relative_to(run)) for file in files]
+        schemes = [f"{made['folds']}{suffix}" for suffix in (".csv", ".json")]
+        absent = [name for name in schemes if not (workspace.folds / name).exists()]
+        copies += [(source / "folds" / name, workspace.folds / name) for name in absent]
+        for file, copy in copies:
+            _copy(file, copy)
+        taken.append(run.name)
+    return taken
+
+
+def _run_files(run: Path, target: Path) -> Iterator[Path]:
+    """Yield the files of folder `run` that `target` lacks or has of an earlier epoch."""
+    own = target / "config.json"
+    if own.exists() and read_json(own) != read_json(run / "config.json"):
+        raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
+    n_splits = Config(**read_json(run / "config.json", "config")["config"]).n_splits
+    for name in RUN_FILES:
+        yield run / name
+    for fold in range(n_splits):
+        theirs, ours = run / f"fold_{fold}", target / f"fold_{fold}"
+        if _progress(theirs) > _progress(ours):
+            yield from (theirs / name for name in FOLD_FILES if (theirs / name).is_file())
+    if not (target / "metrics.json").exists():
+        yield from (run / name for name in BLEND_FILES if (run / name).is_file())
+
+
+def _progress(folder: Path) -> tuple[int, bool, bool]:
+    return logged(folder), (folder / "metrics.json").exists(), (folder / "predictions.json").exists()
+
+
+def _check(file: Path) -> None:
+    """Raise UserError where `file` is a link or damaged, or not what its fold's predictions say."""
+    if file.is_symlink():
+        raise UserError(f"{file}: is a link, not a file")
+    if file.suffix == ".json":
+        read_json(file)
+    if file.suffix == ".pt":
+        checkpoint.load(file, "net")
+    if file.name in COLUMNS:
+        read_numbers(file, COLUMNS[file.name])
+    if file.name == "predictions.json":
+        for name, digest in read_json(file, "files")["files"].items():
+            if name not in COLUMNS or not (file.parent / name).is_file() or file_sha256(file.parent / name) != digest:
+                raise UserError(f"{file.parent / name}: is not what {file.name} describes; get it again")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as file:
+        write(target, lambda out: shutil.copyfileobj(file, out))

@@ -1,0 +1,236 @@
+"""The notebook that Kaggle runs: always the package's own, and executed as Kaggle does it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from pcam_kaggle import kernel
+from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.kernel import METADATA, NOTEBOOK, Settings, notebook, pack
+from pcam_kaggle.paths import COMPETITION, Data
+
+ROOT = Path(__file__).parent.parent
+# The image's versions of all packages, in an environment of their own: `make kernel-test` has made it.
+PYTHON = os.environ.get("PCAM_KAGGLE_PYTHON", sys.executable)
+CHANGES = (
+    *("n_splits=3", "width=8", "n_blocks=3", "side=32", "epochs=2", "batch_size=32", "tta=1", "precision=fp32"),
+    "memory_format=channels_last",
+)
+ALONE = subprocess.run(["unshare", "-mn", "true"], capture_output=True, check=False).returncode == 0
+
+
+class StandIn:
+    """A folder laid out as Kaggle lays out a session; its inputs can't be written to, and there is no network."""
+
+    def __init__(self, root: Path, data: Data, layout: str) -> None:
+        self.root, self.data = root, data
+        mount = root / "input" / layout / COMPETITION
+        mount.parent.mkdir(parents=True)
+        mount.symlink_to(data.root.resolve())
+        self.working = root / "working"
+        self.working.mkdir()
+        (root / "temp").mkdir()
+
+    def attach(self, output: Path) -> None:
+        """Attach what an earlier session saved."""
+        shutil.copytree(output, self.root / "input" / "pcam-submission")
+
+    def client(self, settings: Settings, patch: str = "") -> NotebookClient:
+        """Return the client that executes the notebook with `settings`, after the package with the code in `patch`."""
+        made = nbformat.reads(notebook(settings).decode(), as_version=4)
+        last = max(number for number, cell in enumerate(made.cells) if cell.id.startswith("file-"))
+        made.cells.insert(last + 1, nbformat.v4.new_code_cell(patch, id="patch"))
+        spec = self.root / "jupyter" / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        inputs = self.data.root.resolve()
+        start = f'exec "{PYTHON}" -m ipykernel_launcher -f "$1"'
+        alone = ["unshare", "-mn", "sh", "-c", f'mount --bind -o ro "{inputs}" "{inputs}" && {start}', "kernel"]
+        command = alone if ALONE else ["sh", "-c", start, "kernel"]
+        spec.write_text(json.dumps({"argv": [*command, "{connection_file}"], "display_name": "Python 3", "language": "python"}))
+        # Sockets in the file system reach into the kernel's own network; their paths must be short.
+        manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{tempfile.mkdtemp()}/kernel")
+        return NotebookClient(made, km=manager, timeout=900, resources={"metadata": {"path": str(self.working)}})
+
+    def run(self, settings: Settings, patch: str = "") -> nbformat.NotebookNode:
+        """Execute the notebook and return it with its outputs."""
+        return self.client(settings, patch).execute()
+
+
+@pytest.fixture
+def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that makes a stand-in, of the real patches where there are any."""
+    folder = os.environ.get("PCAM_DATA")
+    source = Data(Path(folder)) if folder else data
+    monkeypatch.delenv("PCAM_DATA", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def make(name: str, layout: str = "competitions", small: bool = False) -> StandIn:
+        made = StandIn(tmp_path / name, data if small else source, layout)
+        monkeypatch.setenv("PCAM_KAGGLE", str(made.root))
+        monkeypatch.setenv("JUPYTER_PATH", str(made.root / "jupyter"))
+        return made
+
+    return make
+
+
+def printed(executed: nbformat.NotebookNode) -> str:
+    """Return all text that the cells printed."""
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+
+
+def test_the_tracked_notebook_is_the_packages() -> None:
+    content = notebook()
+    assert content == notebook()
+    assert (ROOT / NOTEBOOK).read_bytes() == content, "run `make kernel`"
+    assert len(content) < kernel.MOST_BYTES
+    made = nbformat.reads(content.decode(), as_version=4)
+    nbformat.validate(made)
+    assert made.metadata.kernelspec.name == "python3"
+    for cell in made.cells:
+        if cell.id.startswith("file-"):
+            magic, _, source = cell.source.partition("\n")
+            assert (ROOT / magic.removeprefix("%%writefile ")).read_text().rstrip("\n") == source
+
+
+@pytest.mark.parametrize("layout", ["competitions", ""])
+def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str, tmp_path: Path) -> None:
+    here = stand_in("kaggle", layout)
+    executed = here.run(Settings("quick", CHANGES))
+    submission = pd.read_csv(here.working / "submission.csv")
+    sample = pd.read_csv(here.data.sample)
+    assert submission["id"].tolist() == sample["id"].tolist()
+    assert submission["label"].between(0, 1).all()
+    pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 2
+    assert not list(here.working.rglob("patches.npy"))
+    assert "error" not in {output["output_type"] for cell in executed.cells for output in cell.get("outputs", [])}
+
+    command = [
+        PYTHON,
+        "-m",
+        "pcam_kaggle",
+        "pipeline",
+        "--data",
+        str(here.data.root.resolve()),
+        "--work",
+        str(tmp_path / "home"),
+    ]
+    changes = [part for change in CHANGES for part in ("--set", change)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PCAM_KAGGLE": str(tmp_path / "none")}
+    subprocess.run([*command, "-e", "quick", *changes], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    home = read_json(tmp_path / "home" / "runs" / "quick" / "metrics.json")
+    [session] = (here.working / "runs").glob("*/metrics.json")
+    for key in ("fold_auc", "pooled", "oof_sha256", "test_sha256"):
+        assert read_json(session)[key] == home[key]
+
+
+def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any) -> None:
+    settings = Settings("quick", (*CHANGES, "epochs=4"))
+    whole = stand_in("whole", small=True)
+    whole.run(settings)
+    killed = stand_in("killed", small=True)
+    client = killed.client(settings)
+
+    def kill_in_the_second_fold() -> None:
+        while not list(killed.working.glob("runs/*/fold_1/last.pt")):
+            time.sleep(0.01)
+        os.killpg(client.km.provisioner.pid, 9)
+
+    assassin = threading.Thread(target=kill_in_the_second_fold, daemon=True)
+    assassin.start()
+    with pytest.raises((DeadKernelError, CellExecutionError)):
+        client.execute()
+    assert not (killed.working / "submission.csv").exists()
+    resumed = stand_in("resumed", layout="", small=True)
+    resumed.attach(killed.working)
+    said = printed(resumed.run(settings))
+    assert "goes on with quick" in said
+    assert "fold 0, epoch" not in said
+    assert (resumed.working / "submission.csv").read_bytes() == (whole.working / "submission.csv").read_bytes()
+
+
+def test_a_session_too_short_for_all_folds_submits_those_it_has(stand_in: Any) -> None:
+    here = stand_in("short", small=True)
+    patch = """
+from pathlib import Path
+from pcam_kaggle.budget import Budget
+Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json")) else 1000.0
+"""
+    said = printed(here.run(Settings("quick", CHANGES), patch))
+    assert "missing: folds 1, 2 were not finished in time" in said
+    assert "1 will be finished" in said or "3 will be finished" in said
+    assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+
+
+def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
+    here = stand_in("wrong", small=True)
+    with pytest.raises(CellExecutionError) as caught:
+        here.run(Settings("quick", ("width=5",)))
+    said = re.sub(r"\x1b\[\d*m", "", str(caught.value).rpartition("------------------")[2]).strip()
+    assert said == "UserError: width=5, max_width=512: both must be multiples of 4"
+
+
+def copy(folder: Path) -> Path:
+    """Copy the notebook and its metadata into `folder`."""
+    for name in (NOTEBOOK, METADATA):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path: Path) -> None:
+    root, folder = copy(tmp_path / "root"), tmp_path / "push"
+    name = pack(root, "someone", Settings("quick", ("epochs=3",), 2.5), goes_on=True, folder=folder)
+    assert name == "someone/pcam-submission"
+    pushed = json.loads((folder / METADATA).read_text())
+    assert pushed["id"] == name
+    assert pushed["kernel_sources"] == [name]
+    assert pushed["enable_internet"] is False
+    cells = nbformat.read(folder / pushed["code_file"], as_version=4).cells
+    settings = next(cell.source for cell in cells if cell.id == "settings")
+    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5'
+    assert "someone" not in (root / METADATA).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"title": "Another title"}, "another-title"),
+        ({"enable_internet": True}, "enable_internet must be false"),
+        ({"competition_sources": []}, "competition_sources"),
+        ({"machine_shape": "NvidiaTeslaP100"}, "NvidiaTeslaT4"),
+        ({"enable_internet": None}, "lacks enable_internet"),
+    ],
+)
+def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    root = copy(tmp_path / "root")
+    metadata = json.loads((root / METADATA).read_text()) | change
+    (root / METADATA).write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
+    with pytest.raises(UserError, match=said) as caught:
+        pack(root, "someone", Settings(), goes_on=False, folder=tmp_path / "push")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "push").exists()
+
+
+def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:
+    root = copy(tmp_path / "root")
+    (root / NOTEBOOK).write_bytes((root / NOTEBOOK).read_bytes().replace(b"dropout", b"drop_out"))
+    with pytest.raises(UserError, match=r"make kernel"):
+        pack(root, "someone", Settings(), goes_on=False, folder=tmp_path / "push")
