@@ -4,16 +4,18 @@ DATA ?=
 ARGS ?=
 
 VENV := .venv
+IMAGE := .venv-kaggle
 PCAM := $(VENV)/bin/python -m pcam_kaggle
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help submission compare report scores test data lint clean
+.PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
+	leaderboard test data lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "DATA=folder       the competition's data (also PCAM_DATA)"
 	@echo "EXPERIMENT=name   bottleneck (default), quick, plain, bottleneck_d4, two_stream, lite0, blend, best"
@@ -31,6 +33,30 @@ report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: every experiment and trial out of fold; trains what has no record
 	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
+kernel: $(VENV)/dev.stamp ## notebooks/pcam_submission.ipynb, the package as one notebook
+	@$(PCAM) kernel build
+
+kernel-push: $(VENV)/dev.stamp ## push it with Kaggle's client, in the name of its credentials
+	@$(PCAM) kernel push $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(ARGS)
+
+kernel-status: $(VENV)/dev.stamp ## how the kernel stands
+	@$(PCAM) kernel status
+
+kernel-logs: $(VENV)/dev.stamp ## what it printed
+	@$(PCAM) kernel logs
+
+kernel-output: $(VENV)/dev.stamp ## take what it made into runs/, to compare and to blend
+	@$(PCAM) kernel output
+
+submit: $(VENV)/dev.stamp ## send submissions/<EXPERIMENT>.csv to Kaggle, with its OOF AUC as description
+	@$(PCAM) submit $(EXPERIMENT) $(ARGS)
+
+leaderboard: $(VENV)/dev.stamp ## take down Kaggle's scores of what was submitted
+	@$(PCAM) leaderboard
+
+kernel-test: $(VENV)/dev.stamp $(IMAGE)/image.stamp ## run it as Kaggle does, on the versions of Kaggle's image
+	@PCAM_KAGGLE_PYTHON=$(abspath $(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_kernel.py
+
 test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
 	@$(VENV)/bin/python -m pytest
 
@@ -42,7 +68,7 @@ lint: $(VENV)/dev.stamp ## ruff, check and format
 	@$(VENV)/bin/ruff format --check .
 
 clean: ## delete the environment and the demo, nothing else
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(IMAGE) demo
 
 $(VENV)/run.stamp: requirements.txt
 	@echo "installing requirements.txt into $(VENV), about two minutes"
@@ -53,4 +79,10 @@ $(VENV)/run.stamp: requirements.txt
 $(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt $(VENV)/run.stamp
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(IMAGE)/image.stamp: requirements-kaggle.txt
+	@echo "installing requirements-kaggle.txt into $(IMAGE), about two minutes"
+	@$(PYTHON) -m venv $(IMAGE)
+	@$(IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kaggle.txt
 	@touch $@

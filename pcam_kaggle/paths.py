@@ -83,12 +83,10 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
     return next((Data(folder) for folder in folders if (folder / "train_labels.csv").is_file()), None)
 
 
-def attached(workspace: Workspace, kaggle: Path = KAGGLE_ROOT) -> list[Path]:
-    """Return the folders among a kernel's inputs that hold what a run left; none where `workspace` is not a kernel's."""
-    if workspace.root != kaggle / "working":
-        return []
-    mounts = ("*", "notebooks/*/*", "datasets/*/*")
-    return sorted({found.parent for mount in mounts for found in (kaggle / "input").glob(f"{mount}/runs")})
+def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
+    """Return the folders of the datasets, models and notebook outputs that are attached to a kernel, in either layout."""
+    mounts = [path for layout in ("*", "datasets/*/*", "notebooks/*/*") for path in sorted((kaggle / "input").glob(layout))]
+    return [path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION)]
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

@@ -78,16 +78,17 @@ def kernel_job(name: str, changes: list[str], hours: float) -> Job:
 
     What earlier outputs of the kernel, attached as inputs, hold of it is taken over.
 
-    Raises UserError where the competition's data are not attached, and where an output does not belong to this job.
+    Raises UserError where the competition's data or a net's weights are not attached, and where an output is damaged.
     """
     workspace = find_workspace(None)
     data = find_data(None, workspace.root)
     if data is None:
         raise UserError("the competition's data are not attached: Add Input, Competitions, Histopathologic Cancer Detection")
-    for source in attached(workspace):
-        print(f"{source}: goes on with {', '.join(take_over(source, workspace))}")
+    for source in attached():
+        taken = take_over(source, workspace)
+        print(f"{source}: goes on with {', '.join(taken)}" if taken else f"{source}: attached")
     chosen = experiment(name)
-    return Job(
+    job = Job(
         data=data,
         workspace=workspace,
         demo=False,
@@ -97,6 +98,12 @@ def kernel_job(name: str, changes: list[str], hours: float) -> Job:
         trains=chosen.members,
         budget=Budget.of_hours(hours),
     )
+    # Weights that are not there are better missed now than after an hour's preparation.
+    from pcam_kaggle.backbones import create
+
+    for part in job.parts():
+        create(part.config)
+    return job
 
 
 def finished(job: Job) -> Job:

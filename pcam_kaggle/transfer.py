@@ -1,5 +1,6 @@
 """A run that was trained elsewhere, checked at the door and taken in."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,13 @@ def _check(file: Path) -> None:
         raise UserError(f"{file}: is a link, not a file")
     if file.suffix == ".json":
         read_json(file)
-    if file.suffix == ".pt":
+    if file.name == "best.pt":
         checkpoint.load(file, "net")
+    if file.name == "last.pt":
+        epochs, finished = len(json.loads(checkpoint.load(file, "net", "log")["log"])), (file.parent / "metrics.json").exists()
+        # A session may end between the checkpoint of an epoch and its row in the log.
+        if epochs - logged(file.parent) not in ((0,) if finished else (0, 1)):
+            raise UserError(f"{file.parent / 'log.csv'}: is not the log of {file.name}; get it again")
     if file.name in COLUMNS:
         read_numbers(file, COLUMNS[file.name])
     if file.name == "predictions.json":

@@ -1,30 +1,46 @@
 """Kaggle's real client against a server of our own: what arrives is verified before anything is unpacked."""
 
 import io
+import json
 import shutil
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from conftest import Outcome
 
 from pcam_kaggle.cli import main
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.kaggle import unpack
 from pcam_kaggle.paths import COMPETITION, Data, find_data
 
+ROOT = Path(__file__).parent.parent
 ARCHIVE = f"/{COMPETITION}.zip"
 
 
 class Kaggle(ThreadingHTTPServer):
-    """Answers the client as Kaggle does: a redirect to the archive, or a status."""
+    """Answers the client as Kaggle does: a redirect to the archive or a status, and `replies` to what is asked by name.
+
+    A reply is JSON, a status, or None for a connection that is cut; `files` are what can be downloaded, `put` what was sent.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.archive, self.status = b"", 302
         self.asked: list[str] = []
+        self.replies: dict[str, dict[str, Any] | int | None] = {}
+        self.bodies: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, bytes] = {}
+        self.put = b""
+
+    def address(self, path: str) -> str:
+        """Return the address of `path` on this server."""
+        return f"http://127.0.0.1:{self.server_port}{path}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -34,19 +50,36 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked.append(self.path)
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(self.server.status)
-        self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}{ARCHIVE}")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        name = self.path.rsplit("/", 1)[1]
+        if name not in self.server.replies:
+            self.answer(self.server.status, b"", Location=self.server.address(ARCHIVE))
+            return
+        self.server.bodies[name] = json.loads(body)
+        reply = self.server.replies[name]
+        if isinstance(reply, int):
+            self.answer(reply, b"{}")
+        elif reply is not None:
+            self.answer(200, json.dumps(reply).encode(), **{"Content-Type": "application/json"})
+        else:
+            self.close_connection = True
+            self.connection.close()
+
+    def do_PUT(self) -> None:
+        self.server.put = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, b"")
 
     def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/zip")
-        self.send_header("Content-Length", str(len(self.server.archive)))
-        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        path = urlsplit(self.path).path
+        content = self.server.archive if path == ARCHIVE else self.server.files[path]
+        self.answer(200, content, **{"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"})
+
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(self.server.archive)
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -143,3 +176,199 @@ def test_another_competitions_archive_is_refused(data: Data, tmp_path: Path) -> 
     (tmp_path / "other.zip").write_bytes(zipped(data.root))
     with pytest.raises(UserError, match=r"train_labels.csv"):
         unpack(tmp_path / "other.zip", tmp_path / "unpacked")
+
+
+KERNEL = "pcam-submission"
+STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumber": 3}
+
+
+def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
+    kaggle.replies["SaveKernel"] = STARTED
+    assert main(["kernel", "push", "--work", str(ROOT), "-e", "quick", "--hours", "2", "--goes-on"]) == 0
+    sent = kaggle.bodies["SaveKernel"]
+    assert sent["slug"] == f"someone/{KERNEL}"
+    assert sent["kernelDataSources"] == [f"someone/{KERNEL}"]
+    assert sent["competitionDataSources"] == [COMPETITION]
+    assert sent["machineShape"] == "NvidiaTeslaT4"
+    assert (sent["enableInternet"], sent["isPrivate"], sent["enableGpu"]) == (False, True, True)
+    cells = json.loads(sent["text"])["cells"]
+    assert next(cell["source"] for cell in cells if cell["id"] == "settings").startswith('EXPERIMENT = "quick"')
+    assert "version 3 successfully pushed" in capsys.readouterr().out
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line of the error that was printed."""
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: kaggle ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ({"error": "Maximum weekly GPU quota of 30 hours reached"}, "GPU quota"),
+        (STARTED | {"invalidCompetitionSources": [COMPETITION]}, "not valid competition sources"),
+        (401, "KAGGLE_KEY"),
+        (403, "/rules"),
+        (404, "404"),
+        (500, "500"),
+        (None, "onnection"),
+    ],
+)
+def test_a_push_that_failed_is_one_line(
+    kaggle: Kaggle, reply: dict[str, Any] | int | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.replies["SaveKernel"] = reply
+    assert main(["kernel", "push", "--work", str(ROOT)]) == 2
+    assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [["kernel", "push"], ["kernel", "status"], ["data"], ["leaderboard"]])
+def test_missing_credentials_are_one_line(
+    kaggle: Kaggle,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    work = ROOT if "kernel" in arguments else tmp_path
+    assert main([*arguments, "--work", str(work)]) == 2
+    assert "KAGGLE_KEY" in one_line(capsys)
+
+
+def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
+    kaggle.replies |= {"GetKernelSessionStatus": {"status": "COMPLETE"}, "ListKernelSessionOutput": {"log": "fold 0"}}
+    assert main(["kernel", "status", "--work", str(ROOT)]) == 0
+    assert "COMPLETE" in capsys.readouterr().out
+    assert main(["kernel", "logs", "--work", str(ROOT)]) == 0
+    assert "fold 0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def session(pcam: Callable[..., Outcome], tmp_path: Path) -> Path:
+    """Return the folder that a session on Kaggle has saved: a run of three folds."""
+    assert pcam("pipeline").status == 0
+    return (tmp_path / "work").rename(tmp_path / "session")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a repository at home, with the kernel's metadata alone."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(ROOT / "kernel-metadata.json", folder)
+    return folder
+
+
+def saved(kaggle: Kaggle, session: Path) -> None:
+    """Let `kaggle` offer what `session` saved."""
+    names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
+    kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
+    listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
+    kaggle.replies["ListKernelSessionOutput"] = {"files": listed, "log": "done"}
+
+
+def test_what_a_session_made_comes_home(
+    kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(kaggle, session)
+    assert main(["kernel", "output", "--work", str(home)]) == 0
+    for path in session.rglob("*"):
+        if path.is_file() and path.parts[len(session.parts)] == "runs" and path.parent.name != "events":
+            assert (home / path.relative_to(session)).read_bytes() == path.read_bytes()
+    assert not (home / "store").exists()
+    assert not (home / f"{KERNEL}.log").exists()
+    home.rename(tmp_path / "work")
+    capsys.readouterr()
+    again = pcam("pipeline")
+    assert again.status == 0, again.err
+    assert "(kept)" in next(line for line in again.out.splitlines() if line.startswith("train"))
+    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == (
+        session / "submissions" / "bottleneck.csv"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["fold_1/best.pt", "fold_0/oof.csv", "fold_2/metrics.json", "config.json", "fold_0/log.csv"])
+def test_a_damaged_output_does_not_come_home(
+    kaggle: Kaggle, session: Path, home: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = session / "runs" / "bottleneck" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    saved(kaggle, session)
+    capsys.readouterr()
+    assert main(["kernel", "output", "--work", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0] in err
+    assert not (home / "runs").exists()
+
+
+def test_another_config_does_not_come_home(
+    kaggle: Kaggle, session: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(kaggle, session)
+    assert main(["kernel", "output", "--work", str(home)]) == 0
+    config = home / "runs" / "bottleneck" / "config.json"
+    config.write_text(config.read_text().replace('"seed": 42', '"seed": 43'))
+    before = config.read_bytes()
+    capsys.readouterr()
+    assert main(["kernel", "output", "--work", str(home)]) == 2
+    assert "another config" in capsys.readouterr().err
+    assert config.read_bytes() == before
+
+
+UPLOAD = {"token": "abc"}
+
+
+def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = session / "submissions" / "bottleneck.csv"
+    kaggle.replies |= {
+        "StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")},
+        "CreateSubmission": {"message": f"Successfully submitted to {COMPETITION}"},
+    }
+    assert main(["submit", "--work", str(session)]) == 0
+    assert kaggle.put == file.read_bytes()
+    description = kaggle.bodies["CreateSubmission"]["submissionDescription"]
+    made = json.loads(file.with_suffix(".json").read_text())
+    assert f"OOF AUC {made['oof_auc']['value']:.4f}" in description
+
+    rows = [
+        {"ref": 2, "fileName": "bottleneck.csv", "description": "another", "publicScore": "0.5", "privateScore": "0.5"},
+        {"ref": 1, "fileName": "bottleneck.csv", "description": description, "publicScore": "0.9512", "privateScore": ""},
+    ]
+    kaggle.replies["ListSubmissions"] = {"submissions": rows}
+    assert main(["leaderboard", "--work", str(session)]) == 0
+    made = json.loads(file.with_suffix(".json").read_text())
+    assert (made["public_score"], made["private_score"]) == (0.9512, None)
+    rows[1]["privateScore"] = "0.9401"
+    assert main(["leaderboard", "--work", str(session)]) == 0
+    assert json.loads(file.with_suffix(".json").read_text())["private_score"] == 0.9401
+    assert "0.9401" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [({"message": "Submission not allowed: limit reached"}, "limit reached"), (400, "400"), (None, "onnection")],
+)
+def test_a_submission_that_kaggle_refuses_is_one_line(
+    kaggle: Kaggle, session: Path, reply: dict[str, Any] | int | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.replies |= {"StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")}, "CreateSubmission": reply}
+    capsys.readouterr()
+    assert main(["submit", "--work", str(session)]) == 2
+    assert said in one_line(capsys)
+
+
+def test_what_was_changed_since_its_validation_is_not_sent(
+    kaggle: Kaggle, session: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (session / "submissions" / "bottleneck.csv").open("a") as file:
+        file.write("x,0.5\n")
+    capsys.readouterr()
+    assert main(["submit", "--work", str(session)]) == 2
+    assert "has changed" in capsys.readouterr().err
+    assert kaggle.asked == []
