@@ -98,7 +98,7 @@ def logs(kernel: str) -> str:
 
 def output(kernel: str, folder: Path) -> None:
     """Download into `folder` what the last session of `kernel`, owner/slug, has saved."""
-    _ask("kernels", "output", kernel, "-p", str(folder), "--file-pattern", r"^(runs|folds)/")
+    _ask("kernels", "output", kernel, "-p", str(folder), "--file-pattern", r"^(runs|folds|submissions)/")
     if not (folder / "runs").is_dir():
         raise UserError(f"{kernel}: has saved no runs; look at its log with `make kernel-logs`")
 

@@ -20,7 +20,7 @@ COLUMNS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 
 
 def take_over(source: Path, workspace: Workspace) -> list[str]:
-    """Take the runs in `source`/runs, and the fold files that they stand on, into `workspace`; return the names of the runs.
+    """Take the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of the runs.
 
     Of a fold that stands in both places the one with more finished epochs is kept. Files are read before they are copied, and
     only those that a run is made of are. Raises UserError where a file is damaged, where the run here has another config, and
@@ -38,8 +38,9 @@ def take_over(source: Path, workspace: Workspace) -> list[str]:
             _check(file)
         copies = [(file, target / file.relative_to(run)) for file in files]
         schemes = [f"{made['folds']}{suffix}" for suffix in (".csv", ".json")]
-        absent = [name for name in schemes if not (workspace.folds / name).exists()]
-        copies += [(source / "folds" / name, workspace.folds / name) for name in absent]
+        beside = [(source / "folds" / name, workspace.folds / name) for name in schemes]
+        beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
+        copies += [(file, copy) for file, copy in beside if file.is_file() and not copy.exists()]
         for file, copy in copies:
             _copy(file, copy)
         taken.append(run.name)
@@ -51,15 +52,29 @@ def _run_files(run: Path, target: Path) -> Iterator[Path]:
     own = target / "config.json"
     if own.exists() and read_json(own) != read_json(run / "config.json"):
         raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
-    n_splits = Config(**read_json(run / "config.json", "config")["config"]).n_splits
-    for name in RUN_FILES:
-        yield run / name
-    for fold in range(n_splits):
-        theirs, ours = run / f"fold_{fold}", target / f"fold_{fold}"
-        if _progress(theirs) > _progress(ours):
-            yield from (theirs / name for name in FOLD_FILES if (theirs / name).is_file())
-    if not (target / "metrics.json").exists():
+    try:
+        config = Config(**read_json(run / "config.json", "config")["config"])
+    except TypeError:
+        raise UserError(f"{run / 'config.json'}: not a config of this version; use the one that trained it") from None
+    yield from (run / name for name in RUN_FILES)
+    pairs = [(run / f"fold_{fold}", target / f"fold_{fold}") for fold in range(config.n_splits)]
+    further = [theirs for theirs, ours in pairs if _progress(theirs) > _progress(ours)]
+    for folder in further:
+        yield from (folder / name for name in FOLD_FILES if (folder / name).is_file())
+    if further:
         yield from (run / name for name in BLEND_FILES if (run / name).is_file())
+
+
+def _submissions(folder: Path, name: str) -> Iterator[Path]:
+    """Yield the submissions of run `name` in `folder`, each with what stands beside it, once it is what that says."""
+    for file in sorted(folder.glob("*.json")):
+        made = read_json(file, "run", "sha256")
+        table = file.with_suffix(".csv")
+        if made["run"] != name:
+            continue
+        if table.is_symlink() or not table.is_file() or file_sha256(table) != made["sha256"]:
+            raise UserError(f"{table}: is not what {file.name} describes; get it again")
+        yield from (table, file)
 
 
 def _progress(folder: Path) -> tuple[int, bool, bool]:

@@ -1,9 +1,9 @@
 """Imports go down: a room knows only rooms on lower floors."""
 
-import ast
 from pathlib import Path
 
 import pcam_kaggle
+from pcam_kaggle.kernel import imported
 
 FLOORS = (
     "errors",
@@ -22,30 +22,21 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.spl
 ROOMS = {path.stem: path for path in Path(pcam_kaggle.__file__).parent.glob("*.py") if path.stem != "__init__"}
 
 
-def imported(path: Path) -> set[str]:
-    """Return the rooms that the file at `path` imports, also inside of functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "pcam_kaggle":
-            names |= {alias.name for alias in node.names if alias.name in ROOMS}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pcam_kaggle."):
-            names.add(node.module.split(".")[1])
-    return names
-
-
 def test_every_room_has_one_floor() -> None:
     assert sorted(FLOOR) == sorted(ROOMS)
     assert sum(len(rooms.split()) for rooms in FLOORS) == len(FLOOR)
 
 
 def test_imports_go_down() -> None:
-    upward = {(room, other) for room, path in ROOMS.items() for other in imported(path) if FLOOR[other] >= FLOOR[room]}
+    upward = {
+        (room, other) for room, path in ROOMS.items() for other in imported(path.read_text()) if FLOOR[other] >= FLOOR[room]
+    }
     assert not upward
 
 
 def test_ground_floor_stands_alone() -> None:
     ground = FLOORS[1].split()
-    assert all(imported(ROOMS[room]) <= {"errors"} for room in ground)
+    assert all(imported(ROOMS[room].read_text()) <= {"errors"} for room in ground)
 
 
 def test_argparse_stays_in_the_command_line() -> None:

@@ -8,6 +8,8 @@ import pytest
 from conftest import Outcome
 from nbclient import NotebookClient
 
+from pcam_kaggle.paths import Data
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
@@ -37,3 +39,15 @@ def test_the_comparison_runs(pcam: Callable[..., Outcome], tmp_path: Path, monke
     text = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", []))
     assert "other" in text
     assert "difference" in text
+
+
+def test_the_exploration_runs_and_names_what_is_damaged(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = min(data.patches("train").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    monkeypatch.setenv("PCAM_DATA", str(data.root))
+    notebook = nbformat.read(FOLDER / "explore.ipynb", as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = {cell.id: str(cell.get("outputs", "")) for cell in notebook.cells}
+    assert damaged.stem in outputs["damaged"]
+    assert "36 labelled patches" in outputs["imports"]
+    assert all("image/png" in outputs[name] for name in ("patches", "stain"))

@@ -1,0 +1,90 @@
+"""A run from elsewhere: the further one wins, and nothing that is not a run's comes in."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import Workspace
+from pcam_kaggle.transfer import take_over
+
+RUN = Path("runs") / "bottleneck"
+
+
+@pytest.fixture
+def elsewhere(pcam: Callable[..., Outcome], tmp_path: Path) -> Path:
+    """Return a folder in which a run of three folds was trained and submitted."""
+    assert pcam("pipeline").status == 0
+    return (tmp_path / "work").rename(tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Workspace:
+    """Return an empty workspace."""
+    return Workspace(tmp_path / "here", tmp_path / "here" / "store")
+
+
+def change(file: Path, **values: object) -> None:
+    """Set `values` in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_of_two_states_of_a_fold_the_further_one_is_kept(elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
+    early = tmp_path / "early"
+    shutil.copytree(elsewhere, early)
+    shutil.rmtree(early / RUN / "fold_2")
+    for name in ("metrics.json", "predictions.json", "oof.csv", "test.csv"):
+        (early / RUN / "fold_1" / name).unlink()
+    change(early / RUN / "metrics.json", pooled="of two folds")
+    assert take_over(early, here) == ["bottleneck"]
+    assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
+    take_over(elsewhere, here)
+    whole = {
+        path.relative_to(elsewhere): path.read_bytes() for path in (elsewhere / RUN).rglob("*.*") if "events" not in str(path)
+    }
+    assert {name: (here.root / name).read_bytes() for name in whole} == whole
+    take_over(early, here)
+    assert {name: (here.root / name).read_bytes() for name in whole} == whole
+
+
+def no_plain_name(folder: Path) -> None:
+    change(folder / RUN / "config.json", folds="../../outside")
+
+
+def unknown_field(folder: Path) -> None:
+    config = json.loads((folder / RUN / "config.json").read_text())["config"]
+    change(folder / RUN / "config.json", config=config | {"unheard_of": 1})
+
+
+def out_of_range(folder: Path) -> None:
+    config = json.loads((folder / RUN / "config.json").read_text())["config"]
+    change(folder / RUN / "config.json", config=config | {"n_splits": 10**9})
+
+
+def linked(folder: Path) -> None:
+    file = folder / RUN / "fold_0" / "oof.csv"
+    file.rename(folder / "oof.csv")
+    file.symlink_to(folder / "oof.csv")
+
+
+def other_submission(folder: Path) -> None:
+    file = folder / "submissions" / "bottleneck.csv"
+    file.write_text(file.read_text().replace("0.4", "0.9"))
+
+
+def pickled(folder: Path) -> None:
+    (folder / RUN / "fold_0" / "best.pt").write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
+
+
+@pytest.mark.parametrize("damage", [no_plain_name, unknown_field, out_of_range, linked, other_submission, pickled])
+def test_what_is_no_run_stays_outside(damage: Callable[[Path], None], elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
+    damage(elsewhere)
+    with pytest.raises(UserError) as caught:
+        take_over(elsewhere, here)
+    assert "\n" not in str(caught.value)
+    assert not here.root.exists()
+    assert not (tmp_path / "outside.csv").exists()
