@@ -114,9 +114,9 @@ job.config
         "learning",
         "Valid AUC of each fold after each epoch.",
         """
-logs = {fold: pd.read_csv(job.run / f"fold_{fold}" / "log.csv", index_col="epoch") for fold in job.folds()}
-curves = pd.DataFrame({f"fold {fold}": log["valid_auc"] for fold, log in logs.items()})
-curves.plot(figsize=(7, 4), ylabel="valid AUC", grid=True);
+runs = [(part.name, fold, part.run / f"fold_{fold}" / "log.csv") for part in job.parts() for fold in job.folds()]
+curves = {f"{name}, fold {fold}": pd.read_csv(log, index_col="epoch")["valid_auc"] for name, fold, log in runs}
+pd.DataFrame(curves).plot(figsize=(7, 4), ylabel="valid AUC", grid=True);
 """,
     ),
     ("blend", "### Out of fold", "run_predict(job)\nrun_blend(job);"),

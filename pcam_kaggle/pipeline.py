@@ -107,18 +107,24 @@ def kernel_job(name: str, changes: list[str], hours: float) -> Job:
 
 
 def finished(job: Job) -> Job:
-    """Return `job` on those of its folds that are trained to their end in every run that it trains, and name the others.
+    """Return `job` on the runs and folds that are trained to their end, and name those that are not.
 
-    Raises UserError where there is none.
+    A run without a finished fold is left out, and a fold that is not finished in all others.
+
+    Raises UserError where nothing is left.
     """
-    missing = [fold for fold in job.folds() if not _all(job, fold, trained)]
-    if not missing:
-        return job
-    chosen = tuple(fold for fold in job.folds() if fold not in missing)
+    begun = [part for part in job.parts() if any(trained(part.run / f"fold_{fold}") for fold in job.folds())]
+    chosen = tuple(fold for fold in job.folds() if begun and all(trained(part.run / f"fold_{fold}") for part in begun))
     if not chosen:
         raise UserError(f"{job.run}: no fold was finished in time; the same command goes on, give it more hours")
-    print(f"missing: folds {_listed(missing)} were not finished in time; the same command goes on from there")
-    return replace(job, chosen=chosen)
+    dropped = [part.name for part in job.parts() if part not in begun]
+    missing = [f"run {name}" for name in dropped] + [f"fold {fold}" for fold in job.folds() if fold not in chosen]
+    if not missing:
+        return job
+    print(f"missing: {', '.join(missing)}, not finished in time; the same command goes on from there")
+    # What is blended of fewer runs than it was meant to be is another blend.
+    name = "-without-".join([job.name, *dropped])
+    return replace(job, chosen=chosen, name=name, trains=tuple(part.name for part in begun if job.trains))
 
 
 def run_prepare(job: Job) -> bool:
@@ -233,7 +239,8 @@ def run_all(job: Job) -> None:
     whole, job = job, finished(job)
     done.append(run_predict(job))
     store = PatchStore(job.workspace.store)
-    left = [fold for fold in range(job.config.n_splits) if not _all(job, fold, lambda folder: predicted(folder, store))]
+    folders = {fold: [part.run / f"fold_{fold}" for part in job.parts()] for fold in range(job.config.n_splits)}
+    left = [fold for fold, parts in folders.items() if not all(predicted(folder, store) for folder in parts)]
     if left and whole.chosen is not None:
         print(f"next: folds {_listed(left)}, then the blend")
         return
@@ -247,11 +254,6 @@ def run_all(job: Job) -> None:
         print(f"next: compare {job.run / 'metrics.json'} with other runs, or submit {job.target()} to Kaggle")
     else:
         print("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
-
-
-def _all(job: Job, fold: int, test: Callable[[Path], bool]) -> bool:
-    """Tell whether `test` holds for the folder of `fold` in every run that the job trains."""
-    return all(test(part.run / f"fold_{fold}") for part in job.parts())
 
 
 def _split(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:

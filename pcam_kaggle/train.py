@@ -118,8 +118,9 @@ def _forecast(share: list[int], left: list[int], epoch: float, prediction: float
     needed = np.cumsum([epochs * epoch + prediction for epochs in left])
     fit = int((needed <= budget.left()).sum())
     return (
-        f"train: an epoch takes {epoch:.0f} s, a fold's predictions {prediction:.0f} s; of folds {', '.join(map(str, share))}, "
-        f"{needed[-1] / 3600:.1f} h, {fit or 'none'} will be finished in the {budget.left() / 3600:.1f} h left"
+        f"train: an epoch takes {epoch:.0f} s, a fold's predictions {prediction:.0f} s; "
+        f"folds {', '.join(map(str, share))} need {needed[-1] / 60:.0f} min, {fit or 'none'} of them will be finished in the "
+        f"{budget.left() / 60:.0f} min left"
     )
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle.artifacts import csv_bytes, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import csv_bytes, read_json, sha256, write_csv, write_json
 from pcam_kaggle.blend import score
 from pcam_kaggle.cli import main
 from pcam_kaggle.compare import compare, find_baseline, read_entry
@@ -33,14 +33,14 @@ def write_run(run: Path, signal: float, seed: int, folds: str = "same", **config
     for fold in range(FOLDS):
         write_json(run / f"fold_{fold}" / "predictions.json", {})
         write_json(run / f"fold_{fold}" / "metrics.json", {"seconds": 60.0, "parameters": 10, "images_per_second": 5.0})
-    metrics = {"folds_sha256": folds, "oof_sha256": sha256(csv_bytes(oof)), **score(oof)}
+    metrics = {"folds_sha256": folds, "missing_folds": [], "oof_sha256": sha256(csv_bytes(oof)), **score(oof)}
     write_json(run / "metrics.json", metrics)
     return oof
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Return a folder of runs: two alike, one worse, one on other folds, one unfinished, one damaged."""
+    """Return a folder of runs: two alike, one worse, one on other folds, one unfinished, one damaged, one blended in part."""
     runs = tmp_path / "runs"
     write_run(runs / "best", 2.0, 1, lr=0.1)
     write_run(runs / "twin", 1.99, 2, lr=0.2)
@@ -50,6 +50,9 @@ def runs(tmp_path: Path) -> Path:
     (runs / "unfinished" / "fold_1" / "predictions.json").unlink()
     write_run(runs / "damaged", 2.0, 6, lr=0.1)
     (runs / "damaged" / "oof.csv").write_text("id,label\n")
+    write_run(runs / "partial", 2.0, 7, lr=0.1)
+    partial = runs / "partial" / "metrics.json"
+    write_json(partial, read_json(partial) | {"missing_folds": [2]})
     write_run(runs / "garbled", 2.0, 6, lr=0.1)
     (runs / "garbled" / "config.json").write_text("{")
     return runs
@@ -100,6 +103,7 @@ def test_a_broken_run_stands_with_its_reason(runs: Path, capsys: pytest.CaptureF
     for name, reason in (
         ("unfinished", "folds 1"),
         ("damaged", "oof.csv"),
+        ("partial", "without some"),
         ("garbled", "not JSON"),
         ("elsewhere", "other folds"),
     ):

@@ -102,7 +102,7 @@ def test_what_the_time_left_unfinished_is_missing_and_said_so(
         patch.setattr(Budget, "left", left_until_fold_2)
         outcome = pcam("pipeline", "--hours", "1")
     assert outcome.status == 0, outcome.err
-    assert "missing: folds 2 were not finished" in outcome.out
+    assert "missing: fold 2, not finished" in outcome.out
     part = work / "submissions" / "bottleneck-folds-0-1.csv"
     assert read_json(part.with_suffix(".json"))["missing_folds"] == [2]
     tests = [pd.read_csv(work / "runs" / "bottleneck" / f"fold_{fold}" / "test.csv").set_index("id") for fold in (0, 1)]
@@ -324,6 +324,23 @@ def test_an_experiment_that_blends_trains_its_members_once(
     assert contents(tmp_path / "work") == before
     assert main(["train", "-e", "both", *arguments, "--set", "epochs=3"]) == 2
     assert "blends one, two as they are" in capsys.readouterr().err
+
+
+def test_a_member_that_was_not_begun_in_time_is_left_out(
+    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        monkeypatch.setitem(EXPERIMENTS, name, Experiment("", tiny))
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
+    work = tmp_path / "work"
+    over = work / "runs" / "one" / "fold_2" / "metrics.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "left", lambda _: -1.0 if over.exists() else 1e6)
+        assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work), "--hours", "1"]) == 0
+    assert "missing: run two, not finished in time" in capsys.readouterr().out
+    assert [path.name for path in (work / "submissions").glob("*.csv") if path.name != "ledger.csv"] == ["both-without-two.csv"]
+    assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work)]) == 0
+    assert (work / "submissions" / "both.csv").exists()
 
 
 def test_members_of_an_experiment_share_its_folds() -> None:
