@@ -174,25 +174,27 @@ def _run_leaderboard(options: argparse.Namespace) -> None:
 
 def _run_kernel(options: argparse.Namespace) -> None:
     # nbformat belongs to development, and no other command needs it.
-    from pcam_kaggle.kernel import METADATA, Settings, build, pack
+    from pcam_kaggle.kernel import METADATA, ROOT, Settings, build, pack
 
-    workspace = find_workspace(options.work)
     if options.action == "build":
-        print(f"kernel: {build(workspace.root)}\nnext: make kernel-push")
+        print(f"kernel: {build(ROOT)}\nnext: make kernel-push")
         return
     if options.action == "push":
         experiment(options.experiment).changed(options.set)
         settings = Settings(options.experiment, tuple(options.set), options.hours)
         with tempfile.TemporaryDirectory() as folder:
-            pack(workspace.root, owner(), settings, options.goes_on, Path(folder))
+            pack(ROOT, owner(), settings, options.goes_on, Path(folder))
             print(f"{push(Path(folder))}\nnext: make kernel-status, and when it is complete make kernel-output")
         return
-    kernel = f"{owner()}/{read_json(workspace.root / METADATA, 'id')['id'].rpartition('/')[2]}"
+    kernel = f"{owner()}/{read_json(ROOT / METADATA, 'id')['id'].rpartition('/')[2]}"
     if options.action == "output":
+        workspace = find_workspace(options.work)
         with tempfile.TemporaryDirectory() as folder:
             output(kernel, Path(folder))
             taken = ", ".join(take_over(Path(folder), workspace))
-            print(f"kernel: {taken} taken into {workspace.root / 'runs'}\nnext: make compare")
+            sent = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER]
+        print(f"kernel: {taken or 'nothing new'} taken into {workspace.root / 'runs'}")
+        print(f"next: make compare, or make submit EXPERIMENT={' or '.join(sent)}" if sent else "next: make kernel-push")
     else:
         print({"status": status, "logs": logs}[options.action](kernel))
 

@@ -77,7 +77,7 @@ def read_entry(run: Path) -> Entry:
         if file_sha256(run / "oof.csv") != entry.metrics["oof_sha256"]:
             entry.problem = "damaged: oof.csv is not what metrics.json describes; blend again"
             return entry
-        if entry.metrics["missing_folds"]:
+        if entry.metrics.get("missing_folds"):
             entry.problem = "blended without some of its folds: run `python -m pcam_kaggle blend`"
             return entry
         entry.oof = pd.read_csv(run / "oof.csv", dtype={"id": str}).sort_values("id", ignore_index=True)

@@ -73,10 +73,10 @@ def find_device() -> str:
 def spread(work: Callable[[list[int]], None], items: list[int]) -> None:
     """Call `work` with a share of `items` on each GPU, in a process of its own; with one GPU or none, here with all of them.
 
-    Raises what a process raised, once all have ended.
+    A process gives its GPU's memory back when it ends, for what comes next. Raises what a process raised, once all have ended.
     """
     count = min(gpus(), len(items))
-    if count < 2:
+    if gpus() < 2:
         work(items)
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
@@ -124,6 +124,7 @@ def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_form
             continue
         if seconds * CLEAR_GAIN < best_seconds:
             best, best_seconds = candidate, seconds
+    torch.cuda.empty_cache()
     if best is None:
         raise UserError(f"{kind}: no precision works for this net ({refusal[:200]})")
     return best

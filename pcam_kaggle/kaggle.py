@@ -32,7 +32,7 @@ def download(data: Data) -> bool:
     data.root.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=data.root.parent, prefix=f".{data.root.name}."))
     try:
-        said = _ask("competitions", "download", "-c", COMPETITION, "-p", str(building))
+        said = _ask("competitions", "download", "-c", COMPETITION, "-p", str(building), shown=True)
         archive = building / f"{COMPETITION}.zip"
         if not archive.is_file():
             raise UserError(f"kaggle competitions download: {_advice(said)}")
@@ -81,8 +81,10 @@ def push(folder: Path) -> str:
     """Push the kernel in `folder` and return the line that says so; raises UserError where Kaggle refuses it or a source."""
     said = _ask("kernels", "push", "-p", str(folder))
     # An error can come with exit status 0, and so does a source that Kaggle leaves out.
-    if "successfully pushed" not in said or "not valid" in said:
-        raise UserError(f"kaggle kernels push: {_advice(said)}")
+    pushed = "successfully pushed" in said
+    if not pushed or "not valid" in said:
+        running = f"; it runs without: {said.strip().splitlines()[-1]}" if pushed else ""
+        raise UserError(f"kaggle kernels push: {_advice(said)}{running}")
     return said.strip().splitlines()[-1]
 
 
@@ -121,11 +123,14 @@ def scores() -> pd.DataFrame:
     return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in columns[1:]})
 
 
-def _ask(*arguments: str) -> str:
-    """Call the client and return what it printed; raises UserError with its reason where it fails."""
-    # The client's progress bar goes to its standard error, which a terminal is there to show.
-    errors = None if sys.stderr.isatty() else subprocess.STDOUT
-    done = subprocess.run([_client(), *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+def _ask(*arguments: str, shown: bool = False) -> str:
+    """Call the client and return all that it printed, but for its progress bar where that is `shown` on a terminal.
+
+    Raises UserError with its reason where it fails.
+    """
+    errors = None if shown and sys.stderr.isatty() else subprocess.STDOUT
+    command = [_client(), "--no-warn", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
     if done.returncode:
         raise UserError(f"kaggle {' '.join(arguments[:2])}: {_advice(done.stdout)}")
     return done.stdout

@@ -15,6 +15,7 @@ from pcam_kaggle.experiments import DEFAULT
 from pcam_kaggle.paths import COMPETITION
 
 PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
 METADATA = Path("kernel-metadata.json")
 MOST_BYTES = 900_000
@@ -48,8 +49,8 @@ Folds, a net per fold, its predictions, their blend, `submission.csv`. It needs 
 (*Accelerator: GPU T4 x2*; both are used), and no internet. Each patch's SHA-1 is checked, the OOF AUC comes with its interval,
 and what is written into `runs/` can be taken home and compared there.
 
-**A session that is too short** ends in time, with the folds that are done. To go on, attach this notebook's own output as an
-input and run it again: every fold continues after its last epoch.
+**A session that is too short** ends in time, with the folds that are done, or with none and no submission. To go on, attach
+this notebook's own output as an input and run it again: every fold continues after its last epoch.
 """
 
 SETTINGS_TEXT = """
@@ -104,7 +105,6 @@ from pcam_kaggle.pipeline import (
 )
 
 job = kernel_job(EXPERIMENT, CHANGES, HOURS)
-print(f"{job.name} on {job.data.root}")
 job.config
 """,
     ),
@@ -114,28 +114,31 @@ job.config
         "learning",
         "Valid AUC of each fold after each epoch.",
         """
-runs = [(part.name, fold, part.run / f"fold_{fold}" / "log.csv") for part in job.parts() for fold in job.folds()]
-curves = {f"{name}, fold {fold}": pd.read_csv(log, index_col="epoch")["valid_auc"] for name, fold, log in runs}
-pd.DataFrame(curves).plot(figsize=(7, 4), ylabel="valid AUC", grid=True);
+if job:
+    runs = [(part.name, fold, part.run / f"fold_{fold}" / "log.csv") for part in job.parts() for fold in job.folds()]
+    curves = {f"{name}, fold {fold}": pd.read_csv(log, index_col="epoch")["valid_auc"] for name, fold, log in runs}
+    pd.DataFrame(curves).plot(figsize=(7, 4), ylabel="valid AUC", grid=True)
 """,
     ),
-    ("blend", "### Out of fold", "run_predict(job)\nrun_blend(job);"),
+    ("blend", "### Out of fold", "if job:\n    run_predict(job)\n    run_blend(job)"),
     (
         "roc",
         "ROC of each fold on patches that its net did not see.",
         """
-figure, ax = plt.subplots(figsize=(5, 5))
-for fold, part in pd.read_csv(job.run / "oof.csv").groupby("fold"):
-    RocCurveDisplay.from_predictions(part["label"], part["probability"], name=f"fold {fold}", ax=ax)
+if job:
+    figure, ax = plt.subplots(figsize=(5, 5))
+    for fold, part in pd.read_csv(job.run / "oof.csv").groupby("fold"):
+        RocCurveDisplay.from_predictions(part["label"], part["probability"], name=f"fold {fold}", ax=ax)
 """,
     ),
     (
         "submission",
         "### Submission",
         """
-run_submission(job)
-shutil.copy(job.target(), "submission.csv")
-pd.read_csv("submission.csv").describe()
+if job:
+    run_submission(job)
+    shutil.copy(job.target(), "submission.csv")
+    display(pd.read_csv("submission.csv").describe())
 """,
     ),
 )

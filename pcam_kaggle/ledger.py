@@ -54,14 +54,16 @@ def describe(submissions: Path, name: str) -> tuple[Path, str]:
     """
     file = submissions / f"{name}.csv"
     if not file.exists():
-        raise UserError(f"{file}: no such submission; write it with `make submission`")
-    made = read_json(file.with_suffix(".json"), "sha256", "oof_auc", "missing_folds")
+        others = ", ".join(path.stem for path in sorted(submissions.glob("*.csv")) if path.name != NAME)
+        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
+    made = read_json(file.with_suffix(".json"), "sha256", "oof_auc")
     if name.endswith(DEMO_SUFFIX):
         raise UserError(f"{file}: is the synthetic demo's, which means nothing to Kaggle")
     if file_sha256(file) != made["sha256"]:
         raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
     oof = made["oof_auc"]
-    missing = f", without folds {', '.join(map(str, made['missing_folds']))}" if made["missing_folds"] else ""
+    folds = ", ".join(map(str, made.get("missing_folds", [])))
+    missing = f", without folds {folds}" if folds else ""
     return file, f"{name}: OOF AUC {oof['value']:.4f} [{oof['low']:.4f}, {oof['high']:.4f}]{missing}, {made['sha256'][:16]}"
 
 

@@ -85,8 +85,10 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
 
 def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
     """Return the folders of the datasets, models and notebook outputs that are attached to a kernel, in either layout."""
-    mounts = [path for layout in ("*", "datasets/*/*", "notebooks/*/*") for path in sorted((kaggle / "input").glob(layout))]
-    return [path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION)]
+    mounts = [
+        path for layout in ("*", "datasets/*/*", "notebooks/*/*", "models/*/*") for path in (kaggle / "input").glob(layout)
+    ]
+    return sorted(path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION))
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

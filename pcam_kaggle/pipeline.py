@@ -98,25 +98,26 @@ def kernel_job(name: str, changes: list[str], hours: float) -> Job:
         trains=chosen.members,
         budget=Budget.of_hours(hours),
     )
-    # Weights that are not there are better missed now than after an hour's preparation.
+    # A GPU or weights that are not there are better missed now than after an hour's preparation.
     from pcam_kaggle.backbones import create
+    from pcam_kaggle.device import device_name, find_device
 
+    print(f"{job.name} on {device_name(find_device())}, from {data.root}")
     for part in job.parts():
         create(part.config)
     return job
 
 
-def finished(job: Job) -> Job:
-    """Return `job` on the runs and folds that are trained to their end, and name those that are not.
+def finished(job: Job) -> Job | None:
+    """Return `job` on the runs and folds that are trained to their end, and name those that are not; None where none is.
 
     A run without a finished fold is left out, and a fold that is not finished in all others.
-
-    Raises UserError where nothing is left.
     """
     begun = [part for part in job.parts() if any(trained(part.run / f"fold_{fold}") for fold in job.folds())]
     chosen = tuple(fold for fold in job.folds() if begun and all(trained(part.run / f"fold_{fold}") for part in begun))
     if not chosen:
-        raise UserError(f"{job.run}: no fold was finished in time; the same command goes on, give it more hours")
+        print(f"missing: all of {job.run}, no fold was finished in time; the same command goes on from there")
+        return None
     dropped = [part.name for part in job.parts() if part not in begun]
     missing = [f"run {name}" for name in dropped] + [f"fold {fold}" for fold in job.folds() if fold not in chosen]
     if not missing:
@@ -150,8 +151,18 @@ def run_folds(job: Job) -> bool:
 
 
 def run_train(job: Job) -> bool:
-    """Train what is not finished; return whether anything was done."""
-    done = [_train(part) for part in job.parts()]
+    """Train what is not finished; return whether anything was done.
+
+    A member of a blend is predicted before the next one is trained, which the budget then knows, and the next one is not begun
+    where it ended.
+    """
+    done = []
+    for part in job.parts():
+        done.append(_train(part))
+        if not all(trained(part.run / f"fold_{fold}") for fold in part.folds()):
+            break
+        if job.trains:
+            done.append(_predict(part))
     return any(done)
 
 
@@ -231,12 +242,14 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 def run_all(job: Job) -> None:
     """Run every stage; where `job.chosen` leaves folds to be trained, stop after their prediction and say so.
 
-    Folds that the budget leaves unfinished are missing from the blend and the submission, which say so.
-
-    Raises UserError where the budget ends before one fold is finished.
+    Folds that the budget leaves unfinished are missing from the blend and the submission, which say so; without a finished
+    fold there is none.
     """
     done = [run_prepare(job), run_folds(job), run_train(job)]
-    whole, job = job, finished(job)
+    whole, ended = job, finished(job)
+    if ended is None:
+        return
+    job = ended
     done.append(run_predict(job))
     store = PatchStore(job.workspace.store)
     folders = {fold: [part.run / f"fold_{fold}" for part in job.parts()] for fold in range(job.config.n_splits)}

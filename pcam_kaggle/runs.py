@@ -12,6 +12,8 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.store import PatchStore
 
+LOGGED = ("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds")
+
 
 def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> None:
     """Raise UserError, with what differs, where folder `run` holds a run of another config, other folds or other patches."""
@@ -48,13 +50,13 @@ def trained(folder: Path) -> bool:
     return (folder / "metrics.json").exists() and (folder / "best.pt").exists()
 
 
-def logged(folder: Path) -> int:
-    """Return how many epochs of the fold in `folder` are finished; raises UserError where its log is damaged."""
+def read_log(folder: Path) -> pd.DataFrame:
+    """Return the log of the fold in `folder`, a row per finished epoch; raises UserError where it is damaged."""
     file = folder / "log.csv"
     if not file.exists():
-        return 0
+        return pd.DataFrame(columns=list(LOGGED), dtype=float)
     try:
-        return len(pd.read_csv(file)["epoch"])
+        return pd.read_csv(file)[list(LOGGED)].astype(float)
     except (ValueError, KeyError):
         raise UserError(f"{file}: not a training log; delete {folder} to train the fold anew") from None
 

@@ -28,7 +28,7 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
 from pcam_kaggle.provenance import commit, versions
-from pcam_kaggle.runs import logged, open_run
+from pcam_kaggle.runs import open_run, read_log
 from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_numbers
@@ -85,11 +85,16 @@ def _train_share(
     run: Path, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, budget: Budget, share: list[int]
 ) -> None:
     """Train the folds in `share`, one after the other, as long as `budget` has time for an epoch and for their predictions."""
-    left = [config.epochs - logged(run / f"fold_{fold}") for fold in share]
-    epoch, prediction = 0.0, 0.0
+    logs = [read_log(run / f"fold_{fold}") for fold in share]
+    left = [config.epochs - len(log) for log in logs]
+    seconds, valid_seconds = (
+        pd.concat(logs)[column].max() if any(map(len, logs)) else 0.0 for column in ("seconds", "valid_seconds")
+    )
+    views = config.tta * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
+    told = False
     for place, fold in enumerate(share):
         epochs = fold_epochs(run / f"fold_{fold}", config, store, table, fold, backend)
-        while not left[place] or budget.left() >= epoch + prediction * (place + 1):
+        while not left[place] or budget.left() >= seconds + views * valid_seconds * (place + 1):
             try:
                 row = next(epochs, None)
             except torch.OutOfMemoryError:
@@ -99,15 +104,15 @@ def _train_share(
             if row is None:
                 break
             left[place] -= 1
-            first, epoch = not epoch, max(epoch, row["seconds"])
-            prediction = row["valid_seconds"] * config.tta * (1 + len(store.ids("test")) / (table["fold"] == fold).sum())
-            if first and budget.left() < math.inf:
-                print(_forecast(share, left, epoch, prediction, budget), flush=True)
+            seconds, valid_seconds = max(seconds, row["seconds"]), max(valid_seconds, row["valid_seconds"])
             print(
                 f"fold {fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
                 f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
                 flush=True,
             )
+            if not told and budget.left() < math.inf:
+                print(_forecast(share, left, seconds, views * valid_seconds, budget), flush=True)
+            told = True
         else:
             print(f"train: the time is over, in fold {fold}; the same command goes on from there", flush=True)
             return

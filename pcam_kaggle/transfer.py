@@ -10,7 +10,7 @@ from pcam_kaggle.artifacts import file_sha256, read_json, write
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Workspace
-from pcam_kaggle.runs import logged
+from pcam_kaggle.runs import read_log
 from pcam_kaggle.tables import PLAIN_NAME, read_numbers
 
 RUN_FILES = ("config.json", "environment.json")
@@ -20,27 +20,28 @@ COLUMNS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 
 
 def take_over(source: Path, workspace: Workspace) -> list[str]:
-    """Take the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of the runs.
+    """Take the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of those taken.
 
     Of a fold that stands in both places the one with more finished epochs is kept. Files are read before they are copied, and
-    only those that a run is made of are. Raises UserError where a file is damaged, where the run here has another config, and
-    where a name is none; nothing of that run is then taken.
+    only those that a run is made of are. Raises UserError where a file is damaged, where the run here has another config,
+    where folds or a submission of that name stand here with other content, and where a name is none; nothing of that run is
+    then taken.
     """
     taken = []
-    for run in sorted(path.parent for path in source.glob("runs/*/config.json")):
-        made = read_json(run / "config.json", "config", "folds")
-        for name in (run.name, made["folds"]):
-            if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
-                raise UserError(f"{run}: {name!r} is no plain file name; use letters, digits, points, dashes and underscores")
+    for run in sorted(path for path in source.glob("runs/*") if path.is_dir()):
+        _check_name(run, run.name)
         target = workspace.run(run.name)
-        files = [*_run_files(run, target)]
-        for file in files:
+        copies = [(file, target / file.relative_to(run)) for file in _run_files(run, target)]
+        copies += [(file, target / file.name) for file in _blend_files(run) if copies or not (target / file.name).exists()]
+        for file, _ in copies:
             _check(file)
-        copies = [(file, target / file.relative_to(run)) for file in files]
-        schemes = [f"{made['folds']}{suffix}" for suffix in (".csv", ".json")]
-        beside = [(source / "folds" / name, workspace.folds / name) for name in schemes]
-        beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
-        copies += [(file, copy) for file, copy in beside if file.is_file() and not copy.exists()]
+        if not copies:
+            continue
+        copies += [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
+        copies += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
+        for file, copy in copies:
+            if file.suffix == ".csv" and copy.parent != target and copy.exists() and file_sha256(copy) != file_sha256(file):
+                raise UserError(f"{copy}: differs from {file}; move it away, or take the run into another folder with --work")
         for file, copy in copies:
             _copy(file, copy)
         taken.append(run.name)
@@ -48,7 +49,9 @@ def take_over(source: Path, workspace: Workspace) -> list[str]:
 
 
 def _run_files(run: Path, target: Path) -> Iterator[Path]:
-    """Yield the files of folder `run` that `target` lacks or has of an earlier epoch."""
+    """Yield the files of folder `run` that `target` lacks or has of an earlier epoch; none where `run` is a mere blend."""
+    if not (run / "config.json").is_file():
+        return
     own = target / "config.json"
     if own.exists() and read_json(own) != read_json(run / "config.json"):
         raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
@@ -56,13 +59,35 @@ def _run_files(run: Path, target: Path) -> Iterator[Path]:
         config = Config(**read_json(run / "config.json", "config")["config"])
     except TypeError:
         raise UserError(f"{run / 'config.json'}: not a config of this version; use the one that trained it") from None
-    yield from (run / name for name in RUN_FILES)
     pairs = [(run / f"fold_{fold}", target / f"fold_{fold}") for fold in range(config.n_splits)]
     further = [theirs for theirs, ours in pairs if _progress(theirs) > _progress(ours)]
+    if further or not own.exists():
+        yield from (run / name for name in RUN_FILES if (run / name).is_file())
     for folder in further:
         yield from (folder / name for name in FOLD_FILES if (folder / name).is_file())
-    if further:
-        yield from (run / name for name in BLEND_FILES if (run / name).is_file())
+
+
+def _blend_files(run: Path) -> Iterator[Path]:
+    """Yield the blend in folder `run` where it is whole: a session may end between its files, and it is soon made again."""
+    files = [run / name for name in BLEND_FILES]
+    if all(file.is_file() for file in files):
+        made = read_json(run / "metrics.json", "oof_sha256", "test_sha256")
+        if [made["oof_sha256"], made["test_sha256"]] == [file_sha256(run / name) for name in ("oof.csv", "test.csv")]:
+            yield from files
+
+
+def _fold_files(folder: Path, run: Path) -> Iterator[Path]:
+    """Yield the fold file of `run` in `folder` and its manifest, once it is the one that the run was trained on."""
+    if not (run / "config.json").is_file():
+        return
+    made = read_json(run / "config.json", "folds", "folds_sha256")
+    _check_name(run, made["folds"])
+    table, manifest = (folder / f"{made['folds']}{suffix}" for suffix in (".csv", ".json"))
+    if table.is_file() and manifest.is_file():
+        _check(manifest)
+        if table.is_symlink() or file_sha256(table) != made["folds_sha256"]:
+            raise UserError(f"{table}: is not what the run {run.name} was trained on; get it again")
+        yield from (table, manifest)
 
 
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
@@ -70,15 +95,25 @@ def _submissions(folder: Path, name: str) -> Iterator[Path]:
     for file in sorted(folder.glob("*.json")):
         made = read_json(file, "run", "sha256")
         table = file.with_suffix(".csv")
-        if made["run"] != name:
-            continue
-        if table.is_symlink() or not table.is_file() or file_sha256(table) != made["sha256"]:
-            raise UserError(f"{table}: is not what {file.name} describes; get it again")
-        yield from (table, file)
+        if made["run"] == name and table.exists():
+            if table.is_symlink() or file_sha256(table) != made["sha256"]:
+                raise UserError(f"{table}: is not what {file.name} describes; get it again")
+            yield from (table, file)
 
 
 def _progress(folder: Path) -> tuple[int, bool, bool]:
-    return logged(folder), (folder / "metrics.json").exists(), (folder / "predictions.json").exists()
+    """Return how far the fold in `folder` is: its epochs, whether it is finished, whether it is predicted."""
+    return _epochs(folder), (folder / "metrics.json").exists(), (folder / "predictions.json").exists()
+
+
+def _epochs(folder: Path) -> int:
+    last = folder / "last.pt"
+    return len(json.loads(checkpoint.load(last, "net", "log")["log"])) if last.exists() else 0
+
+
+def _check_name(run: Path, name: object) -> None:
+    if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
+        raise UserError(f"{run}: {name!r} is no plain file name; use letters, digits, points, dashes and underscores")
 
 
 def _check(file: Path) -> None:
@@ -89,11 +124,13 @@ def _check(file: Path) -> None:
         read_json(file)
     if file.name == "best.pt":
         checkpoint.load(file, "net")
-    if file.name == "last.pt":
-        epochs, finished = len(json.loads(checkpoint.load(file, "net", "log")["log"])), (file.parent / "metrics.json").exists()
-        # A session may end between the checkpoint of an epoch and its row in the log.
-        if epochs - logged(file.parent) not in ((0,) if finished else (0, 1)):
-            raise UserError(f"{file.parent / 'log.csv'}: is not the log of {file.name}; get it again")
+    # A log that lacks its last rows is written anew when the fold goes on, and is final once the fold is finished.
+    if (
+        file.name == "log.csv"
+        and (file.parent / "metrics.json").exists()
+        and len(read_log(file.parent)) != _epochs(file.parent)
+    ):
+        raise UserError(f"{file}: is not the log of last.pt; get it again")
     if file.name in COLUMNS:
         read_numbers(file, COLUMNS[file.name])
     if file.name == "predictions.json":

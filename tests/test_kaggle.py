@@ -19,7 +19,6 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.kaggle import unpack
 from pcam_kaggle.paths import COMPETITION, Data, find_data
 
-ROOT = Path(__file__).parent.parent
 ARCHIVE = f"/{COMPETITION}.zip"
 
 
@@ -184,7 +183,7 @@ STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumbe
 
 def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["SaveKernel"] = STARTED
-    assert main(["kernel", "push", "--work", str(ROOT), "-e", "quick", "--hours", "2", "--goes-on"]) == 0
+    assert main(["kernel", "push", "-e", "quick", "--hours", "2", "--goes-on"]) == 0
     sent = kaggle.bodies["SaveKernel"]
     assert sent["slug"] == f"someone/{KERNEL}"
     assert sent["kernelDataSources"] == [f"someone/{KERNEL}"]
@@ -220,7 +219,7 @@ def test_a_push_that_failed_is_one_line(
     kaggle: Kaggle, reply: dict[str, Any] | int | None, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kaggle.replies["SaveKernel"] = reply
-    assert main(["kernel", "push", "--work", str(ROOT)]) == 2
+    assert main(["kernel", "push"]) == 2
     assert said in one_line(capsys)
 
 
@@ -235,16 +234,15 @@ def test_missing_credentials_are_one_line(
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
-    work = ROOT if "kernel" in arguments else tmp_path
-    assert main([*arguments, "--work", str(work)]) == 2
+    assert main([*arguments, "--work", str(tmp_path)]) == 2
     assert "KAGGLE_KEY" in one_line(capsys)
 
 
 def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies |= {"GetKernelSessionStatus": {"status": "COMPLETE"}, "ListKernelSessionOutput": {"log": "fold 0"}}
-    assert main(["kernel", "status", "--work", str(ROOT)]) == 0
+    assert main(["kernel", "status"]) == 0
     assert "COMPLETE" in capsys.readouterr().out
-    assert main(["kernel", "logs", "--work", str(ROOT)]) == 0
+    assert main(["kernel", "logs"]) == 0
     assert "fold 0" in capsys.readouterr().out
 
 
@@ -257,11 +255,8 @@ def session(pcam: Callable[..., Outcome], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Return a repository at home, with the kernel's metadata alone."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    shutil.copy(ROOT / "kernel-metadata.json", folder)
-    return folder
+    """Return a folder at home, empty."""
+    return tmp_path / "home"
 
 
 def saved(kaggle: Kaggle, session: Path) -> None:
@@ -277,6 +272,7 @@ def test_what_a_session_made_comes_home(
 ) -> None:
     saved(kaggle, session)
     assert main(["kernel", "output", "--work", str(home)]) == 0
+    assert "make submit EXPERIMENT=bottleneck" in capsys.readouterr().out
     for path in session.rglob("*"):
         if path.is_file() and path.parts[len(session.parts)] in ("runs", "submissions") and path.parent.name != "events":
             if path.name == "ledger.csv":

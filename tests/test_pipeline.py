@@ -114,11 +114,11 @@ def test_what_the_time_left_unfinished_is_missing_and_said_so(
     assert part.exists()
 
 
-def test_no_fold_in_time_is_one_line(pcam: Command) -> None:
+def test_without_a_fold_in_time_there_is_no_submission(pcam: Command, tmp_path: Path) -> None:
     outcome = pcam("pipeline", "--hours", "0.001")
-    assert outcome.status == 2
-    assert outcome.err.count("\n") == 1
-    assert "no fold was finished in time" in outcome.err
+    assert outcome.status == 0
+    assert "no fold was finished in time" in outcome.out.splitlines()[-1]
+    assert not (tmp_path / "work" / "submissions").exists()
 
 
 def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, tmp_path: Path) -> None:

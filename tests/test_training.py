@@ -24,7 +24,7 @@ from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
 from pcam_kaggle.predict import predict
-from pcam_kaggle.runs import check_run, logged, open_run, trained
+from pcam_kaggle.runs import check_run, open_run, read_log, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_labels
 from pcam_kaggle.train import _forecast, fold_epochs, load_best
@@ -182,7 +182,7 @@ def test_training_ends_with_the_budget_and_goes_on_from_there(
             return 1e6 if logged_epochs(tmp_path / "run") < self.epochs else -1.0
 
     def logged_epochs(run: Path) -> int:
-        return sum(logged(run / f"fold_{fold}") for fold in range(3))
+        return sum(len(read_log(run / f"fold_{fold}")) for fold in range(3))
 
     config = replace(tiny, epochs=2)
     room.train(tmp_path / "run", "tiny", config, store, folds, [0, 1, 2], Clock(3))
@@ -203,10 +203,10 @@ def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch)
     hour = Budget.of_hours(1)
     # 3,600 s less the 120 s for ending: a fold of 10 epochs of 90 s and 60 s of predictions takes 960 s.
     for left, fit in (
-        ([10, 10, 10, 10], "3 will"),
-        ([9, 10, 10, 10], "3 will"),
-        ([3, 10, 10, 10], "4 will"),
-        ([99], "none will"),
+        ([10, 10, 10, 10], "3 of them will"),
+        ([9, 10, 10, 10], "3 of them will"),
+        ([3, 10, 10, 10], "4 of them will"),
+        ([99], "none of them will"),
     ):
         assert fit in _forecast(list(range(len(left))), left, 90, 60, hour)
 

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
+from pcam_kaggle import transfer
+from pcam_kaggle.cli import main
+from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.paths import Workspace
+from pcam_kaggle.experiments import EXPERIMENTS, Experiment
+from pcam_kaggle.paths import Data, Workspace
 from pcam_kaggle.transfer import take_over
 
 RUN = Path("runs") / "bottleneck"
@@ -49,6 +53,52 @@ def test_of_two_states_of_a_fold_the_further_one_is_kept(elsewhere: Path, here: 
     assert {name: (here.root / name).read_bytes() for name in whole} == whole
     take_over(early, here)
     assert {name: (here.root / name).read_bytes() for name in whole} == whole
+
+
+def test_a_blend_and_its_submission_come_with_their_members(
+    data: Data, tiny: Config, tmp_path: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "one", Experiment("", tiny))
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one",)))
+    assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(tmp_path / "elsewhere")]) == 0
+    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    for name in ("runs/both/oof.csv", "submissions/both.csv", "submissions/both.json"):
+        assert (here.root / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+    assert take_over(tmp_path / "elsewhere", here) == []
+
+
+@pytest.mark.parametrize("at", range(1, 30, 4))
+def test_a_session_killed_while_it_takes_over_hands_on_what_it_has(
+    at: int, elsewhere: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `at` files the copying ends; what stands then can be taken, and completed, by a third session."""
+    copied = []
+
+    def end(source: Path, target: Path) -> None:
+        if len(copied) == at:
+            raise KeyboardInterrupt
+        copied.append(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transfer, "_copy", end)
+        take_over(elsewhere, here)
+    third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
+    take_over(here.root, third)
+    take_over(elsewhere, third)
+    for path in (elsewhere / RUN).rglob("*.*"):
+        if path.parent.name != "events":
+            assert (third.root / path.relative_to(elsewhere)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["folds/stratified_3_42.csv", "submissions/bottleneck.csv"])
+def test_what_stands_here_otherwise_is_not_mixed_with_what_comes(name: str, elsewhere: Path, here: Workspace) -> None:
+    (here.root / name).parent.mkdir(parents=True)
+    (here.root / name).write_text("id,label,fold\n")
+    with pytest.raises(UserError, match=r"differs from"):
+        take_over(elsewhere, here)
+    assert not (here.root / "runs").exists()
 
 
 def no_plain_name(folder: Path) -> None:
