@@ -50,7 +50,7 @@ class Row:
 
 NAMED = tuple(
     Row(name, BASELINE)
-    for name in (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "blend")
+    for name in (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
 )
 SMALL = Row("bottleneck", BASELINE, ("max_width=256", "tta=1"))
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0"))

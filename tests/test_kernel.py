@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +26,7 @@ from pcam_kaggle.paths import COMPETITION, Data
 
 ROOT = Path(__file__).parent.parent
 # The image's versions of all packages, in an environment of their own: `make kernel-test` has made it.
-PYTHON = os.environ.get("PCAM_KAGGLE_PYTHON", sys.executable)
+PYTHON = os.environ.get("PCAM_KAGGLE_PYTHON", "")
 CHANGES = (
     *("n_splits=3", "width=8", "n_blocks=3", "side=32", "epochs=2", "batch_size=32", "tta=1", "precision=fp32"),
     "memory_format=channels_last",
@@ -75,6 +74,8 @@ class StandIn:
 @pytest.fixture
 def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that makes a stand-in, of the real patches where there are any."""
+    if not PYTHON:
+        pytest.skip("make kernel-test runs it")
     folder = os.environ.get("PCAM_DATA")
     source = Data(Path(folder)) if folder else data
     monkeypatch.delenv("PCAM_DATA", raising=False)
@@ -141,19 +142,20 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
         assert read_json(session)[key] == home[key]
 
 
-def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any) -> None:
+@pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
+def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
     whole = stand_in("whole", small=True)
     whole.run(settings)
     killed = stand_in("killed", small=True)
     client = killed.client(settings)
 
-    def kill_in_the_second_fold() -> None:
-        while not list(killed.working.glob("runs/*/fold_1/last.pt")):
+    def kill() -> None:
+        while not list(killed.working.glob(f"runs/*/{moment}")):
             time.sleep(0.01)
         os.killpg(client.km.provisioner.pid, 9)
 
-    assassin = threading.Thread(target=kill_in_the_second_fold, daemon=True)
+    assassin = threading.Thread(target=kill, daemon=True)
     assassin.start()
     with pytest.raises((DeadKernelError, CellExecutionError)):
         client.execute()
@@ -162,7 +164,7 @@ def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any) ->
     resumed.attach(killed.working)
     said = printed(resumed.run(settings))
     assert "goes on with quick" in said
-    assert "fold 0, epoch" not in said
+    assert "fold 0, epoch  1" not in said
     assert (resumed.working / "submission.csv").read_bytes() == (whole.working / "submission.csv").read_bytes()
 
 
