@@ -48,11 +48,8 @@ class Row:
         return "-".join([self.experiment, *(change.removeprefix("groups=").replace("=", "_") for change in self.changes)])
 
 
-NAMED = tuple(
-    Row(name, BASELINE)
-    for name in (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
-)
-SMALL = Row("bottleneck", BASELINE, ("max_width=256", "tta=1"))
+NAMES = (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
+NAMED = (*(Row(name, BASELINE) for name in NAMES), Row("bottleneck", BASELINE, ("max_width=256", "tta=1")))
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0"))
 TRIALS = tuple(
     Row(QUICK, f"{QUICK}-stain", ("groups=stain", change), PART)
@@ -75,7 +72,7 @@ TRIALS = tuple(
         "average_epochs=0",
     )
 )
-ROWS = {row.name: row for row in (*NAMED, SMALL, *TRIALS, *STAIN)}
+ROWS = {row.name: row for row in (*NAMED, *TRIALS, *STAIN)}
 
 
 def make(row: Row) -> None:
@@ -190,9 +187,7 @@ def stain_table(records: dict[str, Any]) -> str:
 
 def page(records: dict[str, Any]) -> str:
     """Write SCORES.md from `records` and return it."""
-    text = TEXT.read_text().format(
-        named=table((*NAMED, SMALL), records), trials=table(TRIALS, records), stain=stain_table(records)
-    )
+    text = TEXT.read_text().format(named=table(NAMED, records), trials=table(TRIALS, records), stain=stain_table(records))
     write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
     return text
 

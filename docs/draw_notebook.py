@@ -13,7 +13,7 @@ from pcam_kaggle.kernel import Settings, notebook
 from pcam_kaggle.paths import COMPETITION
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))
-SHOWN = (
+SHOWN = [
     "introduction",
     "settings-text",
     "settings",
@@ -23,7 +23,7 @@ SHOWN = (
     "train",
     "learning-text",
     "learning",
-)
+]
 WIDTH, HEIGHT = 1000, 3600
 BROWSER = ("chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}")
 

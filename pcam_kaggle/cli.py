@@ -17,11 +17,12 @@ from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.compare import compare_runs
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
+from pcam_kaggle.job import Job
 from pcam_kaggle.kaggle import download, logs, output, owner, push, scores, send, status
 from pcam_kaggle.ledger import NAME as LEDGER
 from pcam_kaggle.ledger import describe, record, take_scores, write_ledger
 from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace, runs_workspace
-from pcam_kaggle.pipeline import STAGES, Job, run_all
+from pcam_kaggle.pipeline import STAGES, run_all
 from pcam_kaggle.scoreboard import FORMATS, render
 from pcam_kaggle.synthetic import make_demo
 from pcam_kaggle.tables import PLAIN_NAME
@@ -180,7 +181,6 @@ def _run_kernel(options: argparse.Namespace) -> None:
         print(f"kernel: {build(ROOT)}\nnext: make kernel-push")
         return
     if options.action == "push":
-        experiment(options.experiment).changed(options.set)
         settings = Settings(options.experiment, tuple(options.set), options.hours)
         with tempfile.TemporaryDirectory() as folder:
             pack(ROOT, owner(), settings, options.goes_on, Path(folder))

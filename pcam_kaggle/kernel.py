@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from pcam_kaggle.artifacts import read_json, write, write_json
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import DEFAULT
+from pcam_kaggle.experiments import DEFAULT, experiment
 from pcam_kaggle.paths import COMPETITION
 
 PACKAGE = Path(__file__).parent
@@ -93,16 +93,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from sklearn.metrics import RocCurveDisplay
 
-from pcam_kaggle.pipeline import (
-    finished,
-    kernel_job,
-    run_blend,
-    run_folds,
-    run_predict,
-    run_prepare,
-    run_submission,
-    run_train,
-)
+from pcam_kaggle.job import kernel_job
+from pcam_kaggle.pipeline import finished, run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
 
 job = kernel_job(EXPERIMENT, CHANGES, HOURS)
 job.config
@@ -201,15 +193,21 @@ def pack(root: Path, owner: str, settings: Settings, goes_on: bool, folder: Path
 
     Returns the kernel's id, owner/slug. With `goes_on` the kernel's own last output is attached. What Kaggle or its client
     would take and misunderstand is refused: raises UserError where the tracked notebook is not the package's, where a field of
-    the metadata is missing or not what the notebook needs, where the title's slug is not the id's, and where the notebook is
-    larger than 900 kB.
+    the metadata is missing or not what the notebook needs, where the title's slug is not the id's, where weights are needed
+    and no dataset is named, where the notebook is larger than 900 kB, and on settings that the experiment does not admit.
     """
     file = root / METADATA
-    metadata = read_json(file, "id", "title", "kernel_sources", *NEEDED)
+    metadata = read_json(file, "id", "title", "dataset_sources", "kernel_sources", *NEEDED)
+    chosen = experiment(settings.experiment)
+    configs = [chosen.changed(list(settings.changes)), *(experiment(name).config for name in chosen.members)]
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]
     slug = metadata["id"].rpartition("/")[2]
     if slug != slugged(metadata["title"]):
         wrong.append(f"title {metadata['title']!r} must become the id's {slug!r}, not {slugged(metadata['title'])!r}")
+    if any(config.weights for config in configs) and not metadata["dataset_sources"]:
+        wrong.append(
+            f"{settings.experiment} needs pretrained weights: name in dataset_sources the dataset that holds their .pth"
+        )
     if wrong:
         raise UserError(f"{file}: {'; '.join(wrong)}")
     if not (root / NOTEBOOK).is_file() or (root / NOTEBOOK).read_bytes() != notebook():

@@ -87,9 +87,7 @@ def _train_share(
     """Train the folds in `share`, one after the other, as long as `budget` has time for an epoch and for their predictions."""
     logs = [read_log(run / f"fold_{fold}") for fold in share]
     left = [config.epochs - len(log) for log in logs]
-    seconds, valid_seconds = (
-        pd.concat(logs)[column].max() if any(map(len, logs)) else 0.0 for column in ("seconds", "valid_seconds")
-    )
+    seconds, valid_seconds = pd.concat(logs)[["seconds", "valid_seconds"]].max().fillna(0.0)
     views = config.tta * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
     told = False
     for place, fold in enumerate(share):

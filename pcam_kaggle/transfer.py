@@ -93,6 +93,7 @@ def _fold_files(folder: Path, run: Path) -> Iterator[Path]:
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
     """Yield the submissions of run `name` in `folder`, each with what stands beside it, once it is what that says."""
     for file in sorted(folder.glob("*.json")):
+        _check(file)
         made = read_json(file, "run", "sha256")
         table = file.with_suffix(".csv")
         if made["run"] == name and table.exists():
@@ -125,11 +126,8 @@ def _check(file: Path) -> None:
     if file.name == "best.pt":
         checkpoint.load(file, "net")
     # A log that lacks its last rows is written anew when the fold goes on, and is final once the fold is finished.
-    if (
-        file.name == "log.csv"
-        and (file.parent / "metrics.json").exists()
-        and len(read_log(file.parent)) != _epochs(file.parent)
-    ):
+    final = file.name == "log.csv" and (file.parent / "metrics.json").exists()
+    if final and len(read_log(file.parent)) != _epochs(file.parent):
         raise UserError(f"{file}: is not the log of last.pt; get it again")
     if file.name in COLUMNS:
         read_numbers(file, COLUMNS[file.name])

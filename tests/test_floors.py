@@ -12,7 +12,7 @@ FLOORS = (
     "engine figures folds kernel model patches",
     "backbones blend compare runs submission",
     "scoreboard train transfer",
-    "mistakes predict",
+    "job mistakes predict",
     "report",
     "pipeline",
     "cli",

@@ -223,6 +223,31 @@ def test_a_push_that_failed_is_one_line(
     assert said in one_line(capsys)
 
 
+ASKED = {
+    "GetKernelSessionStatus": ["kernel", "status"],
+    "ListKernelSessionOutput": ["kernel", "output"],
+    "ListSubmissions": ["leaderboard"],
+    "DownloadDataFiles": ["data"],
+}
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"), [(404, "404"), ({"code": 400, "message": "no such thing"}, "no such thing"), (None, "onnection")]
+)
+@pytest.mark.parametrize("name", ASKED)
+def test_what_kaggle_does_not_answer_is_one_line(
+    kaggle: Kaggle,
+    name: str,
+    reply: dict[str, Any] | int | None,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kaggle.replies[name] = reply
+    assert main([*ASKED[name], "--work", str(tmp_path / "home")]) == 2
+    assert said in one_line(capsys)
+
+
 @pytest.mark.parametrize("arguments", [["kernel", "push"], ["kernel", "status"], ["data"], ["leaderboard"]])
 def test_missing_credentials_are_one_line(
     kaggle: Kaggle,

@@ -231,6 +231,17 @@ def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], s
     assert not (tmp_path / "push").exists()
 
 
+@pytest.mark.parametrize("name", ["lite0", "blend"])
+def test_pretrained_weights_must_be_attached(name: str, tmp_path: Path) -> None:
+    root = copy(tmp_path / "root")
+    with pytest.raises(UserError, match=f"{name} needs pretrained weights"):
+        pack(root, "someone", Settings(name), goes_on=False, folder=tmp_path / "push")
+    metadata = json.loads((root / METADATA).read_text()) | {"dataset_sources": ["someone/lite0"]}
+    (root / METADATA).write_text(json.dumps(metadata))
+    pack(root, "someone", Settings(name), goes_on=False, folder=tmp_path / "push")
+    assert json.loads((tmp_path / "push" / METADATA).read_text())["dataset_sources"] == ["someone/lite0"]
+
+
 def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:
     root = copy(tmp_path / "root")
     (root / NOTEBOOK).write_bytes((root / NOTEBOOK).read_bytes().replace(b"dropout", b"drop_out"))
