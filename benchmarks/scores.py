@@ -6,6 +6,7 @@ runs are not finished.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ HERE = Path(__file__).parent
 RECORD = HERE / "scores" / "records.json"
 OOF = HERE / "scores" / "oof.csv"
 TEXT = HERE / "scores" / "text.md"
+SPEEDS = ("train_images_per_second", "predict_images_per_second")
 ALL = tuple(range(5))
 PART = (0, 1)
 
@@ -49,12 +51,16 @@ class Row:
 
 
 NAMES = (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
-NAMED = (*(Row(name, BASELINE) for name in NAMES), Row("bottleneck", BASELINE, ("max_width=256", "tta=1")))
+NAMED = (
+    *(Row(name, BASELINE) for name in NAMES),
+    Row("bottleneck", BASELINE, ("tta=1",)),
+    Row("bottleneck", BASELINE, ("epochs=10", "tta=1")),
+)
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0"))
 TRIALS = tuple(
     Row(QUICK, f"{QUICK}-stain", ("groups=stain", change), PART)
     for change in (
-        "stain_jitter=0",
+        "optimizer=adamw",
         "stain_jitter=0.15",
         "stain_mix=0.5",
         "color_jitter=0.25",
@@ -65,14 +71,11 @@ TRIALS = tuple(
         f"teacher={QUICK}-stain",
         "dropout=0.3",
         "excite=false",
-        "pool_inside=false",
-        "depth=2",
-        "squeeze=2",
-        "centre=32",
         "average_epochs=0",
+        "epochs=10",
     )
 )
-ROWS = {row.name: row for row in (*NAMED, *TRIALS, *STAIN)}
+ROWS = {row.name: row for row in (*NAMED, *STAIN, *TRIALS)}
 
 
 def make(row: Row) -> None:
@@ -86,32 +89,32 @@ def make(row: Row) -> None:
             raise UserError(f"{row.name}: no figures")
 
 
-def runs(row: Row) -> list[Path]:
-    """Return the folder of the run of `row`, or those of the runs that it blends."""
-    return [find_workspace(None).run(name) for name in experiment(row.experiment).members or (row.name,)]
-
-
 def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
     """Take down in `records` and in a column of `oof`, which is returned, what the finished run of `row` left."""
-    named = experiment(row.experiment)
-    costs = [_costs(run, row.folds) for run in runs(row)]
-    columns = []
-    for run in runs(row):
-        tables = [read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
-        columns.append(pd.concat(tables).set_index("id")["probability"])
-    first, config = dataclasses.asdict(Config()), dataclasses.asdict(named.config.changed(list(row.changes)))
+    run = find_workspace(None).run(row.name)
+    tables = [read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
+    column = pd.concat(tables).set_index("id")["probability"]
+    first, config = (
+        dataclasses.asdict(Config()),
+        dataclasses.asdict(experiment(row.experiment).config.changed(list(row.changes))),
+    )
+    changed = {key: value for key, value in config.items() if value != first[key]}
+    records[row.name] = {**_costs(run, row.folds), "config": changed, "members": []}
+    return oof.drop(columns=row.name, errors="ignore").join(column.rename(row.name), how="outer")
+
+
+def mix(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
+    """Take down in `records` and in a column of `oof`, which is returned, the mean of the rows that `row` blends."""
+    members = experiment(row.experiment).members
+    made = [records[name] for name in members]
     records[row.name] = {
-        "parameters": sum(each["parameters"] for each in costs),
-        "macs": sum(each["macs"] for each in costs),
-        "train_images_per_second": round(1 / sum(1 / each["train"] for each in costs), 1),
-        "predict_images_per_second": round(1 / sum(1 / each["predict"] for each in costs), 1),
-        "minutes": round(sum(each["minutes"] for each in costs), 1),
-        "config": {key: value for key, value in config.items() if value != first[key]},
-        "members": list(named.members),
-        "backend": costs[0]["backend"],
-        "commit": costs[0]["commit"],
+        **{key: sum(each[key] for each in made) for key in ("parameters", "macs")},
+        **{key: round(1 / sum(1 / each[key] for each in made), 1) for key in SPEEDS},
+        "minutes": round(sum(each["minutes"] for each in made), 1),
+        "config": {},
+        "members": list(members),
     }
-    return oof.drop(columns=row.name, errors="ignore").join(sum(columns).div(len(columns)).rename(row.name), how="outer")
+    return oof.assign(**{row.name: oof[list(members)].mean(axis=1)})
 
 
 def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
@@ -121,9 +124,11 @@ def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
     return {
         "parameters": metrics[0]["parameters"],
         "macs": metrics[0]["macs"],
-        "train": float(np.median([fold["images_per_second"] for fold in metrics])),
-        "predict": float(np.median([fold["images_per_second"] for fold in predictions])),
-        "minutes": sum(fold["seconds"] for fold in metrics) / 60,
+        **{
+            key: round(float(np.median([fold["images_per_second"] for fold in part])), 1)
+            for key, part in zip(SPEEDS, (metrics, predictions), strict=True)
+        },
+        "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
         "backend": f"{made['device']}, {made['backend']['precision']}",
         "commit": made["commit"],
     }
@@ -203,15 +208,26 @@ def main(names: list[str]) -> None:
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     oof = pd.read_csv(OOF, dtype={"id": str}, index_col="id") if OOF.exists() else pd.DataFrame(index=pd.Index([], name="id"))
     print(page(records))
-    for name in names or [name for name in ROWS if name not in records]:
-        make(ROWS[name])
-        oof = harvest(ROWS[name], oof, records)
+    for name in _in_order(names or [name for name in ROWS if name not in records], records):
+        if experiment(ROWS[name].experiment).members:
+            oof = mix(ROWS[name], oof, records)
+        else:
+            make(ROWS[name])
+            oof = harvest(ROWS[name], oof, records)
         shared = [row for row in ROWS.values() if row.name in records and scheme(row) == scheme(ROWS[name])]
         for known in shared:
             records[known.name] |= score(known, oof)
         oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
         write_json(RECORD, records)
         print(page(records))
+
+
+def _in_order(names: list[str], records: dict[str, Any]) -> list[str]:
+    """Return `names` with what they need before them: the members of a blend that have no record."""
+    needed = [
+        [*(member for member in experiment(ROWS[name].experiment).members if member not in records), name] for name in names
+    ]
+    return list(dict.fromkeys(itertools.chain.from_iterable(needed)))
 
 
 if __name__ == "__main__":

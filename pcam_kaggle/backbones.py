@@ -126,6 +126,17 @@ def _wheel_state(name: str) -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
+def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names, over `net`'s parameters in groups that have an `lr_scale` each."""
+    groups = parameter_groups(net, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    _timm()
+    from timm.optim import Muon
+
+    return Muon(groups, lr=config.lr, nesterov=True)
+
+
 def parameter_groups(net: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Return `net`'s parameters in AdamW's groups, each with `weight_decay` and with `lr_scale`, its share of the rate.
 

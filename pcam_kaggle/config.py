@@ -74,8 +74,10 @@ class Config:
     """Passes over the train patches of a fold."""
     batch_size: int = 64
     """Patches per step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or for filters and fully connected weights Muon (Jordan et al. 2024), scaled to AdamW's rate and decay."""
     lr: float = 2e-3
-    """Highest learning rate of AdamW."""
+    """Highest learning rate."""
     layer_decay: float = 1.0
     """For timm: factor of the learning rate from a layer to the one below it; in (0, 1]."""
     head_epochs: int = 0

@@ -19,10 +19,10 @@ from torch import nn
 
 from pcam_kaggle import __version__, checkpoint
 from pcam_kaggle.artifacts import read_json, write_csv, write_json
-from pcam_kaggle.backbones import create, freeze_body, macs, parameter_groups
+from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend, choose, device_name, find_device, spread
+from pcam_kaggle.device import Backend, choose, device_name, find_device, hold_memory, spread
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
@@ -36,6 +36,7 @@ from pcam_kaggle.tables import read_numbers
 
 def run_backend(run: Path, config: Config) -> Backend:
     """Return how the run computes: as it has so far, else as measured now, which is then written to environment.json."""
+    hold_memory()
     file = run / "environment.json"
     if file.exists():
         made = read_json(file, "backend")["backend"]
@@ -154,7 +155,7 @@ def fold_epochs(
     last = folder / "last.pt"
     torch.manual_seed(_seed(config, fold, 0))
     net = backend.place(create(config, weights=not last.exists()))
-    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr)
+    optimizer = create_optimizer(net, config)
     learner = Learner(net, copy.deepcopy(net), optimizer, backend.scaler(), backend)
     log: list[dict[str, float]] = []
     if last.exists():

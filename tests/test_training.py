@@ -1,5 +1,8 @@
 """Training: the same whatever the workers, whole after an interruption, and its best net gives the score it stored."""
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,10 +107,11 @@ def test_folds_and_seeds_draw_differently(store: PatchStore, folds: Folds, tiny:
     assert not torch.equal(first, TrainBatches(store, rows, labels, replace(tiny, seed=43), 0)[0][0])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, epochs=3)
+    config = replace(tiny, epochs=3, optimizer=optimizer, width=16)
     train_fold(tmp_path / "whole", config, store, folds.table, 0, CPU)
 
     class Stop(Exception):
@@ -397,3 +401,20 @@ def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, 
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="not a path"):
         replace(tiny, teacher="../old")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
+def test_freed_memory_is_held_for_the_next_step() -> None:
+    code = """
+import resource, torch
+from pcam_kaggle.device import hold_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = [faults() for _ in range(5)][-1]
+hold_memory()
+held = [faults() for _ in range(12)][-1]
+print(given_back > 1000, held < 100)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True True\n"
