@@ -13,7 +13,7 @@ from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.job import Job
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import prepare
-from pcam_kaggle.runs import check_run, predicted, trained
+from pcam_kaggle.runs import check_run, locked, predicted, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides
@@ -84,7 +84,8 @@ def _train(job: Job) -> bool:
         # torch and albumentations take seconds to import, and a run that is finished needs neither.
         from pcam_kaggle.train import train
 
-        train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
+        with locked(job.run):
+            train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
     _say(f"train: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 
@@ -104,7 +105,8 @@ def _predict(job: Job) -> bool:
     if todo:
         from pcam_kaggle.predict import predict
 
-        predict(job.run, job.config, store, folds, todo)
+        with locked(job.run):
+            predict(job.run, job.config, store, folds, todo)
     _say(f"predict: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 

@@ -1,6 +1,8 @@
 """The whole way through the command line, on a small set and on real patches."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     assert left == {
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
-        *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
+        *(f"{run}/{name}" for name in (".lock", "config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
     }
@@ -130,6 +132,24 @@ def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, tmp_pa
     assert outcome.status == 2
     assert "holds another submission" in outcome.err
     assert len(pd.read_csv(tmp_path / "work" / "runs" / "bottleneck" / "test.csv")) == 6
+
+
+def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
+    data: Data, pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "work" / "runs" / "bottleneck"
+    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.runs import locked\n"
+    hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        refused = pcam("pipeline")
+        other.kill()
+    assert refused.status == 2
+    assert refused.err.startswith(f"error: {run}: another process works there")
+    assert refused.err.count("\n") == 1
+    assert not (run / "fold_0").exists()
+    assert pcam("train", "--folds", "0").status == 0
 
 
 def test_another_config_needs_another_name(pcam: Command, tmp_path: Path) -> None:
