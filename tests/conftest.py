@@ -38,7 +38,7 @@ def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
 
 def sha1(patch: NDArray[np.uint8]) -> str:
     """Return the id of a patch."""
-    return hashlib.sha1(patch.tobytes()).hexdigest()
+    return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
     with pytest.raises(CellExecutionError) as caught:
         here.run(Settings("quick", ("width=5",)))
     said = re.sub(r"\x1b\[\d*m", "", str(caught.value).rpartition("------------------")[2]).strip()
-    assert said == "UserError: width=5, max_width=512: both must be multiples of 4"
+    assert said == "UserError: width=5, max_width=256: both must be multiples of 4"
 
 
 def copy(folder: Path) -> Path:
