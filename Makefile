@@ -12,7 +12,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(AR
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
-	leaderboard test data lint clean
+	leaderboard test torture data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ kernel-test: $(VENV)/dev.stamp $(IMAGE)/image.stamp ## run it as Kaggle does, on
 
 test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
 	@$(VENV)/bin/python -m pytest
+
+torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on and end in the same bytes
+	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
 
 data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client
 	@$(PCAM) data

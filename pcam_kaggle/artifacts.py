@@ -1,10 +1,12 @@
 """Files that are written whole or not at all, and the hashes that tell whether they still belong together."""
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +14,31 @@ import pandas as pd
 
 from pcam_kaggle.errors import UserError
 
+PART = ".part"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder` for a while, by a lock beside it; what a killed one left half-written is deleted.
+
+    The lock is the process's own: it ends with it, and workers that outlive it for seconds do not hold it. Raises UserError
+    where another process works there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: another process works there; wait for it, or write elsewhere") from None
+        for left in folder.rglob(f".*{PART}"):
+            left.unlink()
+        yield
+
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
     """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             save(file)

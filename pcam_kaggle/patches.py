@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pcam_kaggle.artifacts import file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import file_sha256, locked, read_json, sha256, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
@@ -75,7 +75,7 @@ def declared_ids(data: Data) -> Ids:
     return ids
 
 
-def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[dict, bool]:
+def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[dict[str, Any], bool]:
     """Pack all patches of `data` into the folder `store`; return its manifest and whether anything was done.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` the split and id of each row, `manifest.json` what they were made
@@ -93,44 +93,53 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     if kept and kept["signature"] == signature:
         return kept, False
 
-    store.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}."))
-    try:
-        rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
-        digests, damaged = _pack(data, rows, building / "patches.npy", ids)
-        misnamed = _misnamed(wanted) if ids == "sha1" else ()
-        problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
-        left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
-        if left:
-            raise UserError(_listing(data, left))
-        skipped = list(problems.values())
-        aside = {problem.id for problem in skipped}
-        if labels.loc[~labels["id"].isin(aside), "label"].nunique() < 2:
-            raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
-        usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
-        write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
-        made = {
-            "ids": ids,
-            "train": usable.count("train"),
-            "test": len(wanted["test"]),
-            "skipped": len(skipped),
-            "train_sha256": _content_sha256(rows, digests, "train", aside),
-            "test_sha256": _content_sha256(rows, digests, "test", set()),
-            "index_sha256": file_sha256(building / "index.csv"),
-            "bytes": (building / "patches.npy").stat().st_size,
-            "signature": signature,
-        }
-        if skipped:
-            listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
-            write_csv(building / "skipped.csv", listed)
-        write_json(building / "manifest.json", made)
-        if store.exists():
-            shutil.rmtree(store)
-        building.chmod(0o755)
-        building.replace(store)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with locked(store):
+        for stale in store.parent.glob(f".{store.name}.*"):
+            if stale.is_dir():
+                shutil.rmtree(stale)
+        building = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}."))
+        try:
+            made = _build(data, labels, wanted, building, ids, skip_damaged) | {"signature": signature}
+            write_json(building / "manifest.json", made)
+            if store.exists():
+                shutil.rmtree(store)
+            building.chmod(0o755)
+            building.replace(store)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return made, True
+
+
+def _build(
+    data: Data, labels: pd.DataFrame, wanted: dict[str, list[str]], building: Path, ids: Ids, skip_damaged: bool
+) -> dict[str, Any]:
+    """Write the array and the tables of a store into folder `building`; return its manifest."""
+    rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
+    digests, damaged = _pack(data, rows, building / "patches.npy", ids)
+    misnamed = _misnamed(wanted) if ids == "sha1" else ()
+    problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
+    left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
+    if left:
+        raise UserError(_listing(data, left))
+    skipped = list(problems.values())
+    aside = {problem.id for problem in skipped}
+    if labels.loc[~labels["id"].isin(aside), "label"].nunique() < 2:
+        raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
+    usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
+    write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
+    if skipped:
+        listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
+        write_csv(building / "skipped.csv", listed)
+    return {
+        "ids": ids,
+        "train": usable.count("train"),
+        "test": len(wanted["test"]),
+        "skipped": len(skipped),
+        "train_sha256": _content_sha256(rows, digests, "train", aside),
+        "test_sha256": _content_sha256(rows, digests, "test", set()),
+        "index_sha256": file_sha256(building / "index.csv"),
+        "bytes": (building / "patches.npy").stat().st_size,
+    }
 
 
 def _signature(data: Data, ids: Ids, skip_damaged: bool) -> str:

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
-from pcam_kaggle.artifacts import write_csv
+from pcam_kaggle.artifacts import locked, write_csv
 from pcam_kaggle.blend import blend, read_member
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.job import Job
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import prepare
-from pcam_kaggle.runs import check_run, locked, predicted, trained
+from pcam_kaggle.runs import check_run, predicted, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides

@@ -1,9 +1,6 @@
 """The folder of one run: what it is made of, and what in it is finished."""
 
 import dataclasses
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.store import PatchStore
 
-LOCK = ".lock"
 LOGGED = ("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds")
 
 
@@ -47,22 +43,6 @@ def _made_of(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
         "folds_sha256": folds.manifest["csv_sha256"],
         "train_sha256": store.manifest["train_sha256"],
     }
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Keep other processes out of folder `run` for a while; a process that has died keeps none out.
-
-    The lock is the process's own, so that workers that outlive it for seconds do not hold it. Raises UserError where another
-    process works there.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{run}: another process works there; wait for it, or use --name for a run of its own") from None
-        yield
 
 
 def trained(folder: Path) -> bool:

@@ -48,9 +48,10 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     fold_files = {"best.pt", "last.pt", "log.csv", "metrics.json", "oof.csv", "test.csv", "predictions.json"}
     run = "runs/bottleneck"
     assert left == {
+        *(".store.lock", "runs/.bottleneck.lock"),
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
-        *(f"{run}/{name}" for name in (".lock", "config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
+        *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
     }
@@ -138,7 +139,7 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
     data: Data, pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "work" / "runs" / "bottleneck"
-    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.runs import locked\n"
+    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.artifacts import locked\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

@@ -1,0 +1,102 @@
+"""Runs killed at random moments: each must go on and end in the very submission of one that was left alone.
+
+`python -m benchmarks.torture [KILLS]`, on 240 real patches where PCAM_DATA names the competition's folder, else on synthetic
+ones.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle.artifacts import write_csv
+from pcam_kaggle.paths import Data
+from pcam_kaggle.pipeline import STAGES
+from pcam_kaggle.synthetic import make_demo
+
+KILLS = 30
+TRAIN, TEST = 240, 60
+# Small enough for seconds, with all that a checkpoint has to bring back: a schedule, an average, dropout, Muon's momentum.
+CONFIG = (
+    *("width=16", "max_width=32", "n_blocks=2", "side=32", "hidden=8", "batch_size=16", "epochs=4", "n_splits=3", "tta=4"),
+    *("average_epochs=1", "optimizer=muon", "precision=fp32", "memory_format=channels_last"),
+)
+RESULTS = (Path("submissions") / "bottleneck.csv", Path("runs") / "bottleneck" / "oof.csv")
+
+
+def some_patches(folder: Path) -> Data:
+    """Return a small set in `folder`: links to real patches of the set that PCAM_DATA names, or the demo."""
+    small = Data(folder)
+    named = os.environ.get("PCAM_DATA")
+    if not named:
+        make_demo(small)
+        return small
+    source = Data(Path(named).resolve())
+    for split, table, count in (("train", "labels", TRAIN), ("test", "sample", TEST)):
+        rows = pd.read_csv(getattr(source, table), dtype={"id": str}).head(count)
+        write_csv(getattr(small, table), rows)
+        small.patches(split).mkdir()
+        for name in rows["id"]:
+            (small.patches(split) / f"{name}.tif").symlink_to(source.patches(split) / f"{name}.tif")
+    return small
+
+
+def command(stage: str, data: Data, work: Path) -> list[str]:
+    """Return the command line that runs `stage`."""
+    changes = [part for change in CONFIG for part in ("--set", change)]
+    return [sys.executable, "-m", "pcam_kaggle", stage, "--data", str(data.root), "--work", str(work), *changes]
+
+
+def torture(folder: Path, kills: int, seed: int = 0) -> Iterator[str]:
+    """Yield a line for each of `kills` runs in `folder`, killed in one stage after the other at a moment that is drawn.
+
+    Raises RuntimeError where a run does not go on, or ends in other bytes than the one that was left alone.
+    """
+    data = some_patches(folder / "data")
+    rng = np.random.default_rng(seed)
+    before, whole = {}, folder / "whole"
+    whole.mkdir()
+    seconds = {}
+    for stage in STAGES:
+        before[stage] = folder / f"before_{stage}"
+        shutil.copytree(whole, before[stage])
+        start = time.perf_counter()
+        subprocess.run(command(stage, data, whole), check=True, capture_output=True)
+        seconds[stage] = time.perf_counter() - start
+    for number in range(kills):
+        stage = list(STAGES)[number % len(STAGES)]
+        work = folder / f"killed_{number}"
+        shutil.copytree(before[stage], work)
+        moment = rng.uniform(0.3, 1.0) * seconds[stage]
+        with subprocess.Popen(command(stage, data, work), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        died = process.returncode < 0
+        again = subprocess.run(command("pipeline", data, work), check=False, capture_output=True, text=True)
+        differ = [
+            str(name) for name in RESULTS if again.returncode or (work / name).read_bytes() != (whole / name).read_bytes()
+        ]
+        if differ:
+            raise RuntimeError(f"{stage}, killed after {moment:.2f} s: {', '.join(differ)} differ; {again.stderr}")
+        yield f"{stage} {'killed' if died else 'had ended'} after {moment:.2f} s: the same bytes"
+        shutil.rmtree(work)
+
+
+def main(kills: int) -> None:
+    """Print what became of each run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, line in enumerate(torture(Path(folder), kills), 1):
+            print(f"{number:>3} of {kills}: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else KILLS)
