@@ -54,11 +54,12 @@ NAMES = (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", 
 NAMED = (
     *(Row(name, BASELINE) for name in NAMES),
     Row("bottleneck", BASELINE, ("tta=1",)),
+    Row("bottleneck", BASELINE, ("epochs=10",)),
     Row("bottleneck", BASELINE, ("epochs=10", "tta=1")),
 )
-STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, QUICK, "two_stream", "lite0"))
 TRIED = ("groups=stain", "lr=0.002")
 TRIAL_BASE = Row(QUICK, f"{QUICK}-stain-lr_0.002", TRIED, PART)
+STAIN = tuple(Row(name, TRIAL_BASE.name, ("groups=stain",), PART) for name in (QUICK, "two_stream", "lite0", BASELINE))
 TRIALS = tuple(
     Row(QUICK, TRIAL_BASE.name, (*TRIED, change), PART)
     for change in (
@@ -190,7 +191,7 @@ def stain_table(records: dict[str, Any]) -> str:
 def page(records: dict[str, Any]) -> str:
     """Write SCORES.md from `records` and return it."""
     text = TEXT.read_text().format(
-        named=table(NAMED, records), trials=table((TRIAL_BASE, *TRIALS), records), stain=stain_table(records)
+        named=table(NAMED, records), trials=table((TRIAL_BASE, STAIN[0], *TRIALS), records), stain=stain_table(records)
     )
     write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
     return text
