@@ -79,7 +79,8 @@ def find_device() -> str:
 def hold_memory() -> None:
     """Keep what tensors free for the next ones, where the C library is glibc; elsewhere do nothing.
 
-    Else every step gives its activations back to the system and faults them in anew, a sixth of its time on a CPU.
+    Else every step gives its activations back to the system and faults them in anew: a sixth of its time on a CPU, a twentieth
+    where the allocator uses huge pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in MALLOC_OPTIONS.items() if mallopt else ():
