@@ -94,6 +94,7 @@ def test_plain_stays_as_it_is() -> None:
         "mixup": 0.0,
         "epochs": 10,
         "batch_size": 64,
+        "optimizer": "adamw",
         "lr": 0.002,
         "layer_decay": 1.0,
         "head_epochs": 0,
