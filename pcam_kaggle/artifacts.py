@@ -25,14 +25,22 @@ def locked(folder: Path) -> Iterator[None]:
     where another process works there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("w") as file:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process works there; wait for it, or write elsewhere") from None
-        for left in folder.rglob(f".*{PART}"):
-            left.unlink()
-        yield
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, who held it may have ended and deleted the file, and another taken a new one.
+            taken = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            taken = False
+        if not taken:
+            raise UserError(f"{folder}: another process works there; wait for it, or write elsewhere")
+        try:
+            for left in folder.rglob(f".*{PART}"):
+                left.unlink()
+            yield
+        finally:
+            path.unlink()
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:

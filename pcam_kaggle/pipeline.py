@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
-from pcam_kaggle.artifacts import locked, write_csv
+from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.blend import blend, read_member
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds, Scheme
@@ -84,8 +84,7 @@ def _train(job: Job) -> bool:
         # torch and albumentations take seconds to import, and a run that is finished needs neither.
         from pcam_kaggle.train import train
 
-        with locked(job.run):
-            train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
+        train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
     _say(f"train: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 
@@ -105,8 +104,7 @@ def _predict(job: Job) -> bool:
     if todo:
         from pcam_kaggle.predict import predict
 
-        with locked(job.run):
-            predict(job.run, job.config, store, folds, todo)
+        predict(job.run, job.config, store, folds, todo)
     _say(f"predict: folds {_listed(job.folds())} of {job.run}", bool(todo))
     return bool(todo)
 

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from pcam_kaggle import tta
-from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
+from pcam_kaggle.artifacts import file_sha256, locked, write_csv, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend, spread
 from pcam_kaggle.engine import adapt_norms, predict_logits
@@ -23,9 +23,10 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
     """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the trained folds in `chosen`.
 
     Probabilities are the average over the config's views. `predictions.json` holds the hashes of both tables and of what
-    they were made of.
+    they were made of. Raises UserError where another process works in `run`.
     """
-    spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config)), chosen)
+    with locked(run):
+        spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config)), chosen)
 
 
 def _predict_share(

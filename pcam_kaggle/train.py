@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pcam_kaggle import __version__, checkpoint
-from pcam_kaggle.artifacts import read_json, write_csv, write_json
+from pcam_kaggle.artifacts import locked, read_json, write_csv, write_json
 from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
@@ -71,15 +71,17 @@ def train(
     A fold leaves `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to go on from,
     `log.csv` with a row per epoch, and `metrics.json` when it is finished.
 
-    Raises UserError where the config makes no net, where memory does not hold a batch, and where a loss is not finite.
+    Raises UserError where the config makes no net, where another process works in `run`, where memory does not hold a batch,
+    and where a loss is not finite.
     """
     create(config, weights=False)
     if config.teacher:
         _check_teacher(run.parent / config.teacher / "config.json", folds)
-    open_run(run, experiment, config, store, folds)
-    backend = run_backend(run, config)
-    print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
-    spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
+    with locked(run):
+        open_run(run, experiment, config, store, folds)
+        backend = run_backend(run, config)
+        print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
+        spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
 
 
 def _train_share(

@@ -48,7 +48,6 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     fold_files = {"best.pt", "last.pt", "log.csv", "metrics.json", "oof.csv", "test.csv", "predictions.json"}
     run = "runs/bottleneck"
     assert left == {
-        *(".store.lock", "runs/.bottleneck.lock"),
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
@@ -225,7 +224,7 @@ def test_a_mistake_does_not_claim_a_name(pcam: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
     assert pcam("pipeline", "--set", "n_blocks=9").status == 2
     assert pcam("predict", "--name", "typo").status == 2
-    assert [path for path in (tmp_path / "work" / "runs").glob("*") if path.is_dir()] == []
+    assert not (tmp_path / "work" / "runs").exists()
     assert pcam("pipeline", "--folds", "0").status == 0
 
 
