@@ -9,7 +9,9 @@ import pandas as pd
 from sklearn.cluster import KMeans
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
+from pcam_kaggle.config import Config
+from pcam_kaggle.duplicates import near_pairs
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.stain import stain_vectors
 from pcam_kaggle.store import PatchStore
@@ -92,6 +94,21 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
     return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
 
 
+def look_alikes(store: PatchStore, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the pairs of patches that look alike and lie in two folds of `table` (id, label, fold).
+
+    Columns id, fold, label, other_id, other_fold, other_label, `bits` of the perceptual hash that differ, of 64, at most 3,
+    and `copy`, whether all pixels are the same.
+    """
+    table = table[table["id"].isin(store.ids("train"))].reset_index(drop=True)
+    rows = store.rows("train", table["id"].to_numpy())
+    pairs = near_pairs(store.looks(rows))
+    pairs = pairs[table["fold"].to_numpy()[pairs[:, 0]] != table["fold"].to_numpy()[pairs[:, 1]]]
+    first, second = (table.iloc[pairs[:, side]][["id", "fold", "label"]].reset_index(drop=True) for side in (0, 1))
+    copies = [np.array_equal(*store.images(rows[pair])) for pair in pairs[:, :2]]
+    return first.join(second.add_prefix("other_")).assign(bits=pairs[:, 2], copy=np.array(copies, bool))
+
+
 def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
     """Write `<scheme>.csv` and `.json` into `folder`, or keep them; return them and whether anything was written.
 
@@ -102,19 +119,7 @@ def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
     if file.exists() and beside.exists():
         return load(labels, scheme, slides, folder), False
     table = draw(labels, scheme, slides)
-    per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
-    manifest = {
-        "scheme": scheme.name,
-        "n_splits": scheme.n_splits,
-        "seed": scheme.seed,
-        "patches": per_fold["size"].tolist(),
-        "positives": per_fold["sum"].tolist(),
-        "slides": table.groupby("fold")["group"].nunique().tolist() if slides is not None else None,
-        "unmapped": int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
-        "labels_sha256": labels_sha256(labels),
-        "slides_sha256": _slides_sha256(slides),
-        "csv_sha256": sha256(csv_bytes(table)),
-    }
+    manifest = _manifest(table, scheme, slides)
     if beside.exists() and read_json(beside) != manifest:
         raise UserError(f"{beside}: belongs to other labels or slides; {_again(scheme)}")
     if file.exists() and file_sha256(file) != manifest["csv_sha256"]:
@@ -132,14 +137,16 @@ def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
     file, beside = _files(scheme, folder)
     if not file.exists() or not beside.exists():
         raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
-    manifest = read_json(beside, "scheme", "patches", "positives", "slides", "unmapped", "labels_sha256", "csv_sha256")
+    manifest = read_json(beside, labels_sha256=str, csv_sha256=str)
     if manifest["labels_sha256"] != labels_sha256(labels):
         raise UserError(f"{file}: belongs to other labels; {_again(scheme)}")
     if manifest.get("slides_sha256") != _slides_sha256(slides):
         raise UserError(f"{file}: belongs to another slide map; {_again(scheme)}")
-    if manifest["csv_sha256"] != file_sha256(file):
-        raise UserError(f"{file}: has changed since it was drawn; {_again(scheme)}")
-    return Folds(read_numbers(file, ["label", "fold"]).astype({"label": np.int64, "fold": np.int64}), manifest)
+    read_numbers(file, ["label", "fold"])
+    table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
+    if manifest["csv_sha256"] != file_sha256(file) or manifest != _manifest(table, scheme, slides):
+        raise UserError(f"{file}: it or its manifest has changed since it was drawn; {_again(scheme)}")
+    return Folds(table[["id", "label", "fold"]], manifest)
 
 
 def groups(file: Path) -> pd.DataFrame | None:
@@ -151,6 +158,28 @@ def groups(file: Path) -> pd.DataFrame | None:
     if "group" not in table:
         return None
     return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})
+
+
+def numbers(file: Path, config: dict[str, Any]) -> range:
+    """Return the folds of the run whose `config` was read from `file`; raises UserError where it tells no number of them."""
+    with reading(file):
+        return range(Config(n_splits=config["n_splits"]).n_splits)
+
+
+def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> dict[str, Any]:
+    per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
+    return {
+        "scheme": scheme.name,
+        "n_splits": scheme.n_splits,
+        "seed": scheme.seed,
+        "patches": per_fold["size"].tolist(),
+        "positives": per_fold["sum"].tolist(),
+        "slides": table.groupby("fold")["group"].nunique().tolist() if slides is not None else None,
+        "unmapped": int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
+        "labels_sha256": labels_sha256(table),
+        "slides_sha256": _slides_sha256(slides),
+        "csv_sha256": sha256(csv_bytes(table)),
+    }
 
 
 def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:

@@ -4,9 +4,11 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from pcam_kaggle.artifacts import file_sha256, locked, read_json, sha256, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
+from pcam_kaggle.duplicates import look
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
 from pcam_kaggle.store import whole
@@ -26,6 +29,7 @@ from pcam_kaggle.tables import read_labels, read_sample
 
 Ids = Literal["sha1", "names"]
 SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
+PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3
 SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK = 256
 
@@ -115,7 +119,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the array and the tables of a store into folder `building`; return its manifest."""
     rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
-    digests, damaged = _pack(data, rows, building / "patches.npy", ids)
+    digests, looks, damaged = _pack(data, rows, building / "patches.npy", ids)
     misnamed = _misnamed(wanted) if ids == "sha1" else ()
     problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
     left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
@@ -126,7 +130,8 @@ def _build(
     if labels.loc[~labels["id"].isin(aside), "label"].nunique() < 2:
         raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
     usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
-    write_csv(building / "index.csv", pd.DataFrame({"id": [name for _, name in rows], "split": usable}))
+    index = {"id": [name for _, name in rows], "split": usable, "look": [f"{look:016x}" for look in looks]}
+    write_csv(building / "index.csv", pd.DataFrame(index))
     if skipped:
         listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
         write_csv(building / "skipped.csv", listed)
@@ -138,6 +143,7 @@ def _build(
         "train_sha256": _content_sha256(rows, digests, "train", aside),
         "test_sha256": _content_sha256(rows, digests, "test", set()),
         "index_sha256": file_sha256(building / "index.csv"),
+        "index_columns": [*index],
         "bytes": (building / "patches.npy").stat().st_size,
     }
 
@@ -176,32 +182,46 @@ def _misnamed(wanted: dict[str, list[str]]) -> Iterator[Problem]:
                 yield Problem(split, name, "its id is no SHA-1; for a set of other ids use --ids names")
 
 
-def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tuple[list[bytes], list[Problem]]:
-    """Read every patch of `rows` into its row of a new array at `target`; return each row's SHA-1 and what is damaged."""
-    needed, free = len(rows) * int(np.prod(SHAPE)), shutil.disk_usage(target.parent).free
+def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tuple[list[bytes], list[int], list[Problem]]:
+    """Read every patch of `rows` into its row of a new array at `target`; return SHA-1s, looks, and what is damaged."""
+    needed, free = len(rows) * PATCH_BYTES, shutil.disk_usage(target.parent).free
     if free < needed:
         raise UserError(f"{target.parent.parent}: the store needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     packed = np.lib.format.open_memmap(target, "w+", np.uint8, (len(rows), *SHAPE))
     packed.flush()
     del packed
+    header = target.stat().st_size - needed
     starts = range(0, len(rows), CHUNK)
     files = [[data.patches(split) / f"{name}.tif" for split, name in rows[start : start + CHUNK]] for start in starts]
     digests: list[bytes] = []
+    looks: list[int] = []
     problems: list[Problem] = []
     workers = min(os.cpu_count() or 1, len(files))
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
     cv2.setNumThreads(0)
-    with ProcessPoolExecutor(workers) as pool:
-        chunks = pool.map(_pack_chunk, files, starts, [target] * len(files), [ids] * len(files))
-        for start, (found, reasons) in zip(starts, tqdm(chunks, "prepare", len(files), delay=2, disable=None), strict=True):
-            digests += found
-            problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
-    return digests, problems
+    try:
+        with ProcessPoolExecutor(workers, initializer=_leave_interrupts) as pool:
+            places = [header + start * PATCH_BYTES for start in starts]
+            chunks = pool.map(_pack_chunk, files, places, [target] * len(files), [ids] * len(files))
+            shown = tqdm(chunks, "prepare", len(files), delay=2, disable=None)
+            for start, (found, seen, reasons) in zip(starts, shown, strict=True):
+                digests += found
+                looks += seen
+                problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
+    except BrokenProcessPool:
+        raise UserError(f"{data.root}: a process that read it was killed, perhaps for want of memory; run it again") from None
+    return digests, looks, problems
 
 
-def _pack_chunk(files: list[Path], start: int, target: Path, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
+def _leave_interrupts() -> None:
+    """Let the parent alone answer Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _pack_chunk(files: list[Path], place: int, target: Path, ids: Ids) -> tuple[list[bytes], list[int], dict[int, str]]:
+    """Write the patches in `files` into file `target` from byte `place` on; return SHA-1s, looks, and what is damaged."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    packed = np.load(target, mmap_mode="r+")
+    block = np.zeros((len(files), *SHAPE), np.uint8)
     digests: list[bytes] = []
     reasons: dict[int, str] = {}
     for offset, path in enumerate(files):
@@ -211,12 +231,18 @@ def _pack_chunk(files: list[Path], start: int, target: Path, ids: Ids) -> tuple[
             digest.update(patch.tobytes())
             if ids == "sha1" and digest.hexdigest() != path.stem and SHA1.fullmatch(path.stem):
                 raise Damaged(f"the SHA-1 of its pixels is {digest.hexdigest()}; copy the file again")
-            packed[start + offset] = patch
+            block[offset] = patch
         except Damaged as damage:
             reasons[offset] = str(damage)
         digests.append(digest.digest())
-    packed.flush()
-    return digests, reasons
+    # Written, not mapped: where a disk is full, who writes through a map is killed without a word.
+    try:
+        with target.open("r+b") as packed:
+            packed.seek(place)
+            packed.write(block)
+    except OSError as error:
+        raise UserError(f"{target.parent.parent}: {error.strerror}, while the store was written; make room for it") from None
+    return digests, [look(patch) for patch in block], reasons
 
 
 def _content_sha256(rows: list[tuple[str, str]], digests: list[bytes], split: str, aside: set[str]) -> str:

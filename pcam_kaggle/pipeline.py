@@ -14,7 +14,7 @@ from pcam_kaggle.job import Job
 from pcam_kaggle.ledger import write_ledger
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.runs import check_run, predicted, trained
-from pcam_kaggle.store import PatchStore
+from pcam_kaggle.store import PatchStore, whole
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides
 
@@ -58,7 +58,18 @@ def run_folds(job: Job) -> bool:
         unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
         kind = "group of like stain" if job.config.groups == "stain" else "mapped slide"
         print(f"folds: no {kind} lies in two folds; groups per fold {manifest['slides']}{unmapped}")
+    if new and whole(job.workspace.store):
+        _report_look_alikes(job, folds)
     return new
+
+
+def _report_look_alikes(job: Job, folds: Folds) -> None:
+    alike = fold_files.look_alikes(PatchStore(job.workspace.store), folds.table)
+    file = job.workspace.folds / f"{folds.manifest['scheme']}_look_alikes.csv"
+    write_csv(file, alike)
+    count = len({*alike["id"], *alike["other_id"]})
+    share = f"{count:,} of {len(folds.table):,} patches look like one of another fold, {alike['copy'].sum():,} pairs are copies"
+    print(f"folds: {share}; listed in {file}")
 
 
 def run_train(job: Job) -> bool:
@@ -157,7 +168,7 @@ def run_all(job: Job) -> None:
     fold there is none.
     """
     done = [run_prepare(job), run_folds(job), run_train(job)]
-    whole, ended = job, finished(job)
+    asked, ended = job, finished(job)
     if ended is None:
         return
     job = ended
@@ -165,7 +176,7 @@ def run_all(job: Job) -> None:
     store = PatchStore(job.workspace.store)
     folders = {fold: [part.run / f"fold_{fold}" for part in job.parts()] for fold in range(job.config.n_splits)}
     left = [fold for fold, parts in folders.items() if not all(predicted(folder, store) for folder in parts)]
-    if left and whole.chosen is not None:
+    if left and asked.chosen is not None:
         print(f"next: folds {_listed(left)}, then the blend")
         return
     job = job if left else replace(job, chosen=None)

@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 from pcam_kaggle.artifacts import file_sha256, read_json
 from pcam_kaggle.errors import UserError
 
-MANIFEST = ("ids", "train", "test", "skipped", "train_sha256", "test_sha256", "index_sha256", "bytes", "signature")
+MANIFEST: dict[str, type] = {
+    **dict.fromkeys(("train", "test", "skipped", "bytes"), int),
+    **dict.fromkeys(("ids", "train_sha256", "test_sha256", "index_sha256", "signature"), str),
+    "index_columns": list,
+}
 
 
 def whole(folder: Path) -> dict[str, Any] | None:
@@ -19,7 +23,7 @@ def whole(folder: Path) -> dict[str, Any] | None:
     if not (file.is_file() and index.is_file() and patches.is_file()):
         return None
     try:
-        manifest = read_json(file, *MANIFEST)
+        manifest = read_json(file, **MANIFEST)
     except UserError:
         return None
     same = file_sha256(index) == manifest["index_sha256"] and patches.stat().st_size == manifest["bytes"]
@@ -42,6 +46,7 @@ class PatchStore:
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }
+        self._looks = np.array([int(text, 16) for text in index["look"]], np.uint64)
         self._images = self._open()
 
     def ids(self, split: str) -> NDArray[np.object_]:
@@ -55,6 +60,10 @@ class PatchStore:
             unknown = rows.index[rows.isna()]
             raise UserError(f"{self.folder}: holds no {split} patch {unknown[0]} ({len(unknown)} such); prepare it again")
         return rows.to_numpy(np.int64)
+
+    def looks(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the perceptual hashes of the patches in `rows`, shape (n,)."""
+        return self._looks[rows]
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the patches in `rows` (n,), copied: RGB uint8 (n, 96, 96, 3)."""

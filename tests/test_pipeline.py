@@ -49,7 +49,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     run = "runs/bottleneck"
     assert left == {
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_look_alikes.csv"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
@@ -246,7 +246,7 @@ def test_what_was_edited_is_not_submitted(pcam: Command, tmp_path: Path) -> None
     "name",
     [
         *("store/manifest.json", "store/index.csv", "store/patches.npy"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_look_alikes.csv"),
         *("submissions/bottleneck.json", "submissions/ledger.csv"),
         *(f"runs/bottleneck/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"runs/bottleneck/fold_1/{name}" for name in ("best.pt", "metrics.json", "oof.csv", "test.csv", "predictions.json")),

@@ -1,0 +1,72 @@
+"""Look-alikes: found whatever was done to their bytes, once each, and counted where they lie in two folds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Outcome, write_tif
+
+from pcam_kaggle.duplicates import NEAR, look, near_pairs
+from pcam_kaggle.folds import look_alikes
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.synthetic import draw_patch
+from pcam_kaggle.tables import read_labels
+
+
+def some_patch(seed: int) -> np.ndarray:
+    """Return a synthetic patch."""
+    return draw_patch(np.random.default_rng(seed), np.random.default_rng(0), None)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: cv2.imdecode(cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, 90])[1], cv2.IMREAD_COLOR),
+        lambda patch: np.clip(patch.astype(int) + 6, 0, 255).astype(np.uint8),
+        lambda patch: patch,
+    ],
+    ids=["jpeg", "brighter", "copy"],
+)
+def test_a_changed_copy_is_near_and_another_patch_is_not(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    patches = [some_patch(seed) for seed in range(20)]
+    looks = np.array([look(patch) for patch in [*patches, *map(change, patches)]], np.uint64)
+    assert {tuple(pair) for pair in near_pairs(looks)[:, :2]} == {(number, number + 20) for number in range(20)}
+
+
+def test_every_near_pair_is_found_once() -> None:
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 2**63, 300, dtype=np.uint64)
+    for number in range(0, 300, 3):
+        for bit in rng.choice(64, rng.integers(0, 6), replace=False):
+            looks[number + 1] = looks[number] ^ (np.uint64(1) << np.uint64(bit)) if bit % 2 else looks[number]
+    bits = np.bitwise_count(looks[:, None] ^ looks[None]).astype(int)
+    expected = {(i, j, bits[i, j]) for i in range(300) for j in range(i + 1, 300) if bits[i, j] <= NEAR}
+    found = near_pairs(looks)
+    assert {tuple(map(int, pair)) for pair in found} == {tuple(map(int, pair)) for pair in expected}
+    assert len(found) == len(expected) > 50
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_look_alikes_of_two_folds_are_listed(changed: bool, data: Data, tmp_path: Path) -> None:
+    labels = pd.read_csv(data.labels)
+    first = labels["id"][0]
+    patch = cv2.cvtColor(cv2.imread(str(data.patches("train") / f"{first}.tif")), cv2.COLOR_BGR2RGB)
+    patch[5, 5] ^= changed
+    write_tif(data.patches("train") / "twin.tif", patch)
+    pd.concat([labels, pd.DataFrame({"id": ["twin"], "label": [0]})]).to_csv(data.labels, index=False)
+    prepare(data, tmp_path / "store", ids="names")
+    store, table = PatchStore(tmp_path / "store"), read_labels(data.labels).assign(fold=0)
+    assert look_alikes(store, table).empty
+    listed = look_alikes(store, table.assign(fold=(table["id"] == "twin").astype(int)))
+    assert listed[["id", "fold", "other_id", "other_fold", "copy"]].to_numpy().tolist() == [[first, 0, "twin", 1, not changed]]
+
+
+def test_their_number_is_said_once(pcam: Callable[..., Outcome]) -> None:
+    pcam("prepare")
+    assert "folds: 0 of 36 patches look like one of another fold, 0 pairs are copies" in pcam("folds").out
+    assert "look like" not in pcam("folds").out
