@@ -1,0 +1,148 @@
+"""No net's prediction of a patch owes anything to that patch's label, nor its weights to the patches it is scored on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import sha1, write_tif
+
+from pcam_kaggle import checkpoint
+from pcam_kaggle.backbones import create
+from pcam_kaggle.blend import score
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend
+from pcam_kaggle.engine import predict_logits
+from pcam_kaggle.experiments import QUICK, experiment
+from pcam_kaggle.folds import Folds, Scheme, make
+from pcam_kaggle.metrics import auc
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.predict import predict
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.synthetic import make_demo
+from pcam_kaggle.tables import read_labels
+from pcam_kaggle.train import fold_epochs, train
+
+CPU = Backend("cpu", "fp32", "channels_last")
+SCHEME = Scheme(3, 42, "stratified")
+
+
+@pytest.fixture
+def once(tiny: Config) -> Config:
+    """Return a config of one epoch: among one there is none to choose by the validation AUC."""
+    return replace(tiny, epochs=1)
+
+
+def packed(data: Data, folder: Path) -> tuple[PatchStore, Folds]:
+    """Return the store and three folds of `data`."""
+    prepare(data, folder / "store")
+    return PatchStore(folder / "store"), make(read_labels(data.labels), SCHEME, None, folder / "folds")[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the averaged weights and batch norm's statistics of a trained fold."""
+    return checkpoint.load(folder / "best.pt", "net")["net"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two nets are the same to the last bit."""
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_weights_do_not_see_the_labels_of_their_fold(data: Data, once: Config, tmp_path: Path) -> None:
+    store, folds = packed(data, tmp_path)
+    inside = folds.table["fold"] == 1
+    turned = folds.table.assign(label=folds.table["label"].where(~inside, 1 - folds.table["label"]))
+    for name, table in (("as_is", folds.table), ("turned", turned)):
+        for fold in (0, 1):
+            list(fold_epochs(tmp_path / name / f"fold_{fold}", once, store, table, fold, CPU))
+    nets = {name: [weights(tmp_path / name / f"fold_{fold}") for fold in (0, 1)] for name in ("as_is", "turned")}
+    assert same(nets["as_is"][1], nets["turned"][1])
+    assert not same(nets["as_is"][0], nets["turned"][0])
+
+
+def test_weights_do_not_see_the_pixels_of_their_fold_nor_the_test_set(data: Data, once: Config, tmp_path: Path) -> None:
+    store, folds = packed(data, tmp_path)
+    list(fold_epochs(tmp_path / "as_is", once, store, folds.table, 1, CPU))
+    valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
+    patches = np.load(store.folder / "patches.npy", mmap_mode="r+")
+    patches[np.concatenate([valid, store.rows("test", store.ids("test"))])] ^= 255
+    patches.flush()
+    list(fold_epochs(tmp_path / "inverted", once, PatchStore(store.folder), folds.table, 1, CPU))
+    assert same(weights(tmp_path / "as_is"), weights(tmp_path / "inverted"))
+
+
+def test_each_row_comes_from_the_one_net_that_did_not_see_it(data: Data, once: Config, tmp_path: Path) -> None:
+    store, folds = packed(data, tmp_path)
+    train(tmp_path / "run", "tiny", once, store, folds, [0, 1, 2])
+    for fold in range(3):
+        # A net that says nothing but which fold it is of.
+        content = checkpoint.load(tmp_path / "run" / f"fold_{fold}" / "best.pt")
+        last = max(key for key in content["net"] if key.startswith("head") and key.endswith("bias"))
+        content["net"] = {key: torch.zeros_like(value) for key, value in content["net"].items()}
+        content["net"][last] += fold + 1.0
+        checkpoint.save(tmp_path / "run" / f"fold_{fold}" / "best.pt", content)
+    predict(tmp_path / "run", once, store, folds, [0, 1, 2])
+    oof = pd.concat([pd.read_csv(tmp_path / "run" / f"fold_{fold}" / "oof.csv").assign(by=fold) for fold in range(3)])
+    assert sorted(oof["id"]) == sorted(folds.table["id"])
+    said = np.log(oof["probability"] / (1 - oof["probability"])).round().astype(int) - 1
+    assert oof.assign(said=said).merge(folds.table, on="id").eval("said == fold and by == fold").all()
+
+
+def test_labels_of_the_sample_submission_are_nowhere(data: Data, once: Config, tmp_path: Path) -> None:
+    written = []
+    for label in (0, 1):
+        pd.read_csv(data.sample).assign(label=label).to_csv(data.sample, index=False)
+        work = tmp_path / str(label)
+        store, folds = packed(data, work)
+        train(work / "run", "tiny", once, store, folds, [0])
+        predict(work / "run", once, store, folds, [0])
+        written.append([(work / "run" / "fold_0" / name).read_bytes() for name in ("oof.csv", "test.csv")])
+    assert written[0] == written[1]
+
+
+def test_what_can_only_be_memorised_is_not_known_out_of_fold(data: Data, tiny: Config, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    noise = Data(tmp_path / "noise")
+    for split, count in (("train", 120), ("test", 4)):
+        noise.patches(split).mkdir(parents=True)
+        patches = rng.integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+        for patch in patches:
+            write_tif(noise.patches(split) / f"{sha1(patch)}.tif", patch)
+        table = pd.DataFrame({"id": [sha1(patch) for patch in patches], "label": rng.permutation(count) % 2})
+        table.to_csv(noise.labels if split == "train" else noise.sample, index=False)
+    config = replace(tiny, width=16, epochs=25, shift=0, stain_jitter=0.0, color_jitter=0.0, dropout=0.0, head="flatten")
+    store, folds = packed(noise, tmp_path)
+    train(tmp_path / "run", "tiny", config, store, folds, [0, 1, 2])
+    predict(tmp_path / "run", config, store, folds, [0, 1, 2])
+    seen = folds.table[folds.table["fold"] != 0]
+    net = create(config)
+    net.load_state_dict(checkpoint.load(tmp_path / "run" / "fold_0" / "last.pt")["net"])
+    rows = store.rows("train", seen["id"].to_numpy())
+    memory = predict_logits(net.eval(), store, rows, config, CPU, 1, "")[0].double().numpy()
+    assert auc(seen["label"].to_numpy(), memory) > 0.95
+    assert_chance(tmp_path / "run")
+
+
+def assert_chance(run: Path) -> None:
+    """Fail where the pooled OOF AUC of the run in folder `run`, three folds, is not 0.5 within its interval."""
+    tables = [pd.read_csv(run / f"fold_{fold}" / "oof.csv").assign(fold=fold) for fold in range(3)]
+    pooled = score(pd.concat(tables))["pooled"]
+    assert pooled["low"] < 0.5 < pooled["high"]
+
+
+def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
+    data = Data(tmp_path / "demo")
+    make_demo(data)
+    labels = pd.read_csv(data.labels)
+    labels.assign(label=np.random.default_rng(0).permutation(labels["label"])).to_csv(data.labels, index=False)
+    config = replace(
+        experiment(QUICK).config, width=16, max_width=32, side=48, n_blocks=3, n_splits=3, epochs=2, precision="fp32"
+    )
+    store, folds = packed(data, tmp_path)
+    train(tmp_path / "run", QUICK, config, store, folds, [0, 1, 2])
+    predict(tmp_path / "run", config, store, folds, [0, 1, 2])
+    assert_chance(tmp_path / "run")
