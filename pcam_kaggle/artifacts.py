@@ -15,6 +15,7 @@ import pandas as pd
 from pcam_kaggle.errors import UserError
 
 PART = ".part"
+AGAIN = "delete it and run the command again"
 
 
 @contextmanager
@@ -44,19 +45,25 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+    """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises UserError where the disk does not take it; what stood at `path` still does.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; mend that, and the same command goes on") from None
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
@@ -75,20 +82,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises UserError where it is missing, is none, or lacks one of `keys`."""
+def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises UserError where it is missing, is none, or lacks a key of `kinds` or has another type of value there.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); delete it and run the command again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {AGAIN}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; delete it and run the command again")
-    missing = [key for key in keys if key not in content]
+        raise UserError(f"{path}: not a JSON object; {AGAIN}")
+    missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; delete it and run the command again")
+        raise UserError(f"{path}: lacks {', '.join(missing)}, or has something else there; {AGAIN}")
     return content
+
+
+@contextmanager
+def reading(path: Path, advice: str = AGAIN) -> Iterator[None]:
+    """Raise UserError with `advice` where a reader that relies on the form of the file at `path` meets another one."""
+    try:
+        yield
+    except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not what this version writes ({type(error).__name__}: {said}); {advice}") from None
 
 
 def sha256(content: bytes) -> str:

@@ -73,8 +73,8 @@ def create(config: Config, weights: bool = True) -> nn.Module:
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise UserError(f"model={config.model}: timm has no such net" + (f"; it has {near}" if near else ""))
-    source = _source(config, name) if weights and config.weights else {}
     try:
+        source = _source(config, name) if weights and config.weights else {}
         net = timm.create_model(name, num_classes=1, drop_rate=config.dropout, **source)
         # timm draws a classifier's weights wide enough for a thousand classes; one logit would start in the tens.
         for parameter in net.get_classifier().parameters():
@@ -82,6 +82,8 @@ def create(config: Config, weights: bool = True) -> nn.Module:
         backbone = Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, config.side, config.side))
+    except UserError:
+        raise
     except Exception as error:
         # What timm and its loaders raise on a patch or a file that they can't take is their own affair, and has no common type.
         said = " ".join(str(error).split())[:200]
@@ -99,7 +101,9 @@ def _source(config: Config, name: str) -> dict[str, Any]:
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _wheel_state(name)}}
     if not Path(config.weights).is_file():
         raise UserError(f"weights={config.weights}: no such file")
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": config.weights}}
+    # timm itself has not always refused to run the code that a file of weights can carry.
+    state = _timm().models.load_state_dict(config.weights, weights_only=True)
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
 
 
 def _wheel_state(name: str) -> dict[str, Tensor]:

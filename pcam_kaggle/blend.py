@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.folds import numbers
 from pcam_kaggle.metrics import Difference, auc, auc_difference, auc_interval, rank_within
-from pcam_kaggle.tables import read_numbers
+from pcam_kaggle.tables import PREDICTIONS, read_numbers
 
 Method = Literal["mean", "rank", "climb"]
 METHODS: tuple[Method, ...] = ("mean", "rank", "climb")
@@ -41,19 +42,19 @@ def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
     """
     if not (run / "config.json").exists():
         raise UserError(f"{run}: no run of that name; train it, or name one that is there")
-    made = read_json(run / "config.json", "config", "folds_sha256")
+    made = read_json(run / "config.json", config=dict, folds_sha256=str)
     oof, tests = [], []
-    every = range(made["config"]["n_splits"])
+    every = numbers(run / "config.json", made["config"])
     for fold in every if chosen is None else chosen:
         folder = run / f"fold_{fold}"
         if not (folder / "predictions.json").exists():
             raise UserError(f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {fold} first")
-        predictions = read_json(folder / "predictions.json", "sources", "files")
+        predictions = read_json(folder / "predictions.json", sources=dict, files=dict)
         best = folder / "best.pt"
-        if best.exists() and file_sha256(best) != predictions["sources"]["best_sha256"]:
+        if best.exists() and file_sha256(best) != predictions["sources"].get("best_sha256"):
             raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
-        for name, digest in predictions["files"].items():
-            if not (folder / name).exists() or file_sha256(folder / name) != digest:
+        for name in PREDICTIONS:
+            if not (folder / name).exists() or file_sha256(folder / name) != predictions["files"].get(name):
                 raise UserError(
                     f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`"
                 )

@@ -186,7 +186,7 @@ def _run_kernel(options: argparse.Namespace) -> None:
             pack(ROOT, owner(), settings, options.goes_on, Path(folder))
             print(f"{push(Path(folder))}\nnext: make kernel-status, and when it is complete make kernel-output")
         return
-    kernel = f"{owner()}/{read_json(ROOT / METADATA, 'id')['id'].rpartition('/')[2]}"
+    kernel = f"{owner()}/{read_json(ROOT / METADATA, id=str)['id'].rpartition('/')[2]}"
     if options.action == "output":
         workspace = find_workspace(options.work)
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pcam_kaggle.artifacts import file_sha256, read_json
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import groups
+from pcam_kaggle.folds import groups, numbers
 from pcam_kaggle.metrics import Difference, auc_difference, holm, slide_difference, slide_pairs
 from pcam_kaggle.paths import Workspace
 from pcam_kaggle.tables import read_slides
@@ -63,13 +63,14 @@ def read_entry(run: Path) -> Entry:
     entry = Entry(run.name)
     try:
         if (run / "config.json").exists():
-            made = read_json(run / "config.json")
+            made = read_json(run / "config.json", config=dict, folds=str)
             entry.config, entry.scheme = made["config"], made["folds"]
-            left = [k for k in range(made["config"]["n_splits"]) if not (run / f"fold_{k}" / "predictions.json").exists()]
+            folds = numbers(run / "config.json", made["config"])
+            left = [k for k in folds if not (run / f"fold_{k}" / "predictions.json").exists()]
             if left:
                 entry.problem = f"unfinished: folds {', '.join(map(str, left))} are to be trained and predicted"
                 return entry
-            entry.costs = _costs([read_json(run / f"fold_{k}" / "metrics.json") for k in range(made["config"]["n_splits"])])
+            entry.costs = _costs([read_json(run / f"fold_{k}" / "metrics.json") for k in folds])
         if not (run / "metrics.json").exists():
             entry.problem = "not blended: run `python -m pcam_kaggle blend`"
             return entry

@@ -36,6 +36,10 @@ class Backend:
     precision: str
     memory_format: str
 
+    def __post_init__(self) -> None:
+        if self.kind not in PRECISIONS or self.precision not in DTYPES or self.memory_format not in FORMATS:
+            raise ValueError(f"no such backend: {self.kind}, {self.precision}, {self.memory_format}")
+
     def place(self, net: nn.Module) -> nn.Module:
         """Return `net`, moved to the device in the memory format."""
         return net.to(self.kind, memory_format=FORMATS[self.memory_format])

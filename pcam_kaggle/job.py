@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.artifacts import read_json, reading
 from pcam_kaggle.blend import Method
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
@@ -45,8 +45,10 @@ class Job:
 
     def target(self) -> Path:
         """Return the file of the submission; that of a blend which lacks folds has a name of its own."""
-        made = read_json(self.run / "metrics.json", "folds", "missing_folds")
-        part = f"-folds-{'-'.join(map(str, made['folds']))}" if made["missing_folds"] else ""
+        file = self.run / "metrics.json"
+        made = read_json(file, folds=list, missing_folds=list)
+        with reading(file):
+            part = f"-folds-{'-'.join(f'{fold:d}' for fold in made['folds'])}" if made["missing_folds"] else ""
         return self.workspace.submissions / f"{self.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def parts(self) -> list["Job"]:

@@ -19,6 +19,8 @@ from pcam_kaggle.paths import COMPETITION, Data
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
 NO_CREDENTIALS = "set KAGGLE_USERNAME and KAGGLE_KEY to a token from kaggle.com/settings"
 REQUIRED = ("train_labels.csv", "sample_submission.csv")
+# Twice what the competition's files take.
+MOST_BYTES = 16 * 10**9
 
 
 def download(data: Data) -> bool:
@@ -49,12 +51,15 @@ def download(data: Data) -> bool:
 def unpack(archive: Path, target: Path) -> None:
     """Unpack the ZIP `archive` into the new folder `target`, each member against its checksum.
 
-    Raises UserError on a damaged archive, on a member that would lie outside `target`, and where the competition's tables are
-    missing.
+    Raises UserError on a damaged archive, on a member that would lie outside `target`, on one that holds far more than the
+    competition does, and where its tables are missing.
     """
     try:
         with zipfile.ZipFile(archive) as file:
             names = file.namelist()
+            unpacked = sum(member.file_size for member in file.infolist())
+            if unpacked > MOST_BYTES:
+                raise UserError(f"{archive.name}: would unpack to {unpacked / 1e9:,.0f} GB; it is not this competition's")
             for name in names:
                 path = PurePosixPath(name)
                 if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -64,7 +69,7 @@ def unpack(archive: Path, target: Path) -> None:
                 raise UserError(f"{archive.name}: holds no {' and no '.join(missing)}; is it this competition's?")
             for name in tqdm(names, "unpack", delay=2, disable=None):
                 file.extract(name, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(f"{archive.name}: damaged ({error}); download it again") from None
 
 

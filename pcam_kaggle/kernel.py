@@ -197,7 +197,8 @@ def pack(root: Path, owner: str, settings: Settings, goes_on: bool, folder: Path
     and no dataset is named, where the notebook is larger than 900 kB, and on settings that the experiment does not admit.
     """
     file = root / METADATA
-    metadata = read_json(file, "id", "title", "dataset_sources", "kernel_sources", *NEEDED)
+    kinds = {key: type(value) for key, value in NEEDED.items()}
+    metadata = read_json(file, id=str, title=str, dataset_sources=list, kernel_sources=list, **kinds)
     chosen = experiment(settings.experiment)
     configs = [chosen.changed(list(settings.changes)), *(experiment(name).config for name in chosen.members)]
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import DEMO_SUFFIX
 
@@ -19,11 +19,12 @@ def write_ledger(submissions: Path) -> pd.DataFrame:
     """
     rows = []
     for file in sorted(submissions.glob("*.json")):
-        made = read_json(file, "members", "method", "oof_auc", "public_score", "private_score", "commit")
-        members = " ".join(f"{name}:{weight:.4g}" for name, weight in made["members"].items())
-        oof = made["oof_auc"]
-        scores = [made["public_score"], made["private_score"]]
-        rows.append([file.stem, members, made["method"], oof["value"], oof["low"], oof["high"], *scores, made["commit"]])
+        made = read_json(file, members=dict, method=str, oof_auc=dict)
+        with reading(file):
+            members = " ".join(f"{name}:{weight:.4g}" for name, weight in made["members"].items())
+            numbers = [*(made["oof_auc"][key] for key in ("value", "low", "high")), made["public_score"], made["private_score"]]
+            known = [None if number is None else float(number) for number in numbers]
+            rows.append([file.stem, members, made["method"], *known, made["commit"]])
     table = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[3:8], "float64"))
     target = submissions / NAME
     if not target.exists() or file_sha256(target) != sha256(csv_bytes(table)):
@@ -56,15 +57,16 @@ def describe(submissions: Path, name: str) -> tuple[Path, str]:
     if not file.exists():
         others = ", ".join(path.stem for path in sorted(submissions.glob("*.csv")) if path.name != NAME)
         raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
-    made = read_json(file.with_suffix(".json"), "sha256", "oof_auc")
+    made = read_json(file.with_suffix(".json"), sha256=str, oof_auc=dict)
     if name.endswith(DEMO_SUFFIX):
         raise UserError(f"{file}: is the synthetic demo's, which means nothing to Kaggle")
     if file_sha256(file) != made["sha256"]:
         raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
-    oof = made["oof_auc"]
-    folds = ", ".join(map(str, made.get("missing_folds", [])))
+    with reading(file.with_suffix(".json")):
+        value, low, high = (float(made["oof_auc"][key]) for key in ("value", "low", "high"))
+        folds = ", ".join(map(str, made.get("missing_folds", [])))
     missing = f", without folds {folds}" if folds else ""
-    return file, f"{name}: OOF AUC {oof['value']:.4f} [{oof['low']:.4f}, {oof['high']:.4f}]{missing}, {made['sha256'][:16]}"
+    return file, f"{name}: OOF AUC {value:.4f} [{low:.4f}, {high:.4f}]{missing}, {made['sha256'][:16]}"
 
 
 def take_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:
@@ -74,7 +76,7 @@ def take_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:
     """
     taken = []
     for file in sorted(submissions.glob("*.json")):
-        mark = read_json(file, "sha256")["sha256"][:16]
+        mark = read_json(file, sha256=str)["sha256"][:16]
         own = scored[scored["description"].str.endswith(mark) & scored[["publicScore", "privateScore"]].notna().any(axis=1)]
         if len(own):
             public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in own.columns[1:3])

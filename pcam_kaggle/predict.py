@@ -16,6 +16,7 @@ from pcam_kaggle.engine import adapt_norms, predict_logits
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.runs import sources
 from pcam_kaggle.store import PatchStore
+from pcam_kaggle.tables import PREDICTIONS
 from pcam_kaggle.train import load_best, run_backend
 
 
@@ -26,7 +27,7 @@ def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: 
     they were made of. Raises UserError where another process works in `run`.
     """
     with locked(run):
-        spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config)), chosen)
+        spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config, store)), chosen)
 
 
 def _predict_share(
@@ -41,7 +42,7 @@ def _predict_share(
         test = _probabilities(net, store, "test", store.ids("test"), config, backend)
         write_csv(folder / "oof.csv", oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]])
         write_csv(folder / "test.csv", test)
-        files = {name: file_sha256(folder / name) for name in ("oof.csv", "test.csv")}
+        files = {name: file_sha256(folder / name) for name in PREDICTIONS}
         seconds = time.perf_counter() - start
         made = {
             "sources": sources(folder, store),

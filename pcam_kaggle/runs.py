@@ -11,6 +11,7 @@ from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.store import PatchStore
+from pcam_kaggle.tables import PREDICTIONS
 
 LOGGED = ("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds")
 
@@ -21,9 +22,9 @@ def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> Non
     if not file.exists():
         return
     wanted = _made_of(config, store, folds)
-    made = read_json(file, *wanted)
+    made = read_json(file, **{key: type(value) for key, value in wanted.items()})
     differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
-    old = made["config"] if isinstance(made["config"], dict) else {}
+    old = made["config"]
     differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
     if differ:
         raise UserError(f"{run}: holds a run with other {', '.join(differ)}; use --name for a new run, or delete the folder")
@@ -75,7 +76,7 @@ def predicted(folder: Path, store: PatchStore) -> bool:
     file = folder / "predictions.json"
     if not file.exists():
         return False
-    made = read_json(file, "sources", "files")
+    made = read_json(file, sources=dict, files=dict)
     return made["sources"] == sources(folder, store) and all(
-        (folder / name).exists() and file_sha256(folder / name) == digest for name, digest in made["files"].items()
+        (folder / name).exists() and file_sha256(folder / name) == made["files"].get(name) for name in PREDICTIONS
     )

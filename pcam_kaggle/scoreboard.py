@@ -34,8 +34,23 @@ def words(entry: Entry, base: Entry) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Return a sentence for every run but the baseline."""
-    return [words(entry, comparison.base) for entry in comparison.entries if entry is not comparison.base]
+    """Return a sentence for every run but the baseline, and one for every two that differ in how their folds are grouped."""
+    others = [words(entry, comparison.base) for entry in comparison.entries if entry is not comparison.base]
+    return [*others, *side_by_side(comparison.entries)]
+
+
+def side_by_side(entries: list[Entry]) -> list[str]:
+    """Return a sentence for every run on folds by label beside the same config on folds by slide or by stain."""
+    rest = {entry.name: {key: value for key, value in entry.config.items() if key != "groups"} for entry in entries}
+    by_label, grouped = ([], [])
+    for entry in (entry for entry in entries if entry.scheme and not entry.problem):
+        (by_label if entry.scheme.startswith("stratified") else grouped).append(entry)
+    pairs = [(plain, apart) for plain in by_label for apart in grouped if rest[plain.name] == rest[apart.name]]
+    return [
+        f"{plain.name} has {plain.metrics['pooled']['value']:.4f} on {plain.scheme}, {apart.name} with the same config "
+        f"{apart.metrics['pooled']['value']:.4f} on {apart.scheme}: {_fall(plain, apart):+.4f} where look-alikes share a fold."
+        for plain, apart in pairs
+    ]
 
 
 def table(comparison: Comparison) -> pd.DataFrame:
@@ -135,6 +150,10 @@ def shown_columns(rows: pd.DataFrame) -> pd.DataFrame:
         shown[column] = rows[column].map(lambda value: "" if pd.isna(value) else str(value))
     shown["note"] = rows["note"]
     return shown
+
+
+def _fall(plain: Entry, apart: Entry) -> float:
+    return apart.metrics["pooled"]["value"] - plain.metrics["pooled"]["value"]
 
 
 def _chance(p: float | None) -> str:

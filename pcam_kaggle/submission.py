@@ -11,7 +11,14 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.tables import read_numbers, read_sample
 
-PROVENANCE = ("members", "method", "pooled", "ranked", "fold_auc", "missing_folds")
+PROVENANCE: dict[str, type] = {
+    "members": dict,
+    "method": str,
+    "pooled": dict,
+    "ranked": dict,
+    "fold_auc": list,
+    "missing_folds": list,
+}
 
 
 def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
@@ -20,7 +27,7 @@ def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
     Columns id and label, a probability; exactly the ids of `sample` in its order. Raises UserError where ids differ, where a
     value is not in [0, 1] or all are the same, and where `target` holds another submission.
     """
-    metrics = read_json(run / "metrics.json", *PROVENANCE, "test_sha256")
+    metrics = read_json(run / "metrics.json", **PROVENANCE, test_sha256=str)
     if file_sha256(run / "test.csv") != metrics["test_sha256"]:
         raise UserError(f"{run / 'test.csv'}: has changed since it was blended; run `python -m pcam_kaggle blend`")
     table = submission(read_numbers(run / "test.csv", ["probability"]), read_sample(sample)["id"], run / "test.csv", sample)

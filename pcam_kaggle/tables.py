@@ -9,6 +9,8 @@ import pandas as pd
 from pcam_kaggle.artifacts import csv_bytes, sha256
 from pcam_kaggle.errors import UserError
 
+# What a fold's net leaves, and the numbers in it.
+PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 

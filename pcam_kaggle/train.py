@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pcam_kaggle import __version__, checkpoint
-from pcam_kaggle.artifacts import locked, read_json, write_csv, write_json
+from pcam_kaggle.artifacts import locked, read_json, reading, write_csv, write_json
 from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
@@ -34,14 +34,18 @@ from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_numbers
 
 
-def run_backend(run: Path, config: Config) -> Backend:
-    """Return how the run computes: as it has so far, else as measured now, which is then written to environment.json."""
+def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
+    """Return how the run computes: as it has so far, else as measured now.
+
+    That, the versions and the fingerprint of the patches in `store` are then written to environment.json.
+    """
     hold_memory()
     file = run / "environment.json"
     if file.exists():
-        made = read_json(file, "backend")["backend"]
+        made = read_json(file, backend=dict)["backend"]
         if made.get("kind") == find_device():
-            return Backend(made["kind"], made["precision"], made["memory_format"])
+            with reading(file):
+                return Backend(**made)
     backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
     environment = {
         "backend": dataclasses.asdict(backend),
@@ -52,6 +56,7 @@ def run_backend(run: Path, config: Config) -> Backend:
         "pcam_kaggle": __version__,
         "commit": commit(),
         "packages": versions(),
+        "data": {key: store.manifest[key] for key in ("train", "test", "skipped", "train_sha256", "test_sha256")},
     }
     write_json(file, environment)
     return backend
@@ -79,7 +84,7 @@ def train(
         _check_teacher(run.parent / config.teacher / "config.json", folds)
     with locked(run):
         open_run(run, experiment, config, store, folds)
-        backend = run_backend(run, config)
+        backend = run_backend(run, config, store)
         print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
         spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
 
@@ -161,7 +166,7 @@ def fold_epochs(
     learner = Learner(net, copy.deepcopy(net), optimizer, backend.scaler(), backend)
     log: list[dict[str, float]] = []
     if last.exists():
-        log = _resume(learner, checkpoint.load(last, "net", "average", "optimizer", "scaler", "log"))
+        log = _resume(learner, last)
         _keep(folder, learner, log)
 
     source = batches(data, first_epoch=len(log))
@@ -204,7 +209,7 @@ def fold_epochs(
 
 def _check_teacher(file: Path, folds: Folds) -> None:
     """Raise UserError where the teacher's folds are others: its net of a fold has then seen labels that this one must not."""
-    if read_json(file, "folds_sha256")["folds_sha256"] != folds.manifest["csv_sha256"]:
+    if read_json(file, folds_sha256=str)["folds_sha256"] != folds.manifest["csv_sha256"]:
         raise UserError(f"{file}: the teacher has other folds; use one that was trained on {folds.manifest['scheme']}")
 
 
@@ -218,7 +223,8 @@ def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:
     """Return the net of the fold in `folder` with its best weights, in evaluation mode on the backend."""
     content = checkpoint.load(folder / "best.pt", "net")
     net = create(config, weights=False)
-    net.load_state_dict(content["net"])
+    with reading(folder / "best.pt", checkpoint.ANEW):
+        net.load_state_dict(content["net"])
     return backend.place(net).eval()
 
 
@@ -250,10 +256,12 @@ def _state(learner: Learner, log: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _resume(learner: Learner, state: dict[str, Any]) -> list[dict[str, float]]:
-    learner.net.load_state_dict(state["net"])
-    learner.average.load_state_dict(state["average"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and learner.scaler.is_enabled():
-        learner.scaler.load_state_dict(state["scaler"])
-    return json.loads(state["log"])
+def _resume(learner: Learner, last: Path) -> list[dict[str, float]]:
+    state = checkpoint.load(last, "net", "average", "optimizer", "scaler", "log")
+    with reading(last, checkpoint.ANEW):
+        learner.net.load_state_dict(state["net"])
+        learner.average.load_state_dict(state["average"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and learner.scaler.is_enabled():
+            learner.scaler.load_state_dict(state["scaler"])
+    return checkpoint.read_log(last, state)

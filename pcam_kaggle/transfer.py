@@ -1,6 +1,5 @@
 """A run that was trained elsewhere, checked at the door and taken in."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,11 @@ from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Workspace
 from pcam_kaggle.runs import read_log
-from pcam_kaggle.tables import PLAIN_NAME, read_numbers
+from pcam_kaggle.tables import PLAIN_NAME, PREDICTIONS, read_numbers
 
 RUN_FILES = ("config.json", "environment.json")
 BLEND_FILES = ("metrics.json", "oof.csv", "test.csv")
 FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json")
-COLUMNS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 
 
 def take_over(source: Path, workspace: Workspace) -> list[str]:
@@ -56,7 +54,7 @@ def _run_files(run: Path, target: Path) -> Iterator[Path]:
     if own.exists() and read_json(own) != read_json(run / "config.json"):
         raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
     try:
-        config = Config(**read_json(run / "config.json", "config")["config"])
+        config = Config(**read_json(run / "config.json", config=dict)["config"])
     except TypeError:
         raise UserError(f"{run / 'config.json'}: not a config of this version; use the one that trained it") from None
     pairs = [(run / f"fold_{fold}", target / f"fold_{fold}") for fold in range(config.n_splits)]
@@ -71,7 +69,7 @@ def _blend_files(run: Path) -> Iterator[Path]:
     """Yield the blend in folder `run` where it is whole: a session may end between its files, and it is soon made again."""
     files = [run / name for name in BLEND_FILES]
     if all(file.is_file() for file in files):
-        made = read_json(run / "metrics.json", "oof_sha256", "test_sha256")
+        made = read_json(run / "metrics.json", oof_sha256=str, test_sha256=str)
         if [made["oof_sha256"], made["test_sha256"]] == [file_sha256(run / name) for name in ("oof.csv", "test.csv")]:
             yield from files
 
@@ -80,7 +78,7 @@ def _fold_files(folder: Path, run: Path) -> Iterator[Path]:
     """Yield the fold file of `run` in `folder` and its manifest, once it is the one that the run was trained on."""
     if not (run / "config.json").is_file():
         return
-    made = read_json(run / "config.json", "folds", "folds_sha256")
+    made = read_json(run / "config.json", folds=str, folds_sha256=str)
     _check_name(run, made["folds"])
     table, manifest = (folder / f"{made['folds']}{suffix}" for suffix in (".csv", ".json"))
     if table.is_file() and manifest.is_file():
@@ -94,7 +92,7 @@ def _submissions(folder: Path, name: str) -> Iterator[Path]:
     """Yield the submissions of run `name` in `folder`, each with what stands beside it, once it is what that says."""
     for file in sorted(folder.glob("*.json")):
         _check(file)
-        made = read_json(file, "run", "sha256")
+        made = read_json(file, run=str, sha256=str)
         table = file.with_suffix(".csv")
         if made["run"] == name and table.exists():
             if table.is_symlink() or file_sha256(table) != made["sha256"]:
@@ -109,7 +107,7 @@ def _progress(folder: Path) -> tuple[int, bool, bool]:
 
 def _epochs(folder: Path) -> int:
     last = folder / "last.pt"
-    return len(json.loads(checkpoint.load(last, "net", "log")["log"])) if last.exists() else 0
+    return len(checkpoint.read_log(last, checkpoint.load(last, "net", "log"))) if last.exists() else 0
 
 
 def _check_name(run: Path, name: object) -> None:
@@ -129,11 +127,12 @@ def _check(file: Path) -> None:
     final = file.name == "log.csv" and (file.parent / "metrics.json").exists()
     if final and len(read_log(file.parent)) != _epochs(file.parent):
         raise UserError(f"{file}: is not the log of last.pt; get it again")
-    if file.name in COLUMNS:
-        read_numbers(file, COLUMNS[file.name])
+    if file.name in PREDICTIONS:
+        read_numbers(file, PREDICTIONS[file.name])
     if file.name == "predictions.json":
-        for name, digest in read_json(file, "files")["files"].items():
-            if name not in COLUMNS or not (file.parent / name).is_file() or file_sha256(file.parent / name) != digest:
+        described = read_json(file, files=dict)["files"]
+        for name in PREDICTIONS:
+            if not (file.parent / name).is_file() or file_sha256(file.parent / name) != described.get(name):
                 raise UserError(f"{file.parent / name}: is not what {file.name} describes; get it again")
 
 
