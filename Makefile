@@ -12,7 +12,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(AR
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
-	leaderboard test torture data lint clean
+	leaderboard test torture fuzz data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is s
 
 torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on and end in the same bytes
 	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
+
+fuzz: $(VENV)/run.stamp ## change 500 inputs; each must end in one line, or in the very same result
+	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
 data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client
 	@$(PCAM) data

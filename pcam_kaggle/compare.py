@@ -74,7 +74,9 @@ def read_entry(run: Path) -> Entry:
         if not (run / "metrics.json").exists():
             entry.problem = "not blended: run `python -m pcam_kaggle blend`"
             return entry
-        entry.metrics = read_json(run / "metrics.json")
+        entry.metrics = read_json(run / "metrics.json", fold_auc=list, pooled=dict, ranked=dict, oof_sha256=str)
+        ends = [entry.metrics[kind][end] for kind in ("pooled", "ranked") for end in ("value", "low", "high")]
+        np.array([*entry.metrics["fold_auc"], entry.metrics["mean"], entry.metrics["sd"], *ends], np.float64)
         if file_sha256(run / "oof.csv") != entry.metrics["oof_sha256"]:
             entry.problem = "damaged: oof.csv is not what metrics.json describes; blend again"
             return entry
@@ -82,7 +84,7 @@ def read_entry(run: Path) -> Entry:
             entry.problem = "blended without some of its folds: run `python -m pcam_kaggle blend`"
             return entry
         entry.oof = pd.read_csv(run / "oof.csv", dtype={"id": str}).sort_values("id", ignore_index=True)
-    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+    except (UserError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         entry.problem = f"damaged: {' '.join(str(error).split())}"
     return entry
 
@@ -141,7 +143,7 @@ def _is_paired(entry: Entry, base: Entry) -> bool:
 
 def _costs(folds: list[dict[str, Any]]) -> dict[str, float | None]:
     return {
-        "minutes": round(sum(fold["seconds"] for fold in folds) / 60, 1),
-        "parameters": folds[0]["parameters"],
-        "images_per_second": float(np.median([fold["images_per_second"] for fold in folds])),
+        "minutes": round(sum(float(fold["seconds"]) for fold in folds) / 60, 1),
+        "parameters": int(folds[0]["parameters"]),
+        "images_per_second": float(np.median([float(fold["images_per_second"]) for fold in folds])),
     }

@@ -64,6 +64,8 @@ def unpack(archive: Path, target: Path) -> None:
                 path = PurePosixPath(name)
                 if path.is_absolute() or ".." in path.parts or "\\" in name:
                     raise UserError(f"{archive.name}: member {name!r} leads out of the archive; nothing was unpacked")
+            if len(set(names)) < len(names):
+                raise UserError(f"{archive.name}: holds a member twice; download it again")
             missing = [name for name in REQUIRED if name not in names]
             if missing:
                 raise UserError(f"{archive.name}: holds no {' and no '.join(missing)}; is it this competition's?")
@@ -71,6 +73,9 @@ def unpack(archive: Path, target: Path) -> None:
                 file.extract(name, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(f"{archive.name}: damaged ({error}); download it again") from None
+    except OSError as error:
+        # A full disk, or an offset that leads nowhere.
+        raise UserError(f"{archive.name}: can't be unpacked ({error}); make room, or download it again") from None
 
 
 def owner() -> str:

@@ -19,6 +19,7 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.kaggle import unpack
 from pcam_kaggle.paths import COMPETITION, Data, find_data
 
+SECRET = "0123456789abcdef" * 2
 ARCHIVE = f"/{COMPETITION}.zip"
 
 
@@ -97,7 +98,7 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
         "HTTP_PROXY": f"http://127.0.0.1:{server.server_port}",
         "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
         "KAGGLE_USERNAME": "someone",
-        "KAGGLE_KEY": "key",
+        "KAGGLE_KEY": SECRET,
         "KAGGLE_CONFIG_DIR": str(tmp_path / "config"),
     }.items():
         monkeypatch.setenv(name, value)
@@ -170,6 +171,20 @@ def test_no_member_leads_out_of_the_archive(name: str, data: Data, tmp_path: Pat
     assert not (tmp_path / "unpacked").exists()
 
 
+def test_an_archive_that_lies_is_refused(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = zipped(data.root)
+    buffer = io.BytesIO(whole)
+    with zipfile.ZipFile(buffer, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("train_labels.csv", "id,label\n")
+    # The directory's offset, six bytes before the end, leads to before the file.
+    nowhere = whole[:-6] + (int.from_bytes(whole[-6:-2], "little") + 1000).to_bytes(4, "little") + whole[-2:]
+    for content, said in ((buffer.getvalue(), "a member twice"), (nowhere, "can't be unpacked"), (whole, "would unpack to")):
+        (tmp_path / "liar.zip").write_bytes(content)
+        monkeypatch.setattr("pcam_kaggle.kaggle.MOST_BYTES", 1000 if content is whole else 10**9)
+        with pytest.raises(UserError, match=said):
+            unpack(tmp_path / "liar.zip", tmp_path / "unpacked")
+
+
 def test_another_competitions_archive_is_refused(data: Data, tmp_path: Path) -> None:
     data.labels.unlink()
     (tmp_path / "other.zip").write_bytes(zipped(data.root))
@@ -200,6 +215,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
     assert err.startswith("error: kaggle ")
+    assert SECRET not in err
     return err
 
 

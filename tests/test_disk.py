@@ -1,0 +1,98 @@
+"""A disk that is full, and a person who has enough: one line, nothing damaged, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pcam_kaggle.paths import Data
+from pcam_kaggle.synthetic import make_demo
+
+SIZE = 60 * 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 60 MB, or skip where none can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can't be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def command(stage: str, data: Data, work: Path) -> list[str]:
+    """Return the command line of a stage, of a net whose checkpoints take a megabyte and more."""
+    fields = [part for field in (*TINY, "width=64", "max_width=128", "groups=none") for part in ("--set", field)]
+    return [sys.executable, "-m", "pcam_kaggle", stage, "--data", str(data.root), "--work", str(work), *fields]
+
+
+def said(stage: str, data: Data, work: Path) -> tuple[int, list[str]]:
+    """Return the exit status of a stage and the lines of its errors."""
+    done = subprocess.run(command(stage, data, work), capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr.splitlines()
+
+
+def fill(disk: Path, left: int) -> Path:
+    """Leave `left` bytes of room on `disk`, by a file that is returned."""
+    filler = disk / "filler"
+    room = os.statvfs(disk)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - left)
+    return filler
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(small_disk: Path, tmp_path: Path) -> None:
+    data = Data(tmp_path / "data")
+    make_demo(data)
+    work = small_disk / "work"
+    for stage, left in (("prepare", 2**20), ("folds", 0), ("train", 2**18), ("predict", 0), ("blend", 0), ("submission", 0)):
+        filler = fill(small_disk, left)
+        kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+        status, lines = said(stage, data, work)
+        assert (stage, status, len(lines)) == (stage, 2, 1), lines
+        assert "No space left" in lines[0] or "GB are free" in lines[0]
+        assert str(small_disk) in lines[0]
+        assert all(path.read_bytes() == content for path, content in kept.items())
+        assert not list(small_disk.rglob("*.part"))
+        filler.unlink()
+        assert said(stage, data, work) == (0, [])
+    alone = tmp_path / "alone"
+    assert said("pipeline", data, alone)[0] == 0
+    target = Path("submissions") / "bottleneck.csv"
+    assert (work / target).read_bytes() == (alone / target).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train"])
+def test_an_interrupt_is_one_line(stage: str, tmp_path: Path) -> None:
+    data = Data(tmp_path / "data")
+    make_demo(data)
+    work = tmp_path / "work"
+    for before in ("prepare", "folds")[: 2 if stage == "train" else 0]:
+        assert said(before, data, work)[0] == 0
+    arguments = [*command(stage, data, work), "--set", "epochs=1000"]
+    # As a terminal does: the whole group of processes is told.
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        if stage == "train":
+            log = work / "runs" / "bottleneck" / "fold_0" / "log.csv"
+            while not log.exists():
+                time.sleep(0.05)
+        else:
+            while not list(work.glob(".store.*/patches.npy")) and not (work / "store").exists():
+                time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate()
+    if process.returncode:
+        assert process.returncode == 130
+        assert errors == "stopped; the same command goes on from what is finished\n"
+    assert not list(work.glob(".store*"))
+    again = [*command("pipeline", data, work), "--set", "epochs=1000", "--hours", "0.001"]
+    assert subprocess.run(again, capture_output=True, check=False).returncode == 0
