@@ -1,5 +1,6 @@
 """What may change in a patch without changing its label, on uint8 images."""
 
+from collections.abc import Callable
 from typing import Any
 
 import albumentations as A
@@ -7,9 +8,28 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pcam_kaggle.stain import STAINS, Image, Images, restain
+from pcam_kaggle.stain import Image, Images, change, restain
 
 Targets = NDArray[np.float32]
+
+SYMMETRIES: dict[str, Callable[[Image], Image]] = {
+    "e": lambda image: image,
+    "r90": lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+    "r180": lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    "r270": lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    "v": lambda image: cv2.flip(image, 0),
+    "h": lambda image: cv2.flip(image, 1),
+    "t": cv2.transpose,
+    "hvt": lambda image: cv2.transpose(cv2.rotate(image, cv2.ROTATE_180)),
+}
+
+
+class Symmetry(A.D4):
+    """albumentations' D4, the same draws and the same pixels, copied by OpenCV in a third of the time of numpy's strides."""
+
+    def apply(self, img: Image, group_element: str, **params: Any) -> Image:
+        """Return `img` under the symmetry that was drawn."""
+        return SYMMETRIES[group_element](img)
 
 
 class StainJitter(A.ImageOnlyTransform):
@@ -27,8 +47,7 @@ class StainJitter(A.ImageOnlyTransform):
         """Draw the factor and the offset of each stain."""
         factors = 1 + self.strength * self.random_generator.uniform(-1, 1, 3)
         offsets = 0.4 * self.strength * self.random_generator.uniform(-1, 1, 3)
-        matrix = np.linalg.inv(STAINS) @ np.diag(factors) @ STAINS
-        return {"affine": np.column_stack([matrix.T, offsets @ STAINS])}
+        return {"affine": change(factors, offsets)}
 
     def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
         """Return `img` with the drawn map applied to its optical density."""
@@ -46,7 +65,7 @@ def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float
         [
             A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101),
             A.RandomCrop(side, side),
-            A.D4(p=1.0),
+            Symmetry(p=1.0),
             StainJitter(stain_jitter),
             A.ColorJitter(
                 brightness=(1 - color_jitter, 1 + color_jitter),

@@ -1,5 +1,6 @@
 """One epoch and one prediction pass: the only loops over batches."""
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pcam_kaggle.store import PatchStore
 
 LOSSES_SHOWN = 5
 PREDICT_BATCH = 256
+PREFETCH = 3
 
 
 class TrainBatches(Dataset):
@@ -46,10 +48,16 @@ class TrainBatches(Dataset):
     def __len__(self) -> int:
         return self.steps * self.config.epochs
 
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Return memory for a batch."""
+        count = min(self.config.batch_size, len(self.rows))
+        return torch.empty(count, self.config.side, self.config.side, 3, dtype=torch.uint8), torch.empty(count)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(index, self.steps)
-        order = np.random.default_rng((self.config.seed, self.fold, epoch)).permutation(len(self.rows))
-        chosen = order[batch * self.config.batch_size :][: self.config.batch_size]
+        chosen = _order(self.config.seed, self.fold, epoch, len(self.rows))[batch * self.config.batch_size :][
+            : self.config.batch_size
+        ]
         draw = np.random.default_rng((self.config.seed, self.fold, epoch, batch))
         self.augment.set_random_seed(int(draw.integers(2**32)))
         originals = mix_stains(self.store.images(self.rows[chosen]), self.config.stain_mix, draw)
@@ -58,20 +66,60 @@ class TrainBatches(Dataset):
         return torch.from_numpy(patches), torch.from_numpy(targets)
 
 
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the order of `count` patches in `epoch`, drawn once for all of its batches."""
+    return np.random.default_rng((seed, fold, epoch)).permutation(count)
+
+
+class _Slots(Dataset):
+    """`data`, each batch written into one of `count` places in shared memory, by turns; an item is the number of its place.
+
+    A batch that is sent instead is mapped anew by every process that touches it, which costs a step on a CPU a twentieth.
+    """
+
+    def __init__(self, data: TrainBatches, count: int) -> None:
+        self.data = data
+        self.places = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> int:
+        place = index % len(self.places)
+        for to, part in zip(self.places[place], self.data[index], strict=True):
+            to.copy_(part)
+        return place
+
+
 def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `data` from `first_epoch` on, augmented in worker processes that live through all epochs."""
-    workers = max(1, min(4, (os.cpu_count() or 2) - 1))
+    """Yield the batches of `data` from `first_epoch` on, augmented in worker processes that live through all epochs.
+
+    A batch lasts until the next one is asked for. There is a worker for each core, at the lowest priority: it works while the
+    net waits for a batch, or for a GPU, and takes no core from a step, whose threads would all wait for the one that lost it.
+    """
+    workers = min(4, os.cpu_count() or 1)
+    # So many are under way; one more is with the net.
+    slots = _Slots(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
     cv2.setNumThreads(0)
-    yield from DataLoader(
-        data,
+    loader = DataLoader(
+        slots,
         batch_size=None,
         sampler=range(first_epoch * data.steps, len(data)),
         num_workers=workers,
-        prefetch_factor=4,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_step_back,
         generator=torch.Generator(),  # Else the loader draws from the stream that dropout draws from.
     )
+    for place in loader:
+        patches, targets = slots.places[place]
+        # A GPU copies later than it is told to, and from pinned memory alone while it computes.
+        yield (patches.pin_memory(), targets.pin_memory()) if torch.cuda.is_available() else (patches, targets)
+
+
+def _step_back(worker: int) -> None:
+    os.nice(19)
 
 
 def learning_rate(config: Config, progress: float) -> float:

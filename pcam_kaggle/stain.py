@@ -12,6 +12,7 @@ DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 # Rows are the optical densities of haematoxylin, eosin and the residual in R, G, B (Ruifrok & Johnston 2001, table 1).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
+UNMIX = np.linalg.inv(STAINS)
 
 # A mean density below which a pixel is glass (Macenko et al. 2009), and one below which a stain's strength is noise.
 GLASS = 0.15
@@ -19,10 +20,18 @@ FAINT = 0.05
 LEAST_TISSUE = 32
 
 
+def change(factors: NDArray[np.float64], offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the map (3, 4) of optical densities that scales each stain by its factor (3,) and adds its offset (3,)."""
+    affine = np.empty((3, 4))
+    affine[:, :3] = ((UNMIX * factors) @ STAINS).T
+    affine[:, 3] = offsets @ STAINS
+    return affine
+
+
 def restain(image: Image, affine: NDArray[np.float64]) -> Image:
     """Return `image` (h, w, 3) with `affine` (3, 4) applied to the optical density of every pixel."""
-    light = cv2.exp(-cv2.transform(DENSITY[image], affine.astype(np.float32))) * 256 - 1
-    return np.clip(np.rint(light), 0, 255).astype(np.uint8)
+    light = cv2.exp(cv2.transform(cv2.LUT(image, DENSITY), -affine.astype(np.float32)))
+    return cv2.addWeighted(light, 256, light, 0, -1, dtype=cv2.CV_8U)
 
 
 def mix_stains(images: Images, chance: float, rng: np.random.Generator) -> Images:
@@ -35,13 +44,12 @@ def mix_stains(images: Images, chance: float, rng: np.random.Generator) -> Image
     if not changed.any():
         return images
     density = DENSITY[images[:, ::4, ::4].reshape(len(images), -1, 3)]
-    strengths = np.percentile(density @ np.linalg.inv(STAINS), 95, axis=1).clip(FAINT)
+    strengths = np.percentile(density @ UNMIX, 95, axis=1).clip(FAINT)
     share = np.where(changed, rng.random(len(images)), 0)[:, None]
     wanted = (1 - share) * strengths + share * strengths[rng.permutation(len(images))]
     factors = (wanted / strengths).clip(0.5, 2)
     factors[:, 2] = 1  # The residual is no stain.
-    affines = [np.column_stack([(np.linalg.inv(STAINS) @ np.diag(each) @ STAINS).T, np.zeros(3)]) for each in factors]
-    return np.stack([restain(image, affine) for image, affine in zip(images, affines, strict=True)])
+    return np.stack([restain(image, change(each, np.zeros(3))) for image, each in zip(images, factors, strict=True)])
 
 
 def stain_vectors(image: Image) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
 """Augmentation keeps the label: nothing moves tumour into or out of the centre by more than the shift."""
 
+import albumentations as A
 import numpy as np
 import pytest
 
-from pcam_kaggle.augment import StainJitter, augmentation, centre, mixup
+from pcam_kaggle.augment import StainJitter, Symmetry, augmentation, centre, mixup
 from pcam_kaggle.stain import DENSITY, STAINS
 
 NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
@@ -37,6 +38,14 @@ def test_all_eight_symmetries_and_no_other() -> None:
     augment.set_random_seed(0)
     seen = {augment(image=patch)["image"].tobytes() for _ in range(200)}
     assert seen == {np.rot90(face, turns).tobytes() for face in (patch, patch[:, ::-1]) for turns in range(4)}
+
+
+def test_the_symmetry_is_the_one_that_albumentations_draws() -> None:
+    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    ours, theirs = Symmetry(p=1.0), A.D4(p=1.0)
+    for transform in (ours, theirs):
+        transform.set_random_seed(3)
+    assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
 
 
 def test_same_seed_same_patches() -> None:
