@@ -2,6 +2,7 @@ PYTHON ?= python3
 EXPERIMENT ?=
 DATA ?=
 ARGS ?=
+TORCHRUN ?=
 
 VENV := .venv
 IMAGE := .venv-kaggle
@@ -19,10 +20,11 @@ help: ## list the targets
 	@echo
 	@echo "DATA=folder       the competition's data (also PCAM_DATA)"
 	@echo "EXPERIMENT=name   bottleneck (default), quick, plain, bottleneck_d4, two_stream, lite0, lite0_stain, lite0_again, blend, best"
+	@echo "TORCHRUN='…'      several processes on one fold: TORCHRUN='--standalone --nproc-per-node 2 --max-restarts 3'"
 	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
 
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
-	@$(PCAM) pipeline $(OPTIONS)
+	@$(if $(TORCHRUN),$(VENV)/bin/python -m torch.distributed.run $(TORCHRUN) -m pcam_kaggle,$(PCAM)) pipeline $(OPTIONS)
 
 compare: $(VENV)/run.stamp ## hold all runs against each other, out of fold
 	@$(PCAM) compare $(ARGS)

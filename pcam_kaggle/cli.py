@@ -27,6 +27,7 @@ from pcam_kaggle.scoreboard import FORMATS, render
 from pcam_kaggle.synthetic import make_demo
 from pcam_kaggle.tables import PLAIN_NAME
 from pcam_kaggle.transfer import take_over
+from pcam_kaggle.world import in_turn, joined
 
 PURPOSE = {
     "prepare": "read and check every TIF once, pack them into store/",
@@ -200,7 +201,13 @@ def _run_kernel(options: argparse.Namespace) -> None:
 
 
 def _run_job(options: argparse.Namespace) -> None:
-    job = _job(options)
+    with joined():
+        _run_stages(options)
+
+
+def _run_stages(options: argparse.Namespace) -> None:
+    with in_turn():
+        job = _job(options)
     if options.command == "pipeline":
         run_all(job)
         return

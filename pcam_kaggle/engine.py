@@ -23,6 +23,7 @@ from pcam_kaggle.device import Backend
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.stain import mix_stains
 from pcam_kaggle.store import PatchStore
+from pcam_kaggle.world import average_gradients, rank, size
 
 LOSSES_SHOWN = 5
 PREDICT_BATCH = 256
@@ -34,7 +35,8 @@ class TrainBatches(Dataset):
 
     Order and augmentation come from (seed, fold, epoch, batch) alone, so neither the number of workers nor a resumed run
     changes them. `labels` are 0, 1 or, where they are a teacher's, in between. An item is uint8 (batch, side, side, 3) and
-    float32 targets (batch,).
+    float32 targets (batch,). Where several processes train the fold, it is this one's part of the batch, as large as the
+    others'; up to size - 1 patches of a batch are then left out.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TrainBatches(Dataset):
         self.store, self.rows, self.config, self.fold = store, rows, config, fold
         self.targets = (labels * (1 - 2 * config.label_smoothing) + config.label_smoothing).astype(np.float32)
         self.steps = max(1, len(rows) // config.batch_size)
+        self.count = min(config.batch_size, len(rows)) // size()
         self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
 
     def __len__(self) -> int:
@@ -50,15 +53,14 @@ class TrainBatches(Dataset):
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """Return memory for a batch."""
-        count = min(self.config.batch_size, len(self.rows))
-        return torch.empty(count, self.config.side, self.config.side, 3, dtype=torch.uint8), torch.empty(count)
+        shape = (self.count, self.config.side, self.config.side, 3)
+        return torch.empty(shape, dtype=torch.uint8), torch.empty(self.count)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(index, self.steps)
-        chosen = _order(self.config.seed, self.fold, epoch, len(self.rows))[batch * self.config.batch_size :][
-            : self.config.batch_size
-        ]
-        draw = np.random.default_rng((self.config.seed, self.fold, epoch, batch))
+        order = _order(self.config.seed, self.fold, epoch, len(self.rows))
+        chosen = order[batch * self.config.batch_size + rank() * self.count :][: self.count]
+        draw = np.random.default_rng((self.config.seed, self.fold, epoch, batch * size() + rank()))
         self.augment.set_random_seed(int(draw.integers(2**32)))
         originals = mix_stains(self.store.images(self.rows[chosen]), self.config.stain_mix, draw)
         patches = np.stack([self.augment(image=patch)["image"] for patch in originals])
@@ -191,6 +193,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=True))
         learner.optimizer.zero_grad(set_to_none=True)
         learner.scaler.scale(loss).backward()
+        average_gradients(learner.net)
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_(learner.net.parameters(), config.clip_norm)
         learner.scaler.step(learner.optimizer)

@@ -17,6 +17,7 @@ from pcam_kaggle.runs import check_run, predicted, trained
 from pcam_kaggle.store import PatchStore, whole
 from pcam_kaggle.submission import submit
 from pcam_kaggle.tables import read_labels, read_slides
+from pcam_kaggle.world import in_turn
 
 
 def finished(job: Job) -> Job | None:
@@ -39,6 +40,7 @@ def finished(job: Job) -> Job | None:
     return replace(job, chosen=chosen, name=name, trains=tuple(part.name for part in begun if job.trains))
 
 
+@in_turn()
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
     made, new = prepare(job.data, job.workspace.store, job.ids, job.skip_damaged)
@@ -47,6 +49,7 @@ def run_prepare(job: Job) -> bool:
     return new
 
 
+@in_turn()
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
     folds, new = fold_files.make(*_split(job), job.workspace.folds)
@@ -120,6 +123,7 @@ def _predict(job: Job) -> bool:
     return bool(todo)
 
 
+@in_turn()
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
     members = [read_member(job.workspace.run(name), job.chosen) for name in job.members or job.trains or (job.name,)]
@@ -142,6 +146,7 @@ def run_blend(job: Job) -> bool:
     return new
 
 
+@in_turn()
 def run_submission(job: Job) -> bool:
     """Write the submission; return whether anything was done."""
     target = job.target()

@@ -1,6 +1,7 @@
 """Predictions of each fold's net: out of fold for its validation patches, and for the test set."""
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +19,22 @@ from pcam_kaggle.runs import sources
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import PREDICTIONS
 from pcam_kaggle.train import load_best, run_backend
+from pcam_kaggle.world import agreed, in_turn, rank, size
 
 
 def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
     """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the trained folds in `chosen`.
 
     Probabilities are the average over the config's views. `predictions.json` holds the hashes of both tables and of what
-    they were made of. Raises UserError where another process works in `run`.
+    they were made of. Of several processes of one world each takes its share of the folds.
+
+    Raises UserError where another process works in `run`.
     """
-    with locked(run):
-        spread(partial(_predict_share, run, config, store, folds.table, run_backend(run, config, store)), chosen)
+    with locked(run) if rank() == 0 else nullcontext():
+        with in_turn():
+            backend = run_backend(run, config, store)
+        spread(partial(_predict_share, run, config, store, folds.table, backend), chosen[rank() :: size()])
+        agreed(None)
 
 
 def _predict_share(

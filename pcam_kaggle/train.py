@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from pcam_kaggle.runs import open_run, read_log
 from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_numbers
+from pcam_kaggle.world import agreed, first, in_turn, rank, size
 
 
 def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
@@ -82,9 +84,10 @@ def train(
     create(config, weights=False)
     if config.teacher:
         _check_teacher(run.parent / config.teacher / "config.json", folds)
-    with locked(run):
-        open_run(run, experiment, config, store, folds)
-        backend = run_backend(run, config, store)
+    with locked(run) if rank() == 0 else nullcontext():
+        with in_turn():
+            open_run(run, experiment, config, store, folds)
+            backend = run_backend(run, config, store)
         print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
         spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
 
@@ -100,7 +103,7 @@ def _train_share(
     told = False
     for place, fold in enumerate(share):
         epochs = fold_epochs(run / f"fold_{fold}", config, store, table, fold, backend)
-        while not left[place] or budget.left() >= seconds + views * valid_seconds * (place + 1):
+        while not left[place] or agreed(budget.left()) >= seconds + views * valid_seconds * (place + 1):
             try:
                 row = next(epochs, None)
             except torch.OutOfMemoryError:
@@ -167,32 +170,34 @@ def fold_epochs(
     log: list[dict[str, float]] = []
     if last.exists():
         log = _resume(learner, last)
-        _keep(folder, learner, log)
+        first(partial(_keep, folder, learner, log))
+
+    def valid_auc() -> float:
+        logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+        return auc(valid_labels, logits.double().numpy())
 
     source = batches(data, first_epoch=len(log))
-    with Scalars(folder / "events", len(log) + 1) as scalars:
+    with Scalars(folder / "events", len(log) + 1) if rank() == 0 else nullcontext() as scalars:
         for epoch in range(len(log), config.epochs):
-            torch.manual_seed(_seed(config, fold, epoch + 1))
+            torch.manual_seed(_seed(config, fold, epoch + 1) + rank())
             freeze_body(net, optimizer.param_groups, frozen=epoch < config.head_epochs)
             start = time.perf_counter()
             loss = train_epoch(learner, source, data.steps, epoch, config)
             train_seconds = time.perf_counter() - start
-            logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+            area = first(valid_auc)
             seconds = time.perf_counter() - start
             row = {
                 "epoch": epoch + 1,
                 "lr": learning_rate(config, epoch + 1),
                 "train_loss": loss,
-                "valid_auc": auc(valid_labels, logits.double().numpy()),
+                "valid_auc": area,
                 "seconds": round(seconds, 3),
                 "valid_seconds": round(seconds - train_seconds, 3),
-                "images_per_second": round(data.steps * min(config.batch_size, len(train_rows)) / train_seconds, 1),
+                "images_per_second": round(data.steps * data.count * size() / train_seconds, 1),
             }
-            log.append(row)
-            checkpoint.save(last, _state(learner, log))
-            _keep(folder, learner, log)
-            scalars.add(row)
-            yield row
+            log.append(agreed(row))
+            first(lambda: _save(folder, learner, log, scalars))
+            yield log[-1]
     metrics = {
         "fold": fold,
         "valid_auc": _best(log)["valid_auc"],
@@ -204,7 +209,7 @@ def fold_epochs(
         "seconds": round(sum(row["seconds"] for row in log), 1),
         "images_per_second": float(np.median([row["images_per_second"] for row in log])),
     }
-    write_json(folder / "metrics.json", metrics)
+    first(partial(write_json, folder / "metrics.json", metrics))
 
 
 def _check_teacher(file: Path, folds: Folds) -> None:
@@ -230,6 +235,12 @@ def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:
 
 def _best(log: list[dict[str, float]]) -> dict[str, float]:
     return max(log, key=lambda row: row["valid_auc"])
+
+
+def _save(folder: Path, learner: Learner, log: list[dict[str, float]], scalars: Scalars) -> None:
+    checkpoint.save(folder / "last.pt", _state(learner, log))
+    _keep(folder, learner, log)
+    scalars.add(log[-1])
 
 
 def _keep(folder: Path, learner: Learner, log: list[dict[str, float]]) -> None:

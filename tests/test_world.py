@@ -1,0 +1,108 @@
+"""Two processes train a fold together: a batch is shared out, every row is predicted once, a lost worker is made good."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import pcam_kaggle
+from pcam_kaggle.config import Config
+from pcam_kaggle.engine import TrainBatches
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.store import PatchStore
+from tests.conftest import TINY
+
+RUN = Path("runs") / "bottleneck"
+
+
+SHARED_STEP = """
+import torch
+from pcam_kaggle.world import average_gradients, joined, rank, size
+
+torch.manual_seed(0)
+net, images = torch.nn.Linear(5, 1), torch.randn(8, 5)
+with joined():
+    whole = torch.autograd.grad(net(images).square().mean(), list(net.parameters()))
+    net(images[rank() :: size()]).square().mean().backward()
+    average_gradients(net)
+    assert size() == 2
+    assert all(torch.allclose(parameter.grad, to, atol=1e-6) for parameter, to in zip(net.parameters(), whole))
+"""
+
+
+def launch(data: Data, work: Path, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
+    """Start the pipeline on small settings, by `launcher`."""
+    changes = [part for change in (*TINY, "epochs=8", "lr=0.01") for part in ("--set", change)]
+    line = [sys.executable, *launcher, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """Return the start of a command line that starts `processes` of the rest, and again should one be lost."""
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", "2")
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Return what `process` said, once it has ended well."""
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def a_worker_of(launcher: int) -> int:
+    """Return the last of the processes that `launcher` has started."""
+    return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[-1])
+
+
+def test_two_processes_share_a_batch(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(data, tmp_path / "store")
+    store = PatchStore(tmp_path / "store")
+    config = replace(Config().changed(TINY), side=96, shift=0, stain_jitter=0.0, color_jitter=0.0)
+    rows = np.arange(24)
+
+    def sums(rank: int, size: int) -> list[int]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        return [int(patch.sum()) for patch in TrainBatches(store, rows, np.zeros(24), config, 0)[4][0]]
+
+    alone, parts = sums(0, 1), [sums(rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [4, 4]
+    assert parts[0] + parts[1] == alone
+
+
+def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text(SHARED_STEP)
+    environment = {**os.environ, "PYTHONPATH": str(Path(pcam_kaggle.__file__).parent.parent)}
+    line = [sys.executable, *torchrun(2), str(tmp_path / "step.py")]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_end_where_one_does_and_a_lost_worker_changes_nothing(data: Data, tmp_path: Path) -> None:
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    said = ended(launch(data, whole, torchrun(2)))
+    assert said.count("submission: ") == 1
+    oof, labels = pd.read_csv(whole / RUN / "oof.csv"), pd.read_csv(data.labels)
+    assert sorted(oof["id"]) == sorted(labels["id"])
+
+    process = launch(data, lost, torchrun(2))
+    try:
+        while not (lost / RUN / "fold_1" / "last.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(a_worker_of(process.pid), signal.SIGKILL)
+        assert "(kept)" in ended(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for name in (RUN / "oof.csv", Path("submissions") / "bottleneck.csv"):
+        assert (lost / name).read_bytes() == (whole / name).read_bytes()
