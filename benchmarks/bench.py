@@ -1,0 +1,178 @@
+"""How fast and how small, against what people use and against the limit: prints one table, writes RESULTS.md.
+
+`python -m benchmarks.bench [SECTION …]`, with PCAM_DATA naming the competition's folder; sections are training, pipeline,
+prediction and prepare. Only ratios of one run mean anything: machines differ, and a shared one differs from itself.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import keep, page
+from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import find_data, find_workspace
+
+HERE = Path(__file__).parent
+
+NETS = ("bottleneck", "plain")
+PEERS = ("loop", "lightning", "fastai", "timm")
+AS_USED = ("fp32", False)
+SWITCHES = (("fp32", True), ("bf16", True))
+ROUNDS = 3
+STEPS = 24
+EPOCHS, SPLITS = 2, 2
+# Read when torch is imported, as the command line does it.
+OURS = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The patches to measure on, and a folder with a store of them."""
+
+    data: Path
+    work: Path
+
+    def measured(self, name: str, environment: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+        """Return what the measure called `name` gives in a process of its own."""
+        line = [sys.executable, "-m", "benchmarks.measures", name, json.dumps({"data": str(self.data), **arguments})]
+        done = subprocess.run(
+            line, check=False, capture_output=True, text=True, cwd=HERE.parent, env={**os.environ, **(environment or {})}
+        )
+        if done.returncode:
+            raise UserError(f"{name} {arguments}: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def command(self, work: Path, *options: str) -> tuple[float, float]:
+        """Run our command line in the folder `work`; return its seconds and its the bytes of its largest process."""
+        line = [sys.executable, "-m", "pcam_kaggle", *options, "--work", str(work)]
+        start = time.perf_counter()
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, env={**os.environ, "PCAM_DATA": str(self.data)}) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError(f"{' '.join(options)}: ended with status {process.returncode}")
+        return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def training(bench: Bench) -> dict[str, Any]:
+    """Measure the images/s of our training, of its limit and of every peer, in rounds."""
+    seen: dict[str, Any] = {}
+    for name in NETS:
+        rounds = []
+        for number in range(ROUNDS):
+            turns = {"environment": OURS, "work": str(bench.work), "name": name, "steps": STEPS, "turns": 2}
+            before = bench.measured("training", **turns)
+            row: dict[str, Any] = {"limit": before["limit"]}
+            for peer in PEERS:
+                # The switches are tried once: which of them is best on this machine does not change from round to round.
+                known = seen.setdefault(f"{name} {peer} switches", SWITCHES)
+                speeds = {
+                    way: bench.measured(
+                        "peer_training", name=name, peer=peer, precision=way[0], channels_last=way[1], steps=STEPS
+                    )["images_per_second"]
+                    for way in (AS_USED, *known)
+                }
+                best = max((way for way in speeds if way != AS_USED), key=lambda way: speeds[way])
+                seen[f"{name} {peer} switches"] = (best,)
+                row |= {peer: speeds[AS_USED], f"{peer}, {best[0]}, channels_last": speeds[best]}
+            after = bench.measured("training", **turns)
+            # Before and after the peers, so that a machine that changes in between favours none.
+            row |= {"limit": (before["limit"] + after["limit"]) / 2, "ours": (before["ours"] + after["ours"]) / 2}
+            row["ratio"] = (before["ratio"] + after["ratio"]) / 2
+            rounds.append(row)
+            say(f"training {name}, round {number + 1}: {row}")
+        seen[name] = {key: [row[key] for row in rounds] for key in rounds[0]}
+        seen[f"{name} backend"] = before["backend"]
+    return seen
+
+
+def pipeline(bench: Bench) -> dict[str, Any]:
+    """Measure the seconds from TIFs to OOF table and submission, with one view, on the same folds for as many epochs."""
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"epochs={EPOCHS}", f"n_splits={SPLITS}", "tta=1"]
+        changes = [part for option in options for part in ("--set", option)]
+        seconds, _ = bench.command(Path(folder), "pipeline", "-e", NETS[0], *changes)
+        area = read_json(Path(folder) / "runs" / NETS[0] / "metrics.json")["pooled"]["value"]
+        seen["ours"] = {"seconds": seconds, "auc": area}
+    say(f"pipeline ours: {seen['ours']}")
+    for peer in PEERS:
+        start = time.perf_counter()
+        way = {"peer": peer, "precision": AS_USED[0], "channels_last": AS_USED[1], "epochs": EPOCHS, "n_splits": SPLITS}
+        made = bench.measured("peer_pipeline", name=NETS[0], **way)
+        seen[peer] = {"seconds": time.perf_counter() - start, "auc": made["auc"]}
+        say(f"pipeline {peer}: {seen[peer]}")
+    return seen
+
+
+def prediction(bench: Bench) -> dict[str, Any]:
+    """Measure the patches/s of prediction under eight views, of ttach's and of the limit, in rounds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        row = bench.measured("prediction", OURS, work=str(bench.work), name=NETS[0], count=512)
+        for last in (False, True):
+            made = bench.measured("ttach_prediction", name=NETS[0], channels_last=last, count=512)
+            row["ttach, channels_last" if last else "ttach"] = made["ttach"]
+        row["bottleneck_d4, one view"] = bench.measured(
+            "prediction", OURS, work=str(bench.work), name="bottleneck_d4", count=512
+        )["one"]
+        rounds.append(row)
+        say(f"prediction: {row}")
+    return {key: [row[key] for row in rounds] for key in rounds[0]}
+
+
+def prepare(bench: Bench) -> dict[str, Any]:
+    """Measure `prepare` against reading and decoding alone, and the peak memory of every stage."""
+    seen: dict[str, Any] = {"rates": bench.measured("preparation", turns=5)}
+    with tempfile.TemporaryDirectory() as folder:
+        changes = [part for option in ("epochs=1", "n_splits=2", "tta=1", "batch_size=64") for part in ("--set", option)]
+        for stage in ("prepare", "folds", "train", "predict", "blend", "submission"):
+            seen[stage] = bench.command(Path(folder), stage, "-e", NETS[0], *changes)[1]
+        seen["compare"] = bench.command(Path(folder), "compare")[1]
+        seen["store"] = (Path(folder) / "store" / "patches.npy").stat().st_size
+    say(f"prepare: {seen}")
+    return seen
+
+
+SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "training": training,
+    "pipeline": pipeline,
+    "prediction": prediction,
+    "prepare": prepare,
+}
+
+
+def say(text: str) -> None:
+    """Print `text` at once."""
+    print(text, flush=True)
+
+
+def main(names: list[str]) -> None:
+    """Measure the sections called `names`, or all; raises UserError on another name, and without data."""
+    unknown = set(names) - set(SECTIONS)
+    if unknown:
+        raise UserError(f"{', '.join(sorted(unknown))}: no such section; choose of {', '.join(SECTIONS)}")
+    data = find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root)
+    if data is None:
+        raise UserError("the benchmarks need the competition's patches; set PCAM_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(data.root.resolve(), Path(folder))
+        bench.command(bench.work, "prepare")
+        for name in names or SECTIONS:
+            keep(name, SECTIONS[name](bench))
+    say(page())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
