@@ -23,6 +23,8 @@ help: ## list the targets
 	@echo "TORCHRUN='…'      several processes on one fold: TORCHRUN='--standalone --nproc-per-node 2 --max-restarts 3'"
 	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
 
+# torchrun's workers would share one store over all restarts, and find in it the addresses of the dead.
+submission: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE = 1
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
 	@$(if $(TORCHRUN),$(VENV)/bin/python -m torch.distributed.run $(TORCHRUN) -m pcam_kaggle,$(PCAM)) pipeline $(OPTIONS)
 

@@ -43,7 +43,14 @@ def launch(data: Data, work: Path, launcher: tuple[str, ...]) -> subprocess.Pope
     """Start the pipeline on small settings, by `launcher`."""
     changes = [part for change in (*TINY, "epochs=8", "lr=0.01") for part in ("--set", change)]
     line = [sys.executable, *launcher, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
 
 
 def torchrun(processes: int) -> tuple[str, ...]:
