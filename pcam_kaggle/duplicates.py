@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 BITS = 64
@@ -41,3 +42,22 @@ def near_pairs(looks: NDArray[np.uint64]) -> NDArray[np.int64]:
             here = here[here + step < len(keys)]
             here = here[keys[here + step] == keys[here]]
     return np.unique(np.concatenate(found), axis=0)
+
+
+def nearest_elsewhere(looks: NDArray[np.uint64], folds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of `looks` (n,) the nearest within 3 bits that lies in another of `folds` (n,), where there is one.
+
+    (found, 3): its place, the other's place, the bits; the lowest places of equally near ones. As many that look the same as
+    there are, blank patches for one, cost no more than others.
+    """
+    kinds, kind = np.unique(looks, return_inverse=True)
+    near, same = near_pairs(kinds), np.arange(len(kinds))
+    links = np.concatenate([near, near[:, [1, 0, 2]], np.stack([same, same, 0 * same], axis=1)])
+    members = pd.DataFrame({"kind": kind, "place": np.arange(len(looks)), "fold": folds})
+    # Of two in two folds, one at least is in another fold than any third: more than two of a kind need not be looked at.
+    faces = members.drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
+    others = pd.DataFrame(links, columns=["kind", "other", "bits"]).merge(faces.rename(columns={"kind": "other"}), on="other")
+    others = others.sort_values(["kind", "bits", "place"]).drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
+    pairs = members.merge(others, on="kind", suffixes=("", "_other"))
+    pairs = pairs[pairs["fold"] != pairs["fold_other"]].sort_values(["place", "bits", "place_other"]).drop_duplicates("place")
+    return pairs[["place", "place_other", "bits"]].to_numpy(np.int64)

@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
 from pcam_kaggle.config import Config
-from pcam_kaggle.duplicates import near_pairs
+from pcam_kaggle.duplicates import nearest_elsewhere
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.stain import stain_vectors
 from pcam_kaggle.store import PatchStore
@@ -95,18 +95,18 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
 
 
 def look_alikes(store: PatchStore, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the pairs of patches that look alike and lie in two folds of `table` (id, label, fold).
+    """Return the patches that look like one of another fold of `table` (id, label, fold), each with the nearest there.
 
     Columns id, fold, label, other_id, other_fold, other_label, `bits` of the perceptual hash that differ, of 64, at most 3,
-    and `copy`, whether all pixels are the same.
+    and `copy`, whether all pixels are the same as those of one in another fold.
     """
     table = table[table["id"].isin(store.ids("train"))].reset_index(drop=True)
     rows = store.rows("train", table["id"].to_numpy())
-    pairs = near_pairs(store.looks(rows))
-    pairs = pairs[table["fold"].to_numpy()[pairs[:, 0]] != table["fold"].to_numpy()[pairs[:, 1]]]
-    first, second = (table.iloc[pairs[:, side]][["id", "fold", "label"]].reset_index(drop=True) for side in (0, 1))
-    copies = [np.array_equal(*store.images(rows[pair])) for pair in pairs[:, :2]]
-    return first.join(second.add_prefix("other_")).assign(bits=pairs[:, 2], copy=np.array(copies, bool))
+    found = nearest_elsewhere(store.looks(rows), table["fold"].to_numpy())
+    first, second = (table.iloc[found[:, side]][["id", "fold", "label"]].reset_index(drop=True) for side in (0, 1))
+    listed = first.join(second.add_prefix("other_")).assign(bits=found[:, 2])
+    pixels = pd.Series([sha256(store.images(rows[place : place + 1]).tobytes()) for place in found[:, 0]], dtype=str)
+    return listed.assign(copy=listed.groupby(pixels)["fold"].transform("nunique") > 1)
 
 
 def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:

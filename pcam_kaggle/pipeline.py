@@ -70,8 +70,7 @@ def _report_look_alikes(job: Job, folds: Folds) -> None:
     alike = fold_files.look_alikes(PatchStore(job.workspace.store), folds.table)
     file = job.workspace.folds / f"{folds.manifest['scheme']}_look_alikes.csv"
     write_csv(file, alike)
-    count = len({*alike["id"], *alike["other_id"]})
-    share = f"{count:,} of {len(folds.table):,} patches look like one of another fold, {alike['copy'].sum():,} pairs are copies"
+    share = f"{len(alike):,} of {len(folds.table):,} patches look like one of another fold, {alike['copy'].sum():,} are copies"
     print(f"folds: {share}; listed in {file}")
 
 

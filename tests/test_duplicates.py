@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import Outcome, write_tif
 
-from pcam_kaggle.duplicates import NEAR, look, near_pairs
+from pcam_kaggle.duplicates import NEAR, look, near_pairs, nearest_elsewhere
 from pcam_kaggle.folds import look_alikes
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
@@ -51,6 +51,21 @@ def test_every_near_pair_is_found_once() -> None:
     assert len(found) == len(expected) > 50
 
 
+def test_the_nearest_of_another_fold_is_found() -> None:
+    rng = np.random.default_rng(1)
+    bits_set = np.uint64(1) << rng.integers(0, 64, (400, 2)).astype(np.uint64)
+    looks = rng.integers(0, 2**63, 20, dtype=np.uint64)[rng.integers(0, 20, 400)] ^ bits_set[:, 0] ^ bits_set[:, 1]
+    looks[:100] = looks[0]
+    folds = rng.integers(0, 3, 400)
+    folds[:90] = 0
+    bits = np.bitwise_count(looks[:, None] ^ looks[None]).astype(int)
+    bits[folds[:, None] == folds[None]] = 64
+    nearest = bits.argmin(axis=1)
+    expected = [(place, other, bits[place, other]) for place, other in enumerate(nearest) if bits[place, other] <= NEAR]
+    assert [tuple(map(int, row)) for row in nearest_elsewhere(looks, folds)] == [tuple(map(int, row)) for row in expected]
+    assert 200 < len(expected) < 400
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_look_alikes_of_two_folds_are_listed(changed: bool, data: Data, tmp_path: Path) -> None:
     labels = pd.read_csv(data.labels)
@@ -63,10 +78,13 @@ def test_look_alikes_of_two_folds_are_listed(changed: bool, data: Data, tmp_path
     store, table = PatchStore(tmp_path / "store"), read_labels(data.labels).assign(fold=0)
     assert look_alikes(store, table).empty
     listed = look_alikes(store, table.assign(fold=(table["id"] == "twin").astype(int)))
-    assert listed[["id", "fold", "other_id", "other_fold", "copy"]].to_numpy().tolist() == [[first, 0, "twin", 1, not changed]]
+    assert listed[["id", "fold", "other_id", "other_fold", "copy"]].to_numpy().tolist() == [
+        [first, 0, "twin", 1, not changed],
+        ["twin", 1, first, 0, not changed],
+    ]
 
 
 def test_their_number_is_said_once(pcam: Callable[..., Outcome]) -> None:
     pcam("prepare")
-    assert "folds: 0 of 36 patches look like one of another fold, 0 pairs are copies" in pcam("folds").out
+    assert "folds: 0 of 36 patches look like one of another fold, 0 are copies" in pcam("folds").out
     assert "look like" not in pcam("folds").out
