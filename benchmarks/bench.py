@@ -40,14 +40,14 @@ class Bench:
     data: Path
     work: Path
 
-    def measured(self, name: str, environment: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-        """Return what the measure called `name` gives in a process of its own."""
-        line = [sys.executable, "-m", "benchmarks.measures", name, json.dumps({"data": str(self.data), **arguments})]
+    def measured(self, measure: str, /, environment: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+        """Return what `measure` gives in a process of its own."""
+        line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps({"data": str(self.data), **arguments})]
         done = subprocess.run(
             line, check=False, capture_output=True, text=True, cwd=HERE.parent, env={**os.environ, **(environment or {})}
         )
         if done.returncode:
-            raise UserError(f"{name} {arguments}: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{measure} {arguments}: {done.stderr.strip().splitlines()[-1]}")
         return json.loads(done.stdout.splitlines()[-1])
 
     def command(self, work: Path, *options: str) -> tuple[float, float]:

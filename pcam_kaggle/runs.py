@@ -17,9 +17,14 @@ LOGGED = ("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds")
 
 
 def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> None:
-    """Raise UserError, with what differs, where folder `run` holds a run of another config, other folds or other patches."""
+    """Raise UserError, with what differs, where folder `run` holds a run of another config, other folds or other patches.
+
+    So it does where checkpoints stand there and nothing tells what they are.
+    """
     file = run / "config.json"
     if not file.exists():
+        if any(run.glob("fold_*/*.pt")):
+            raise UserError(f"{file}: missing, though folds stand beside it; use --name for a new run, or delete {run}")
         return
     wanted = _made_of(config, store, folds)
     made = read_json(file, **{key: type(value) for key, value in wanted.items()})

@@ -111,6 +111,16 @@ def test_a_broken_run_stands_with_its_reason(runs: Path, capsys: pytest.CaptureF
     assert sum(line.split()[0] in ("best", "twin", "worse") for line in lines[:9] if line.strip()) == 3
 
 
+@pytest.mark.parametrize("cost", [{"parameters": 1e400}, {"seconds": "an hour"}, {"images_per_second": None}, {}])
+def test_costs_that_are_no_numbers_stop_one_run_alone(cost: dict, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = runs / "twin" / "fold_0" / "metrics.json"
+    costs = read_json(file) | cost if cost else {}
+    file.write_text(json.dumps(costs))
+    assert main(["compare", "--work", str(runs.parent)]) == 0
+    assert "twin" in (printed := capsys.readouterr().out)
+    assert any(line.split()[:1] == ["twin"] and "damaged" in line for line in printed.splitlines())
+
+
 def test_only_what_differs_is_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--work", str(runs.parent), "--format", "csv"]) == 0
     header = capsys.readouterr().out.splitlines()[0].split(",")

@@ -161,6 +161,14 @@ def test_another_config_needs_another_name(pcam: Command, tmp_path: Path) -> Non
     assert (tmp_path / "work" / "runs" / "faster" / "fold_0" / "best.pt").exists()
 
 
+def test_folds_of_an_unknown_config_are_not_taken_for_this_ones(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline", "--folds", "0").status == 0
+    (tmp_path / "work" / "runs" / "bottleneck" / "config.json").unlink()
+    outcome = pcam("pipeline", "--set", "lr=0.5")
+    assert outcome.status == 2
+    assert "config.json: missing, though folds stand beside it" in outcome.err
+
+
 def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, tmp_path: Path) -> None:
     assert pcam("pipeline").status == 0
     work = ["--work", str(tmp_path / "work")]
