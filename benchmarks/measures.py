@@ -20,7 +20,7 @@ import pandas as pd
 
 from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.experiments import experiment
-from pcam_kaggle.paths import Data, Workspace
+from pcam_kaggle.paths import Data
 
 WARM_UP = 8
 
@@ -41,7 +41,7 @@ def training(data: str, work: str, name: str, steps: int, turns: int) -> dict[st
     config = experiment(name).config
     backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
     labels = _fold(Data(Path(data)))[0]
-    store = PatchStore(Workspace(Path(work)).store)
+    store = PatchStore(Path(work) / "store")
     source = TrainBatches(store, store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64), config, 0)
     net = backend.place(create(config, weights=False))
     learner = Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
@@ -126,7 +126,7 @@ def prediction(data: str, work: str, name: str, count: int) -> dict[str, float]:
     config = experiment(name).config
     backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
     net = backend.place(create(config, weights=False)).eval()
-    store = PatchStore(Workspace(Path(work)).store)
+    store = PatchStore(Path(work) / "store")
     rows = store.rows("train", store.ids("train")[:count])
     resident = backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH])))
 
