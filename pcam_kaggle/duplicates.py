@@ -11,17 +11,22 @@ BANDS = 4
 NEAR = BANDS - 1
 
 
-def look(patch: NDArray[np.uint8]) -> int:
-    """Return the difference hash of `patch`, RGB uint8 (h, w, 3), in [0, 2^64): where 8x8 cells are brighter than their left.
+def looks(patches: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return the difference hash of each of `patches`, RGB uint8 (n, 96, 96, 3): where 8x8 cells are brighter than their left.
 
-    A copy that was compressed, blurred or stained anew keeps nearly all of its bits.
+    Shape (n,). A copy that was compressed, blurred or stained anew keeps nearly all of its bits.
     """
-    cells = cv2.resize(cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
-    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes())
+    count, height, width = patches.shape[:3]
+    # One tall image, cut to whole cells: a cell never reaches from one patch into the next.
+    gray = cv2.cvtColor(patches.reshape(count * height, width, 3), cv2.COLOR_RGB2GRAY)
+    edge = width % 9 // 2
+    cells = cv2.resize(gray[:, edge : edge + width // 9 * 9], (9, 8 * count), interpolation=cv2.INTER_AREA).reshape(count, 8, 9)
+    brighter = (cells[:, :, 1:] > cells[:, :, :-1]).reshape(count, BITS)
+    return np.packbits(brighter, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 
-def near_pairs(looks: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return which of `looks` (n,) are within 3 bits of one another: (pairs, 3), the first's place, the second's, the bits.
+def near_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return which of `hashes` (n,) are within 3 bits of one another: (pairs, 3), the first's place, the second's, the bits.
 
     Each pair stands once, the lower place first. Only those are compared that share one of four bands of 16 bits, and of three
     bits that differ one band at least has none.
@@ -29,13 +34,13 @@ def near_pairs(looks: NDArray[np.uint64]) -> NDArray[np.int64]:
     width = BITS // BANDS
     found = [np.empty((0, 3), np.int64)]
     for band in range(BANDS):
-        keys = (looks >> np.uint64(width * band)) & np.uint64(2**width - 1)
+        keys = (hashes >> np.uint64(width * band)) & np.uint64(2**width - 1)
         order = np.argsort(keys, kind="stable")
         keys, step = keys[order], 1
         here = np.flatnonzero(keys[1:] == keys[:-1])
         while len(here):
             first, second = order[here], order[here + step]
-            bits = np.bitwise_count(looks[first] ^ looks[second]).astype(np.int64)
+            bits = np.bitwise_count(hashes[first] ^ hashes[second]).astype(np.int64)
             near = bits <= NEAR
             found.append(np.stack([first[near], second[near], bits[near]], axis=1))
             step += 1
@@ -44,16 +49,16 @@ def near_pairs(looks: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found), axis=0)
 
 
-def nearest_elsewhere(looks: NDArray[np.uint64], folds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of `looks` (n,) the nearest within 3 bits that lies in another of `folds` (n,), where there is one.
+def nearest_elsewhere(hashes: NDArray[np.uint64], folds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of `hashes` (n,) the nearest within 3 bits that lies in another of `folds` (n,), where there is one.
 
     (found, 3): its place, the other's place, the bits; the lowest places of equally near ones. As many that look the same as
     there are, blank patches for one, cost no more than others.
     """
-    kinds, kind = np.unique(looks, return_inverse=True)
+    kinds, kind = np.unique(hashes, return_inverse=True)
     near, same = near_pairs(kinds), np.arange(len(kinds))
     links = np.concatenate([near, near[:, [1, 0, 2]], np.stack([same, same, 0 * same], axis=1)])
-    members = pd.DataFrame({"kind": kind, "place": np.arange(len(looks)), "fold": folds})
+    members = pd.DataFrame({"kind": kind, "place": np.arange(len(hashes)), "fold": folds})
     # Of two in two folds, one at least is in another fold than any third: more than two of a kind need not be looked at.
     faces = members.drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
     others = pd.DataFrame(links, columns=["kind", "other", "bits"]).merge(faces.rename(columns={"kind": "other"}), on="other")

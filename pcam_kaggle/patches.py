@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from pcam_kaggle.artifacts import file_sha256, locked, read_json, sha256, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
-from pcam_kaggle.duplicates import look
+from pcam_kaggle.duplicates import looks
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
 from pcam_kaggle.store import whole
@@ -31,7 +32,7 @@ Ids = Literal["sha1", "names"]
 SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
 PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3
 SHA1 = re.compile(r"[0-9a-f]{40}")
-CHUNK = 256
+CHUNK = 128
 
 
 class Damaged(Exception):
@@ -53,7 +54,8 @@ class Problem:
 def read_patch(path: Path) -> NDArray[np.uint8]:
     """Return the patch in `path` as uint8 RGB, shape (96, 96, 3); raises Damaged where it is anything else."""
     try:
-        content = np.fromfile(path, np.uint8)
+        with path.open("rb", buffering=0) as file:
+            content = np.frombuffer(file.readall(), np.uint8)
     except FileNotFoundError:
         raise Damaged("missing, though its id is listed; copy the file again or drop the row") from None
     try:
@@ -119,7 +121,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the array and the tables of a store into folder `building`; return its manifest."""
     rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
-    digests, looks, damaged = _pack(data, rows, building / "patches.npy", ids)
+    digests, seen, damaged = _pack(data, rows, building / "patches.npy", ids)
     misnamed = _misnamed(wanted) if ids == "sha1" else ()
     problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
     left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
@@ -130,7 +132,7 @@ def _build(
     if labels.loc[~labels["id"].isin(aside), "label"].nunique() < 2:
         raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
     usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
-    index = {"id": [name for _, name in rows], "split": usable, "look": [f"{look:016x}" for look in looks]}
+    index = {"id": [name for _, name in rows], "split": usable, "look": [f"{look:016x}" for look in seen]}
     write_csv(building / "index.csv", pd.DataFrame(index))
     if skipped:
         listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
@@ -192,25 +194,25 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
     del packed
     header = target.stat().st_size - needed
     starts = range(0, len(rows), CHUNK)
-    files = [[data.patches(split) / f"{name}.tif" for split, name in rows[start : start + CHUNK]] for start in starts]
     digests: list[bytes] = []
-    looks: list[int] = []
+    seen: list[int] = []
     problems: list[Problem] = []
-    workers = min(os.cpu_count() or 1, len(files))
+    workers = min(os.cpu_count() or 1, len(starts))
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
     cv2.setNumThreads(0)
+    pack = partial(_pack_chunk, data, target, ids)
     try:
         with ProcessPoolExecutor(workers, initializer=_leave_interrupts) as pool:
             places = [header + start * PATCH_BYTES for start in starts]
-            chunks = pool.map(_pack_chunk, files, places, [target] * len(files), [ids] * len(files))
-            shown = tqdm(chunks, "prepare", len(files), delay=2, disable=None)
-            for start, (found, seen, reasons) in zip(starts, shown, strict=True):
-                digests += found
-                looks += seen
+            chunks = pool.map(pack, [rows[start : start + CHUNK] for start in starts], places)
+            shown = tqdm(chunks, "prepare", len(starts), delay=2, disable=None)
+            for start, (some_digests, some_looks, reasons) in zip(starts, shown, strict=True):
+                digests += some_digests
+                seen += some_looks
                 problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
     except BrokenProcessPool:
         raise UserError(f"{data.root}: a process that read it was killed, perhaps for want of memory; run it again") from None
-    return digests, looks, problems
+    return digests, seen, problems
 
 
 def _leave_interrupts() -> None:
@@ -218,18 +220,21 @@ def _leave_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _pack_chunk(files: list[Path], place: int, target: Path, ids: Ids) -> tuple[list[bytes], list[int], dict[int, str]]:
-    """Write the patches in `files` into file `target` from byte `place` on; return SHA-1s, looks, and what is damaged."""
+def _pack_chunk(
+    data: Data, target: Path, ids: Ids, rows: list[tuple[str, str]], place: int
+) -> tuple[list[bytes], list[int], dict[int, str]]:
+    """Write the patches of `rows` into file `target` from byte `place` on; return SHA-1s, looks, and what is damaged."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    block = np.zeros((len(files), *SHAPE), np.uint8)
+    folders = {split: data.patches(split) for split, _ in rows}
+    block = np.zeros((len(rows), *SHAPE), np.uint8)
     digests: list[bytes] = []
     reasons: dict[int, str] = {}
-    for offset, path in enumerate(files):
+    for offset, (split, name) in enumerate(rows):
         digest = hashlib.sha1(b"", usedforsecurity=False)
         try:
-            patch = read_patch(path)
-            digest.update(patch.tobytes())
-            if ids == "sha1" and digest.hexdigest() != path.stem and SHA1.fullmatch(path.stem):
+            patch = read_patch(folders[split] / f"{name}.tif")
+            digest.update(patch)
+            if ids == "sha1" and digest.hexdigest() != name and SHA1.fullmatch(name):
                 raise Damaged(f"the SHA-1 of its pixels is {digest.hexdigest()}; copy the file again")
             block[offset] = patch
         except Damaged as damage:
@@ -242,7 +247,7 @@ def _pack_chunk(files: list[Path], place: int, target: Path, ids: Ids) -> tuple[
             packed.write(block)
     except OSError as error:
         raise UserError(f"{target.parent.parent}: {error.strerror}, while the store was written; make room for it") from None
-    return digests, [look(patch) for patch in block], reasons
+    return digests, looks(block).tolist(), reasons
 
 
 def _content_sha256(rows: list[tuple[str, str]], digests: list[bytes], split: str, aside: set[str]) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import Outcome, write_tif
 
-from pcam_kaggle.duplicates import NEAR, look, near_pairs, nearest_elsewhere
+from pcam_kaggle.duplicates import NEAR, looks, near_pairs, nearest_elsewhere
 from pcam_kaggle.folds import look_alikes
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
@@ -26,7 +26,7 @@ def some_patch(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: cv2.imdecode(cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, 90])[1], cv2.IMREAD_COLOR),
+        lambda patch: cv2.imdecode(cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, 95])[1], cv2.IMREAD_COLOR),
         lambda patch: np.clip(patch.astype(int) + 6, 0, 255).astype(np.uint8),
         lambda patch: patch,
     ],
@@ -34,19 +34,24 @@ def some_patch(seed: int) -> np.ndarray:
 )
 def test_a_changed_copy_is_near_and_another_patch_is_not(change: Callable[[np.ndarray], np.ndarray]) -> None:
     patches = [some_patch(seed) for seed in range(20)]
-    looks = np.array([look(patch) for patch in [*patches, *map(change, patches)]], np.uint64)
-    assert {tuple(pair) for pair in near_pairs(looks)[:, :2]} == {(number, number + 20) for number in range(20)}
+    hashes = looks(np.stack([*patches, *map(change, patches)]))
+    assert {tuple(pair) for pair in near_pairs(hashes)[:, :2]} == {(number, number + 20) for number in range(20)}
+
+
+def test_a_patch_looks_the_same_in_any_company() -> None:
+    patches = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), np.uint8)
+    assert looks(patches).tolist() == [int(looks(patch[None])[0]) for patch in patches]
 
 
 def test_every_near_pair_is_found_once() -> None:
     rng = np.random.default_rng(0)
-    looks = rng.integers(0, 2**63, 300, dtype=np.uint64)
+    hashes = rng.integers(0, 2**63, 300, dtype=np.uint64)
     for number in range(0, 300, 3):
         for bit in rng.choice(64, rng.integers(0, 6), replace=False):
-            looks[number + 1] = looks[number] ^ (np.uint64(1) << np.uint64(bit)) if bit % 2 else looks[number]
-    bits = np.bitwise_count(looks[:, None] ^ looks[None]).astype(int)
+            hashes[number + 1] = hashes[number] ^ (np.uint64(1) << np.uint64(bit)) if bit % 2 else hashes[number]
+    bits = np.bitwise_count(hashes[:, None] ^ hashes[None]).astype(int)
     expected = {(i, j, bits[i, j]) for i in range(300) for j in range(i + 1, 300) if bits[i, j] <= NEAR}
-    found = near_pairs(looks)
+    found = near_pairs(hashes)
     assert {tuple(map(int, pair)) for pair in found} == {tuple(map(int, pair)) for pair in expected}
     assert len(found) == len(expected) > 50
 
@@ -54,15 +59,15 @@ def test_every_near_pair_is_found_once() -> None:
 def test_the_nearest_of_another_fold_is_found() -> None:
     rng = np.random.default_rng(1)
     bits_set = np.uint64(1) << rng.integers(0, 64, (400, 2)).astype(np.uint64)
-    looks = rng.integers(0, 2**63, 20, dtype=np.uint64)[rng.integers(0, 20, 400)] ^ bits_set[:, 0] ^ bits_set[:, 1]
-    looks[:100] = looks[0]
+    hashes = rng.integers(0, 2**63, 20, dtype=np.uint64)[rng.integers(0, 20, 400)] ^ bits_set[:, 0] ^ bits_set[:, 1]
+    hashes[:100] = hashes[0]
     folds = rng.integers(0, 3, 400)
     folds[:90] = 0
-    bits = np.bitwise_count(looks[:, None] ^ looks[None]).astype(int)
+    bits = np.bitwise_count(hashes[:, None] ^ hashes[None]).astype(int)
     bits[folds[:, None] == folds[None]] = 64
     nearest = bits.argmin(axis=1)
     expected = [(place, other, bits[place, other]) for place, other in enumerate(nearest) if bits[place, other] <= NEAR]
-    assert [tuple(map(int, row)) for row in nearest_elsewhere(looks, folds)] == [tuple(map(int, row)) for row in expected]
+    assert [tuple(map(int, row)) for row in nearest_elsewhere(hashes, folds)] == [tuple(map(int, row)) for row in expected]
     assert 200 < len(expected) < 400
 
 
