@@ -1,7 +1,8 @@
 """How fast and how small, against what people use and against the limit: prints one table, writes RESULTS.md.
 
 `python -m benchmarks.bench [SECTION …]`, with PCAM_DATA naming the competition's folder; sections are training, pipeline,
-prediction and prepare. Only ratios of one run mean anything: machines differ, and a shared one differs from itself.
+prediction and prepare, and where there is a GPU, gpu. Only ratios of one run mean anything: machines differ, and a shared one
+differs from itself.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.results import keep, page
 from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.device import find_device
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import find_data, find_workspace
 
@@ -26,8 +28,9 @@ NETS = ("bottleneck", "plain")
 PEERS = ("loop", "lightning", "fastai", "timm")
 AS_USED = ("fp32", False)
 SWITCHES = (("fp32", True), ("bf16", True))
-ROUNDS = 3
-STEPS = 24
+ROUNDS = 2
+STEPS = 16
+PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 # Read when torch is imported, as the command line does it.
 OURS = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -138,14 +141,13 @@ def pipeline(bench: Bench) -> dict[str, Any]:
 def prediction(bench: Bench) -> dict[str, Any]:
     """Measure the patches/s of prediction under eight views, of ttach's and of the limit, in rounds."""
     rounds = []
+    ours = {"environment": OURS, "work": str(bench.work), "count": 2 * PATCHES}
     for _ in range(ROUNDS):
-        row = bench.measured("prediction", OURS, work=str(bench.work), name=NETS[0], count=512)
+        row = bench.measured("prediction", name=NETS[0], views=8, **ours)
         for last in (False, True):
-            made = bench.measured("ttach_prediction", name=NETS[0], channels_last=last, count=512)
+            made = bench.measured("ttach_prediction", name=NETS[0], channels_last=last, count=PATCHES)
             row["ttach, channels_last" if last else "ttach"] = made["ttach"]
-        row["bottleneck_d4, one view"] = bench.measured(
-            "prediction", OURS, work=str(bench.work), name="bottleneck_d4", count=512
-        )["one"]
+        row["bottleneck_d4, one view"] = bench.measured("prediction", name="bottleneck_d4", views=1, **ours)["ours"]
         rounds.append(row)
         say(f"prediction: {row}")
     return {key: [row[key] for row in rounds] for key in rounds[0]}
@@ -164,12 +166,22 @@ def prepare(bench: Bench) -> dict[str, Any]:
     return seen
 
 
+def gpu(bench: Bench) -> dict[str, Any]:
+    """Measure the images/s of our training on a GPU and of its limit, which keeps the GPU busy throughout."""
+    if find_device() != "cuda":
+        raise UserError("gpu: there is none here that torch can compute on")
+    turns = {"environment": OURS, "work": str(bench.work), "steps": 16 * STEPS, "turns": ROUNDS}
+    return {name: bench.measured("training", name=name, **turns) for name in (*NETS, "best")}
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "training": training,
     "pipeline": pipeline,
     "prediction": prediction,
     "prepare": prepare,
+    "gpu": gpu,
 }
+ON_CPU = ("training", "pipeline", "prediction", "prepare")
 
 
 def say(text: str) -> None:
@@ -178,7 +190,7 @@ def say(text: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Measure the sections called `names`, or all; raises UserError on another name, and without data."""
+    """Measure the sections called `names`, or those that need no GPU; raises UserError on another name, and without data."""
     unknown = set(names) - set(SECTIONS)
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: no such section; choose of {', '.join(SECTIONS)}")
@@ -188,7 +200,7 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(data.root.resolve(), Path(folder))
         bench.command(bench.work, "prepare")
-        for name in names or SECTIONS:
+        for name in names or ON_CPU:
             keep(name, SECTIONS[name](bench))
     say(page())
 

@@ -22,7 +22,7 @@ from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.experiments import experiment
 from pcam_kaggle.paths import Data
 
-WARM_UP = 8
+WARM_UP = 6
 
 
 def training(data: str, work: str, name: str, steps: int, turns: int) -> dict[str, float]:
@@ -112,8 +112,8 @@ def peer_pipeline(
     return {"auc": float(roc_auc_score(labels["label"], oof))}
 
 
-def prediction(data: str, work: str, name: str, count: int) -> dict[str, float]:
-    """Return the patches/s of our prediction under eight views, and of the net alone on one batch that stays in memory."""
+def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[str, float]:
+    """Return the patches/s of our prediction under `views` views, and of the net alone on one batch that stays in memory."""
     import torch
 
     from pcam_kaggle import tta
@@ -131,18 +131,15 @@ def prediction(data: str, work: str, name: str, count: int) -> dict[str, float]:
     resident = backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH])))
 
     def ours() -> object:
-        return predict_logits(net, store, rows, config, backend, 8, "predict")
+        return predict_logits(net, store, rows, config, backend, views, "predict")
 
     def limit() -> None:
         with torch.inference_mode(), backend.autocast():
             for _ in range(count // PREDICT_BATCH):
-                for view in tta.views(resident, 8):
+                for view in tta.views(resident, views):
                     net(view)
 
-    def one_view() -> object:
-        return predict_logits(net, store, rows, config, backend, 1, "predict")
-
-    return _rates({"ours": ours, "limit": limit, "one": one_view}, count)
+    return _rates({"ours": ours, "limit": limit}, count)
 
 
 def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> dict[str, float]:

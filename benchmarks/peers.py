@@ -190,7 +190,7 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
     """Train by fastai's Learner and its one cycle; its mixed precision is for CUDA alone, so bf16 changes nothing here."""
     import_timm()
     from fastai.callback.channelslast import ChannelsLast
-    from fastai.callback.core import Callback, CancelFitException
+    from fastai.callback.core import Callback, CancelFitException, CancelValidException
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     from fastai.callback.schedule import Learner
     from fastai.callback.training import GradientClip
@@ -207,11 +207,13 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
                 if self.train_iter == task.steps:
                     raise CancelFitException
 
+        def before_validate(self) -> None:
+            raise CancelValidException
+
     net, loader = task.net(), {"num_workers": WORKERS, "device": torch.device("cpu"), "persistent_workers": True}
-    loaders = DataLoaders(
-        FastLoader(task.train_patches(), bs=task.config.batch_size, shuffle=True, drop_last=True, **loader),
-        device=torch.device("cpu"),
-    )
+    patches = FastLoader(task.train_patches(), bs=task.config.batch_size, shuffle=True, drop_last=True, **loader)
+    # It wants a second one, to validate on, and is then not let.
+    loaders = DataLoaders(patches, patches, device=torch.device("cpu"))
     learner = Learner(
         loaders,
         net,
@@ -226,9 +228,12 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
     )
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(task.epochs, task.config.lr, moms=(0.95, 0.95, 0.95))
+    learner.remove_cb(Steps)
 
     def predict(split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
-        loader = FastLoader(Patches(task.data, split, ids, task.config), bs=PREDICT_BATCH, num_workers=WORKERS, n_inp=1)
+        # A batch is a tuple to fastai, of inputs and then targets, of which there are none here.
+        patches = Patches(task.data, split, ids, task.config)
+        loader = FastLoader(patches, bs=PREDICT_BATCH, num_workers=WORKERS, after_batch=lambda images: (images,))
         with learner.no_bar(), learner.no_logging():
             return learner.get_preds(dl=loader, act=torch.sigmoid)[0].numpy()
 

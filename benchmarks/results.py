@@ -9,12 +9,14 @@ import numpy as np
 
 from pcam_kaggle.artifacts import read_json, write, write_json
 from pcam_kaggle.device import device_name, find_device
+from pcam_kaggle.experiments import experiment
 from pcam_kaggle.provenance import versions
 
 HERE = Path(__file__).parent
 SEEN = HERE / "speeds"
 TEXT = SEEN / "text.md"
 PAGE = HERE / "RESULTS.md"
+TRAIN_PATCHES = 220_025
 
 
 def keep(section: str, seen: dict[str, Any]) -> None:
@@ -75,6 +77,20 @@ def memory_table(seen: dict[str, Any]) -> str:
     return markdown(("stage", "peak memory, GB"), lines)
 
 
+def gpu_table(seen: dict[str, Any]) -> str:
+    """Return the images/s on the GPU, and the hours that training all folds of the whole competition takes two of them."""
+    lines = []
+    for name, rates in seen.items():
+        config = experiment(name).config
+        images = config.epochs * (config.n_splits - 1) * TRAIN_PATCHES
+        hours = images / (2 * rates["ours"]) / 3600
+        sum_of_it = (
+            f"{config.epochs} epochs x {config.n_splits - 1} x {TRAIN_PATCHES:,} / (2 x {rates['ours']:,.0f}) s = {hours:.1f} h"
+        )
+        lines.append((f"`{name}`", f"{rates['limit']:,.0f}", f"{rates['ours']:,.0f}", f"{rates['ratio']:.2f}", sum_of_it))
+    return markdown(("net", "limit, images/s", "ours, images/s", "the GPU is busy", "training on two of them"), lines)
+
+
 def spread(ratios: Any) -> str:
     """Return the median of `ratios` and their range."""
     return f"{np.median(ratios):.2f} ({np.min(ratios):.2f} to {np.max(ratios):.2f})"
@@ -105,6 +121,7 @@ def page() -> str:
         "prediction": prediction_table,
         "prepare": prepare_table,
         "memory": memory_table,
+        "gpu": gpu_table,
         "full": growth_table,
     }
     made = {}
