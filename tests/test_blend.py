@@ -10,8 +10,8 @@ import pytest
 from pcam_kaggle.artifacts import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.blend import Member, blend, climb, cross_climb, read_member
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.metrics import auc
-from pcam_kaggle.submission import submit
+from pcam_kaggle.metrics import auc, auc_interval
+from pcam_kaggle.submission import submission, submit
 
 N, TESTS, FOLDS = 600, 50, 3
 RNG = np.random.default_rng(0)
@@ -69,6 +69,60 @@ def test_the_mean_of_folds_is_the_mean(tmp_path: Path) -> None:
     assert blend([alone], "mean", tmp_path / "a") == (metrics, False)
 
 
+def test_metrics_tell_what_was_blended(tmp_path: Path) -> None:
+    metrics, _ = blend([member("a", 1, 1), member("b", 2, 2)], "mean", tmp_path / "ab")
+    oof = pd.read_csv(tmp_path / "ab" / "oof.csv")
+    assert oof.columns.tolist() == ["id", "label", "fold", "probability"]
+    assert pd.read_csv(tmp_path / "ab" / "test.csv").columns.tolist() == ["id", "probability"]
+    areas = [auc(LABELS[fold == FOLD], oof["probability"][fold == FOLD].to_numpy()) for fold in range(FOLDS)]
+    ranked = metrics.pop("ranked")
+    assert ranked["low"] < ranked["value"] < ranked["high"]
+    assert metrics == {
+        "members": {"a": 0.5, "b": 0.5},
+        "method": "mean",
+        "asked": "mean",
+        "gain_of_weights": None,
+        "folds_sha256": "same",
+        "missing_folds": [],
+        "folds": [0, 1, 2],
+        "patches": [200, 200, 200],
+        "fold_auc": pytest.approx(areas),
+        "mean": pytest.approx(np.mean(areas)),
+        "sd": pytest.approx(np.std(areas, ddof=1)),
+        "pooled": auc_interval(LABELS, oof["probability"].to_numpy())._asdict(),
+        "oof_sha256": file_sha256(tmp_path / "ab" / "oof.csv"),
+        "test_sha256": file_sha256(tmp_path / "ab" / "test.csv"),
+    }
+    assert read_json(tmp_path / "ab" / "metrics.json") == metrics | {"ranked": ranked}
+
+
+@pytest.mark.parametrize("name", ["oof.csv", "test.csv", "metrics.json"])
+@pytest.mark.parametrize("loss", ["gone", "other"])
+def test_a_blend_that_is_not_whole_is_made_again(name: str, loss: str, tmp_path: Path) -> None:
+    file = tmp_path / "a" / name
+    blend([member("a", 1, 1)], "mean", tmp_path / "a")
+    before = file.read_bytes()
+    file.write_text("{}")
+    if loss == "gone":
+        file.unlink()
+    assert blend([member("a", 1, 1)], "mean", tmp_path / "a")[1]
+    assert file.read_bytes() == before
+
+
+def test_some_folds_alone_are_read_and_the_others_named(tmp_path: Path) -> None:
+    whole = member("a", 1, 1)
+    write_run(tmp_path / "a", whole, lambda table: table.iloc[::-1])
+    assert read_member(tmp_path / "a").missing == []
+    some = read_member(tmp_path / "a", [2, 0])
+    assert (some.name, some.folds, some.missing, len(some.tests)) == ("a", "same", [1], 2)
+    pd.testing.assert_frame_equal(some.oof, whole.oof[whole.oof["fold"] != 1].reset_index(drop=True), check_dtype=False)
+    pd.testing.assert_frame_equal(some.tests[1], whole.tests[0])
+    one = blend([read_member(tmp_path / "a", [1])], "mean", tmp_path / "one" / "a")[0]
+    assert (one["sd"], one["missing_folds"], one["folds"]) == (None, [0, 2], [1])
+    with pytest.raises(UserError, match="there is one; use mean"):
+        blend([read_member(tmp_path / "a", [1])], "climb", tmp_path / "one" / "a")
+
+
 def test_ranks_do_not_see_a_folds_scale(tmp_path: Path) -> None:
     alone = member("a", 1, 1)
     scale = np.array([1.0, 0.1, 0.01])
@@ -110,6 +164,13 @@ def test_weights_of_a_fold_do_not_see_its_labels() -> None:
     assert climb(LABELS, values).sum() == pytest.approx(1)
 
 
+def test_climbing_takes_the_best_and_what_raises_it() -> None:
+    labels = np.array([0, 0, 1, 1])
+    best, helps, hurts = np.array([1, 3, 2, 4.0]), np.array([2, 0, 1.5, 1]), np.array([4, 3, 2, 1.0])
+    assert climb(labels, np.stack([hurts, best, helps])).tolist() == [0, 0.5, 0.5]
+    assert climb(labels, np.stack([hurts, np.array([1, 2, 3, 4.0])])).tolist() == [0, 1]
+
+
 def test_members_must_share_folds_and_test_ids(tmp_path: Path) -> None:
     first, second = member("a", 1, 1), member("b", 1, 2)
     with pytest.raises(UserError, match="other folds"):
@@ -117,6 +178,12 @@ def test_members_must_share_folds_and_test_ids(tmp_path: Path) -> None:
     fewer = [table.iloc[1:].reset_index(drop=True) for table in second.tests]
     with pytest.raises(UserError, match="test ids"):
         blend([first, Member("b", second.oof, fewer, "same", [])], "mean", tmp_path / "ab")
+    with pytest.raises(UserError, match="a, a: a run stands there twice"):
+        blend([first, first], "mean", tmp_path / "ab")
+    for column, value in (("label", 1 - LABELS), ("fold", 2 - FOLD), ("id", IDS[::-1])):
+        with pytest.raises(UserError, match="b and a: trained on other folds or patches"):
+            blend([first, Member("b", second.oof.assign(**{column: value}), second.tests, "same", [])], "mean", tmp_path / "ab")
+    assert not (tmp_path / "ab").exists()
 
 
 def test_a_blend_does_not_overwrite_an_experiment(tmp_path: Path) -> None:
@@ -131,8 +198,33 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:-10])
     with pytest.raises(UserError, match=r"fold_1/test.csv: missing or changed"):
         read_member(tmp_path / "a")
+    file.unlink()
+    with pytest.raises(UserError, match=r"fold_1/test.csv: missing or changed"):
+        read_member(tmp_path / "a")
     (tmp_path / "a" / "fold_0" / "predictions.json").unlink()
-    with pytest.raises(UserError, match=r"fold_0: no predictions"):
+    with pytest.raises(UserError, match=r"fold_0: no predictions; run `python -m pcam_kaggle train` and `predict` for fold 0"):
+        read_member(tmp_path / "a")
+    with pytest.raises(UserError, match="b: no run of that name"):
+        read_member(tmp_path / "b")
+
+
+def test_predictions_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", member("a", 1, 1), lambda table: table)
+    folder = tmp_path / "a" / "fold_1"
+    (folder / "best.pt").write_bytes(b"weights")
+    made = read_json(folder / "predictions.json")
+    write_json(folder / "predictions.json", made | {"sources": {"best_sha256": file_sha256(folder / "best.pt")}})
+    read_member(tmp_path / "a")
+    (folder / "best.pt").write_bytes(b"others")
+    with pytest.raises(UserError, match="fold_1: trained again since it was predicted"):
+        read_member(tmp_path / "a")
+
+
+def test_a_patch_is_out_of_fold_once(tmp_path: Path) -> None:
+    made = member("a", 1, 1)
+    twice = made.oof.assign(id=np.where(IDS == "p004", "p003", IDS))
+    write_run(tmp_path / "a", Member("a", twice, made.tests, "same", []), lambda table: table)
+    with pytest.raises(UserError, match="id p003 is out of fold twice"):
         read_member(tmp_path / "a")
 
 
@@ -160,14 +252,46 @@ def test_a_submission_has_the_samples_ids_in_its_order(run: Path, sample: Path, 
     assert written["id"].tolist() == pd.read_csv(sample)["id"].tolist()
     np.testing.assert_array_equal(written["label"], test[written["id"]])
     beside = read_json(tmp_path / "out" / "a.json")
-    assert beside["members"] == {"a": 1.0}
-    assert beside["oof_auc"] == read_json(run / "metrics.json")["pooled"]
+    metrics = read_json(run / "metrics.json")
+    assert {key: beside[key] for key in beside if key not in ("commit", "packages")} == {
+        "sha256": file_sha256(tmp_path / "out" / "a.csv"),
+        "run": "a",
+        "members": {"a": 1.0},
+        "method": "mean",
+        "oof_auc": metrics["pooled"],
+        "oof_auc_ranked": metrics["ranked"],
+        "fold_auc": metrics["fold_auc"],
+        "missing_folds": [],
+        "public_score": None,
+        "private_score": None,
+    }
+    assert beside["packages"]["torch"]
+    assert "commit" in beside
+
+
+def test_a_single_patch_may_have_any_value(run: Path, tmp_path: Path) -> None:
+    for value in (0.0, 1.0):
+        test = pd.DataFrame({"id": ["t00"], "probability": [value]})
+        assert submission(test, pd.Series(["t00"]), run, run)["label"].tolist() == [value]
+    with pytest.raises(UserError, match=r"id t01 \(2 such\) has no prediction"):
+        submission(test, pd.Series(["t00", "t01", "t02"]), run, run)
+    with pytest.raises(UserError, match=r"id t00 \(1 such\) is not in"):
+        submission(test, pd.Series([], dtype=str), run, run)
+
+
+def test_what_was_not_blended_is_not_submitted(run: Path, sample: Path, tmp_path: Path) -> None:
+    (run / "test.csv").write_text((run / "test.csv").read_text() + "more,0.5\n")
+    with pytest.raises(UserError, match="has changed since it was blended"):
+        submit(run, sample, tmp_path / "a.csv")
 
 
 def test_a_submission_is_never_overwritten(run: Path, sample: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.csv"
     submit(run, sample, target)
     assert submit(run, sample, target)[1] is False
+    target.with_suffix(".json").unlink()
+    assert submit(run, sample, target)[1] is True
+    assert target.with_suffix(".json").exists()
     target.write_text("id,label\nmine,0.5\n")
     with pytest.raises(UserError, match="another submission"):
         submit(run, sample, target)
@@ -179,7 +303,8 @@ def test_a_submission_is_never_overwritten(run: Path, sample: Path, tmp_path: Pa
     [
         (lambda table: table.iloc[1:], "has no prediction"),
         (lambda table: pd.concat([table, pd.DataFrame({"id": ["more"], "probability": [0.5]})]), "is not in"),
-        (lambda table: table.assign(probability=1.5), "outside of"),
+        (lambda table: table.assign(probability=table["probability"] + 0.5), "outside of"),
+        (lambda table: table.assign(probability=table["probability"] - 0.5), "outside of"),
         (lambda table: table.assign(probability=0.5), "all predictions are 0.5"),
         (lambda table: table.assign(probability=np.nan), "not finite|not a number|nan|could not"),
     ],

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import UNMAPPED, Scheme, draw, groups, load, make
-from pcam_kaggle.tables import read_labels, read_slides
+from pcam_kaggle.folds import UNMAPPED, Scheme, draw, groups, load, make, numbers
+from pcam_kaggle.tables import labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, 42, "stratified")
 SLIDES = Scheme(5, 42, "slides")
@@ -63,8 +64,40 @@ def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.
     pd.testing.assert_frame_equal(
         groups(tmp_path / f"{SLIDES.name}.csv").reset_index(drop=True), known.sort_values("id", ignore_index=True)
     )
-    with pytest.raises(UserError, match="lacks 300"):
-        draw(labels, SLIDES, slides.iloc[300:])
+    with pytest.raises(UserError, match="lacks 201 of 1,000 ids, more than one of 5 folds holds"):
+        draw(labels, SLIDES, slides.iloc[201:])
+    assert draw(labels, SLIDES, slides.iloc[200:])["group"].eq(UNMAPPED).sum() == 200
+    assert groups(tmp_path / "none.csv") is None
+    make(labels, PLAIN, None, tmp_path)
+    assert groups(tmp_path / f"{PLAIN.name}.csv") is None
+
+
+@pytest.mark.parametrize("by_slide", [False, True])
+def test_the_manifest_tells_what_was_drawn(labels: pd.DataFrame, slides: pd.DataFrame, by_slide: bool, tmp_path: Path) -> None:
+    scheme, known = (SLIDES, slides) if by_slide else (PLAIN, None)
+    folds, _ = make(labels, scheme, known, tmp_path)
+    counts = folds.table.groupby("fold")["label"].agg(["size", "sum"])
+    groups_per_fold = folds.table.merge(slides, on="id").groupby("fold")["wsi"].nunique()
+    assert (
+        folds.manifest
+        == read_json(tmp_path / f"{scheme.name}.json")
+        == {
+            "scheme": "slides_5_42" if by_slide else "stratified_5_42",
+            "n_splits": 5,
+            "seed": 42,
+            "patches": counts["size"].tolist(),
+            "positives": counts["sum"].tolist(),
+            "slides": groups_per_fold.tolist() if by_slide else None,
+            "unmapped": 0 if by_slide else None,
+            "labels_sha256": labels_sha256(labels.sort_values("id")),
+            "slides_sha256": sha256(csv_bytes(slides)) if by_slide else None,
+            "csv_sha256": file_sha256(tmp_path / f"{scheme.name}.csv"),
+        }
+    )
+    assert folds.table.columns.tolist() == ["id", "label", "fold"]
+    written = pd.read_csv(tmp_path / f"{scheme.name}.csv")
+    assert written.columns.tolist() == ["id", "label", "fold", *(["group"] if by_slide else [])]
+    assert written["id"].tolist() == sorted(labels["id"])
 
 
 def test_another_seed_is_another_split(labels: pd.DataFrame) -> None:
@@ -117,8 +150,24 @@ def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, tmp_path: Path) ->
     pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
 
 
-def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
+def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fewer patches"):
         draw(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)
+    draw(labels.assign(label=[1] * 5 + [0] * 995), PLAIN, None)
+    one_sided = slides.assign(wsi=np.where(labels["label"] == 1, "all", slides["wsi"]))
+    with pytest.raises(UserError, match="a fold holds one label alone"):
+        draw(labels, SLIDES, one_sided)
+    for folder in ("none", "half"):
+        with pytest.raises(UserError, match="it or its manifest is missing; run `python -m pcam_kaggle folds`"):
+            load(labels, PLAIN, None, tmp_path)
+        make(labels, PLAIN, None, tmp_path)
+        (tmp_path / f"{PLAIN.name}.{'json' if folder == 'none' else 'csv'}").unlink()
     with pytest.raises(UserError, match="3 slides can't fill 5 folds"):
         draw(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))
+
+
+def test_a_runs_folds_are_those_of_its_config(tmp_path: Path) -> None:
+    assert numbers(tmp_path / "config.json", {"n_splits": 3}) == range(3)
+    for config in ({}, {"n_splits": 1}, {"n_splits": "many"}, {"n_splits": None}):
+        with pytest.raises(UserError, match=r"config\.json|n_splits"):
+            numbers(tmp_path / "config.json", config)

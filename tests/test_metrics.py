@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.metrics import auc, auc_difference, auc_interval, delong, midranks, rank_within
@@ -26,6 +27,26 @@ def test_intervals_are_procs() -> None:
     difference = auc_difference(LABELS, A, B)
     assert difference.low == pytest.approx(-0.234800964489847, abs=1e-12)
     assert difference.high == pytest.approx(0.224699954388837, abs=1e-12)
+
+
+def test_intervals_have_their_level() -> None:
+    half = auc_interval(LABELS, A, level=0.5)
+    error = 0.00774155698398122**0.5
+    assert half.value - half.low == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
+    assert half.high - half.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
+    difference = auc_difference(LABELS, B, A, level=0.5)
+    error = (0.00774155698398122 + 0.00739847974696459 - 2 * 0.00069954596469748) ** 0.5
+    assert difference.error == pytest.approx(error, abs=1e-12)
+    assert difference.value == pytest.approx(0.843434343434 - 0.838383838384, abs=1e-10)
+    assert difference.high - difference.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
+    assert difference.p == pytest.approx(2 * stats.norm.sf(difference.value / error), abs=1e-12)
+    assert auc_difference(LABELS, A, A) == (0, 0, 0, 0, 1)
+
+
+def test_a_class_of_one_has_no_variance() -> None:
+    areas, covariance = delong(np.array([1, 0, 0]), np.array([[2.0, 1, 3]]))
+    assert areas.tolist() == [0.5]
+    assert np.isnan(covariance).all()
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])

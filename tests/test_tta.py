@@ -17,6 +17,16 @@ def test_views_are_a_group(count: int) -> None:
         assert {again.numpy().tobytes() for again in tta.views(view, count)} == seen
 
 
+def test_views_come_in_their_order() -> None:
+    image = torch.arange(4.0).view(1, 1, 2, 2)
+    seen = [view.flatten().tolist() for view in tta.views(image, 8)]
+    assert seen[:4] == [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]]
+    assert seen[4] == [1, 0, 3, 2]
+    assert [view.flatten().tolist() for view in tta.views(image, 4)] == seen[:4]
+    with pytest.raises(KeyError):
+        tta.views(image, 2)
+
+
 def test_eight_views_make_any_net_invariant() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 1))
     image = torch.rand(1, 3, 8, 8)
