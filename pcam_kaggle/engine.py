@@ -1,5 +1,6 @@
 """One epoch and one prediction pass: the only loops over batches."""
 
+import contextlib
 import functools
 import math
 import os
@@ -122,6 +123,9 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
 
 def _step_back(worker: int) -> None:
     os.nice(19)
+    # What wakes up takes the core from an idle process at once, from a nice one only after a while; not every system has it.
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def learning_rate(config: Config, progress: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from pcam_kaggle.artifacts import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.blend import Member, blend, climb, cross_climb, read_member
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.metrics import auc, auc_interval
+from pcam_kaggle.metrics import auc, auc_difference, auc_interval
 from pcam_kaggle.submission import submission, submit
 
 N, TESTS, FOLDS = 600, 50, 3
@@ -171,6 +171,23 @@ def test_climbing_takes_the_best_and_what_raises_it() -> None:
     assert climb(labels, np.stack([hurts, np.array([1, 2, 3, 4.0])])).tolist() == [0, 1]
 
 
+def test_a_member_may_be_taken_again() -> None:
+    values = np.stack([member(f"m{n}", 1 + n / 2, n).oof["probability"] for n in range(3)])
+    weights = climb(LABELS, values)
+    assert len({*weights.tolist(), 0.0}) > 2
+    alone = [auc(LABELS, column) for column in values]
+    assert auc(LABELS, weights @ values) > max(alone)
+
+
+def test_weights_of_a_fold_are_climbed_on_all_others() -> None:
+    values = np.stack([member(f"m{n}", 1 + n / 2, n).oof["probability"] for n in range(3)])
+    blended, gain = cross_climb(LABELS, FOLD, values)
+    for fold in range(FOLDS):
+        inside = fold == FOLD
+        np.testing.assert_array_equal(blended[inside], climb(LABELS[~inside], values[:, ~inside]) @ values[:, inside])
+    assert gain == auc_difference(LABELS, blended, values.mean(axis=0))
+
+
 def test_members_must_share_folds_and_test_ids(tmp_path: Path) -> None:
     first, second = member("a", 1, 1), member("b", 1, 2)
     with pytest.raises(UserError, match="other folds"):
@@ -270,6 +287,9 @@ def test_a_submission_has_the_samples_ids_in_its_order(run: Path, sample: Path, 
 
 
 def test_a_single_patch_may_have_any_value(run: Path, tmp_path: Path) -> None:
+    pair = pd.DataFrame({"id": ["t00", "t01"], "probability": [0.5, 0.5]})
+    with pytest.raises(UserError, match=r"a: all predictions are 0\.5"):
+        submission(pair, pair["id"], run, run)
     for value in (0.0, 1.0):
         test = pd.DataFrame({"id": ["t00"], "probability": [value]})
         assert submission(test, pd.Series(["t00"]), run, run)["label"].tolist() == [value]
@@ -281,8 +301,15 @@ def test_a_single_patch_may_have_any_value(run: Path, tmp_path: Path) -> None:
 
 def test_what_was_not_blended_is_not_submitted(run: Path, sample: Path, tmp_path: Path) -> None:
     (run / "test.csv").write_text((run / "test.csv").read_text() + "more,0.5\n")
-    with pytest.raises(UserError, match="has changed since it was blended"):
+    with pytest.raises(UserError, match=r"a/test\.csv: has changed since it was blended"):
         submit(run, sample, tmp_path / "a.csv")
+    blend([member("a", 1, 1)], "mean", run)
+    metrics = read_json(run / "metrics.json")
+    for key in ("members", "test_sha256"):
+        write_json(run / "metrics.json", {name: value for name, value in metrics.items() if name != key})
+        with pytest.raises(UserError, match=r"metrics\.json"):
+            submit(run, sample, tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_a_submission_is_never_overwritten(run: Path, sample: Path, tmp_path: Path) -> None:

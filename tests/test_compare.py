@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Outcome
+from scipy import stats
 
 from pcam_kaggle.artifacts import csv_bytes, read_json, sha256, write_csv, write_json
 from pcam_kaggle.blend import score
@@ -159,13 +160,23 @@ def test_the_slide_bootstrap_knows_the_difference_and_widens_where_slides_differ
     labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
     first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
 
-    def by(groups: np.ndarray) -> Difference:
-        return slide_difference(labels, groups, *(slide_pairs(labels, groups, scores) for scores in (first, second)))
+    def by(groups: np.ndarray, level: float = 0.95) -> Difference:
+        return slide_difference(labels, groups, *(slide_pairs(labels, groups, scores) for scores in (first, second)), level)
 
     plain, by_slide = auc_difference(labels, first, second), by(slides)
     assert by_slide.value == pytest.approx(plain.value, abs=1e-12)
     assert by_slide.error > 1.5 * plain.error
     assert by(np.arange(1800)).error == pytest.approx(plain.error, rel=0.1)
+    assert by(slides) == by_slide
+    for level in (0.5, 0.95):
+        made = by(slides, level)
+        assert made.high - made.value == pytest.approx(stats.t(59).ppf((1 + level) / 2) * made.error)
+    assert by_slide.p == pytest.approx(2 * stats.t(59).sf(abs(by_slide.value) / by_slide.error))
+    # Drawn slide by slide, the slow way.
+    draws = np.random.default_rng(1).integers(0, 60, (400, 60))
+    patches = [np.concatenate([np.arange(30) + 30 * slide for slide in draw]) for draw in draws]
+    slow = [auc(labels[some], first[some]) - auc(labels[some], second[some]) for some in patches]
+    assert by_slide.error == pytest.approx(np.std(slow, ddof=1), rel=0.15)
 
 
 def test_the_bootstrap_draws_whole_slides() -> None:

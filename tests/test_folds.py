@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256
+from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_json
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import UNMAPPED, Scheme, draw, groups, load, make, numbers
 from pcam_kaggle.tables import labels_sha256, read_labels, read_slides
@@ -142,12 +142,25 @@ def test_an_edited_fold_file_is_refused(labels: pd.DataFrame, tmp_path: Path) ->
         load(labels, PLAIN, None, tmp_path)
 
 
-def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, tmp_path: Path) -> None:
-    made, new = make(labels, PLAIN, None, tmp_path)
-    kept, again = make(labels, PLAIN, None, tmp_path)
+@pytest.mark.parametrize("by_slide", [False, True])
+def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, slides: pd.DataFrame, by_slide: bool, tmp_path: Path) -> None:
+    # Ids and slides that look like numbers are still text.
+    names = {name: f"{number:06d}" for number, name in enumerate(labels["id"])}
+    labels = labels.assign(id=labels["id"].map(names))
+    known = slides.assign(id=slides["id"].map(names), wsi=slides["wsi"].str.removeprefix("slide_")) if by_slide else None
+    scheme = SLIDES if by_slide else PLAIN
+    made, new = make(labels, scheme, known, tmp_path)
+    kept, again = make(labels, scheme, known, tmp_path)
     assert (new, again) == (True, False)
     assert made.manifest == kept.manifest
     pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
+    with pytest.raises(UserError, match="belongs to another slide map"):
+        load(labels, scheme, None if by_slide else slides, tmp_path)
+    file = tmp_path / f"{scheme.name}.json"
+    for key in ("labels_sha256", "csv_sha256"):
+        write_json(file, {name: value for name, value in made.manifest.items() if name != key})
+        with pytest.raises(UserError, match=rf"{scheme.name}\.json"):
+            load(labels, scheme, known, tmp_path)
 
 
 def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:

@@ -68,10 +68,12 @@ class Slides:
         vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
         self.patches = np.stack([stained(vectors[slide], number) for number, slide in enumerate(self.slide)])
 
-    def ids(self, _split: str) -> np.ndarray:
+    def ids(self, split: str) -> np.ndarray:
+        assert split == "train"
         return np.array([f"patch_{number:03d}" for number in range(240)], dtype=object)
 
-    def rows(self, _split: str, ids: np.ndarray) -> np.ndarray:
+    def rows(self, split: str, ids: np.ndarray) -> np.ndarray:
+        assert split == "train"
         return np.arange(len(ids))
 
     def images(self, rows: np.ndarray) -> np.ndarray:
@@ -83,6 +85,8 @@ def test_groups_of_like_stain_are_made_of_one_slide_and_of_one_fold(monkeypatch:
     store = Slides()
     groups = stain_groups(store)
     assert adjusted_rand_score(store.slide, groups["wsi"]) > 0.9
+    assert sorted(groups["wsi"].unique()) == [f"stain_0{cluster}" for cluster in range(6)]
+    assert stain_groups(store).equals(groups)
     labels = pd.DataFrame({"id": groups["id"], "label": np.random.default_rng(0).integers(0, 2, 240)})
     drawn = draw(labels, Scheme(3, 42, "stain"), groups)
     assert (drawn.groupby("group")["fold"].nunique() == 1).all()
