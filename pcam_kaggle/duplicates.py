@@ -17,10 +17,9 @@ def looks(patches: NDArray[np.uint8]) -> NDArray[np.uint64]:
     Shape (n,). A copy that was compressed, blurred or stained anew keeps nearly all of its bits.
     """
     count, height, width = patches.shape[:3]
-    # One tall image, cut to whole cells: a cell never reaches from one patch into the next.
+    # One tall image: a cell never reaches from one patch into the next.
     gray = cv2.cvtColor(patches.reshape(count * height, width, 3), cv2.COLOR_RGB2GRAY)
-    edge = width % 9 // 2
-    cells = cv2.resize(gray[:, edge : edge + width // 9 * 9], (9, 8 * count), interpolation=cv2.INTER_AREA).reshape(count, 8, 9)
+    cells = cv2.resize(gray, (9, 8 * count), interpolation=cv2.INTER_AREA).reshape(count, 8, 9)
     brighter = (cells[:, :, 1:] > cells[:, :, :-1]).reshape(count, BITS)
     return np.packbits(brighter, axis=1).view(">u8")[:, 0].astype(np.uint64)
 

@@ -26,7 +26,7 @@ def some_patch(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: cv2.imdecode(cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, 95])[1], cv2.IMREAD_COLOR),
+        lambda patch: cv2.imdecode(cv2.imencode(".jpg", patch, [cv2.IMWRITE_JPEG_QUALITY, 90])[1], cv2.IMREAD_COLOR),
         lambda patch: np.clip(patch.astype(int) + 6, 0, 255).astype(np.uint8),
         lambda patch: patch,
     ],
