@@ -30,6 +30,8 @@ AS_USED = ("fp32", False)
 SWITCHES = (("fp32", True), ("bf16", True))
 ROUNDS = 2
 STEPS = 16
+# A turn of these takes seconds, and the shared machine differs from one to the next: the more turns, the steadier their median.
+PREDICTION_ROUNDS, PREPARE_TURNS = 5, 20
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 # Read when torch is imported, as the command line does it.
@@ -140,22 +142,22 @@ def pipeline(bench: Bench) -> dict[str, Any]:
 
 def prediction(bench: Bench) -> dict[str, Any]:
     """Measure the patches/s of prediction under eight views, of ttach's and of the limit, in rounds."""
-    rounds = []
+    seen: dict[str, list[float]] = {}
     ours = {"environment": OURS, "work": str(bench.work), "count": 2 * PATCHES}
-    for _ in range(ROUNDS):
+    for number in range(PREDICTION_ROUNDS):
         row = bench.measured("prediction", name=NETS[0], views=8, **ours)
         for last in (False, True):
             made = bench.measured("ttach_prediction", name=NETS[0], channels_last=last, count=PATCHES)
             row["ttach, channels_last" if last else "ttach"] = made["ttach"]
         row["bottleneck_d4, one view"] = bench.measured("prediction", name="bottleneck_d4", views=1, **ours)["ours"]
-        rounds.append(row)
-        say(f"prediction: {row}")
-    return {key: [row[key] for row in rounds] for key in rounds[0]}
+        seen = {key: seen.get(key, []) + rates for key, rates in row.items()}
+        say(f"prediction, round {number + 1}: {row}")
+    return seen
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
     """Measure `prepare` against reading and decoding alone, and the peak memory of every stage."""
-    seen: dict[str, Any] = {"rates": bench.measured("preparation", turns=5)}
+    seen: dict[str, Any] = {"rates": bench.measured("preparation", turns=PREPARE_TURNS)}
     with tempfile.TemporaryDirectory() as folder:
         changes = [part for option in ("epochs=1", "n_splits=2", "tta=1", "batch_size=64") for part in ("--set", option)]
         for stage in ("prepare", "folds", "train", "predict", "blend", "submission"):

@@ -112,7 +112,7 @@ def peer_pipeline(
     return {"auc": float(roc_auc_score(labels["label"], oof))}
 
 
-def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[str, float]:
+def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[str, list[float]]:
     """Return the patches/s of our prediction under `views` views, and of the net alone on one batch that stays in memory."""
     import torch
 
@@ -139,10 +139,10 @@ def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[
                 for view in tta.views(resident, views):
                     net(view)
 
-    return _rates({"ours": ours, "limit": limit}, count)
+    return _rates({"ours": ours, "limit": limit}, count, turns=1)
 
 
-def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> dict[str, float]:
+def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> dict[str, list[float]]:
     """Return the patches/s of ttach's wrapper under its eight views of the same symmetries, over TIFs read by cv2."""
     import torch
     import ttach
@@ -166,10 +166,10 @@ def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> d
             for images in loader:
                 wrapper(images.contiguous(memory_format=form))
 
-    return _rates({"ttach": run}, count)
+    return _rates({"ttach": run}, count, turns=1)
 
 
-def preparation(data: str, turns: int) -> dict[str, float]:
+def preparation(data: str, turns: int) -> dict[str, list[float]]:
     """Return the patches/s of `prepare`, of reading every byte, and of cv2's decoding alone in two processes, by turns."""
     from pcam_kaggle.patches import prepare
 
@@ -201,16 +201,16 @@ def _decode(files: list[Path]) -> None:
         cv2.imread(str(file), cv2.IMREAD_COLOR_RGB)
 
 
-def _rates(works: dict[str, Callable[[], object]], count: int, turns: int = 3) -> dict[str, float]:
-    """Return `count` over the median of the seconds of each of `works`, by turns after one that is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def _rates(works: dict[str, Callable[[], object]], count: int, turns: int) -> dict[str, list[float]]:
+    """Return `count` over the seconds that each of `works` took in each turn, after one that is not timed."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):
         for name, work in works.items():
             start = time.perf_counter()
             work()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: count / float(np.median(each)) for name, each in seconds.items()}
+                rates[name].append(count / (time.perf_counter() - start))
+    return rates
 
 
 def _fold(data: Data) -> tuple[pd.DataFrame, pd.DataFrame]:

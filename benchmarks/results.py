@@ -55,20 +55,13 @@ def pipeline_table(seen: dict[str, Any]) -> str:
     return markdown(("by", "seconds", "times ours", "OOF AUC"), lines)
 
 
-def prediction_table(seen: dict[str, Any]) -> str:
-    """Return the patches/s of prediction, and ours as a multiple of each."""
+def rates_table(rates: dict[str, list[float]]) -> str:
+    """Return the patches/s of each kind of work, and ours as a multiple of each."""
     lines = [
-        (kind, f"{np.median(rates):.0f}", spread(np.array(seen["ours"]) / np.array(rates)) if kind != "ours" else "")
-        for kind, rates in seen.items()
+        (kind, f"{np.median(each):,.0f}", spread(np.array(rates["ours"]) / np.array(each)) if kind != "ours" else "")
+        for kind, each in rates.items()
     ]
     return markdown(("by", "patches/s", "ours is times that (least to most of the rounds)"), lines)
-
-
-def prepare_table(seen: dict[str, Any]) -> str:
-    """Return the patches/s of `prepare` and of its parts alone."""
-    rates = seen["rates"]
-    lines = [(kind, f"{rate:,.0f}", f"{rates['ours'] / rate:.2f}") for kind, rate in rates.items()]
-    return markdown(("what", "patches/s", "ours is times that"), lines)
 
 
 def memory_table(seen: dict[str, Any]) -> str:
@@ -118,8 +111,8 @@ def page() -> str:
     tables: dict[str, Callable[[dict[str, Any]], str]] = {
         "training": training_table,
         "pipeline": pipeline_table,
-        "prediction": prediction_table,
-        "prepare": prepare_table,
+        "prediction": rates_table,
+        "prepare": lambda seen: rates_table(seen["rates"]),
         "memory": memory_table,
         "gpu": gpu_table,
         "full": growth_table,

@@ -17,9 +17,12 @@ def looks(patches: NDArray[np.uint8]) -> NDArray[np.uint64]:
     Shape (n,). A copy that was compressed, blurred or stained anew keeps nearly all of its bits.
     """
     count, height, width = patches.shape[:3]
-    # One tall image: a cell never reaches from one patch into the next.
     gray = cv2.cvtColor(patches.reshape(count * height, width, 3), cv2.COLOR_RGB2GRAY)
-    cells = cv2.resize(gray, (9, 8 * count), interpolation=cv2.INTER_AREA).reshape(count, 8, 9)
+    # The means of 8x9 cells as whole greys, first down, then across: half the time of cv2.resize, which takes both at once. In
+    # thirds of a pixel all sums are whole numbers, so they do not depend on the order of adding.
+    down = gray.reshape(count, 8, height // 8, width).sum(2, dtype=np.uint16)
+    thirds = np.rint(width / 3 * cv2.resize(np.eye(width, dtype=np.float32), (9, width), interpolation=cv2.INTER_AREA))
+    cells = np.rint(down @ thirds / (width / 3 * height / 8))
     brighter = (cells[:, :, 1:] > cells[:, :, :-1]).reshape(count, BITS)
     return np.packbits(brighter, axis=1).view(">u8")[:, 0].astype(np.uint64)
 

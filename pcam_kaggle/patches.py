@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import cv2
 import numpy as np
@@ -51,13 +52,27 @@ class Problem:
         return f"{self.split}/{self.id}.tif: {self.reason}"
 
 
-def read_patch(path: Path) -> NDArray[np.uint8]:
-    """Return the patch in `path` as uint8 RGB, shape (96, 96, 3); raises Damaged where it is anything else."""
+def read_patch(path: Path) -> tuple[NDArray[np.uint8], bytes]:
+    """Return the patch in `path` as uint8 RGB, shape (96, 96, 3), and the SHA-1 of its bytes; raises Damaged where it is none.
+
+    The competition's files end in their pixels and are named by the pixels' SHA-1: where a file's last bytes have it, they are
+    the patch, proved by more than a decoder checks. Only other files are decoded.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             content = np.frombuffer(file.readall(), np.uint8)
     except FileNotFoundError:
         raise Damaged("missing, though its id is listed; copy the file again or drop the row") from None
+    pixels = content[-PATCH_BYTES:]
+    digest = hashlib.sha1(pixels, usedforsecurity=False)
+    if digest.hexdigest() == path.stem:
+        return pixels.reshape(SHAPE), digest.digest()
+    patch = _decode(content)
+    return patch, hashlib.sha1(patch, usedforsecurity=False).digest()
+
+
+def _decode(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the patch in a TIF of the bytes `content`; raises Damaged where it is anything else."""
     try:
         image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     except cv2.error:
@@ -210,6 +225,9 @@ def _pack(data: Data, rows: list[tuple[str, str]], target: Path, ids: Ids) -> tu
                 digests += some_digests
                 seen += some_looks
                 problems += [Problem(*rows[start + offset], reason) for offset, reason in reasons.items()]
+                # Time and again, so that the disk writes while the workers read.
+                with _writing(target) as packed:
+                    os.fsync(packed.fileno())
     except BrokenProcessPool:
         raise UserError(f"{data.root}: a process that read it was killed, perhaps for want of memory; run it again") from None
     return digests, seen, problems
@@ -230,24 +248,30 @@ def _pack_chunk(
     digests: list[bytes] = []
     reasons: dict[int, str] = {}
     for offset, (split, name) in enumerate(rows):
-        digest = hashlib.sha1(b"", usedforsecurity=False)
+        digest = b""
         try:
-            patch = read_patch(folders[split] / f"{name}.tif")
-            digest.update(patch)
-            if ids == "sha1" and digest.hexdigest() != name and SHA1.fullmatch(name):
-                raise Damaged(f"the SHA-1 of its pixels is {digest.hexdigest()}; copy the file again")
+            patch, digest = read_patch(folders[split] / f"{name}.tif")
+            if ids == "sha1" and digest.hex() != name and SHA1.fullmatch(name):
+                raise Damaged(f"the SHA-1 of its pixels is {digest.hex()}; copy the file again")
             block[offset] = patch
         except Damaged as damage:
             reasons[offset] = str(damage)
-        digests.append(digest.digest())
+        digests.append(digest)
     # Written, not mapped: where a disk is full, who writes through a map is killed without a word.
+    with _writing(target) as packed:
+        packed.seek(place)
+        packed.write(block)
+    return digests, looks(block).tolist(), reasons
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[BinaryIO]:
+    """Open `target` to write into it; raises UserError where its disk takes no more."""
     try:
-        with target.open("r+b") as packed:
-            packed.seek(place)
-            packed.write(block)
+        with target.open("r+b") as file:
+            yield file
     except OSError as error:
         raise UserError(f"{target.parent.parent}: {error.strerror}, while the store was written; make room for it") from None
-    return digests, looks(block).tolist(), reasons
 
 
 def _content_sha256(rows: list[tuple[str, str]], digests: list[bytes], split: str, aside: set[str]) -> str:

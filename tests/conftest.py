@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from pcam_kaggle.cli import main
 from pcam_kaggle.config import Config
@@ -32,8 +32,8 @@ class Outcome(NamedTuple):
 
 
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
-    """Write an RGB patch as the competition does, uncompressed."""
-    assert cv2.imwrite(str(path), patch[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+    """Write an RGB patch as the competition does: uncompressed, the pixels last."""
+    Image.fromarray(patch).save(path)
 
 
 def sha1(patch: NDArray[np.uint8]) -> str:

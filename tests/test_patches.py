@@ -18,6 +18,7 @@ from pcam_kaggle.paths import Data
 from pcam_kaggle.store import PatchStore
 
 Command = Callable[..., Outcome]
+SIZE = 96 * 96 * 3
 
 
 def first_tif(data: Data, split: str = "train") -> Path:
@@ -167,9 +168,31 @@ def test_a_fault_is_one_line(break_it: Callable[[Data], str], command: str, data
     assert not list((tmp_path / "work").rglob("*"))
 
 
+@pytest.mark.parametrize("compression", [1, 5, 8])
+def test_where_and_how_a_file_keeps_its_pixels_makes_no_difference(compression: int, data: Data, tmp_path: Path) -> None:
+    made, _ = prepare(data, tmp_path / "store")
+    for tif in data.patches("train").glob("*.tif"):
+        assert cv2.imwrite(str(tif), cv2.imread(str(tif)), [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+        assert sha1(np.frombuffer(tif.read_bytes()[-SIZE:], np.uint8)) != tif.stem
+    again, _ = prepare(data, tmp_path / "again")
+    assert made | {"signature": ""} == again | {"signature": ""}
+    assert (tmp_path / "store" / "patches.npy").read_bytes() == (tmp_path / "again" / "patches.npy").read_bytes()
+
+
+def test_pixels_that_have_their_ids_sha1_need_nothing_else_of_their_file(data: Data) -> None:
+    tif = first_tif(data)
+    patch, digest = read_patch(tif)
+    assert digest.hex() == tif.stem
+    tif.write_bytes(bytes(len(tif.read_bytes()) - SIZE) + patch.tobytes())
+    assert np.array_equal(read_patch(tif)[0], patch)
+    tif.write_bytes(patch.tobytes()[:-1] + b"?")
+    with pytest.raises(Damaged):
+        read_patch(tif)
+
+
 def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -> None:
     tif = first_tif(data)
-    whole, pixels = tif.read_bytes(), sha1(read_patch(tif))
+    whole, pixels = tif.read_bytes(), sha1(read_patch(tif)[0])
     spoilt = tmp_path / "spoilt.tif"
     start = whole.rfind(b"\x00\x01", 0, 8) if whole[4:8] == b"\x08\x00\x00\x00" else int.from_bytes(whole[4:8], "little")
     for position in (*range(8), *range(max(8, start), min(len(whole), max(8, start) + 200))):
@@ -178,7 +201,7 @@ def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -
             content[position] ^= 1 << bit
             spoilt.write_bytes(content)
             try:
-                read = sha1(read_patch(spoilt))
+                read = sha1(read_patch(spoilt)[0])
             except Damaged:
                 continue
             assert read == pixels or read != tif.stem
