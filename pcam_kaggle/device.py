@@ -91,6 +91,16 @@ def hold_memory() -> None:
         mallopt(parameter, value)
 
 
+def release_memory() -> None:
+    """Give back what `hold_memory` keeps and no tensor uses, where the C library is glibc.
+
+    A process that is forked shares it else, and every page of it is copied when it is next written to: seconds for a net's.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
 def spread(work: Callable[[list[int]], None], items: list[int]) -> None:
     """Call `work` with a share of `items` on each GPU, in a process of its own; with one GPU or none, here with all of them.
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pcam_kaggle import tta
 from pcam_kaggle.augment import augmentation, centre, mixup
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend
+from pcam_kaggle.device import Backend, release_memory
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.stain import mix_stains
 from pcam_kaggle.store import PatchStore
@@ -106,6 +106,7 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
     slots = _Slots(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
     cv2.setNumThreads(0)
+    release_memory()
     loader = DataLoader(
         slots,
         batch_size=None,
