@@ -78,13 +78,13 @@ mutants: $(VENV)/dev.stamp ## change folds, blend, metrics, submission and tta i
 torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on and end in the same bytes
 	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
 
-fuzz: $(VENV)/run.stamp ## change 500 inputs; each must end in one line, or in the very same result
+fuzz: $(VENV)/dev.stamp ## change 500 inputs; each must end in one line, or in the very same result
 	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
 bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, half an hour
 	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
-bench-full: $(VENV)/run.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
+bench-full: $(VENV)/dev.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
 	@$(VENV)/bin/python -m benchmarks.full
 
 data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client

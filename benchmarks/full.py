@@ -5,15 +5,16 @@ temporary files; both are removed afterwards.
 """
 
 import tempfile
+from hashlib import sha1
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from benchmarks.bench import Bench, say
 from benchmarks.results import keep, page
-from pcam_kaggle.artifacts import write_csv, write_json
+from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.paths import Data
 from pcam_kaggle.synthetic import draw_patch, tumour_place
 
@@ -26,7 +27,7 @@ STAGES = ("prepare", "folds", "train", "predict", "blend", "submission")
 
 
 def make(data: Data, share: int) -> None:
-    """Write one `share`-th of the full size into `data`, with names for ids, and a slide map.
+    """Write one `share`-th of the full size into `data`, as the competition's files are, and a slide map.
 
     A patch is one of 500 drawn ones, with its number in its corner so that no two are the same.
     """
@@ -37,15 +38,15 @@ def make(data: Data, share: int) -> None:
         data.patches(split).mkdir(parents=True)
         rows = []
         for number in range(size // share):
-            patch = drawn[number % DRAWN][0][..., ::-1].copy()
-            patch[0, :2, :] = np.frombuffer(np.int64(number).tobytes(), np.uint8)[:6].reshape(2, 3)
-            cv2.imwrite(str(data.patches(split) / f"{split}_{number:06d}.tif"), patch, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
-            rows.append((f"{split}_{number:06d}", positive[number % DRAWN], f"slide_{number % SLIDES}"))
+            patch = drawn[number % DRAWN][0].copy()
+            patch[0, :2, :] = np.frombuffer(np.int64(number * 2 + (split == "test")).tobytes(), np.uint8)[:6].reshape(2, 3)
+            name = sha1(patch, usedforsecurity=False).hexdigest()
+            Image.fromarray(patch).save(data.patches(split) / f"{name}.tif")
+            rows.append((name, positive[number % DRAWN], f"slide_{number % SLIDES}"))
         table = pd.DataFrame(rows, columns=["id", "label", "wsi"])
         write_csv(data.labels if split == "train" else data.sample, table[["id", "label"]].assign(**_unlabelled(split)))
         if split == "train":
             write_csv(data.root / "patch_id_wsi.csv", table[["id", "wsi"]])
-    write_json(data.declaration, {"ids": "names"})
 
 
 def _unlabelled(split: str) -> dict[str, int]:

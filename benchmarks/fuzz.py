@@ -24,6 +24,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from pcam_kaggle import cli, kaggle
 from pcam_kaggle.artifacts import PART
@@ -119,6 +121,19 @@ TARGETS = (
 )
 
 
+def pixels_first(file: Path, patch: NDArray[np.uint8]) -> None:
+    """Write a TIF that has to be decoded."""
+    cv2.imwrite(str(file), cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+
+
+def pixels_last(file: Path, patch: NDArray[np.uint8]) -> None:
+    """Write a TIF as the competition's are."""
+    Image.fromarray(patch).save(file)
+
+
+WRITERS = {"train": pixels_last, "test": pixels_first}
+
+
 def small_set(data: Data) -> None:
     """Write 24 train and 5 test patches whose ids are their SHA-1s, but for one of either split, which is called 0."""
     rng = np.random.default_rng(SEED)
@@ -128,8 +143,8 @@ def small_set(data: Data) -> None:
         rows = []
         for number in range(count):
             patch = rng.integers(0, 200 + 50 * (number % 2), (96, 96, 3), dtype=np.uint8)
-            name = sha1(patch[..., ::-1].tobytes(), usedforsecurity=False).hexdigest()
-            cv2.imwrite(str(data.patches(split) / f"{name}.tif"), patch, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+            name = sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
+            WRITERS[split](data.patches(split) / f"{name}.tif", patch)
             rows.append((name, number % 2, f"slide_{number % 8}"))
         table = pd.DataFrame(rows, columns=["id", "label", "wsi"])
         table[["id", "label"]].to_csv(tables[split], index=False)
