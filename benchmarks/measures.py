@@ -6,6 +6,7 @@ inherit.
 
 import itertools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -178,7 +179,7 @@ def preparation(data: str, turns: int) -> dict[str, list[float]]:
     halves = [files[half::2] for half in range(2)]
 
     def ours() -> None:
-        prepare(folder, Path(tempfile.mkdtemp(dir=target)) / "store")
+        prepare(folder, Path(target) / "store")
 
     def bytes_alone() -> None:
         for file in files:
@@ -188,9 +189,9 @@ def preparation(data: str, turns: int) -> dict[str, list[float]]:
         with Pool(2) as pool:
             pool.map(_decode, halves)
 
-    # What was written is deleted at the end, when no clock runs.
     with tempfile.TemporaryDirectory() as target:
-        return _rates({"ours": ours, "bytes": bytes_alone, "cv2": decoding}, len(files), turns)
+        works = {"ours": ours, "bytes": bytes_alone, "cv2": decoding}
+        return _rates(works, len(files), turns, lambda: shutil.rmtree(Path(target) / "store", ignore_errors=True))
 
 
 def _decode(files: list[Path]) -> None:
@@ -201,10 +202,13 @@ def _decode(files: list[Path]) -> None:
         cv2.imread(str(file), cv2.IMREAD_COLOR_RGB)
 
 
-def _rates(works: dict[str, Callable[[], object]], count: int, turns: int) -> dict[str, list[float]]:
-    """Return `count` over the seconds that each of `works` took in each turn, after one that is not timed."""
+def _rates(
+    works: dict[str, Callable[[], object]], count: int, turns: int, between: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Return `count` over the seconds that each of `works` took in each turn but the first, `between` called before each."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):
+        between()
         for name, work in works.items():
             start = time.perf_counter()
             work()
