@@ -28,8 +28,8 @@ NETS = ("bottleneck", "plain")
 PEERS = ("loop", "lightning", "fastai", "timm")
 AS_USED = ("fp32", False)
 SWITCHES = (("fp32", True), ("bf16", True))
-ROUNDS = 2
-STEPS = 16
+ROUNDS = 3
+STEPS = 12
 # A turn of these takes seconds, and the shared machine differs from one to the next: the more turns, the steadier their median.
 PREDICTION_ROUNDS, PREPARE_TURNS = 5, 20
 PATCHES = 256
