@@ -42,8 +42,8 @@ class Config:
     """Filters at which the doubling ends."""
     depth: int = 1
     """Bodies per block."""
-    squeeze: int = 4
-    """Filters around a bottleneck over those inside; 1 to 4."""
+    squeeze: Literal[1, 2, 4] = 4
+    """Filters around a bottleneck over those inside."""
     excite: bool = True
     """Whether a bottleneck gates its filters by squeeze and excitation."""
     pool_first: bool = True
@@ -119,7 +119,6 @@ class Config:
             "width": (4, 1024),
             "max_width": (4, 8192),
             "depth": (1, 20),
-            "squeeze": (1, 4),
             "hidden": (1, 65536),
             "dropout": (0, 0.99),
             "centre": (0, self.side - 2),

@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import itertools
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -124,7 +126,16 @@ def gpus() -> int:
 def _on_gpu(index: int, work: Callable[[list[int]], None], share: list[int]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(index)
+    # A killed process holds its run no longer, so those that it has started must not go on in it.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     work(share)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def device_name(kind: str) -> str:

@@ -86,8 +86,12 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
 
     Groups are clusters (k-means, seed 0) of the patches' stain vectors. They stand in for slides where no map is at hand:
     a slide is stained and scanned once, so its patches are more alike than those of two slides.
+
+    Raises UserError where there are fewer patches than groups.
     """
     ids = store.ids("train")
+    if len(ids) < STAIN_GROUPS:
+        raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
     rows = store.rows("train", ids)
     vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
     clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))

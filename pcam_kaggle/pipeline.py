@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -61,14 +62,14 @@ def run_folds(job: Job) -> bool:
         unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
         kind = "group of like stain" if job.config.groups == "stain" else "mapped slide"
         print(f"folds: no {kind} lies in two folds; groups per fold {manifest['slides']}{unmapped}")
-    if new and whole(job.workspace.store):
-        _report_look_alikes(job, folds)
+    look_alikes = job.workspace.folds / f"{manifest['scheme']}_look_alikes.csv"
+    if whole(job.workspace.store) and (new or not look_alikes.exists()):
+        _report_look_alikes(job, folds, look_alikes)
     return new
 
 
-def _report_look_alikes(job: Job, folds: Folds) -> None:
+def _report_look_alikes(job: Job, folds: Folds, file: Path) -> None:
     alike = fold_files.look_alikes(PatchStore(job.workspace.store), folds.table)
-    file = job.workspace.folds / f"{folds.manifest['scheme']}_look_alikes.csv"
     write_csv(file, alike)
     share = f"{len(alike):,} of {len(folds.table):,} patches look like one of another fold, {alike['copy'].sum():,} are copies"
     print(f"folds: {share}; listed in {file}")

@@ -1,5 +1,6 @@
 """A run that was trained elsewhere, checked at the door and taken in."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,17 +31,17 @@ def take_over(source: Path, workspace: Workspace) -> list[str]:
         _check_name(run, run.name)
         target = workspace.run(run.name)
         copies = [(file, target / file.relative_to(run)) for file in _run_files(run, target)]
-        copies += [(file, target / file.name) for file in _blend_files(run) if copies or not (target / file.name).exists()]
+        copies += [(file, target / file.name) for file in _blend_files(run) if copies or _lacking(run) < _lacking(target)]
         for file, _ in copies:
             _check(file)
         if not copies:
             continue
-        copies += [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
-        copies += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
-        for file, copy in copies:
-            if file.suffix == ".csv" and copy.parent != target and copy.exists() and file_sha256(copy) != file_sha256(file):
+        beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
+        beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
+        for file, copy in beside:
+            if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
                 raise UserError(f"{copy}: differs from {file}; move it away, or take the run into another folder with --work")
-        for file, copy in copies:
+        for file, copy in (*copies, *beside):
             _copy(file, copy)
         taken.append(run.name)
     return taken
@@ -72,6 +73,12 @@ def _blend_files(run: Path) -> Iterator[Path]:
         made = read_json(run / "metrics.json", oof_sha256=str, test_sha256=str)
         if [made["oof_sha256"], made["test_sha256"]] == [file_sha256(run / name) for name in ("oof.csv", "test.csv")]:
             yield from files
+
+
+def _lacking(run: Path) -> float:
+    """Return how many folds the blend in folder `run` was made without; infinity where there is none."""
+    file = run / "metrics.json"
+    return len(read_json(file, missing_folds=list)["missing_folds"]) if file.exists() else math.inf
 
 
 def _fold_files(folder: Path, run: Path) -> Iterator[Path]:

@@ -93,3 +93,11 @@ def test_their_number_is_said_once(pcam: Callable[..., Outcome]) -> None:
     pcam("prepare")
     assert "folds: 0 of 36 patches look like one of another fold, 0 are copies" in pcam("folds").out
     assert "look like" not in pcam("folds").out
+
+
+def test_the_list_is_made_as_soon_as_there_are_patches(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
+    listed = tmp_path / "work" / "folds" / "stratified_3_42_look_alikes.csv"
+    for stages, exists in ((["folds"], False), (["prepare", "folds"], True)):
+        for stage in stages:
+            assert pcam(stage).status == 0
+        assert listed.exists() == exists

@@ -379,6 +379,10 @@ def test_members_of_an_experiment_share_its_folds() -> None:
 
 
 def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        pcam("pipeline", "--groups", "stain").err
+        == "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
+    )
     monkeypatch.setattr("pcam_kaggle.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
     table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -159,6 +160,38 @@ def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest
     monkeypatch.setattr(device, "gpus", lambda: 2)
     with pytest.raises(UserError, match=r"^fold 1$"):
         device.spread(_refuse, [0, 1])
+
+
+def test_what_a_killed_process_has_started_ends_with_it(tmp_path: Path) -> None:
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{tmp_path}"}
+    with subprocess.Popen([sys.executable, "orphans.py"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as parent:
+        while len(started := list(tmp_path.glob("[0-9]*"))) < 2:
+            assert parent.poll() is None
+            time.sleep(0.1)
+        parent.kill()
+    pids = [int(file.name) for file in started]
+    for _ in range(50):
+        pids = [pid for pid in pids if Path(f"/proc/{pid}/fd/0").exists()]
+        time.sleep(0.1)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert not pids
+
+
+ORPHANS = """
+import os, time
+from pathlib import Path
+from pcam_kaggle import device
+
+def work(share):
+    Path(str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    device.gpus = lambda: 2
+    device.spread(work, [0, 1])
+"""
 
 
 def _refuse(share: list[int]) -> None:

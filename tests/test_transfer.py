@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle import transfer
+from pcam_kaggle import checkpoint, transfer
 from pcam_kaggle.cli import main
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
@@ -43,6 +43,11 @@ def test_of_two_states_of_a_fold_the_further_one_is_kept(elsewhere: Path, here: 
     shutil.rmtree(early / RUN / "fold_2")
     for name in ("metrics.json", "predictions.json", "oof.csv", "test.csv"):
         (early / RUN / "fold_1" / name).unlink()
+    (early / RUN / "fold_1" / "best.pt").unlink()
+    last, log = early / RUN / "fold_1" / "last.pt", early / RUN / "fold_1" / "log.csv"
+    content = checkpoint.load(last)
+    checkpoint.save(last, content | {"log": json.dumps(json.loads(content["log"])[:-1])})
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     change(early / RUN / "metrics.json", pooled="of two folds")
     assert take_over(early, here) == ["bottleneck"]
     assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
@@ -65,6 +70,25 @@ def test_a_blend_and_its_submission_come_with_their_members(
     for name in ("runs/both/oof.csv", "submissions/both.csv", "submissions/both.json"):
         assert (here.root / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
     assert take_over(tmp_path / "elsewhere", here) == []
+
+
+def test_of_two_states_of_a_blend_the_one_of_more_folds_is_kept(
+    data: Data, tiny: Config, tmp_path: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "one", Experiment("", tiny))
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one",)))
+    line = ["-e", "both", "--data", str(data.root), "--work", str(tmp_path / "elsewhere")]
+    for stage in ("pipeline", "blend"):
+        assert main([stage, *line, "--folds", "0,1"]) == 0
+    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    early = shutil.copytree(tmp_path / "elsewhere", tmp_path / "early")
+    assert main(["pipeline", *line]) == 0
+    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    names = ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv")
+    whole = [(tmp_path / "elsewhere" / name).read_bytes() for name in names]
+    assert [(here.root / name).read_bytes() for name in names] == whole
+    assert take_over(early, here) == []
+    assert [(here.root / name).read_bytes() for name in names] == whole
 
 
 @pytest.mark.parametrize("at", range(1, 30, 4))
