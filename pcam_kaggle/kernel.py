@@ -56,8 +56,9 @@ this notebook's own output as an input and run it again: every fold continues af
 SETTINGS_TEXT = """
 ## Settings
 
-`EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `two_stream`, `best` or, with its weights attached as a
-dataset, `lite0`. `CHANGES` are fields of its config, for example `["epochs=10", "seed=7"]`.
+`EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `two_stream`, `best` or, with their weights attached
+as a dataset, `lite0`, `lite0_stain`, `lite0_again` and `blend`. `CHANGES` are fields of its config, for example
+`["epochs=10", "seed=7"]`, and stay empty for `blend`.
 """
 
 PACKAGE_TEXT = """

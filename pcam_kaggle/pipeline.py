@@ -81,6 +81,12 @@ def run_train(job: Job) -> bool:
     A member of a blend is predicted before the next one is trained, which the budget then knows, and the next one is not begun
     where it ended.
     """
+    from pcam_kaggle.backbones import create
+
+    # Weights that are not there are better missed now than after the hours of another member.
+    for part in job.parts():
+        if not all((part.run / f"fold_{fold}" / "last.pt").exists() for fold in part.folds()):
+            create(part.config)
     done = []
     for part in job.parts():
         done.append(_train(part))

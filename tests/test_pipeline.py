@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +377,19 @@ def test_members_of_an_experiment_share_its_folds() -> None:
         for member in (EXPERIMENTS[name].config for name in chosen.members):
             shared = [(config.groups, config.n_splits, config.fold_seed) for config in (chosen.config, member)]
             assert shared[0] == shared[1]
+
+
+def test_weights_that_a_later_member_lacks_are_missed_at_once(
+    data: Data, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = replace(tiny, model="timm:resnet18", weights="nowhere.pth")
+    for name, chosen in (("one", Experiment("", tiny)), ("two", Experiment("", lacking))):
+        monkeypatch.setitem(EXPERIMENTS, name, chosen)
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
+    work = tmp_path / "work"
+    assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work)]) == 2
+    assert capsys.readouterr().err == "error: weights=nowhere.pth: no such file\n"
+    assert not (work / "runs").exists()
 
 
 def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
