@@ -181,7 +181,7 @@ def table(rows: tuple[Row, ...], records: dict[str, Any]) -> str:
 
 def stain_table(records: dict[str, Any]) -> str:
     """Return a Markdown table of the AUC over the same number of patches in folds by label and in folds by stain."""
-    lines = [("experiment", "folds 0 and 1 by label", "folds 0 and 1 by stain", "falls by"), ("---",) * 4]
+    lines = [("experiment", "mean of folds 0 and 1, by label", "by stain", "falls by"), ("---",) * 4]
     for row in (row for row in STAIN if row.name in records and row.experiment in records):
         plain, stain = (float(np.mean(records[name]["fold_auc"][:2])) for name in (row.experiment, row.name))
         lines.append((f"`{row.experiment}`", f"{plain:.4f}", f"{stain:.4f}", f"{plain - stain:.4f}"))
