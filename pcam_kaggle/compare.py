@@ -14,6 +14,9 @@ from pcam_kaggle.metrics import Difference, auc_difference, holm, slide_differen
 from pcam_kaggle.paths import Workspace
 from pcam_kaggle.tables import read_slides
 
+# A comparison by slides holds a square of them: 0.2 GB.
+MOST_SLIDES = 5_000
+
 
 @dataclass(slots=True)
 class Entry:
@@ -108,6 +111,8 @@ def compare(entries: list[Entry], base: Entry, slides: pd.DataFrame | None) -> N
     Differences are the entry's AUC minus the baseline's on the same patches, per fold and pooled, by DeLong's paired test,
     pooled by slides where `slides` (id, wsi) are given; p of the pooled ones is corrected for their number by Holm. An entry
     on other folds or patches is not paired, and `apart` says so.
+
+    Raises UserError where the map lacks too many of the baseline's patches.
     """
     assert base.oof is not None
     paired = [entry for entry in entries if entry is not base and not entry.problem and _is_paired(entry, base)]
@@ -120,7 +125,13 @@ def compare(entries: list[Entry], base: Entry, slides: pd.DataFrame | None) -> N
             entry.pooled = auc_difference(labels, ours, theirs)
     if slides is not None:
         # A patch that the map lacks stands for a slide of its own.
-        codes = pd.factorize(base.oof["id"].map(slides.set_index("id")["wsi"]).fillna(base.oof["id"]))[0]
+        codes, drawn = pd.factorize(base.oof["id"].map(slides.set_index("id")["wsi"]).fillna(base.oof["id"]))
+        if len(drawn) > MOST_SLIDES:
+            lacking = int((~base.oof["id"].isin(slides["id"])).sum())
+            raise UserError(
+                f"the slide map lacks {lacking:,} patches of {base.name}, each a slide of its own; of {len(drawn):,} slides no "
+                f"more than {MOST_SLIDES:,} can be drawn; complete the map, or compare without it"
+            )
         pairs = slide_pairs(labels, codes, theirs)
         for entry in paired:
             entry.pooled = slide_difference(

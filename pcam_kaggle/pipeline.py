@@ -134,7 +134,9 @@ def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
     members = [read_member(job.workspace.run(name), job.chosen) for name in job.members or job.trains or (job.name,)]
     for part in (part for part in job.parts() if part is not job):
-        blend([read_member(part.run, job.chosen)], "mean", part.run)
+        # A member may have folds that the blend is made without, and be whole by itself.
+        predicted_all = all((part.run / f"fold_{fold}" / "predictions.json").exists() for fold in range(part.config.n_splits))
+        blend([read_member(part.run, None if predicted_all else job.chosen)], "mean", part.run)
     metrics, new = blend(members, job.method, job.run)
     for fold, size, area in zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")

@@ -372,6 +372,21 @@ def test_a_member_that_was_not_begun_in_time_is_left_out(
     assert (work / "submissions" / "both.csv").exists()
 
 
+def test_a_blend_of_some_folds_leaves_its_whole_members_alone(
+    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        monkeypatch.setitem(EXPERIMENTS, name, Experiment("", tiny))
+    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
+    where = ["--data", str(data.root), "--work", str(tmp_path / "work")]
+    assert main(["pipeline", "-e", "one", *where]) == 0
+    alone = contents(tmp_path / "work" / "runs" / "one")
+    for stage in ("train", "predict", "blend"):
+        assert main([stage, "-e", "both", "--folds", "0,1", *where]) == 0
+    assert contents(tmp_path / "work" / "runs" / "one") == alone
+    assert read_json(tmp_path / "work" / "runs" / "two" / "metrics.json")["missing_folds"] == [2]
+
+
 def test_members_of_an_experiment_share_its_folds() -> None:
     for chosen in EXPERIMENTS.values():
         for member in (EXPERIMENTS[name].config for name in chosen.members):
