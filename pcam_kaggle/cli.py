@@ -212,16 +212,16 @@ def _run_stages(options: argparse.Namespace) -> None:
         run_all(job)
         return
     STAGES[options.command](job)
-    after = ORDER[ORDER.index(options.command) + 1 :]
+    rest = ORDER[ORDER.index(options.command) + 1 :]
     print(
-        f"next: python -m pcam_kaggle {after[0]}{_repeated(options, job)}"
-        if after
+        f"next: python -m pcam_kaggle {rest[0]}{_repeated(options, job, rest[0])}"
+        if rest
         else f"next: submit {job.target()} to Kaggle"
     )
 
 
-def _repeated(options: argparse.Namespace, job: Job) -> str:
-    """Return the options that the next stage needs as well, as they are written."""
+def _repeated(options: argparse.Namespace, job: Job, after: str) -> str:
+    """Return the options that the stage `after` needs as well, as they are written."""
     given = {
         "--data": options.data if options.data != os.environ.get("PCAM_DATA") else None,
         "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
@@ -229,6 +229,7 @@ def _repeated(options: argparse.Namespace, job: Job) -> str:
         "--name": job.name if job.name != job.experiment else None,
         "--slides": options.slides,
         "--groups": options.groups,
+        "--folds": ",".join(map(str, job.chosen)) if job.chosen and after != "submission" else None,
     }
     parts = [part for key, value in given.items() if value for part in (key, str(value))]
     parts += [part for assignment in options.set for part in ("--set", assignment)]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,8 @@ class Backend:
 
     def images(self, patches: Tensor) -> Tensor:
         """Return `patches`, uint8 (n, h, w, 3), as the net takes them: float32 (n, 3, h, w) in [0, 1] on the device."""
-        moved = patches.to(self.kind, non_blocking=True).permute(0, 3, 1, 2)
+        # Pinned memory can be copied from later; any other may hold the next batch by then.
+        moved = patches.to(self.kind, non_blocking=patches.is_pinned()).permute(0, 3, 1, 2)
         return moved.to(torch.float32, memory_format=FORMATS[self.memory_format]).div_(255)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -106,7 +108,8 @@ def release_memory() -> None:
 def spread(work: Callable[[list[int]], None], items: list[int]) -> None:
     """Call `work` with a share of `items` on each GPU, in a process of its own; with one GPU or none, here with all of them.
 
-    A process gives its GPU's memory back when it ends, for what comes next. Raises what a process raised, once all have ended.
+    A process gives its GPU's memory back when it ends, for what comes next. Raises what a process raised, once all have ended,
+    and UserError where one was killed.
     """
     count = min(gpus(), len(items))
     if gpus() < 2:
@@ -114,8 +117,13 @@ def spread(work: Callable[[list[int]], None], items: list[int]) -> None:
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(_on_gpu, index, work, items[index::count]) for index in range(count)]
-    for share in shares:
-        share.result()
+    try:
+        for share in shares:
+            share.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process of a GPU was killed, perhaps for want of memory; the same command goes on from what is finished"
+        ) from None
 
 
 def gpus() -> int:

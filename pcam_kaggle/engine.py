@@ -83,7 +83,13 @@ class _Slots(Dataset):
 
     def __init__(self, data: TrainBatches, count: int) -> None:
         self.data = data
-        self.places = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+        try:
+            self.places = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+        except RuntimeError:
+            raise UserError(
+                f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
+                "make it larger (docker run --shm-size 1g)"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -100,6 +106,8 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
 
     A batch lasts until the next one is asked for. There is a worker for each core, at the lowest priority: it works while the
     net waits for a batch, or for a GPU, and takes no core from a step, whose threads would all wait for the one that lost it.
+
+    Raises UserError where shared memory does not hold the batches that are under way.
     """
     workers = min(4, os.cpu_count() or 1)
     # So many are under way; one more is with the net.
@@ -195,7 +203,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
             group["lr"] = lr * group["lr_scale"]
         with learner.backend.autocast():
             logits = learner.net(learner.backend.images(patches))
-        loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=True))
+        loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=targets.is_pinned()))
         learner.optimizer.zero_grad(set_to_none=True)
         learner.scaler.scale(loss).backward()
         average_gradients(learner.net)

@@ -110,6 +110,14 @@ def _train_share(
                 raise UserError(
                     f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
                 ) from None
+            except RuntimeError as error:
+                # torch has no class of its own for it.
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"fold {fold}: a process that augments was killed, perhaps for want of memory; the same command goes on "
+                    "from the last epoch"
+                ) from None
             if row is None:
                 break
             left[place] -= 1

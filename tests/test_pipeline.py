@@ -1,6 +1,7 @@
 """The whole way through the command line, on a small set and on real patches."""
 
 import hashlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,6 +92,19 @@ def test_folds_can_be_trained_in_turns(pcam: Command, tmp_path: Path) -> None:
     whole = pcam("pipeline")
     assert whole.status == 0
     assert (tmp_path / "work" / "submissions" / "bottleneck.csv").exists()
+
+
+def test_what_is_said_to_be_next_leads_from_one_fold_to_its_submission(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("prepare").status == pcam("folds").status == 0
+    stages, arguments = [], ["train", "--folds", "2"]
+    while arguments:
+        said = pcam(*arguments)
+        assert said.status == 0, said.err
+        stages.append(arguments[0])
+        _, _, command = said.out.splitlines()[-1].partition("next: python -m pcam_kaggle ")
+        arguments = shlex.split(command)
+    assert stages == ["train", "predict", "blend", "submission"]
+    assert (tmp_path / "work" / "submissions" / "bottleneck-folds-2.csv").exists()
 
 
 def test_what_the_time_left_unfinished_is_missing_and_said_so(

@@ -91,6 +91,29 @@ def test_batches_are_the_datas_own_for_any_number_of_workers(
     assert count == 4 * (24 // 8)
 
 
+def test_a_killed_worker_is_one_error_and_the_fold_goes_on(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainBatches, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(UserError, match=r"^fold 1: a process that augments was killed") as caught:
+            room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+    assert "\n" not in str(caught.value)
+    room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+    assert len(pd.read_csv(tmp_path / "run" / "fold_1" / "log.csv")) == tiny.epochs
+
+
+def test_shared_memory_that_is_too_small_is_one_error(
+    store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(part: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_1_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"):
+        next(batches(train_batches(store, folds, tiny), 0))
+
+
 def test_workers_start_after_opencv_has_used_its_threads(store: PatchStore, folds: Folds, tiny: Config) -> None:
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
@@ -192,6 +215,17 @@ if __name__ == "__main__":
     device.gpus = lambda: 2
     device.spread(work, [0, 1])
 """
+
+
+def test_a_gpus_process_that_is_killed_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpus", lambda: 2)
+    with pytest.raises(UserError, match=r"^a process of a GPU was killed"):
+        device.spread(_die, [0, 1])
+
+
+def _die(share: list[int]) -> None:
+    if share == [1]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _refuse(share: list[int]) -> None:
