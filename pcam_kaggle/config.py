@@ -97,9 +97,9 @@ class Config:
     teacher: str = ""
     """Run whose predictions of the test patches are learnt as well, each fold from the teacher's net of that fold."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training and prediction; auto is what the device has units for, or what is measured to be clearly faster."""
+    """Arithmetic of training and prediction; auto is what the device has units for, or what is clearly faster."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Layout of activations; auto is channels_last, or what is measured to be clearly faster."""
+    """Layout of activations; auto is channels_last, or what is clearly faster."""
     seed: int = 42
     """Seed of weights, order and augmentation."""
 
