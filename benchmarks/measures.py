@@ -40,7 +40,9 @@ def training(data: str, work: str, name: str, steps: int, turns: int) -> dict[st
 
     hold_memory()
     config = experiment(name).config
-    backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
+    backend = choose(
+        lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
+    )
     labels = _fold(Data(Path(data)))[0]
     store = PatchStore(Path(work) / "store")
     source = TrainBatches(store, store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64), config, 0)
@@ -125,7 +127,9 @@ def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[
 
     hold_memory()
     config = experiment(name).config
-    backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
+    backend = choose(
+        lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
+    )
     net = backend.place(create(config, weights=False)).eval()
     store = PatchStore(Path(work) / "store")
     rows = store.rows("train", store.ids("train")[:count])

@@ -32,8 +32,8 @@ VOLTA, AMPERE = 7, 8
 CLEAR_GAIN = 1.2
 HOPELESS = 3
 STEPS = 3
-# A GPU is kept busy by many alone.
-PATCHES = {"cpu": 16, "cuda": 256, "mps": 64}
+# A batch of so many patches is enough to time; on a GPU a smaller one than that of the training would time its launches.
+ENOUGH = {"cpu": 16, "cuda": 256, "mps": 256}
 
 # Of glibc's malloc.h: the parameters' numbers, and values that keep 2 GB of freed memory and map nothing by itself.
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
@@ -159,7 +159,7 @@ def device_name(kind: str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else f"{kind} ({torch.get_num_threads()} threads)"
 
 
-def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_format: str) -> Backend:
+def choose(make: Callable[[], nn.Module], side: int, batch_size: int, precision: str, memory_format: str) -> Backend:
     """Return the backend to train `make()` on: of those that `auto` leaves open the first, unless another is clearly faster.
 
     The first is what the device has units for, in channels_last. A few train steps of random patches are timed per candidate;
@@ -174,7 +174,8 @@ def choose(make: Callable[[], nn.Module], side: int, precision: str, memory_form
     candidates = [Backend(kind, *pair) for pair in itertools.product(chosen, formats)]
     if len(candidates) == 1:
         return candidates[0]
-    steps = {candidate: _steps(candidate, make, side) for candidate in candidates}
+    count = min(batch_size, ENOUGH[kind])
+    steps = {candidate: _steps(candidate, make, side, count) for candidate in candidates}
     seconds: dict[Backend, float] = {}
     refusal = ""
     # By turns, so that a moment in which the machine has other work slows all of them.
@@ -211,10 +212,10 @@ def precisions(kind: str) -> tuple[str, ...]:
     return (first, *(precision for precision in PRECISIONS[kind] if precision != first))
 
 
-def _steps(backend: Backend, make: Callable[[], nn.Module], side: int) -> Iterator[float]:
-    """Take train steps and yield the seconds of each, after a first one that prepares what the others reuse."""
+def _steps(backend: Backend, make: Callable[[], nn.Module], side: int, count: int) -> Iterator[float]:
+    """Take train steps of `count` patches; yield the seconds of each but a first one, which prepares what the others reuse."""
     net = backend.place(make()).train()
-    patches = torch.randint(0, 256, (PATCHES[backend.kind], side, side, 3), dtype=torch.uint8)
+    patches = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
     scaler = backend.scaler()
     for step in itertools.count():
         start = time.perf_counter()

@@ -48,7 +48,9 @@ def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
         if made.get("kind") == find_device():
             with reading(file):
                 return Backend(**made)
-    backend = choose(lambda: create(config, weights=False), config.side, config.precision, config.memory_format)
+    backend = choose(
+        lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
+    )
     environment = {
         "backend": dataclasses.asdict(backend),
         "device": device_name(backend.kind),
