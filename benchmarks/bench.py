@@ -146,9 +146,9 @@ def prediction(bench: Bench) -> dict[str, Any]:
     ours = {"environment": OURS, "work": str(bench.work), "count": 2 * PATCHES}
     for number in range(PREDICTION_ROUNDS):
         row = bench.measured("prediction", name=NETS[0], views=8, **ours)
-        for last in (False, True):
-            made = bench.measured("ttach_prediction", name=NETS[0], channels_last=last, count=PATCHES)
-            row["ttach, channels_last" if last else "ttach"] = made["ttach"]
+        for precision, last in (AS_USED, *SWITCHES):
+            made = bench.measured("ttach_prediction", name=NETS[0], precision=precision, channels_last=last, count=PATCHES)
+            row[f"ttach, {precision}, channels_last" if last else "ttach"] = made["ttach"]
         row["bottleneck_d4, one view"] = bench.measured("prediction", name="bottleneck_d4", views=1, **ours)["ours"]
         seen = {key: seen.get(key, []) + rates for key, rates in row.items()}
         say(f"prediction, round {number + 1}: {row}")

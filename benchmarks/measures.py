@@ -147,7 +147,7 @@ def prediction(data: str, work: str, name: str, views: int, count: int) -> dict[
     return _rates({"ours": ours, "limit": limit}, count, turns=1)
 
 
-def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> dict[str, list[float]]:
+def ttach_prediction(data: str, name: str, precision: str, channels_last: bool, count: int) -> dict[str, list[float]]:
     """Return the patches/s of ttach's wrapper under its eight views of the same symmetries, over TIFs read by cv2."""
     import torch
     import ttach
@@ -167,7 +167,7 @@ def ttach_prediction(data: str, name: str, channels_last: bool, count: int) -> d
     )
 
     def run() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             for images in loader:
                 wrapper(images.contiguous(memory_format=form))
 
