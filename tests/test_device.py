@@ -35,6 +35,7 @@ def small() -> torch.nn.Module:
 def test_what_the_processor_has_units_for_is_used_unless_another_is_clearly_faster(
     flags: str, seconds: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {flags}")
     monkeypatch.setattr(device, "find_device", lambda: "cpu")
 

