@@ -1,10 +1,11 @@
 """Augmentation keeps the label: nothing moves tumour into or out of the centre by more than the shift."""
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 
-from pcam_kaggle.augment import StainJitter, Symmetry, augmentation, centre, mixup
+from pcam_kaggle.augment import Shift, StainJitter, Symmetry, augmentation, centre, mixup
 from pcam_kaggle.stain import DENSITY, STAINS
 
 NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
@@ -30,6 +31,18 @@ def test_the_centre_moves_by_the_shift_at_most(side: int, shift: int) -> None:
         assert (np.ptp(rows), np.ptp(columns)) == (31, 31)
         moved |= {rows.min() - (side - 32) // 2, columns.min() - (side - 32) // 2}
     assert moved == set(range(-shift, shift + 1))
+
+
+@pytest.mark.parametrize("side", [64, 90, 96])
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_the_shift_is_the_crops_that_albumentations_draws(side: int, shift: int) -> None:
+    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    reach = side + 2 * shift
+    padded = A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)
+    ours, theirs = A.Compose([Shift(side, shift)]), A.Compose([padded, A.RandomCrop(side, side)])
+    for transform in (ours, theirs):
+        transform.set_random_seed(3)
+    assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
 
 
 def test_all_eight_symmetries_and_no_other() -> None:
