@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import keep, page
+from benchmarks.results import Rows, keep, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.device import find_device
 from pcam_kaggle.errors import UserError
@@ -25,18 +27,19 @@ from pcam_kaggle.paths import find_data, find_workspace
 HERE = Path(__file__).parent
 
 NET = "bottleneck"
-# By net. The shared machine is slower for a minute now and then: a net whose turns are shorter takes more of them.
-ROUNDS = {NET: 5, "plain": 3}
+NETS = (NET, "plain")
 PEERS = ("loop", "lightning", "fastai", "timm")
 AS_USED = ("fp32", False)
 SWITCHES = (("fp32", True), ("bf16", True))
-STEPS = 12
-# A turn of these takes seconds, and the shared machine differs from one to the next: the more turns, the steadier their median.
-PREDICTION_ROUNDS, PREPARE_TURNS = 5, 20
+WAYS = (AS_USED, *SWITCHES)
+# The shared machine is slower for a minute now and then: turns are short, and a ratio is the median of many.
+STEPS, ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS = 10, 5, 5, 20
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 # Read when torch is imported, as the command line does it.
 OURS = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+Turn = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +49,33 @@ class Bench:
     data: Path
     work: Path
 
-    def measured(self, measure: str, /, environment: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-        """Return what `measure` gives in a process of its own."""
+    @contextmanager
+    def contender(self, measure: str, **arguments: Any) -> Iterator[Turn]:
+        """Yield what lets `measure`, in a process of its own, take one turn, and returns what it saw."""
         line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps({"data": str(self.data), **arguments})]
-        done = subprocess.run(
-            line, check=False, capture_output=True, text=True, cwd=HERE.parent, env={**os.environ, **(environment or {})}
-        )
-        if done.returncode:
-            raise UserError(f"{measure} {arguments}: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        # The store is given to what is ours.
+        environment = os.environ | (OURS if "work" in arguments else {})
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE.parent, "env": environment}
+        with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stderr=errors, **pipes) as process:
+
+            def turn() -> dict[str, Any]:
+                print(file=process.stdin, flush=True)
+                seen = process.stdout.readline()
+                if not seen:
+                    errors.seek(0)
+                    raise UserError(f"{measure} {arguments}: {errors.read().strip().splitlines()[-1]}")
+                return json.loads(seen)
+
+            yield turn
+
+    @contextmanager
+    def contenders(self, chosen: dict[str, dict[str, Any]]) -> Iterator[dict[str, Turn]]:
+        """Yield the turns of all that are `chosen`, by name; each has taken a first one, which is slow."""
+        with ExitStack() as stack:
+            turns = {kind: stack.enter_context(self.contender(**options)) for kind, options in chosen.items()}
+            for turn in turns.values():
+                turn()
+            yield turns
 
     def command(self, work: Path, *options: str) -> tuple[float, float]:
         """Run our command line in the folder `work`; return its seconds, and the most bytes that one of its processes held.
@@ -90,91 +111,129 @@ def held(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
+def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> None:
+    """Add to `rows` the rates of `others`, each in turns that lie between two of `ours`, and ours as a multiple of each.
+
+    So a machine that changes in between favours none. What a turn of `ours` measures beside it is added turn by turn.
+    """
+
+    def note(kind: str, rate: float, beside: float) -> None:
+        row = rows.setdefault(kind, {"rates": [], "ratios": []})
+        row["rates"].append(rate)
+        row["ratios"].append(beside / rate)
+
+    def own() -> float:
+        seen = ours()
+        rate = seen.pop("rate")
+        for kind, each in {"ours": rate, **seen}.items():
+            note(kind, each, rate)
+        return rate
+
+    before = own()
+    for _ in range(rounds):
+        for kind, turn in others.items():
+            rate = turn()["rate"]
+            after = own()
+            note(kind, rate, (before + after) / 2)
+            before = after
+
+
+def switched(peer: str, way: tuple[str, bool]) -> str:
+    """Return the name of `peer` where it computes in the precision and the memory format of `way`."""
+    return f"{peer}, {way[0]}, channels_last" if way[1] else peer
+
+
 def training(bench: Bench) -> dict[str, Any]:
-    """Measure the images/s of our training, of its limit and of every peer, in rounds."""
+    """Measure the images/s of our training, of its limit and of every peer."""
     seen: dict[str, Any] = {}
-    for name, count in ROUNDS.items():
-        rounds = []
-        for number in range(count):
-            turns = {"environment": OURS, "work": str(bench.work), "name": name, "steps": STEPS, "turns": 2}
-            before = bench.measured("training", **turns)
-            row: dict[str, Any] = {"limit": before["limit"]}
+    for name in NETS:
+        rows: Rows = {}
+        with bench.contender("training", work=str(bench.work), name=name, steps=STEPS) as ours:
+            backend = ours()["backend"]
+            ours()
             for peer in PEERS:
-                # The switches are tried once: which of them is best on this machine does not change from round to round.
-                known = seen.setdefault(f"{name} {peer} switches", SWITCHES)
-                speeds = {
-                    way: bench.measured(
-                        "peer_training", name=name, peer=peer, precision=way[0], channels_last=way[1], steps=STEPS
-                    )["images_per_second"]
-                    for way in (AS_USED, *known)
-                }
-                best = max((way for way in speeds if way != AS_USED), key=lambda way: speeds[way])
-                seen[f"{name} {peer} switches"] = (best,)
-                row |= {peer: speeds[AS_USED], f"{peer}, {best[0]}, channels_last": speeds[best]}
-            after = bench.measured("training", **turns)
-            # Before and after the peers, so that a machine that changes in between favours none.
-            row |= {"limit": (before["limit"] + after["limit"]) / 2, "ours": (before["ours"] + after["ours"]) / 2}
-            row["ratio"] = (before["ratio"] + after["ratio"]) / 2
-            rounds.append(row)
-            say(f"training {name}, round {number + 1}: {row}")
-        seen[name] = {key: [row[key] for row in rounds] for key in rounds[0]}
-        seen[f"{name} backend"] = before["backend"]
+                options = {"measure": "peer_training", "name": name, "peer": peer, "steps": STEPS}
+                chosen = {switched(peer, way): {**options, "precision": way[0], "channels_last": way[1]} for way in WAYS}
+                with bench.contenders(chosen) as turns:
+                    # Which of the switches are best on this machine does not change from round to round.
+                    best = max((switched(peer, way) for way in SWITCHES), key=lambda kind: turns[kind]()["rate"])
+                    compare(rows, ours, {kind: turns[kind] for kind in (peer, best)}, ROUNDS)
+        seen[name] = {"backend": backend, "rows": rows}
+        say(f"training {name}, {backend}:\n{rates_table(rows)}")
     return seen
 
 
 def pipeline(bench: Bench) -> dict[str, Any]:
-    """Measure the seconds from TIFs to OOF table and submission, with one view, on the same folds for as many epochs."""
-    seen: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        options = [f"epochs={EPOCHS}", f"n_splits={SPLITS}", "tta=1"]
-        changes = [part for option in options for part in ("--set", option)]
-        seconds, _ = bench.command(Path(folder), "pipeline", "-e", NET, *changes)
-        area = read_json(Path(folder) / "runs" / NET / "metrics.json")["pooled"]["value"]
-        seen["ours"] = {"seconds": seconds, "auc": area}
-    say(f"pipeline ours: {seen['ours']}")
-    for peer in PEERS:
+    """Measure the runs/s from TIFs to OOF table and submission, with one view, on the same folds for as many epochs."""
+    aucs: dict[str, float] = {}
+
+    def ours() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            options = [f"epochs={EPOCHS}", f"n_splits={SPLITS}", "tta=1"]
+            changes = [part for option in options for part in ("--set", option)]
+            seconds, _ = bench.command(Path(folder), "pipeline", "-e", NET, *changes)
+            aucs["ours"] = read_json(Path(folder) / "runs" / NET / "metrics.json")["pooled"]["value"]
+        return {"rate": 1 / seconds}
+
+    def theirs(peer: str) -> dict[str, float]:
+        options = {"precision": AS_USED[0], "channels_last": AS_USED[1], "epochs": EPOCHS, "n_splits": SPLITS}
         start = time.perf_counter()
-        way = {"peer": peer, "precision": AS_USED[0], "channels_last": AS_USED[1], "epochs": EPOCHS, "n_splits": SPLITS}
-        made = bench.measured("peer_pipeline", name=NET, **way)
-        seen[peer] = {"seconds": time.perf_counter() - start, "auc": made["auc"]}
-        say(f"pipeline {peer}: {seen[peer]}")
+        with bench.contender("peer_pipeline", name=NET, peer=peer, **options) as turn:
+            aucs[peer] = turn()["auc"]
+        return {"rate": 1 / (time.perf_counter() - start)}
+
+    rows: Rows = {}
+    compare(rows, ours, {peer: partial(theirs, peer) for peer in PEERS}, 1)
+    seen = {"rows": rows, "auc": aucs}
+    say(f"pipeline:\n{pipeline_table(seen)}")
     return seen
 
 
 def prediction(bench: Bench) -> dict[str, Any]:
-    """Measure the patches/s of prediction under eight views, of ttach's and of the limit, in rounds."""
-    seen: dict[str, list[float]] = {}
-    ours = {"environment": OURS, "work": str(bench.work), "count": 2 * PATCHES}
-    for number in range(PREDICTION_ROUNDS):
-        row = bench.measured("prediction", name=NET, views=8, **ours)
-        for precision, last in (AS_USED, *SWITCHES):
-            made = bench.measured("ttach_prediction", name=NET, precision=precision, channels_last=last, count=PATCHES)
-            row[f"ttach, {precision}, channels_last" if last else "ttach"] = made["ttach"]
-        row["bottleneck_d4, one view"] = bench.measured("prediction", name="bottleneck_d4", views=1, **ours)["ours"]
-        seen = {key: seen.get(key, []) + rates for key, rates in row.items()}
-        say(f"prediction, round {number + 1}: {row}")
-    return seen
+    """Measure the patches/s of prediction under eight views, of ttach's and of the limit."""
+    rows: Rows = {}
+    own = {"measure": "prediction", "work": str(bench.work), "count": 2 * PATCHES}
+    ttach = {"measure": "ttach_prediction", "name": NET, "count": PATCHES}
+    chosen = {
+        "ours": {**own, "name": NET, "views": 8},
+        **{switched("ttach", way): {**ttach, "precision": way[0], "channels_last": way[1]} for way in WAYS},
+        "bottleneck_d4, one view": {**own, "name": "bottleneck_d4", "views": 1},
+    }
+    with bench.contenders(chosen) as turns:
+        compare(rows, turns.pop("ours"), turns, PREDICTION_ROUNDS)
+    say(f"prediction:\n{rates_table(rows)}")
+    return rows
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
     """Measure `prepare` against reading and decoding alone, and the peak memory of every stage."""
-    seen: dict[str, Any] = {"rates": bench.measured("preparation", turns=PREPARE_TURNS)}
+    rows: Rows = {}
+    with bench.contenders({kind: {"measure": "preparation", "kind": kind} for kind in ("ours", "bytes", "cv2")}) as turns:
+        compare(rows, turns.pop("ours"), turns, PREPARE_ROUNDS)
+    seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         changes = [part for option in ("epochs=1", "n_splits=2", "tta=1", "batch_size=64") for part in ("--set", option)]
         for stage in ("prepare", "folds", "train", "predict", "blend", "submission"):
             seen[stage] = bench.command(Path(folder), stage, "-e", NET, *changes)[1]
         seen["compare"] = bench.command(Path(folder), "compare")[1]
-        seen["store"] = (Path(folder) / "store" / "patches.npy").stat().st_size
-    say(f"prepare: {seen}")
-    return seen
+    say(f"prepare:\n{rates_table(rows)}\n{seen}")
+    return {"rows": rows, "memory": seen}
 
 
 def gpu(bench: Bench) -> dict[str, Any]:
     """Measure the images/s of our training on a GPU and of its limit, which keeps the GPU busy throughout."""
     if find_device() != "cuda":
         raise UserError("gpu: there is none here that torch can compute on")
-    turns = {"environment": OURS, "work": str(bench.work), "steps": 16 * STEPS, "turns": 3}
-    return {name: bench.measured("training", name=name, **turns) for name in (*ROUNDS, "best")}
+    seen: dict[str, Any] = {}
+    for name in (*NETS, "best"):
+        rows: Rows = {}
+        with bench.contender("training", work=str(bench.work), name=name, steps=16 * STEPS) as ours:
+            backend = ours()["backend"]
+            ours()
+            for _ in range(ROUNDS):
+                compare(rows, ours, {}, 1)
+        seen[name] = {"backend": backend, "rows": rows}
+    return seen
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

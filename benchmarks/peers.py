@@ -60,14 +60,13 @@ def _image(patch: NDArray[np.uint8]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to train, on which patches, for how many epochs, or for fewer `steps`; in which arithmetic and memory format."""
+    """What to train, on which patches, for how many epochs; in which arithmetic and memory format."""
 
     data: Data
     config: Config
     ids: NDArray[np.object_]
     labels: NDArray[np.float32]
     epochs: int
-    steps: int | None
     precision: str
     channels_last: bool
 
@@ -82,7 +81,7 @@ class Task:
 
     def total(self) -> int:
         """Return the number of steps."""
-        return self.steps or self.epochs * (len(self.ids) // self.config.batch_size)
+        return self.epochs * (len(self.ids) // self.config.batch_size)
 
     def loader(self) -> DataLoader:
         """Return the plain DataLoader of the patches to train on."""
@@ -190,7 +189,7 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
     """Train by fastai's Learner and its one cycle; its mixed precision is for CUDA alone, so bf16 changes nothing here."""
     import_timm()
     from fastai.callback.channelslast import ChannelsLast
-    from fastai.callback.core import Callback, CancelFitException, CancelValidException
+    from fastai.callback.core import Callback, CancelValidException
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     from fastai.callback.schedule import Learner
     from fastai.callback.training import GradientClip
@@ -204,8 +203,6 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
         def after_batch(self) -> None:
             if self.training:
                 on_step()
-                if self.train_iter == task.steps:
-                    raise CancelFitException
 
         def before_validate(self) -> None:
             raise CancelValidException

@@ -18,6 +18,9 @@ TEXT = SEEN / "text.md"
 PAGE = HERE / "RESULTS.md"
 TRAIN_PATCHES = 220_025
 
+# By kind of work: `rates`, how many a second in each turn, and `ratios`, ours as a multiple of it.
+Rows = dict[str, dict[str, list[float]]]
+
 
 def keep(section: str, seen: dict[str, Any]) -> None:
     """Keep what was `seen` in `section`, with the machine that it was seen on."""
@@ -35,58 +38,51 @@ def machine() -> str:
 
 
 def training_table(seen: dict[str, Any]) -> str:
-    """Return the images/s of training, and ours as a multiple of each."""
-    lines = []
-    for name in (key for key in seen if " " not in key):
-        for kind, speeds in seen[name].items():
-            if kind == "ratio":
-                continue
-            ratios = seen[name]["ratio"] if kind == "limit" else np.array(seen[name]["ours"]) / np.array(speeds)
-            lines.append((f"`{name}`", kind, f"{np.median(speeds):.0f}", spread(ratios) if kind != "ours" else ""))
-    return markdown(("net", "trained by", "images/s", "ours is times that (least to most of the rounds)"), lines)
+    """Return the images/s of training each net, and ours as a multiple of each."""
+    return "\n\n".join(f"`{name}`, ours in {each['backend']}:\n\n{rates_table(each['rows'])}" for name, each in seen.items())
 
 
 def pipeline_table(seen: dict[str, Any]) -> str:
     """Return the seconds end to end, and theirs as a multiple of ours."""
-    ours = seen["ours"]["seconds"]
     lines = [
-        (kind, f"{each['seconds']:.0f}", f"{each['seconds'] / ours:.2f}", f"{each['auc']:.4f}") for kind, each in seen.items()
+        (kind, f"{1 / np.median(row['rates']):.0f}", f"{np.median(row['ratios']):.2f}", f"{seen['auc'][kind]:.4f}")
+        for kind, row in seen["rows"].items()
     ]
     return markdown(("by", "seconds", "times ours", "OOF AUC"), lines)
 
 
-def rates_table(rates: dict[str, list[float]]) -> str:
-    """Return the patches/s of each kind of work, and ours as a multiple of each."""
+def rates_table(rows: Rows) -> str:
+    """Return the images/s of each kind of work, and ours as a multiple of each."""
     lines = [
-        (kind, f"{np.median(each):,.0f}", spread(np.array(rates["ours"]) / np.array(each)) if kind != "ours" else "")
-        for kind, each in rates.items()
+        (kind, f"{np.median(row['rates']):,.0f}", spread(row["ratios"]) if kind != "ours" else "") for kind, row in rows.items()
     ]
-    return markdown(("by", "patches/s", "ours is times that (least to most of the rounds)"), lines)
+    return markdown(("by", "images/s", "ours is times that (middle half of the turns)"), lines)
 
 
 def memory_table(seen: dict[str, Any]) -> str:
     """Return the peak memory of each stage's first process."""
-    lines = [(kind, f"{seen[kind] / 1e9:.2f}") for kind in seen if kind not in ("rates", "store")]
+    lines = [(stage, f"{held / 1e9:.2f}") for stage, held in seen.items()]
     return markdown(("stage", "peak memory, GB"), lines)
 
 
 def gpu_table(seen: dict[str, Any]) -> str:
     """Return the images/s on the GPU, and the hours that training all folds of the whole competition takes two of them."""
     lines = []
-    for name, rates in seen.items():
+    for name, each in seen.items():
         config = experiment(name).config
         images = config.epochs * (config.n_splits - 1) * TRAIN_PATCHES
-        hours = images / (2 * rates["ours"]) / 3600
-        sum_of_it = (
-            f"{config.epochs} epochs x {config.n_splits - 1} x {TRAIN_PATCHES:,} / (2 x {rates['ours']:,.0f}) s = {hours:.1f} h"
-        )
-        lines.append((f"`{name}`", f"{rates['limit']:,.0f}", f"{rates['ours']:,.0f}", f"{rates['ratio']:.2f}", sum_of_it))
+        rows = each["rows"]
+        ours, limit = (np.median(rows[kind]["rates"]) for kind in ("ours", "limit"))
+        hours = images / (2 * ours) / 3600
+        sum_of_it = f"{config.epochs} epochs x {config.n_splits - 1} x {TRAIN_PATCHES:,} / (2 x {ours:,.0f}) s = {hours:.1f} h"
+        lines.append((f"`{name}`", f"{limit:,.0f}", f"{ours:,.0f}", spread(rows["limit"]["ratios"]), sum_of_it))
     return markdown(("net", "limit, images/s", "ours, images/s", "the GPU is busy", "training on two of them"), lines)
 
 
-def spread(ratios: Any) -> str:
-    """Return the median of `ratios` and their range."""
-    return f"{np.median(ratios):.2f} ({np.min(ratios):.2f} to {np.max(ratios):.2f})"
+def spread(ratios: list[float]) -> str:
+    """Return the median of `ratios` and the range of the middle half of them."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
@@ -112,8 +108,8 @@ def page() -> str:
         "training": training_table,
         "pipeline": pipeline_table,
         "prediction": rates_table,
-        "prepare": lambda seen: rates_table(seen["rates"]),
-        "memory": memory_table,
+        "prepare": lambda seen: rates_table(seen["rows"]),
+        "memory": lambda seen: memory_table(seen["memory"]),
         "gpu": gpu_table,
         "full": growth_table,
     }
