@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.results import Rows, keep, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.cli import ENVIRONMENT
 from pcam_kaggle.device import find_device
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import find_data, find_workspace
@@ -36,8 +37,6 @@ WAYS = (AS_USED, *SWITCHES)
 STEPS, ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS = 10, 5, 5, 20
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
-# Read when torch is imported, as the command line does it.
-OURS = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 Turn = Callable[[], dict[str, Any]]
 
@@ -53,8 +52,8 @@ class Bench:
     def contender(self, measure: str, **arguments: Any) -> Iterator[Turn]:
         """Yield what lets `measure`, in a process of its own, take one turn, and returns what it saw."""
         line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps({"data": str(self.data), **arguments})]
-        # The store is given to what is ours.
-        environment = os.environ | (OURS if "work" in arguments else {})
+        # The store is given to what is ours, which the command line sets up.
+        environment = os.environ | (ENVIRONMENT if "work" in arguments else {})
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE.parent, "env": environment}
         with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stderr=errors, **pipes) as process:
 

@@ -39,6 +39,16 @@ PURPOSE = {
     "pipeline": "all of these, in order",
 }
 ORDER = [*STAGES]
+# What packages read when they are first imported.
+ENVIRONMENT = {
+    # The allocator's use of huge pages makes training on a CPU a third faster.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # A thread that waits for a step's other threads leaves its core to the loader's processes four times as soon, which
+    # makes training on two cores 2 to 3 % faster.
+    "GOMP_SPINCOUNT": "80000",
+    # albumentations would else look for a newer version of itself.
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,10 +62,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments`, by default the process's own; return its exit status: 0, or 2 for a user's error."""
-    # Both are read when a package is first imported: the allocator's use of huge pages makes training on a CPU a third
-    # faster, and albumentations would else look for a newer version of itself.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     options = parser().parse_args(arguments)
     try:
         options.run(options)

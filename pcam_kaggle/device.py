@@ -184,6 +184,7 @@ def choose(make: Callable[[], nn.Module], side: int, batch_size: int, precision:
             seconds[candidate] = min(seconds.get(candidate, math.inf), next(steps[candidate]))
         except RuntimeError as error:
             refusal = " ".join(str(error).split())
+            seconds.pop(candidate, None)
             del steps[candidate]
             continue
         if seconds[candidate] > HOPELESS * min(seconds.values()):

@@ -74,6 +74,17 @@ def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch)
         choose(small, 32, 16, "auto", "auto")
 
 
+def test_what_a_device_refuses_after_a_first_step_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(backend: Backend, *_: object) -> Iterator[float]:
+        if backend.precision == "fp32":
+            yield from itertools.repeat(1.0)
+        yield 0.1
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(device, "_steps", steps)
+    assert choose(small, 32, 16, "auto", "auto").precision == "fp32"
+
+
 def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
     torch.manual_seed(0)
     config = EXPERIMENTS["bottleneck"].config
