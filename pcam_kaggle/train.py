@@ -108,18 +108,18 @@ def _train_share(
         while not left[place] or agreed(budget.left()) >= seconds + views * valid_seconds * (place + 1):
             try:
                 row = next(epochs, None)
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
-                ) from None
             except RuntimeError as error:
-                # torch has no class of its own for it.
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    f"fold {fold}: a process that augments was killed, perhaps for want of memory; the same command goes on "
-                    "from the last epoch"
-                ) from None
+                # Of these, torch has a class of its own for a GPU's memory alone.
+                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                    raise UserError(
+                        f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
+                    ) from None
+                if "DataLoader worker" in str(error):
+                    raise UserError(
+                        f"fold {fold}: a process that augments was killed, perhaps for want of memory; the same command goes "
+                        "on from the last epoch"
+                    ) from None
+                raise
             if row is None:
                 break
             left[place] -= 1

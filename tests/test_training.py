@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,30 @@ def test_a_killed_worker_is_one_error_and_the_fold_goes_on(
     assert "\n" not in str(caught.value)
     room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
     assert len(pd.read_csv(tmp_path / "run" / "fold_1" / "log.csv")) == tiny.epochs
+
+
+def out_of_a_gpus_memory(*_: object) -> float:
+    """Raise what torch raises where a GPU's memory is full."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_memory(*_: object) -> float:
+    """Ask torch for more memory than there is."""
+    return float(torch.empty(2**50)[0])
+
+
+@pytest.mark.parametrize("epoch", [out_of_a_gpus_memory, out_of_memory])
+def test_a_batch_that_memory_does_not_hold_is_one_error(
+    epoch: Callable[..., float],
+    store: PatchStore,
+    folds: Folds,
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "train_epoch", epoch)
+    with pytest.raises(UserError, match=r"^batch_size=8: the device's memory does not hold it; use a smaller one$"):
+        room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
 
 
 def test_shared_memory_that_is_too_small_is_one_error(
