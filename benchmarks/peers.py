@@ -1,8 +1,8 @@
 """What people train this net by: a loop of their own, Lightning, fastai, timm's task; each as documented, for two cores.
 
 All read TIFs by cv2 in a `Dataset`, augment as we do and take the same steps: the same net, optimizer, loss and clipping, two
-loader processes that live through all epochs, nothing logged or saved. None averages weights, which spares them a little. All
-have one cycle of the learning rate, which each of them offers.
+loader processes that live through all epochs (fastai's through one), nothing logged or saved. None averages weights, which
+spares them a little. All have one cycle of the learning rate, which each of them offers.
 """
 
 import warnings

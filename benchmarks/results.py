@@ -57,11 +57,11 @@ def rates_table(rows: Rows) -> str:
     lines = [
         (kind, f"{middle(row['rates']):,.0f}", spread(row["ratios"]) if kind != "ours" else "") for kind, row in rows.items()
     ]
-    return markdown(("by", "images/s", "ours is times that (middle half of the turns)"), lines)
+    return markdown(("by", "images/s", "ours is times that (quartiles of the turns)"), lines)
 
 
 def memory_table(seen: dict[str, Any]) -> str:
-    """Return the peak memory of each stage's first process."""
+    """Return the peak memory of each stage's largest process."""
     lines = [(stage, f"{held / 1e9:.2f}") for stage, held in seen.items()]
     return markdown(("stage", "peak memory, GB"), lines)
 
@@ -81,12 +81,12 @@ def gpu_table(seen: dict[str, Any]) -> str:
 
 
 def middle(values: list[float]) -> float:
-    """Return the mean of the middle half of `values`: steadier than the median, and blind to a moment of other work."""
+    """Return the mean of the middle half of `values`: steadier than the median, as blind to a moment of other work."""
     return float(trim_mean(values, 0.25))
 
 
 def spread(ratios: list[float]) -> str:
-    """Return the mean of the middle half of `ratios`, and its range."""
+    """Return the mean of the middle half of `ratios`, and their quartiles."""
     low, high = np.quantile(ratios, (0.25, 0.75))
     return f"{middle(ratios):.2f} ({low:.2f} to {high:.2f})"
 

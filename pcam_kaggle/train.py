@@ -114,7 +114,7 @@ def _train_share(
                     raise UserError(
                         f"batch_size={config.batch_size}: the device's memory does not hold it; use a smaller one"
                     ) from None
-                if "DataLoader worker" in str(error):
+                if "DataLoader worker (pid" in str(error):
                     raise UserError(
                         f"fold {fold}: a process that augments was killed, perhaps for want of memory; the same command goes "
                         "on from the last epoch"
