@@ -53,11 +53,11 @@ def pipeline_table(seen: dict[str, Any]) -> str:
 
 
 def rates_table(rows: Rows) -> str:
-    """Return the images/s of each kind of work, and ours as a multiple of each."""
+    """Return how much each kind of work does a second, and ours as a multiple of each."""
     lines = [
         (kind, f"{middle(row['rates']):,.0f}", spread(row["ratios"]) if kind != "ours" else "") for kind, row in rows.items()
     ]
-    return markdown(("by", "images/s", "ours is times that (quartiles of the turns)"), lines)
+    return markdown(("by", "a second", "ours is times that (quartiles of the turns)"), lines)
 
 
 def memory_table(seen: dict[str, Any]) -> str:
