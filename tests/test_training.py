@@ -104,6 +104,17 @@ def test_a_killed_worker_is_one_error_and_the_fold_goes_on(
     assert len(pd.read_csv(tmp_path / "run" / "fold_1" / "log.csv")) == tiny.epochs
 
 
+def test_a_mistake_in_a_worker_is_not_told_as_a_killed_process(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(self: TrainBatches, index: int) -> None:
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(TrainBatches, "__getitem__", mistaken)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+
+
 def out_of_a_gpus_memory(*_: object) -> float:
     """Raise what torch raises where a GPU's memory is full."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
