@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Rows, keep, page, pipeline_table, rates_table
+import torch
+
+from benchmarks.results import Rows, keep, middle, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.cli import ENVIRONMENT
 from pcam_kaggle.device import find_device
@@ -34,7 +36,7 @@ SWITCHES = (("fp32", True), ("bf16", True))
 WAYS = (AS_USED, *SWITCHES)
 # The shared machine is slower for a minute now and then: turns are short, and there are many, most where they are shortest.
 ROUNDS = {NET: 7, "plain": 4}
-STEPS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 10, 5, 20, 5
+STEPS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 10, 5, 20, 3
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 # Else albumentations asks the network for its newest version while the clock runs.
@@ -226,20 +228,46 @@ def prepare(bench: Bench) -> dict[str, Any]:
 
 
 def gpu(bench: Bench) -> dict[str, Any]:
-    """Measure the images/s of our training on a GPU and of its limit, which keeps the GPU busy throughout."""
+    """Measure the images/s of our training on a GPU and of its limit, how busy the GPU is, and how fast it copies."""
     if find_device() != "cuda":
         raise UserError("gpu: there is none here that torch can compute on")
     seen: dict[str, Any] = {}
     for name in (*ROUNDS, "best"):
         rows: Rows = {}
-        with bench.contender("training", work=str(bench.work), name=name, steps=16 * STEPS) as ours:
+        with bench.contender("training", work=str(bench.work), name=name, steps=4 * STEPS) as ours:
             backend = ours()["backend"]
             ours()
-            for _ in range(GPU_ROUNDS):
-                # Without peers that is one turn of ours, beside its limit.
-                compare(rows, ours, {}, 0)
-        seen[name] = {"backend": backend, "rows": rows}
-    return seen
+            with gpu_shares() as shares:
+                for _ in range(GPU_ROUNDS):
+                    # Without peers that is one turn of ours, beside its limit.
+                    compare(rows, ours, {}, 0)
+        seen[name] = {"backend": backend, "rows": rows, "busy": middle(shares)}
+        say(f"gpu {name}, {backend}, busy {seen[name]['busy']:.2f}:\n{rates_table(rows)}")
+    return {"nets": seen, "bandwidth": gpu_bandwidth()}
+
+
+def gpu_bandwidth() -> float:
+    """Return the GB/s that the GPU reads and writes when it copies within its memory."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target, copies = torch.empty_like(source), 100
+    target.copy_(source)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(copies):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 2 * copies * source.nbytes / 1e9 / (time.perf_counter() - start)
+
+
+@contextmanager
+def gpu_shares() -> Iterator[list[float]]:
+    """Yield a list that at the end holds, for each tenth of a second, in which share of it the GPU had work, by nvidia-smi."""
+    line = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    shares: list[float] = []
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        yield shares
+        process.terminate()
+        shares.extend(float(percent) / 100 for percent in process.stdout.read().split())
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -218,9 +218,10 @@ def _rate(work: Callable[[], object], count: int) -> float:
 def _backend(config: Config) -> "Backend":
     """Return what our command line computes on."""
     from pcam_kaggle.backbones import create
-    from pcam_kaggle.device import choose, hold_memory
+    from pcam_kaggle.device import choose, hold_memory, spare_cores
 
     hold_memory()
+    spare_cores()
     net = partial(create, config, weights=False)
     return choose(net, config.side, config.batch_size, config.precision, config.memory_format)
 

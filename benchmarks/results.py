@@ -17,7 +17,9 @@ HERE = Path(__file__).parent
 SEEN = HERE / "speeds"
 TEXT = SEEN / "text.md"
 PAGE = HERE / "RESULTS.md"
-TRAIN_PATCHES = 220_025
+TRAIN_PATCHES, TEST_PATCHES = 220_025, 57_458
+# GB/s, by NVIDIA's data sheet.
+T4_BANDWIDTH = 320
 
 # By kind of work: `rates`, how many a second in each turn, and `ratios`, ours as a multiple of it.
 Rows = dict[str, dict[str, list[float]]]
@@ -67,17 +69,36 @@ def memory_table(seen: dict[str, Any]) -> str:
 
 
 def gpu_table(seen: dict[str, Any]) -> str:
-    """Return the images/s on the GPU, and the hours that training all folds of the whole competition takes two of them."""
-    lines = []
-    for name, each in seen.items():
-        config = experiment(name).config
-        images = config.epochs * (config.n_splits - 1) * TRAIN_PATCHES
-        rows = each["rows"]
+    """Return the images/s on the GPU, and an estimate of the hours that the whole competition takes two T4.
+
+    A forward pass counts as a third of a step. While a T4 has work it is as many times slower as its memory is.
+    """
+    lines, sums = [], []
+    slower = seen["bandwidth"] / T4_BANDWIDTH
+    for name, each in seen["nets"].items():
+        config, rows, busy = experiment(name).config, each["rows"], each["busy"]
         ours, limit = (middle(rows[kind]["rates"]) for kind in ("ours", "limit"))
-        hours = images / (2 * ours) / 3600
-        sum_of_it = f"{config.epochs} epochs x {config.n_splits - 1} x {TRAIN_PATCHES:,} / (2 x {ours:,.0f}) s = {hours:.1f} h"
-        lines.append((f"`{name}`", f"{limit:,.0f}", f"{ours:,.0f}", spread(rows["limit"]["ratios"]), sum_of_it))
-    return markdown(("net", "limit, images/s", "ours, images/s", "the GPU is busy", "training on two of them"), lines)
+        shown = (f"{limit:,.0f}", f"{ours:,.0f}", spread(rows["limit"]["ratios"]), f"{busy:.0%}")
+        lines.append((f"`{name}`", each["backend"].split(", ")[1], *shown))
+        trained = config.epochs * (config.n_splits - 1) * TRAIN_PATCHES
+        validated = config.epochs * TRAIN_PATCHES
+        predicted = config.tta * (TRAIN_PATCHES + config.n_splits * TEST_PATCHES)
+        steps = trained + (validated + predicted) / 3
+        rate = ours / busy / slower
+        sums.append(
+            (
+                f"`{name}`",
+                f"{config.epochs} x {config.n_splits - 1} x {TRAIN_PATCHES:,} + ({config.epochs} x {TRAIN_PATCHES:,} + "
+                f"{config.tta} x ({TRAIN_PATCHES:,} + {config.n_splits} x {TEST_PATCHES:,})) / 3 = {steps / 1e6:.1f} million",
+                f"{ours:,.0f} / {busy:.2f} / {slower:.1f} = {rate:,.0f}",
+                f"{steps / (2 * rate) / 3600:.1f}",
+            )
+        )
+    measured = markdown(("net", "in", "limit, images/s", "ours, images/s", "ours of the limit", "the GPU is busy"), lines)
+    estimated = markdown(
+        ("net", "images that are trained on, a forward pass as a third", "images/s of a T4", "hours on two"), sums
+    )
+    return f"{measured}\n\nIts memory moves {seen['bandwidth']:,.0f} GB/s, a T4's {T4_BANDWIDTH}.\n\n{estimated}"
 
 
 def middle(values: list[float]) -> float:

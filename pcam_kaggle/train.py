@@ -23,7 +23,7 @@ from pcam_kaggle.artifacts import locked, read_json, reading, write_csv, write_j
 from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend, choose, device_name, find_device, hold_memory, spread
+from pcam_kaggle.device import Backend, choose, device_name, find_device, hold_memory, spare_cores, spread
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
@@ -42,6 +42,7 @@ def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
     That, the versions and the fingerprint of the patches in `store` are then written to environment.json.
     """
     hold_memory()
+    spare_cores()
     file = run / "environment.json"
     if file.exists():
         made = read_json(file, backend=dict)["backend"]
