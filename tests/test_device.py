@@ -64,6 +64,18 @@ def test_a_gpu_starts_from_its_own_units(capability: tuple[int, int], first: str
     assert sorted(precisions("cuda")) == ["bf16", "fp16", "fp32"]
 
 
+@pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
+def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_device", lambda: kind)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        device.spare_cores()
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Iterator[float]:
         raise RuntimeError("not implemented\nfor this dtype")
