@@ -85,10 +85,12 @@ def training(data: str, work: str, name: str, steps: int) -> None:
 def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool, steps: int) -> None:
     """Report the images/s of `peer`'s training."""
     from benchmarks.peers import PEERS, Task
+    from benchmarks.results import TRAIN_PATCHES
 
     config = experiment(name).config
     labels = _fold(Data(Path(data)))[0]
-    ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
+    # An epoch as long as the competition's, by repeating: else fastai would start its loader's processes every few turns.
+    ids, targets = (np.resize(labels[column], TRAIN_PATCHES) for column in ("id", "label"))
     moments: list[float] = []
 
     def on_step() -> None:
@@ -97,7 +99,7 @@ def peer_training(data: str, name: str, peer: str, precision: str, channels_last
             report({"rate": steps * config.batch_size / (moments[-1] - moments[WARM_UP - 1])})
             moments.clear()
 
-    PEERS[peer](Task(Data(Path(data)), config, ids, targets, ENDLESS, precision, channels_last), on_step)
+    PEERS[peer](Task(Data(Path(data)), config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
 
 
 def peer_pipeline(data: str, name: str, peer: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
