@@ -265,8 +265,10 @@ def gpu_shares() -> Iterator[list[float]]:
     line = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
     shares: list[float] = []
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        yield shares
-        process.terminate()
+        try:
+            yield shares
+        finally:
+            process.terminate()
         shares.extend(float(percent) / 100 for percent in process.stdout.read().split())
 
 
