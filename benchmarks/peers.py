@@ -186,18 +186,24 @@ def lightning(task: Task, on_step: Callable[[], None]) -> Predict:
 
 
 def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
-    """Train by fastai's Learner and its one cycle; its mixed precision is for CUDA alone, so bf16 changes nothing here."""
+    """Train by fastai's Learner and its one cycle; its own mixed precision is for CUDA alone."""
     import_timm()
     from fastai.callback.channelslast import ChannelsLast
     from fastai.callback.core import Callback, CancelValidException
-    from fastai.callback.fp16 import AMPMode, MixedPrecision
     from fastai.callback.schedule import Learner
     from fastai.callback.training import GradientClip
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader as FastLoader
     from fastai.optimizer import OptimWrapper
 
-    warnings.filterwarnings("ignore", message=".*CUDA is not available")
+    class Autocast(Callback):
+        def before_batch(self) -> None:
+            self.context = torch.autocast("cpu", DTYPES[task.precision])
+            self.context.__enter__()
+
+        def after_pred(self) -> None:
+            self.context.__exit__(None, None, None)
+            self.learn.pred = self.pred.float()
 
     class Steps(Callback):
         def after_batch(self) -> None:
@@ -220,7 +226,7 @@ def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
             GradientClip(task.config.clip_norm),
             Steps(),
             *([ChannelsLast()] if task.channels_last else []),
-            *([MixedPrecision(AMPMode.BF16)] if task.precision == "bf16" else []),
+            *([Autocast()] if task.precision == "bf16" else []),
         ],
     )
     with learner.no_bar(), learner.no_logging():

@@ -175,9 +175,10 @@ def follow(average: nn.Module, net: nn.Module, weight: float) -> None:
     """Move the weights and statistics of `average` towards those of `net` by `weight`, in (0, 1]."""
     pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
     torch._foreach_lerp_([to for to, _ in floats], [new for _, new in floats], weight)
-    torch._foreach_copy_([to for to, _ in counts], [new for _, new in counts])
+    for to, new in pairs:
+        if not to.is_floating_point():
+            to.copy_(new)
 
 
 def average_weight(config: Config, steps: int, taken: int) -> float:

@@ -18,7 +18,7 @@ from pcam_kaggle.config import Config
 from pcam_kaggle.paths import Data
 
 # Tests hold bytes, which a GPU does not repeat, and make believe in two GPUs where there may be one.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 TINY = [
     *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "warmup_epochs=0.5", "average_epochs=0.5"),
