@@ -424,6 +424,12 @@ def test_averaging_includes_the_norms_statistics() -> None:
     assert average.num_batches_tracked == net.num_batches_tracked == 1
 
 
+def test_a_net_without_norms_is_averaged_too() -> None:
+    net, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    follow(average, net, 1.0)
+    assert torch.equal(average.weight, net.weight)
+
+
 def test_a_damaged_checkpoint_is_said(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.pt", {"net": {"weight": torch.zeros(100)}})
     content = (tmp_path / "last.pt").read_bytes()
