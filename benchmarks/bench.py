@@ -161,7 +161,7 @@ def training(bench: Bench) -> dict[str, Any]:
                 chosen = {switched(peer, way): {**options, "precision": way[0], "channels_last": way[1]} for way in WAYS}
                 with bench.contenders(chosen) as turns:
                     # Which of the switches are best on this machine does not change from round to round.
-                    tried = [(turns[kind]()["rate"], kind) for kind in [switched(peer, way) for way in SWITCHES] * 2]
+                    tried = [(turns[kind]()["rate"], kind) for kind in [switched(peer, way) for way in SWITCHES] * 3]
                     best = max(tried)[1]
                     compare(rows, ours, {kind: turns[kind] for kind in (peer, best)}, rounds)
         seen[name] = {"backend": backend, "rows": rows}
