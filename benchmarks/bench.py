@@ -33,7 +33,7 @@ AS_USED = ("fp32", False)
 SWITCHES = (("fp32", True), ("bf16", True))
 WAYS = (AS_USED, *SWITCHES)
 # The shared machine is slower for a minute now and then: turns are short, and there are many, most where they are shortest.
-ROUNDS = {NET: 7, "plain": 4}
+ROUNDS = {NET: 7, "plain": 3}
 STEPS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 10, 5, 20, 5
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
