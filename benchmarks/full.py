@@ -13,12 +13,12 @@ import pandas as pd
 from PIL import Image
 
 from benchmarks.bench import Bench, say
-from benchmarks.results import keep, page
+from benchmarks.results import TEST_PATCHES, TRAIN_PATCHES, keep, page
 from pcam_kaggle.artifacts import write_csv
 from pcam_kaggle.paths import Data
 from pcam_kaggle.synthetic import draw_patch, tumour_place
 
-SIZES = {"train": 220_025, "test": 57_458}
+SIZES = {"train": TRAIN_PATCHES, "test": TEST_PATCHES}
 DRAWN = 500
 SLIDES = 216
 # The smallest net there is: what is measured is everything else.
