@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.results import Rows, keep, middle, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.cli import ENVIRONMENT
-from pcam_kaggle.device import find_device
+from pcam_kaggle.device import find_device, precisions
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import find_data, find_workspace
 
@@ -29,18 +29,19 @@ HERE = Path(__file__).parent
 
 NET = "bottleneck"
 PEERS = ("loop", "lightning", "fastai", "timm")
-AS_USED = ("fp32", False)
-SWITCHES = (("fp32", True), ("bf16", True))
-WAYS = (AS_USED, *SWITCHES)
-# The shared machine is slower for a minute now and then: turns are short, and there are many, most where they are shortest.
-ROUNDS = {NET: 7, "plain": 3}
-STEPS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 10, 5, 20, 5
+NETS = (NET, "plain")
+# The shared machine is slower for a minute now and then: turns are short, and there are many.
+PROCESSES, ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 2, (3, 2), 5, 20, 5
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
-# Each a second or more on an H200.
-GPU_STEPS = {NET: 80, "plain": 320, "best": 40}
+GPU_NETS = (NET, "plain", "best")
 # Else albumentations asks the network for its newest version while the clock runs.
 COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
+# Memory is kept from step to step, in huge pages, as our command line has it: PyTorch's tuning guide advises other allocators
+# to the same end.
+TUNED = ENVIRONMENT | {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864"
+}
 
 Turn = Callable[[], dict[str, Any]]
 
@@ -53,13 +54,14 @@ class Bench:
     work: Path
 
     @contextmanager
-    def contender(self, measure: str, **arguments: Any) -> Iterator[Turn]:
+    def contender(self, measure: str, environment: dict[str, str] = COMMON, **arguments: Any) -> Iterator[Turn]:
         """Yield what lets `measure`, in a process of its own, take one turn, and returns what it saw."""
         line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps({"data": str(self.data), **arguments})]
-        # What trains or predicts from a store is ours, as the command line sets it up.
-        environment = os.environ | (ENVIRONMENT if "work" in arguments else COMMON)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE.parent, "env": environment}
-        with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stderr=errors, **pipes) as process:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE.parent}
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(line, stderr=errors, env=os.environ | environment, **pipes) as process,
+        ):
 
             def turn() -> dict[str, Any]:
                 with suppress(BrokenPipeError):
@@ -72,6 +74,11 @@ class Bench:
                 return json.loads(seen)
 
             yield turn
+
+    def once(self, measure: str, **arguments: Any) -> dict[str, Any]:
+        """Return what `measure`, in a process of its own, saw in its first turn."""
+        with self.contender(measure, **arguments) as turn:
+            return turn()
 
     @contextmanager
     def contenders(self, chosen: dict[str, dict[str, Any]]) -> Iterator[dict[str, Turn]]:
@@ -143,27 +150,33 @@ def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> Non
             before = after
 
 
-def switched(peer: str, way: tuple[str, bool]) -> str:
-    """Return the name of `peer` where it computes in the precision and the memory format of `way`."""
-    return f"{peer}, {way[0]}, channels_last" if way[1] else peer
+def ways() -> dict[str, dict[str, Any]]:
+    """Return how a peer computes as people use it, and with every switch on, by what that adds to its name.
+
+    bf16 is a switch where the processor has units for it: where it has none, it is slower.
+    """
+    return {
+        "": {"precision": "fp32", "channels_last": False},
+        ", every switch": {"precision": precisions("cpu")[0], "channels_last": True, "environment": TUNED},
+    }
 
 
 def training(bench: Bench) -> dict[str, Any]:
-    """Measure the images/s of our training, of its limit and of every peer."""
+    """Measure the images/s of our training, of its limit and of every peer.
+
+    A process that does not keep its memory faults in anew what it gave back, more or less of it from its start to its end: so
+    each turn of a peer is another process, and most are of those that do not.
+    """
     seen: dict[str, Any] = {}
-    for name, rounds in ROUNDS.items():
+    for name in NETS:
         rows: Rows = {}
-        with bench.contender("training", work=str(bench.work), name=name, steps=STEPS) as ours:
-            backend = ours()["backend"]
-            ours()
-            for peer in PEERS:
-                options = {"measure": "peer_training", "name": name, "peer": peer, "steps": STEPS}
-                chosen = {switched(peer, way): {**options, "precision": way[0], "channels_last": way[1]} for way in WAYS}
-                with bench.contenders(chosen) as turns:
-                    # Which of the switches are best on this machine does not change from round to round.
-                    tried = [(turns[kind]()["rate"], kind) for kind in [switched(peer, way) for way in SWITCHES] * 3]
-                    best = max(tried)[1]
-                    compare(rows, ours, {kind: turns[kind] for kind in (peer, best)}, rounds)
+        for _ in range(PROCESSES):
+            with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
+                backend = ours()["backend"]
+                ours()
+                for rounds, (switches, options) in zip(ROUNDS, ways().items(), strict=True):
+                    turn = partial(bench.once, "peer_training", name=name, **options)
+                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, rounds)
         seen[name] = {"backend": backend, "rows": rows}
         say(f"training {name}, {backend}:\n{rates_table(rows)}")
     return seen
@@ -181,16 +194,16 @@ def pipeline(bench: Bench) -> dict[str, Any]:
             aucs["ours"] = read_json(Path(folder) / "runs" / NET / "metrics.json")["pooled"]["value"]
         return {"rate": 1 / seconds}
 
-    def theirs(peer: str, way: tuple[str, bool]) -> dict[str, float]:
-        options = {"precision": way[0], "channels_last": way[1], "epochs": EPOCHS, "n_splits": SPLITS}
+    def theirs(peer: str, switches: str) -> dict[str, float]:
+        options = {"epochs": EPOCHS, "n_splits": SPLITS, **ways()[switches]}
         start = time.perf_counter()
-        with bench.contender("peer_pipeline", name=NET, peer=peer, **options) as turn:
-            aucs[switched(peer, way)] = turn()["auc"]
+        aucs[peer + switches] = bench.once("peer_pipeline", name=NET, peer=peer, **options)["auc"]
         return {"rate": 1 / (time.perf_counter() - start)}
 
     rows: Rows = {}
-    ways = [*((peer, AS_USED) for peer in PEERS), (PEERS[0], SWITCHES[-1])]
-    compare(rows, ours, {switched(*each): partial(theirs, *each) for each in ways}, 1)
+    as_used, every = ways()
+    measured = [*((peer, as_used) for peer in PEERS), (PEERS[0], every)]
+    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, 1)
     seen = {"rows": rows, "auc": aucs}
     say(f"pipeline:\n{pipeline_table(seen)}")
     return seen
@@ -199,11 +212,11 @@ def pipeline(bench: Bench) -> dict[str, Any]:
 def prediction(bench: Bench) -> dict[str, Any]:
     """Measure the patches/s of prediction under eight views, of ttach's and of the limit."""
     rows: Rows = {}
-    own = {"measure": "prediction", "work": str(bench.work), "count": 2 * PATCHES}
+    own = {"measure": "prediction", "environment": ENVIRONMENT, "work": str(bench.work), "count": 2 * PATCHES}
     ttach = {"measure": "ttach_prediction", "name": NET, "count": PATCHES}
     chosen = {
         "ours": {**own, "name": NET, "views": 8},
-        **{switched("ttach", way): {**ttach, "precision": way[0], "channels_last": way[1]} for way in WAYS},
+        **{f"ttach{switches}": {**ttach, **options} for switches, options in ways().items()},
         "bottleneck_d4, one view": {**own, "name": "bottleneck_d4", "views": 1},
     }
     with bench.contenders(chosen) as turns:
@@ -232,9 +245,9 @@ def gpu(bench: Bench) -> dict[str, Any]:
     if find_device() != "cuda":
         raise UserError("gpu: there is none here that torch can compute on")
     seen: dict[str, Any] = {}
-    for name, steps in GPU_STEPS.items():
+    for name in GPU_NETS:
         rows: Rows = {}
-        with bench.contender("training", work=str(bench.work), name=name, steps=steps) as ours:
+        with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
             backend = ours()["backend"]
             ours()
             with gpu_shares() as shares:

@@ -7,6 +7,7 @@ turns on one machine; and what one side sets for its process, an allocator or a 
 import contextlib
 import itertools
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,8 @@ from pcam_kaggle.paths import Data
 if TYPE_CHECKING:
     from pcam_kaggle.device import Backend
 
-WARM_UP = 6
+# Steps before the clock runs, and for how long it then does.
+WARM_UP, SECONDS = 8, 2
 # Epochs enough for any number of turns.
 ENDLESS = 1000
 
@@ -48,7 +50,7 @@ def wait() -> None:
         sys.exit()
 
 
-def training(data: str, work: str, name: str, steps: int) -> None:
+def training(data: str, work: str, name: str) -> None:
     """Report on what our training computes, then images/s: `rate`, and `limit`, of the same steps on one batch in memory.
 
     That is the limit since nothing is read, augmented or handed over.
@@ -69,20 +71,19 @@ def training(data: str, work: str, name: str, steps: int) -> None:
     net = backend.place(create(config, weights=False))
     learner = Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
 
-    def images_per_second(given: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        # While the others took their turns the loader filled its stock; after twice as many batches it is as at any time.
-        train_epoch(learner, given, 2 * WARM_UP, 0, config)
-        start = time.perf_counter()
-        train_epoch(learner, given, steps, 0, config)
-        return steps * config.batch_size / (time.perf_counter() - start)
+    def images_per_second(given: Iterator[tuple[torch.Tensor, torch.Tensor]], warm_up: int) -> float:
+        pace = _rate(lambda: train_epoch(learner, given, warm_up, 0, config), warm_up)
+        steps = math.ceil(SECONDS * pace)
+        return _rate(lambda: train_epoch(learner, given, steps, 0, config), steps * config.batch_size)
 
     resident, augmented = itertools.repeat(tuple(part.to(backend.kind) for part in source[0])), batches(source, 0)
     while True:
-        limit = images_per_second(resident)
-        report({"rate": images_per_second(augmented), "limit": limit})
+        limit = images_per_second(resident, WARM_UP // 4)
+        # While the others took their turns the loader filled its stock; after twice as many batches it is as at any time.
+        report({"rate": images_per_second(augmented, 2 * WARM_UP), "limit": limit})
 
 
-def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool, steps: int) -> None:
+def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool) -> None:
     """Report the images/s of `peer`'s training."""
     from benchmarks.peers import PEERS, Task
     from benchmarks.results import TRAIN_PATCHES
@@ -95,8 +96,9 @@ def peer_training(data: str, name: str, peer: str, precision: str, channels_last
 
     def on_step() -> None:
         moments.append(time.perf_counter())
-        if len(moments) == WARM_UP + steps:
-            report({"rate": steps * config.batch_size / (moments[-1] - moments[WARM_UP - 1])})
+        timed = moments[WARM_UP - 1 :]
+        if timed and timed[-1] - timed[0] >= SECONDS:
+            report({"rate": (len(timed) - 1) * config.batch_size / (timed[-1] - timed[0])})
             moments.clear()
 
     PEERS[peer](Task(Data(Path(data)), config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
