@@ -31,7 +31,9 @@ NET = "bottleneck"
 PEERS = ("loop", "lightning", "fastai", "timm")
 NETS = (NET, "plain")
 # The shared machine is slower for a minute now and then: turns are short, and there are many.
-PROCESSES, ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 2, (3, 2), 5, 20, 5
+PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 5, 20, 5
+# Of ours in training, and in each the rounds of the peers as people use them and with every switch on.
+PROCESSES, ROUNDS = 2, (3, 2)
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 GPU_NETS = (NET, "plain", "best")
