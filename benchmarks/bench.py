@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.results import Rows, keep, middle, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.cli import ENVIRONMENT
-from pcam_kaggle.device import find_device, precisions
+from pcam_kaggle.device import MALLOC_OPTIONS, find_device, precisions
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import find_data, find_workspace
 
@@ -36,14 +36,13 @@ PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 5, 20, 5
 PROCESSES, ROUNDS = 2, (3, 2)
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
-GPU_NETS = (NET, "plain", "best")
+GPU_NETS = (*NETS, "best")
 # Else albumentations asks the network for its newest version while the clock runs.
 COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
 # Memory is kept from step to step, in huge pages, as our command line has it: PyTorch's tuning guide advises other allocators
 # to the same end.
-TUNED = ENVIRONMENT | {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864"
-}
+TUNABLES = zip(("trim_threshold", "top_pad", "mmap_max"), MALLOC_OPTIONS.values(), strict=True)
+TUNED = ENVIRONMENT | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES)}
 
 Turn = Callable[[], dict[str, Any]]
 

@@ -78,7 +78,8 @@ def training(data: str, work: str, name: str) -> None:
 
     resident, augmented = itertools.repeat(tuple(part.to(backend.kind) for part in source[0])), batches(source, 0)
     while True:
-        limit = images_per_second(resident, WARM_UP // 4)
+        # Two steps are enough to tell the pace where no loader has a stock.
+        limit = images_per_second(resident, 2)
         # While the others took their turns the loader filled its stock; after twice as many batches it is as at any time.
         report({"rate": images_per_second(augmented, 2 * WARM_UP), "limit": limit})
 
