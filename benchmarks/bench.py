@@ -41,8 +41,8 @@ GPU_NETS = (*NETS, "best")
 COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
 # Memory is kept from step to step, in huge pages, as our command line has it: PyTorch's tuning guide advises other allocators
 # to the same end.
-TUNABLES = zip(("trim_threshold", "top_pad", "mmap_max"), MALLOC_OPTIONS.values(), strict=True)
-TUNED = ENVIRONMENT | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES)}
+TUNABLES = dict(zip(("trim_threshold", "top_pad", "mmap_max"), MALLOC_OPTIONS.values(), strict=True))
+TUNED = ENVIRONMENT | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
 
 Turn = Callable[[], dict[str, Any]]
 
