@@ -31,9 +31,10 @@ NET = "bottleneck"
 PEERS = ("loop", "lightning", "fastai", "timm")
 NETS = (NET, "plain")
 # The shared machine is slower for a minute now and then: turns are short, and there are many.
-PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 5, 20, 5
-# Of ours in training, and in each the rounds of the peers as people use them and with every switch on.
-PROCESSES, ROUNDS = 2, (3, 2)
+PIPELINE_ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 2, 4, 20, 5
+# Processes of the same code differ by more than the turns of one. In each of ours in training, these are the rounds of the
+# peers as people use them, which differ most on `plain`, and with every switch on.
+PROCESSES, ROUNDS = 2, {NET: (4, 2), "plain": (6, 2)}
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 GPU_NETS = (*NETS, "best")
@@ -125,7 +126,7 @@ def held(pid: int) -> int:
 
 
 def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> None:
-    """Add to `rows` the rates of `others`, each in turns that lie between two of `ours`, and ours as a multiple of each.
+    """Add to `rows` the rates of `others`, in rounds that lie between two turns of `ours`, and ours as a multiple of each.
 
     So a machine that changes in between favours none. What a turn of `ours` measures beside it is added turn by turn.
     """
@@ -144,11 +145,11 @@ def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> Non
 
     before = own()
     for _ in range(rounds):
-        for kind, turn in others.items():
-            rate = turn()["rate"]
-            after = own()
+        rates = {kind: turn()["rate"] for kind, turn in others.items()}
+        after = own()
+        for kind, rate in rates.items():
             note(kind, rate, (before + after) / 2)
-            before = after
+        before = after
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -163,21 +164,24 @@ def ways() -> dict[str, dict[str, Any]]:
 
 
 def training(bench: Bench) -> dict[str, Any]:
-    """Measure the images/s of our training, of its limit and of every peer.
-
-    A process that does not keep its memory faults in anew what it gave back, more or less of it from its start to its end: so
-    each turn of a peer is another process, and most are of those that do not.
-    """
+    """Measure the images/s of our training, of its limit and of every peer."""
     seen: dict[str, Any] = {}
     for name in NETS:
         rows: Rows = {}
-        for _ in range(PROCESSES):
-            with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
-                backend = ours()["backend"]
-                ours()
-                for rounds, (switches, options) in zip(ROUNDS, ways().items(), strict=True):
-                    turn = partial(bench.once, "peer_training", name=name, **options)
-                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, rounds)
+        with ExitStack() as stack:
+            peers = [
+                {
+                    peer + switches: stack.enter_context(bench.contender("peer_training", name=name, peer=peer, **options))
+                    for peer in PEERS
+                }
+                for switches, options in ways().items()
+            ]
+            for _ in range(PROCESSES):
+                with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
+                    backend = ours()["backend"]
+                    ours()
+                    for rounds, others in zip(ROUNDS[name], peers, strict=True):
+                        compare(rows, ours, others, rounds)
         seen[name] = {"backend": backend, "rows": rows}
         say(f"training {name}, {backend}:\n{rates_table(rows)}")
     return seen
@@ -204,7 +208,7 @@ def pipeline(bench: Bench) -> dict[str, Any]:
     rows: Rows = {}
     as_used, every = ways()
     measured = [*((peer, as_used) for peer in PEERS), (PEERS[0], every)]
-    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, 1)
+    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, PIPELINE_ROUNDS)
     seen = {"rows": rows, "auc": aucs}
     say(f"pipeline:\n{pipeline_table(seen)}")
     return seen
@@ -220,8 +224,9 @@ def prediction(bench: Bench) -> dict[str, Any]:
         **{f"ttach{switches}": {**ttach, **options} for switches, options in ways().items()},
         "bottleneck_d4, one view": {**own, "name": "bottleneck_d4", "views": 1},
     }
-    with bench.contenders(chosen) as turns:
-        compare(rows, turns.pop("ours"), turns, PREDICTION_ROUNDS)
+    for _ in range(PROCESSES):
+        with bench.contenders(chosen) as turns:
+            compare(rows, turns.pop("ours"), turns, PREDICTION_ROUNDS)
     say(f"prediction:\n{rates_table(rows)}")
     return rows
 
