@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from multiprocessing import Pool, get_context
+from multiprocessing import Pool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +85,9 @@ def training(data: str, work: str, name: str) -> None:
 
 
 def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool) -> None:
-    """Report the images/s of `peer`'s training, each turn's in a process of its own.
-
-    One that does not keep its memory faults in anew what it gave back, more or less of it from its start to its end.
-    """
+    """Report the images/s of `peer`'s training."""
     from benchmarks.peers import PEERS, Task
     from benchmarks.results import TRAIN_PATCHES
-    from pcam_kaggle.backbones import import_timm
 
     config = experiment(name).config
     labels = _fold(Data(Path(data)))[0]
@@ -104,18 +100,9 @@ def peer_training(data: str, name: str, peer: str, precision: str, channels_last
         timed = moments[WARM_UP - 1 :]
         if timed and timed[-1] - timed[0] >= SECONDS:
             report({"rate": (len(timed) - 1) * config.batch_size / (timed[-1] - timed[0])})
+            moments.clear()
 
-    # All of them import it, for the optimizer.
-    import_timm()
-    task = Task(Data(Path(data)), config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last)
-    while True:
-        # Forked, so that a turn spends no time on importing. It is given no next turn, and ends with its report.
-        turn = get_context("fork").Process(target=PEERS[peer], args=(task, on_step))
-        turn.start()
-        turn.join()
-        if turn.exitcode:
-            sys.exit(turn.exitcode)
-        wait()
+    PEERS[peer](Task(Data(Path(data)), config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
 
 
 def peer_pipeline(data: str, name: str, peer: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
