@@ -32,8 +32,8 @@ PEERS = ("loop", "lightning", "fastai", "timm")
 NETS = (NET, "plain")
 # The shared machine is slower for a minute now and then: turns are short, and there are many.
 PIPELINE_ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 2, 4, 20, 5
-# Of ours, and in each in training the rounds of the peers as people use them, which differ most on `plain`, and with every
-# switch on.
+# Processes of ours; beside each in training, the rounds of the peers as people use them, whose processes differ most on
+# `plain`, and with every switch on.
 PROCESSES, ROUNDS = 2, {NET: (3, 2), "plain": (4, 2)}
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
