@@ -78,6 +78,8 @@ def test_an_interrupt_is_one_line(stage: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     for before in ("prepare", "folds")[: 2 if stage == "train" else 0]:
         assert said(before, data, work)[0] == 0
+    # A shell starts its background jobs with SIGINT ignored, and their processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [*command(stage, data, work), "--set", "epochs=1000"]
     # As a terminal does: the whole group of processes is told.
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
