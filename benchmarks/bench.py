@@ -31,10 +31,12 @@ NET = "bottleneck"
 PEERS = ("loop", "lightning", "fastai", "timm")
 NETS = (NET, "plain")
 # The shared machine is slower for a minute now and then: turns are short, and there are many.
-PIPELINE_ROUNDS, PREDICTION_ROUNDS, PREPARE_ROUNDS, GPU_ROUNDS = 2, 4, 20, 5
-# Processes of ours; beside each in training, the rounds of the peers as people use them, whose processes differ most on
+# Seconds for the rounds of a comparison, so that a slow machine too has made them all within 40 minutes, if fewer of each.
+PIPELINE_SECONDS, PREDICTION_SECONDS, PREPARE_SECONDS = 800, 60, 60
+# Processes of ours; beside each in training, the seconds for the peers as people use them, whose processes differ most on
 # `plain`, and with every switch on.
-PROCESSES, ROUNDS = 2, {NET: (3, 2), "plain": (4, 2)}
+PROCESSES, TRAINING_SECONDS = 2, {NET: (130, 80), "plain": (160, 80)}
+GPU_ROUNDS = 5
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 GPU_NETS = (*NETS, "best")
@@ -125,10 +127,11 @@ def held(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> None:
+def compare(rows: Rows, ours: Turn, others: dict[str, Turn], seconds: float) -> None:
     """Add to `rows` the rates of `others`, in rounds that lie between two turns of `ours`, and ours as a multiple of each.
 
-    So a machine that changes in between favours none. What a turn of `ours` measures beside it is added turn by turn.
+    So a machine that changes in between favours none. There are as many rounds as come closest to `seconds`, at least one
+    unless that is 0. What a turn of `ours` measures beside it is added turn by turn.
     """
 
     def note(kind: str, rate: float, beside: float) -> None:
@@ -144,12 +147,14 @@ def compare(rows: Rows, ours: Turn, others: dict[str, Turn], rounds: int) -> Non
         return rate
 
     before = own()
-    for _ in range(rounds):
+    end, took = time.monotonic() + seconds, 0.0
+    while time.monotonic() + took / 2 < end:
+        start = time.monotonic()
         rates = {kind: turn()["rate"] for kind, turn in others.items()}
         after = own()
         for kind, rate in rates.items():
             note(kind, rate, (before + after) / 2)
-        before = after
+        before, took = after, time.monotonic() - start
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -176,9 +181,9 @@ def training(bench: Bench) -> dict[str, Any]:
             with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
                 backend = ours()["backend"]
                 ours()
-                for rounds, (switches, options) in zip(ROUNDS[name], ways().items(), strict=True):
+                for seconds, (switches, options) in zip(TRAINING_SECONDS[name], ways().items(), strict=True):
                     turn = partial(bench.once, "peer_training", name=name, **options)
-                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, rounds)
+                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, seconds)
         seen[name] = {"backend": backend, "rows": rows}
         say(f"training {name}, {backend}:\n{rates_table(rows)}")
     return seen
@@ -205,7 +210,7 @@ def pipeline(bench: Bench) -> dict[str, Any]:
     rows: Rows = {}
     as_used, every = ways()
     measured = [*((peer, as_used) for peer in PEERS), (PEERS[0], every)]
-    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, PIPELINE_ROUNDS)
+    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, PIPELINE_SECONDS)
     seen = {"rows": rows, "auc": aucs}
     say(f"pipeline:\n{pipeline_table(seen)}")
     return seen
@@ -223,7 +228,7 @@ def prediction(bench: Bench) -> dict[str, Any]:
     }
     for _ in range(PROCESSES):
         with bench.contenders(chosen) as turns:
-            compare(rows, turns.pop("ours"), turns, PREDICTION_ROUNDS)
+            compare(rows, turns.pop("ours"), turns, PREDICTION_SECONDS)
     say(f"prediction:\n{rates_table(rows)}")
     return rows
 
@@ -232,7 +237,7 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """Measure `prepare` against reading and decoding alone, and the peak memory of every stage."""
     rows: Rows = {}
     with bench.contenders({kind: {"measure": "preparation", "kind": kind} for kind in ("ours", "bytes", "cv2")}) as turns:
-        compare(rows, turns.pop("ours"), turns, PREPARE_ROUNDS)
+        compare(rows, turns.pop("ours"), turns, PREPARE_SECONDS)
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         changes = [part for option in ("epochs=1", "n_splits=2", "tta=1", "batch_size=64") for part in ("--set", option)]
