@@ -32,7 +32,7 @@ PEERS = ("loop", "lightning", "fastai", "timm")
 NETS = (NET, "plain")
 # The shared machine is slower for a minute now and then: turns are short, and there are many.
 # Seconds for the rounds of a comparison, so that a slow machine too has made them all within 40 minutes, if fewer of each.
-PIPELINE_SECONDS, PREDICTION_SECONDS, PREPARE_SECONDS = 650, 30, 20
+PIPELINE_SECONDS, PREDICTION_SECONDS, PREPARE_SECONDS = 700, 30, 20
 # Processes of ours; beside each in training, the seconds for the peers as people use them, whose processes differ most on
 # `plain`, and with every switch on.
 PROCESSES, TRAINING_SECONDS = 2, {NET: (130, 80), "plain": (215, 45)}
