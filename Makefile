@@ -81,7 +81,7 @@ torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on an
 fuzz: $(VENV)/dev.stamp ## change 500 inputs; each must end in one line, or in the very same result
 	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
-bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, half an hour
+bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, up to 40 minutes
 	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
 bench-full: $(VENV)/dev.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
