@@ -216,9 +216,17 @@ def pipeline(bench: Bench) -> dict[str, Any]:
     return seen
 
 
+def together(bench: Bench, chosen: dict[str, dict[str, Any]], seconds: float) -> Rows:
+    """Return the rows of all that are `chosen`, by turns for `seconds` in each of several sets of processes."""
+    rows: Rows = {}
+    for _ in range(PROCESSES):
+        with bench.contenders(chosen) as turns:
+            compare(rows, turns.pop("ours"), turns, seconds)
+    return rows
+
+
 def prediction(bench: Bench) -> dict[str, Any]:
     """Measure the patches/s of prediction under eight views, of ttach's and of the limit."""
-    rows: Rows = {}
     own = {"measure": "prediction", "environment": ENVIRONMENT, "work": str(bench.work), "count": 2 * PATCHES}
     ttach = {"measure": "ttach_prediction", "name": NET, "count": PATCHES}
     chosen = {
@@ -226,20 +234,15 @@ def prediction(bench: Bench) -> dict[str, Any]:
         **{f"ttach{switches}": {**ttach, **options} for switches, options in ways().items()},
         "bottleneck_d4, one view": {**own, "name": "bottleneck_d4", "views": 1},
     }
-    for _ in range(PROCESSES):
-        with bench.contenders(chosen) as turns:
-            compare(rows, turns.pop("ours"), turns, PREDICTION_SECONDS)
+    rows = together(bench, chosen, PREDICTION_SECONDS)
     say(f"prediction:\n{rates_table(rows)}")
     return rows
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
     """Measure `prepare` against reading and decoding alone, and the peak memory of every stage."""
-    rows: Rows = {}
     chosen = {kind: {"measure": "preparation", "kind": kind} for kind in ("ours", "bytes", "cv2")}
-    for _ in range(PROCESSES):
-        with bench.contenders(chosen) as turns:
-            compare(rows, turns.pop("ours"), turns, PREPARE_SECONDS)
+    rows = together(bench, chosen, PREPARE_SECONDS)
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         changes = [part for option in ("epochs=1", "n_splits=2", "tta=1", "batch_size=64") for part in ("--set", option)]
