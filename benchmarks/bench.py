@@ -6,12 +6,13 @@ differs from itself.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,17 +30,18 @@ HERE = Path(__file__).parent
 
 NET = "bottleneck"
 PEERS = ("loop", "lightning", "fastai", "timm")
-NETS = (NET, "plain")
-# The shared machine is slower for a minute now and then: turns are short, and there are many.
-# Seconds for the rounds of a comparison, so that a slow machine too has made them all within 40 minutes, if fewer of each.
-PIPELINE_SECONDS, PREDICTION_SECONDS, PREPARE_SECONDS = 700, 30, 20
-# Processes of ours; beside each in training, the seconds for the peers as people use them, whose processes differ most on
-# `plain`, and with every switch on.
-PROCESSES, TRAINING_SECONDS = 2, {NET: (130, 80), "plain": (215, 45)}
+# Seconds for all sections, so that a slow machine too has made `make bench` within 40 minutes, installation included.
+SECONDS = 2100
+# Seconds for the rounds of a comparison. Training has what the others leave of all.
+PIPELINE_SECONDS, PREDICTION_SECONDS, PREPARE_SECONDS = 700, 100, 60
+# The shares of that time of the peers as people use them, whose processes differ most on `plain`, and with every switch on.
+TRAINING_SHARES = {NET: (0.28, 0.17), "plain": (0.45, 0.10)}
+# Processes of ours, beside each of which the others take their turns.
+PROCESSES = 2
 GPU_ROUNDS = 5
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
-GPU_NETS = (*NETS, "best")
+GPU_NETS = (*TRAINING_SHARES, "best")
 # Else albumentations asks the network for its newest version while the clock runs.
 COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
 # Memory is kept from step to step, in huge pages, as our command line has it: PyTorch's tuning guide advises other allocators
@@ -52,10 +54,11 @@ Turn = Callable[[], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The patches to measure on, and a folder with a store of them."""
+    """The patches to measure on, a folder with a store of them, and when all is to have ended, by the monotonic clock."""
 
     data: Path
     work: Path
+    end: float = math.inf
 
     @contextmanager
     def contender(self, measure: str, environment: dict[str, str] = COMMON, **arguments: Any) -> Iterator[Turn]:
@@ -127,11 +130,27 @@ def held(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-def compare(rows: Rows, ours: Turn, others: dict[str, Turn], seconds: float) -> None:
+def shares(end: float, weights: Sequence[float]) -> Iterator[float]:
+    """Yield when each of several parts is to end, which share by their `weights` what is left until `end` as each begins."""
+    for index, weight in enumerate(weights):
+        now = time.monotonic()
+        yield now + (end - now) * weight / sum(weights[index:])
+
+
+def processes(end: float) -> Iterator[float]:
+    """Yield when each process of ours is to end; after the first, none where `end` has passed."""
+    for moment in shares(end, [1] * PROCESSES):
+        yield moment
+        if time.monotonic() > end:
+            return
+
+
+def compare(rows: Rows, ours: Turn, others: dict[str, Turn], end: float) -> None:
     """Add to `rows` the rates of `others`, in rounds that lie between two turns of `ours`, and ours as a multiple of each.
 
-    So a machine that changes in between favours none. There are as many rounds as come closest to `seconds`, at least one
-    unless that is 0. What a turn of `ours` measures beside it is added turn by turn.
+    So a machine that changes in between favours none, and since it is slower for a minute now and then, turns are short. The
+    last round ends as close to `end` as can be, and is one at least where `rows` has none yet. What a turn of `ours` measures
+    beside it is added turn by turn.
     """
 
     def note(kind: str, rate: float, beside: float) -> None:
@@ -147,8 +166,8 @@ def compare(rows: Rows, ours: Turn, others: dict[str, Turn], seconds: float) -> 
         return rate
 
     before = own()
-    end, took = time.monotonic() + seconds, 0.0
-    while time.monotonic() + took / 2 < end:
+    took = 0.0
+    while not rows.keys() >= others.keys() or time.monotonic() + took / 2 < end:
         start = time.monotonic()
         rates = {kind: turn()["rate"] for kind, turn in others.items()}
         after = own()
@@ -175,15 +194,16 @@ def training(bench: Bench) -> dict[str, Any]:
     each turn of a peer is another process, and most are of those that do not.
     """
     seen: dict[str, Any] = {}
-    for name in NETS:
+    of_nets = [sum(weights) for weights in TRAINING_SHARES.values()]
+    for end, (name, weights) in zip(shares(bench.end, of_nets), TRAINING_SHARES.items(), strict=True):
         rows: Rows = {}
-        for _ in range(PROCESSES):
+        for moment in processes(end):
             with bench.contender("training", ENVIRONMENT, work=str(bench.work), name=name) as ours:
                 backend = ours()["backend"]
                 ours()
-                for seconds, (switches, options) in zip(TRAINING_SECONDS[name], ways().items(), strict=True):
+                for until, (switches, options) in zip(shares(moment, weights), ways().items(), strict=True):
                     turn = partial(bench.once, "peer_training", name=name, **options)
-                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, seconds)
+                    compare(rows, ours, {peer + switches: partial(turn, peer=peer) for peer in PEERS}, until)
         seen[name] = {"backend": backend, "rows": rows}
         say(f"training {name}, {backend}:\n{rates_table(rows)}")
     return seen
@@ -210,18 +230,19 @@ def pipeline(bench: Bench) -> dict[str, Any]:
     rows: Rows = {}
     as_used, every = ways()
     measured = [*((peer, as_used) for peer in PEERS), (PEERS[0], every)]
-    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, PIPELINE_SECONDS)
+    end = time.monotonic() + PIPELINE_SECONDS
+    compare(rows, ours, {"".join(each): partial(theirs, *each) for each in measured}, end)
     seen = {"rows": rows, "auc": aucs}
     say(f"pipeline:\n{pipeline_table(seen)}")
     return seen
 
 
 def together(bench: Bench, chosen: dict[str, dict[str, Any]], seconds: float) -> Rows:
-    """Return the rows of all that are `chosen`, by turns for `seconds` in each of several sets of processes."""
+    """Return the rows of all that are `chosen`, by turns for `seconds`, in several sets of processes one after the other."""
     rows: Rows = {}
-    for _ in range(PROCESSES):
+    for end in processes(time.monotonic() + seconds):
         with bench.contenders(chosen) as turns:
-            compare(rows, turns.pop("ours"), turns, seconds)
+            compare(rows, turns.pop("ours"), turns, end)
     return rows
 
 
@@ -288,14 +309,13 @@ def gpu_shares() -> Iterator[list[float]]:
         shares.extend(float(percent) / 100 for percent in process.stdout.read().split())
 
 
-SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "training": training,
+ON_CPU: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "pipeline": pipeline,
     "prediction": prediction,
     "prepare": prepare,
-    "gpu": gpu,
+    "training": training,
 }
-ON_CPU = ("training", "pipeline", "prediction", "prepare")
+SECTIONS = {**ON_CPU, "gpu": gpu}
 
 
 def say(text: str) -> None:
@@ -311,13 +331,13 @@ def main(names: list[str]) -> None:
     data = find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root)
     if data is None:
         raise UserError("the benchmarks need the competition's patches; set PCAM_DATA")
-    chosen = names or ON_CPU
+    chosen = [name for name in SECTIONS if name in (names or ON_CPU)]
     if find_device() != "cpu" and set(chosen) & set(ON_CPU):
         raise UserError(
             "the peers compute on the CPU; hide other devices, by CUDA_VISIBLE_DEVICES= for one, or name the section gpu"
         )
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(data.root.resolve(), Path(folder))
+        bench = Bench(data.root.resolve(), Path(folder), time.monotonic() + SECONDS)
         bench.command(bench.work, "prepare")
         for name in chosen:
             keep(name, SECTIONS[name](bench))
