@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,21 @@ PAGE = HERE / "RESULTS.md"
 TRAIN_PATCHES, TEST_PATCHES = 220_025, 57_458
 # GB/s of a GPU's memory, by NVIDIA's data sheets.
 PEAKS = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350, "Tesla T4": 320}
+
+# What is compared across machines: section, keys of its rows, and the kinds of work of which the one nearest to ours counts.
+COMPARED = {
+    "training `bottleneck`, the limit": ("training", ("bottleneck", "rows"), "limit"),
+    "`bottleneck`, the best peer as used": ("training", ("bottleneck", "rows"), "loop|lightning|fastai|timm"),
+    "`bottleneck`, the best with every switch": ("training", ("bottleneck", "rows"), ".+, every switch"),
+    "training `plain`, the limit": ("training", ("plain", "rows"), "limit"),
+    "`plain`, the best peer as used": ("training", ("plain", "rows"), "loop|lightning|fastai|timm"),
+    "`plain`, the best with every switch": ("training", ("plain", "rows"), ".+, every switch"),
+    "TIFs to submission, the fastest peer as used": ("pipeline", ("rows",), "loop|lightning|fastai|timm"),
+    "TIFs to submission, a loop with every switch": ("pipeline", ("rows",), ".+, every switch"),
+    "prediction with eight views, ttach as used": ("prediction", (), "ttach"),
+    "prediction, ttach with every switch": ("prediction", (), "ttach, every switch"),
+    "prepare, `cv2.imread` alone": ("prepare", ("rows",), "cv2"),
+}
 
 # By kind of work: `rates`, how many a second in each turn, and `ratios`, ours as a multiple of it.
 Rows = dict[str, dict[str, list[float]]]
@@ -67,6 +84,31 @@ def memory_table(seen: dict[str, Any]) -> str:
     """Return the peak memory of each stage's largest process."""
     lines = [(stage, f"{held / 1e9:.2f}") for stage, held in seen.items()]
     return markdown(("stage", "peak memory, GB"), lines)
+
+
+def machines_table() -> str:
+    """Return ours as a multiple of what it is compared with, here and, the least and the most, in the runs kept by machine."""
+    runs = {"here": [nearest(SEEN)]}
+    for file in sorted(SEEN.glob("*/*/training.json")):
+        runs.setdefault(file.parts[-3], []).append(nearest(file.parent))
+    lines = [(what, *(extent([run[what] for run in each if what in run]) for each in runs.values())) for what in COMPARED]
+    return markdown(("against", *(f"{name} ({len(each)})" for name, each in runs.items())), lines)
+
+
+def nearest(run: Path) -> dict[str, float]:
+    """Return what a `run` gave for each comparison across machines; it may lack a section."""
+    found = {}
+    for what, (section, keys, kinds) in COMPARED.items():
+        if (file := run / f"{section}.json").exists():
+            rows: Rows = reduce(dict.__getitem__, keys, read_json(file)["seen"])
+            found[what] = min(middle(row["ratios"]) for kind, row in rows.items() if re.fullmatch(kinds, kind))
+    return found
+
+
+def extent(ratios: list[float]) -> str:
+    """Return the least and the most of `ratios`, once where they do not differ."""
+    ordered = sorted(ratios)
+    return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ordered[:1] + ordered[-1:]))
 
 
 def gpu_table(seen: dict[str, Any]) -> str:
@@ -143,7 +185,7 @@ def page() -> str:
         "gpu": gpu_table,
         "full": growth_table,
     }
-    made = {}
+    made = {"machines": machines_table()}
     for name, table in tables.items():
         source = files.get("prepare" if name == "memory" else name)
         made[name] = f"On {source['machine']}.\n\n{table(source['seen'])}" if source else "Not measured yet."
