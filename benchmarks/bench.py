@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Rows, keep, middle, page, pipeline_table, rates_table
+from benchmarks.results import PEERS, Rows, keep, middle, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.cli import ENVIRONMENT
 from pcam_kaggle.device import MALLOC_OPTIONS, find_device, precisions
@@ -29,7 +29,6 @@ from pcam_kaggle.paths import find_data, find_workspace
 HERE = Path(__file__).parent
 
 NET = "bottleneck"
-PEERS = ("loop", "lightning", "fastai", "timm")
 # Seconds for all sections, so that a slow machine too has made `make bench` within 40 minutes, installation included.
 SECONDS = 2100
 # Seconds for the rounds of a comparison. Training has what the others leave of all.

@@ -24,16 +24,19 @@ TRAIN_PATCHES, TEST_PATCHES = 220_025, 57_458
 # GB/s of a GPU's memory, by NVIDIA's data sheets.
 PEAKS = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350, "Tesla T4": 320}
 
+PEERS = ("loop", "lightning", "fastai", "timm")
+# Patterns of kinds of work: peers as people use them, and with every switch on.
+AS_USED, SWITCHED = "|".join(PEERS), ".+, every switch"
 # What is compared across machines: section, keys of its rows, and the kinds of work of which the one nearest to ours counts.
 COMPARED = {
     "training `bottleneck`, the limit": ("training", ("bottleneck", "rows"), "limit"),
-    "`bottleneck`, the best peer as used": ("training", ("bottleneck", "rows"), "loop|lightning|fastai|timm"),
-    "`bottleneck`, the best with every switch": ("training", ("bottleneck", "rows"), ".+, every switch"),
+    "`bottleneck`, the best peer as used": ("training", ("bottleneck", "rows"), AS_USED),
+    "`bottleneck`, the best with every switch": ("training", ("bottleneck", "rows"), SWITCHED),
     "training `plain`, the limit": ("training", ("plain", "rows"), "limit"),
-    "`plain`, the best peer as used": ("training", ("plain", "rows"), "loop|lightning|fastai|timm"),
-    "`plain`, the best with every switch": ("training", ("plain", "rows"), ".+, every switch"),
-    "TIFs to submission, the fastest peer as used": ("pipeline", ("rows",), "loop|lightning|fastai|timm"),
-    "TIFs to submission, a loop with every switch": ("pipeline", ("rows",), ".+, every switch"),
+    "`plain`, the best peer as used": ("training", ("plain", "rows"), AS_USED),
+    "`plain`, the best with every switch": ("training", ("plain", "rows"), SWITCHED),
+    "TIFs to submission, the fastest peer as used": ("pipeline", ("rows",), AS_USED),
+    "TIFs to submission, a loop with every switch": ("pipeline", ("rows",), SWITCHED),
     "prediction with eight views, ttach as used": ("prediction", (), "ttach"),
     "prediction, ttach with every switch": ("prediction", (), "ttach, every switch"),
     "prepare, `cv2.imread` alone": ("prepare", ("rows",), "cv2"),
