@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.artifacts import read_json, write
 from pcam_kaggle.blend import METHODS
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.compare import compare_runs
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import EXAMPLES, UserError
 from pcam_kaggle.experiments import DEFAULT, DEMO, EXPERIMENTS, experiment
 from pcam_kaggle.job import Job
 from pcam_kaggle.kaggle import download, logs, output, owner, push, scores, send, status
@@ -39,6 +39,7 @@ PURPOSE = {
     "pipeline": "all of these, in order",
 }
 ORDER = [*STAGES]
+DETAILS = "error-details.txt"
 # What packages read when they are first imported.
 ENVIRONMENT = {
     # The allocator's use of huge pages makes training on a CPU a third faster.
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_details(error, options)}", file=sys.stderr)
         return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -78,6 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
     return 0
+
+
+def _details(error: UserError, options: argparse.Namespace) -> str:
+    """Write the whole list behind `error` to a file where its message shows only a part; return what names the file."""
+    if len(error.details) <= EXAMPLES:
+        return ""
+    file = find_workspace(options.work).root / DETAILS
+    write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode()))
+    return f"; all {len(error.details):,} are listed in {file}"
 
 
 def parser() -> argparse.ArgumentParser:

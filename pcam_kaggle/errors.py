@@ -1,8 +1,25 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that the user can fix, and how its message lists what it is about."""
+
+from collections.abc import Collection, Sequence
+from itertools import islice
+
+EXAMPLES = 5
 
 
 class UserError(Exception):
-    """Something the user can put right: the message names the file, id or key and what to do, in one line.
+    """An error that the user can fix: the message names the file, id or key and what to do, in one line.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints the message without a traceback and exits with status 2. A message shows at most five examples of
+    what it lists (see `examples`); `details` holds the whole list, one line each, which the command line writes to a file.
     """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
+
+
+def examples(items: Collection[str]) -> str:
+    """Return the first five of `items`, separated by commas, and how many more there are."""
+    shown = ", ".join(islice(items, EXAMPLES))
+    more = len(items) - EXAMPLES
+    return f"{shown} and {more:,} more" if more > 0 else shown
