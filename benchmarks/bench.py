@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.results import PEERS, Rows, keep, middle, page, pipeline_table, rates_table
 from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.cli import ENVIRONMENT
 from pcam_kaggle.device import MALLOC_OPTIONS, find_device, precisions
+from pcam_kaggle.environment import ENVIRONMENT
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import find_data, find_workspace
 

@@ -1,17 +1,21 @@
-"""`python -m pcam_kaggle`."""
+"""`python -m pcam_kaggle` and the command `pcam`."""
 
 import gc
 import sys
 
-if __name__ == "__main__":
-    # What is imported lives to the end. To look through it for garbage, time and again while it is made and once more when the
-    # process ends, takes a third of a short command's time.
-    gc.disable()
-    from pcam_kaggle.cli import main
+from pcam_kaggle.cli import main as run
+from pcam_kaggle.environment import set_environment
 
-    gc.freeze()
-    gc.enable()
+
+def main() -> int:
+    """Run the command line in a process of its own; return its exit status."""
+    set_environment()
     try:
-        sys.exit(main())
+        return run()
     finally:
+        # Collecting what was imported once more as the process ends takes a third of a short command's time.
         gc.freeze()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

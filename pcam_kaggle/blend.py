@@ -16,7 +16,6 @@ from pcam_kaggle.metrics import Difference, auc, auc_difference, auc_interval, r
 from pcam_kaggle.tables import PREDICTIONS, read_numbers
 
 Method = Literal["mean", "rank", "climb"]
-METHODS: tuple[Method, ...] = ("mean", "rank", "climb")
 CLIMB_STEPS = 50
 Floats = NDArray[np.float64]
 
@@ -45,6 +44,9 @@ def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
     made = read_json(run / "config.json", config=dict, folds_sha256=str)
     oof, tests = [], []
     every = numbers(run / "config.json", made["config"])
+    unknown = [fold for fold in chosen or () if fold not in every]
+    if unknown:
+        raise UserError(f"--folds {unknown[0]}: {run.name} has folds 0 to {every[-1]}")
     for fold in every if chosen is None else chosen:
         folder = run / f"fold_{fold}"
         if not (folder / "predictions.json").exists():

@@ -87,7 +87,9 @@ taken over.
 import os
 import shutil
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+from pcam_kaggle.environment import set_environment
+
+set_environment()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import matplotlib.pyplot as plt

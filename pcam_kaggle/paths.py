@@ -113,6 +113,6 @@ def runs_workspace(workspace: Workspace) -> Workspace:
     return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
 
 
-def demo_data(workspace: Workspace) -> Data:
-    """Return the folder that the synthetic patches lie in."""
-    return Data(workspace.root / "demo" / "data")
+def demo_data(demo: Workspace) -> Data:
+    """Return the folder of the synthetic patches in the workspace of the demo."""
+    return Data(demo.root / "data")

@@ -10,7 +10,6 @@ from pcam_kaggle.compare import Comparison, Entry
 LEVEL = 0.05
 # Two-sided 5 % and 80 % power: how many standard errors a difference must be wide to be found four times in five.
 FOUND = 1.96 + 0.84
-FORMATS = ("text", "md", "csv", "json")
 
 
 def words(entry: Entry, base: Entry) -> str:

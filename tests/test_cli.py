@@ -1,0 +1,191 @@
+"""The command line: what is set before torch is imported, which data it works on, and what it prints of an error."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from conftest import Outcome
+
+from pcam_kaggle import cli, commands
+from pcam_kaggle.artifacts import read_json
+from pcam_kaggle.blend import Method
+from pcam_kaggle.cli import main
+from pcam_kaggle.environment import ENVIRONMENT
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.paths import Data
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter that has none of our variables set but those in `environment`."""
+    clean = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, env=clean | environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_openmp_reads_the_spin_count_that_we_set(tmp_path: Path) -> None:
+    line = ["pcam_kaggle", "compare", "--work", str(tmp_path)]
+    code = f"import runpy, sys\nsys.argv = {line!r}\nrunpy.run_module('pcam_kaggle', run_name='__main__')"
+    shown = python(code, OMP_DISPLAY_ENV="VERBOSE").stderr
+    assert f"GOMP_SPINCOUNT = '{ENVIRONMENT['GOMP_SPINCOUNT']}'" in shown
+    assert "GOMP_SPINCOUNT = '7'" in python(code, OMP_DISPLAY_ENV="VERBOSE", GOMP_SPINCOUNT="7").stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--format", "xml"]])
+def test_help_and_wrong_arguments_import_nothing_slow(arguments: list[str]) -> None:
+    code = "import sys\nfrom pcam_kaggle.cli import main\n"
+    code += f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+    code += "print([name for name in ('torch', 'pandas', 'numpy', 'cv2', 'albumentations') if name in sys.modules])"
+    assert python(code).stdout.splitlines()[-1] == "[]"
+
+
+def test_choices_are_those_that_the_blend_knows() -> None:
+    assert get_args(Method) == cli.METHODS
+
+
+def test_every_command_that_is_parsed_is_carried_out() -> None:
+    choices = next(action.choices for action in cli.parser()._actions if action.choices)
+    assert list(choices) == list(commands.COMMANDS)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty working folder, without any data of the competition."""
+    monkeypatch.delenv("PCAM_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["-e", "quick"], ["--set", "epochs=1"], ["--groups", "none"], ["--slides", "map.csv"]])
+def test_options_for_real_data_do_not_fall_back_to_the_demo(
+    arguments: list[str], empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pipeline", "--work", str(empty), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {' '.join(arguments)}: no data of the competition found")
+    assert "--demo" in error
+    assert error.count("\n") == 1
+    assert not list(empty.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-e", "unheard"], ["--set", "epochs=many"], ["--name", "a/b"], ["--folds", "0,7"], ["--slides", "none.csv"]],
+)
+def test_a_mistake_is_noticed_before_the_demo_is_written(arguments: list[str], empty: Path) -> None:
+    assert main(["pipeline", "--demo", "--work", str(empty), *arguments]) == 2
+    assert not list(empty.iterdir())
+
+
+def test_the_demo_can_be_asked_for_beside_real_data(
+    data: Data, empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PCAM_DATA", str(data.root))
+    work = empty / "work"
+    assert main(["prepare", "--demo", "-e", "quick", "--work", str(work)]) == 0
+    assert [path.name for path in work.iterdir()] == ["demo"]
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"next: python -m pcam_kaggle folds --demo --work {work} -e quick"
+    with pytest.raises(SystemExit):
+        main(["prepare", "--demo", "--data", str(data.root)])
+
+
+def test_a_fold_named_twice_is_worked_on_once(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert pcam("pipeline", "--folds", "1,0,1").status == 0
+    outcome = pcam("blend", "--folds", "1,0,0")
+    assert outcome.status == 0, outcome.err
+    assert read_json(tmp_path / "work" / "runs" / "bottleneck" / "metrics.json")["folds"] == [0, 1]
+
+
+def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome]) -> None:
+    assert pcam("pipeline", "--set", "n_splits=7").status == 0
+    outcome = pcam("blend", "bottleneck", "--name", "other", "--folds", "6")
+    assert outcome.status == 0, outcome.err
+    outcome = pcam("blend", "bottleneck", "--name", "other", "--folds", "7")
+    assert outcome.status == 2
+    assert "bottleneck has folds 0 to 6" in outcome.err
+
+
+@pytest.mark.parametrize(("option", "variable"), [(["--debug"], "0"), ([], "1")])
+def test_debug_prints_where_an_error_was_raised(
+    option: list[str], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PCAM_DEBUG", variable)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    assert main(["ledger", "--work", str(blocked), *option]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: ")
+    monkeypatch.setenv("PCAM_DEBUG", "0")
+    assert main(["ledger", "--work", str(blocked)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_debug_shows_what_a_users_error_was_raised_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(options: object) -> None:
+        try:
+            raise KeyError("the cause")
+        except KeyError:
+            raise UserError("the message") from None
+
+    monkeypatch.setitem(commands.COMMANDS, "compare", fail)
+    assert main(["compare", "--debug", "--work", str(tmp_path)]) == 2
+    assert "the cause" in capsys.readouterr().err
+
+
+def test_a_long_list_goes_to_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(count: int) -> Callable[[object], None]:
+        def raised(options: object) -> None:
+            raise UserError("too many", details=[f"item {number}" for number in range(count)])
+
+        return raised
+
+    monkeypatch.setitem(commands.COMMANDS, "compare", fail(6))
+    assert main(["compare", "--work", str(tmp_path)]) == 2
+    file = tmp_path / "error-details.txt"
+    assert capsys.readouterr().err == f"error: too many; all 6 are listed in {file}\n"
+    assert file.read_text().splitlines() == [f"item {number}" for number in range(6)]
+
+
+def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:
+    """As on Windows: no fcntl, no nice, no scheduling classes; a training ends all the same."""
+    options = ["pipeline", "--demo", "--work", str(tmp_path), "--hours", "1"]
+    fields = ["width=4", "n_blocks=2", "side=32", "hidden=8", "epochs=1", "warmup_epochs=0", "n_splits=2", "precision=fp32"]
+    options += [part for field in fields for part in ("--set", field)]
+    code = "import sys\nsys.modules['fcntl'] = None\nimport os\n"
+    code += "for name in ('nice', 'sched_setscheduler', 'sched_getaffinity', 'SCHED_BATCH'):\n"
+    code += "    delattr(os, name)\n"
+    code += f"from pcam_kaggle.cli import main\nsys.exit(main({options!r}))"
+    done = python(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "demo" / "submissions" / "demo-not-for-kaggle.csv").exists()
+
+
+def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    # setuptools leaves its intermediate files in the folder that it builds.
+    shutil.copytree(ROOT / "pcam_kaggle", source / "pcam_kaggle", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-pretrained.txt"):
+        shutil.copy(ROOT / name, source)
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
+    done = subprocess.run([sys.executable, "-m", "pip", *install], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metadata = next(target.glob("pcam_kaggle-*.dist-info")) / "METADATA"
+    needed = [line.partition(": ")[2] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
+    assert [name for name in needed if "extra" not in name] == (ROOT / "requirements.txt").read_text().splitlines()
+    modules = {path.name for path in (source / "pcam_kaggle").iterdir()}
+    assert modules <= {path.name for path in (target / "pcam_kaggle").iterdir()}
+    line = [target / "bin" / "pcam", "--help"]
+    command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=False)
+    assert command.returncode == 0, command.stderr
+    assert "prepare" in command.stdout
