@@ -1,9 +1,9 @@
 """Files that are written whole or not at all, and the hashes that tell whether they still belong together."""
 
-import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,37 +11,73 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from pcam_kaggle.errors import UserError
 
 PART = ".part"
 AGAIN = "delete it and run the command again"
+# Loader processes outlive a killed parent by up to five seconds, and before filelock 4 they inherit its lock.
+LOCK_SECONDS = 10
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of `folder` for a while, by a lock beside it; what a killed one left half-written is deleted.
+    """Hold the lock of `folder`, a file beside it, and delete the partial files that a killed process left there.
 
-    The lock is the process's own: it ends with it, and workers that outlive it for seconds do not hold it. Raises UserError
-    where another process works there.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock. The system releases the lock of a
+    process that ends.
+
+    Raises:
+        UserError: another process still holds the lock after ten seconds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as file:
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
+    try:
+        for left in list(folder.rglob(f".*{PART}")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` when the block ends without an error.
+
+    What stands at `folder` is replaced only if it is empty or `is_ours` says that this program made it.
+
+    Raises:
+        UserError: `folder` holds something else, or another process is writing there.
+    """
+    check_replaceable(folder, is_ours)
+    with locked(folder):
+        temporary = folder.with_name(f".{folder.name}{PART}")
+        # A killed process may have left one.
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, who held it may have ended and deleted the file, and another taken a new one.
-            taken = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            taken = False
-        if not taken:
-            raise UserError(f"{folder}: another process works there; wait for it, or write elsewhere")
-        try:
-            for left in folder.rglob(f".*{PART}"):
-                left.unlink()
-            yield
+            yield temporary
+            check_replaceable(folder, is_ours)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.replace(folder)
         finally:
-            path.unlink()
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise UserError if `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program."""
+    if not os.path.lexists(folder) or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
+        return
+    raise UserError(f"{folder}: exists and was not made by this program; move it away, or work in another folder with --work")
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
@@ -63,7 +99,7 @@ def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; mend that, and the same command goes on") from None
+        raise UserError(f"{path}: {error.strerror or error}; fix that and run the same command again, which resumes") from None
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
@@ -107,8 +143,8 @@ def reading(path: Path, advice: str = AGAIN) -> Iterator[None]:
     try:
         yield
     except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not what this version writes ({type(error).__name__}: {said}); {advice}") from None
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not what this version writes ({type(error).__name__}: {message}); {advice}") from None
 
 
 def sha256(content: bytes) -> str:

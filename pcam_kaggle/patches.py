@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,12 +20,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pcam_kaggle.artifacts import file_sha256, locked, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import building, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
 from pcam_kaggle.duplicates import looks
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
-from pcam_kaggle.store import whole
+from pcam_kaggle.store import is_store, whole
 from pcam_kaggle.tables import read_labels, read_sample
 
 Ids = Literal["sha1", "names"]
@@ -114,29 +113,18 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     if kept and kept["signature"] == signature:
         return kept, False
 
-    with locked(store):
-        for stale in store.parent.glob(f".{store.name}.*"):
-            if stale.is_dir():
-                shutil.rmtree(stale)
-        building = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}."))
-        try:
-            made = _build(data, labels, wanted, building, ids, skip_damaged) | {"signature": signature}
-            write_json(building / "manifest.json", made)
-            if store.exists():
-                shutil.rmtree(store)
-            building.chmod(0o755)
-            building.replace(store)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    with building(store, is_store) as folder:
+        made = _build(data, labels, wanted, folder, ids, skip_damaged) | {"signature": signature}
+        write_json(folder / "manifest.json", made)
     return made, True
 
 
 def _build(
-    data: Data, labels: pd.DataFrame, wanted: dict[str, list[str]], building: Path, ids: Ids, skip_damaged: bool
+    data: Data, labels: pd.DataFrame, wanted: dict[str, list[str]], folder: Path, ids: Ids, skip_damaged: bool
 ) -> dict[str, Any]:
-    """Write the array and the tables of a store into folder `building`; return its manifest."""
+    """Write the array and the tables of a store into `folder`; return its manifest."""
     rows = [(split, name) for split in ("train", "test") for name in wanted[split]]
-    digests, seen, damaged = _pack(data, rows, building / "patches.npy", ids)
+    digests, seen, damaged = _pack(data, rows, folder / "patches.npy", ids)
     misnamed = _misnamed(wanted) if ids == "sha1" else ()
     problems = {(problem.split, problem.id): problem for problem in (*damaged, *misnamed, *_unlabelled(data, wanted))}
     left = [problem for problem in problems.values() if not (skip_damaged and problem.split == "train")]
@@ -148,10 +136,10 @@ def _build(
         raise UserError(f"{data.root}: without the {len(skipped)} damaged patches one label is left at most; mend them")
     usable = ["skipped" if split == "train" and name in aside else split for split, name in rows]
     index = {"id": [name for _, name in rows], "split": usable, "look": [f"{look:016x}" for look in seen]}
-    write_csv(building / "index.csv", pd.DataFrame(index))
+    write_csv(folder / "index.csv", pd.DataFrame(index))
     if skipped:
         listed = pd.DataFrame({"id": [p.id for p in skipped], "reason": [p.reason for p in skipped]})
-        write_csv(building / "skipped.csv", listed)
+        write_csv(folder / "skipped.csv", listed)
     return {
         "ids": ids,
         "train": usable.count("train"),
@@ -159,9 +147,9 @@ def _build(
         "skipped": len(skipped),
         "train_sha256": _content_sha256(rows, digests, "train", aside),
         "test_sha256": _content_sha256(rows, digests, "test", set()),
-        "index_sha256": file_sha256(building / "index.csv"),
+        "index_sha256": file_sha256(folder / "index.csv"),
         "index_columns": [*index],
-        "bytes": (building / "patches.npy").stat().st_size,
+        "bytes": (folder / "patches.npy").stat().st_size,
     }
 
 

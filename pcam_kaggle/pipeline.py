@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
-from pcam_kaggle.artifacts import write_csv
+from pcam_kaggle.artifacts import locked, write_csv
 from pcam_kaggle.blend import blend, read_member
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds, Scheme
@@ -53,7 +53,8 @@ def run_prepare(job: Job) -> bool:
 @in_turn()
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
-    folds, new = fold_files.make(*_split(job), job.workspace.folds)
+    with locked(job.workspace.folds):
+        folds, new = fold_files.make(*_split(job), job.workspace.folds)
     manifest = folds.manifest
     counts = ", ".join(f"{n:,}" for n in manifest["patches"])
     positives = ", ".join(f"{n:,}" for n in manifest["positives"])
@@ -136,8 +137,10 @@ def run_blend(job: Job) -> bool:
     for part in (part for part in job.parts() if part is not job):
         # A member may have folds that the blend is made without, and be whole by itself.
         predicted_all = all((part.run / f"fold_{fold}" / "predictions.json").exists() for fold in range(part.config.n_splits))
-        blend([read_member(part.run, None if predicted_all else job.chosen)], "mean", part.run)
-    metrics, new = blend(members, job.method, job.run)
+        with locked(part.run):
+            blend([read_member(part.run, None if predicted_all else job.chosen)], "mean", part.run)
+    with locked(job.run):
+        metrics, new = blend(members, job.method, job.run)
     for fold, size, area in zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")
     deviation = "" if metrics["sd"] is None else f" ± {metrics['sd']:.4f} (SD over folds)"
@@ -158,8 +161,9 @@ def run_blend(job: Job) -> bool:
 def run_submission(job: Job) -> bool:
     """Write the submission; return whether anything was done."""
     target = job.target()
-    table, new = submit(job.run, job.data.sample, target)
-    write_ledger(job.workspace.submissions)
+    with locked(job.workspace.submissions):
+        table, new = submit(job.run, job.data.sample, target)
+        write_ledger(job.workspace.submissions)
     _say(f"submission: {len(table):,} rows in {target}", new)
     return new
 

@@ -30,10 +30,21 @@ def whole(folder: Path) -> dict[str, Any] | None:
     return manifest if same else None
 
 
-class PatchStore:
-    """All patches of one set, read through a memory map; small to pickle, since a worker opens the map itself.
+def is_store(folder: Path) -> bool:
+    """Tell whether `folder` has the manifest of a store, whole or not, and so was made by `prepare`."""
+    try:
+        return "index_sha256" in read_json(folder / "manifest.json", signature=str)
+    except UserError:
+        return False
 
-    Raises UserError where `folder` holds no whole store.
+
+class PatchStore:
+    """All patches of one set, read through a memory map that each process opens when it first reads.
+
+    A process that is given a pickled store reads the very file that was opened here, or raises.
+
+    Raises:
+        UserError: `folder` holds no whole store, or was replaced since it was opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +58,11 @@ class PatchStore:
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }
         self._looks = np.array([int(text, 16) for text in index["look"]], np.uint64)
-        self._images = self._open()
+        self._file = _identity(folder / "patches.npy")
+        self._images: NDArray[np.uint8] | None = None
+        # The folder may have been replaced between the reads above.
+        if whole(folder) != manifest:
+            raise self._replaced()
 
     def ids(self, split: str) -> NDArray[np.object_]:
         """Return the ids of `split` (train or test) in the store's order, which is sorted."""
@@ -66,15 +81,34 @@ class PatchStore:
         return self._looks[rows]
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the patches in `rows` (n,), copied: RGB uint8 (n, 96, 96, 3)."""
+        """Return the patches in `rows` (n,), copied: RGB uint8 (n, 96, 96, 3).
+
+        Raises:
+            UserError: the store was replaced before this process opened it.
+        """
+        if self._images is None:
+            self._images = self._open()
         return self._images[rows]
 
     def _open(self) -> NDArray[np.uint8]:
-        return np.load(self.folder / "patches.npy", mmap_mode="r")
+        file = self.folder / "patches.npy"
+        try:
+            images = np.load(file, mmap_mode="r")
+            same = _identity(file) == self._file
+        except OSError:
+            same = False
+        if not same:
+            raise self._replaced()
+        return images
+
+    def _replaced(self) -> UserError:
+        return UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_images"}
+        return self.__dict__ | {"_images": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._images = self._open()
+
+def _identity(file: Path) -> tuple[int, int, int, int]:
+    """Return what tells `file` from another one that takes its place: device, inode, bytes and time of the last change."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

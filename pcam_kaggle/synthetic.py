@@ -1,7 +1,5 @@
 """The embedded demo: H&E-like patches drawn from a seed, in the competition's layout and with its label rule."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -9,8 +7,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.artifacts import read_json, write_csv, write_json
+from pcam_kaggle.artifacts import building, read_json, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
+from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
 
 SEED = 1
@@ -72,20 +71,23 @@ def make_demo(data: Data, seed: int = SEED) -> bool:
     wanted = {"ids": "names", "synthetic": True, "seed": seed, "train": N_TRAIN, "test": N_TEST}
     if data.declaration.is_file() and read_json(data.declaration) == wanted:
         return False
-    data.root.parent.mkdir(parents=True, exist_ok=True)
-    building = Data(Path(tempfile.mkdtemp(dir=data.root.parent, prefix=f".{data.root.name}.")))
-    try:
-        train = _draw_split(building, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
-        test = _draw_split(building, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
-        write_csv(building.labels, train[["id", "label"]])
-        write_csv(building.root / "patch_id_wsi.csv", train[["id", "wsi"]])
-        write_csv(building.sample, test[["id"]].assign(label=0))
-        write_json(building.declaration, wanted)
-        shutil.rmtree(data.root, ignore_errors=True)
-        building.root.replace(data.root)
-    finally:
-        shutil.rmtree(building.root, ignore_errors=True)
+    with building(data.root, is_demo) as folder:
+        made = Data(folder)
+        train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
+        test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+        write_csv(made.labels, train[["id", "label"]])
+        write_csv(made.root / "patch_id_wsi.csv", train[["id", "wsi"]])
+        write_csv(made.sample, test[["id"]].assign(label=0))
+        write_json(made.declaration, wanted)
     return True
+
+
+def is_demo(folder: Path) -> bool:
+    """Tell whether `folder` has the manifest of a synthetic set, and so was made by `make_demo`."""
+    try:
+        return read_json(Data(folder).declaration).get("synthetic") is True
+    except UserError:
+        return False
 
 
 def _draw_split(data: Data, split: str, count: int, slides: range, seed: int) -> pd.DataFrame:

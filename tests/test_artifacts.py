@@ -1,0 +1,190 @@
+"""Files and folders: what is ours is replaced whole, what is not stays, and writers wait for one another."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Outcome, sha1
+
+from pcam_kaggle import artifacts
+from pcam_kaggle.artifacts import locked
+from pcam_kaggle.cli import main
+from pcam_kaggle.errors import UserError
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.synthetic import make_demo
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def hold() -> Callable[[Path], subprocess.Popen[str]]:
+    """Return a function that starts a process which holds the lock of a folder until it is killed."""
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.artifacts import locked\n"
+        code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    return start
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
+    order, first_is_in = [], threading.Event()
+
+    def first() -> None:
+        with locked(tmp_path / "run"):
+            first_is_in.set()
+            order.append("first in")
+            second.join(0.3)
+            order.append("first out")
+
+    def enter() -> None:
+        first_is_in.wait()
+        with locked(tmp_path / "run"):
+            order.append("second in")
+
+    second = threading.Thread(target=enter)
+    second.start()
+    first()
+    second.join()
+    assert order == ["first in", "first out", "second in"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder"),
+    [
+        *(("folds", "folds"), ("train", "runs/bottleneck"), ("predict", "runs/bottleneck")),
+        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("ledger", "submissions")),
+    ],
+)
+def test_every_writer_holds_the_lock(
+    stage: str,
+    folder: str,
+    pcam: Command,
+    hold: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A partial file of another process survives, since no stage writes there until the other process ends."""
+    work = tmp_path / "work"
+    stages = ("prepare", "folds", "train", "predict", "blend", "submission")
+    for before in stages[: stages.index(stage)] if stage in stages else stages:
+        assert pcam(before).status == 0
+
+    def call() -> Outcome:
+        if stage in stages:
+            return pcam(stage)
+        return Outcome(main([stage, "--work", str(work)]), *capsys.readouterr())
+
+    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
+    with hold(work / folder) as other:
+        partial = work / folder / f".oof.csv.x{artifacts.PART}"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        outcome = call()
+        assert outcome.status == 2
+        assert "another process is writing there" in outcome.err
+        assert partial.exists()
+        other.kill()
+    monkeypatch.undo()
+    assert call().status == 0
+    assert not partial.exists()
+
+
+def foreign(folder: Path) -> dict[Path, bytes]:
+    """Put somebody's files into `folder` and return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "thesis.tex").write_text("ten years of work")
+    (folder / "manifest.json").write_text('{"name": "something else"}')
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_store_folder_of_somebody_else_is_refused_by_name(data: Data, pcam: Command, tmp_path: Path) -> None:
+    kept = foreign(tmp_path / "work" / "store")
+    outcome = pcam("pipeline")
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: {tmp_path / 'work' / 'store'}: exists and was not made by this program")
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_demo_folder_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
+    kept = foreign(tmp_path / "demo" / "data")
+    with pytest.raises(UserError, match="demo/data: exists and was not made by this program"):
+        make_demo(Data(tmp_path / "demo" / "data"))
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_is_no_folder_is_not_replaced(kind: str, data: Data, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    if kind == "file":
+        store.write_text("mine")
+    else:
+        store.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="store: exists and was not made by this program"):
+        prepare(data, store)
+
+
+def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    made, _ = prepare(data, store)
+    (store / "index.csv").write_text("id\n")
+    (store / "patches.npy").unlink()
+    assert prepare(data, store) == (made, True)
+
+
+def other_patches(data: Data, tmp_path: Path) -> Data:
+    """Return a set without the first train patch of `data`, so that its rows have other numbers."""
+    other = Data(shutil.copytree(data.root, tmp_path / "other"))
+    lines = other.labels.read_text().splitlines()
+    first = min(lines[1:])
+    other.labels.write_text("\n".join(line for line in lines if line != first) + "\n")
+    (other.patches("train") / f"{first.partition(',')[0]}.tif").unlink()
+    return other
+
+
+def test_a_worker_never_reads_another_store_by_old_row_numbers(data: Data, tmp_path: Path) -> None:
+    prepare(data, tmp_path / "store")
+    store = PatchStore(tmp_path / "store")
+    ids = store.ids("train")
+    rows = store.rows("train", ids)
+    sent = pickle.dumps(store)
+    assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
+    prepare(other_patches(data, tmp_path), tmp_path / "store")
+    late = pickle.loads(sent)  # noqa: S301
+    with pytest.raises(UserError, match="replaced while it was in use"):
+        late.images(rows)
+    # Who had opened it before still reads the old file.
+    assert [sha1(patch) for patch in store.images(rows)] == list(ids)
+
+
+def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(data, tmp_path / "store")
+    other = other_patches(data, tmp_path)
+    from pcam_kaggle import store as module
+
+    identity = module._identity
+
+    def swap(file: Path) -> tuple[int, int, int, int]:
+        monkeypatch.undo()
+        prepare(other, tmp_path / "store")
+        return identity(file)
+
+    monkeypatch.setattr(module, "_identity", swap)
+    with pytest.raises(UserError, match="replaced while it was in use"):
+        PatchStore(tmp_path / "store")
