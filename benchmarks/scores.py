@@ -24,6 +24,7 @@ from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.metrics import auc, auc_difference, auc_interval
 from pcam_kaggle.paths import find_data, find_workspace
+from pcam_kaggle.runs import read_environments
 from pcam_kaggle.tables import read_numbers
 
 HERE = Path(__file__).parent
@@ -118,7 +119,7 @@ def mix(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
 def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
     metrics = [read_json(run / f"fold_{fold}" / "metrics.json") for fold in folds]
     predictions = [read_json(run / f"fold_{fold}" / "predictions.json") for fold in folds]
-    made = read_json(run / "environment.json")
+    made = read_environments(run)[-1]
     return {
         "parameters": metrics[0]["parameters"],
         "macs": metrics[0]["macs"],

@@ -1,10 +1,18 @@
-"""What code and which packages a result comes from."""
+"""What code, which packages and which session a result comes from."""
 
 import subprocess
+from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn")
+
+
+@cache
+def session_start() -> str:
+    """Return when this process first asked, as the start of its session: UTC in ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str | None]:

@@ -1,25 +1,28 @@
-"""The folder of one run: what it is made of, and what in it is finished."""
+"""The folder of one run: what it is made of, what made it, and what in it is finished."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pcam_kaggle.artifacts import file_sha256, read_json, write_json
+from pcam_kaggle.artifacts import file_sha256, read_json, reading, write, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import PREDICTIONS
 
+TEACHER = "teacher.json"
 LOGGED = ("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds")
 
 
 def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> None:
-    """Raise UserError, with what differs, where folder `run` holds a run of another config, other folds or other patches.
+    """Check that the run in folder `run`, if there is one, was made of this config, these folds and these patches.
 
-    So it does where checkpoints stand there and nothing tells what they are.
+    Raises:
+        UserError: something differs, the teacher's predictions among it, or there are checkpoints and no config.
     """
     file = run / "config.json"
     if not file.exists():
@@ -31,15 +34,24 @@ def check_run(run: Path, config: Config, store: PatchStore, folds: Folds) -> Non
     differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
     old = made["config"]
     differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
+    differ += [f"predictions of its teacher {config.teacher}"] if config.teacher and _teacher_changed(run, config) else []
     if differ:
         raise UserError(f"{run}: holds a run with other {', '.join(differ)}; use --name for a new run, or delete the folder")
 
 
-def open_run(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds) -> None:
-    """Write what the run in folder `run` is made of, or check it as `check_run` does."""
+def open_run(run: Path, experiment: str, config: Config, store: PatchStore, folds: Folds, weights: str | None = None) -> None:
+    """Write what the run in folder `run` is made of, or check it as `check_run` does.
+
+    `weights` is the SHA-256 of the pretrained weights that a fold is about to start from, None where none does.
+    """
     check_run(run, config, store, folds)
-    if not (run / "config.json").exists():
-        write_json(run / "config.json", {"experiment": experiment, **_made_of(config, store, folds)})
+    file = run / "config.json"
+    made = read_json(file) if file.exists() else {"experiment": experiment, **_made_of(config, store, folds)}
+    if weights and made.get("weights_sha256", weights) != weights:
+        raise UserError(f"{run}: its other folds started from other weights than {config.weights}; use --name for a new run")
+    content = made | ({"weights_sha256": weights} if weights else {})
+    if not file.exists() or content != made:
+        write_json(file, content)
 
 
 def _made_of(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
@@ -49,6 +61,63 @@ def _made_of(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
         "folds_sha256": folds.manifest["csv_sha256"],
         "train_sha256": store.manifest["train_sha256"],
     }
+
+
+def taught(run: Path, config: Config, fold: int) -> Path:
+    """Return the file of the teacher's predictions of the test patches for `fold` of the run in folder `run`.
+
+    Its hash is recorded when the fold starts, and `check_run` compares it when the fold resumes.
+
+    Raises:
+        UserError: the teacher has no such predictions, or the fold has started and their hash was not recorded.
+    """
+    source, record = _taught(run, config, fold), run / f"fold_{fold}" / TEACHER
+    if not source.exists():
+        raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")
+    if not record.exists():
+        if (record.parent / "last.pt").exists():
+            raise UserError(f"{record}: missing, so the teacher may have changed; delete {record.parent} to train it again")
+        write_json(record, {"teacher": config.teacher, "test_sha256": file_sha256(source)})
+    return source
+
+
+def _teacher_changed(run: Path, config: Config) -> bool:
+    pairs = [(run / f"fold_{fold}" / TEACHER, _taught(run, config, fold)) for fold in range(config.n_splits)]
+    return any(
+        read_json(record, test_sha256=str)["test_sha256"] != file_sha256(source)
+        for record, source in pairs
+        if record.exists() and source.exists()
+    )
+
+
+def _taught(run: Path, config: Config, fold: int) -> Path:
+    return run.parent / config.teacher / f"fold_{fold}" / "test.csv"
+
+
+def read_environments(run: Path) -> list[dict[str, Any]]:
+    """Return what the run in folder `run` was computed by: one entry per session that worked on it, the first one first.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    file = run / "environment.json"
+    if not file.exists():
+        return []
+    with reading(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # Before there was an entry per session, the file held the first one alone.
+        entries = content if isinstance(content, list) else [content]
+        for entry in entries:
+            entry["backend"]["kind"]
+    return entries
+
+
+def add_environment(run: Path, entry: dict[str, Any]) -> None:
+    """Add `entry` to environment.json of the run in folder `run`, unless it is the last one there."""
+    entries = read_environments(run)
+    if entries[-1:] != [entry]:
+        text = json.dumps([*entries, entry], indent=2, ensure_ascii=False) + "\n"
+        write(run / "environment.json", lambda file: file.write(text.encode()))
 
 
 def trained(folder: Path) -> bool:

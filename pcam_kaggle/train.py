@@ -20,16 +20,16 @@ from torch import nn
 
 from pcam_kaggle import __version__, checkpoint
 from pcam_kaggle.artifacts import locked, read_json, reading, write_csv, write_json
-from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs
+from pcam_kaggle.backbones import create, create_optimizer, freeze_body, macs, weights_sha256
 from pcam_kaggle.budget import ENDLESS, Budget
 from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend, choose, device_name, find_device, hold_memory, spare_cores, spread
+from pcam_kaggle.device import Backend, choose, device_name, find_device, hold_memory, loader_processes, spare_cores, spread
 from pcam_kaggle.engine import Learner, TrainBatches, batches, learning_rate, predict_logits, train_epoch
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds
 from pcam_kaggle.metrics import auc
-from pcam_kaggle.provenance import commit, versions
-from pcam_kaggle.runs import open_run, read_log
+from pcam_kaggle.provenance import commit, session_start, versions
+from pcam_kaggle.runs import add_environment, open_run, read_environments, read_log, taught
 from pcam_kaggle.scalars import Scalars
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_numbers
@@ -37,22 +37,21 @@ from pcam_kaggle.world import agreed, first, in_turn, rank, size
 
 
 def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
-    """Return how the run computes: as it has so far, else as measured now.
+    """Return the backend of the run: the one of its last session on such a device, else the one that is fastest now.
 
-    That, the versions and the fingerprint of the patches in `store` are then written to environment.json.
+    It is added to environment.json, with the versions and the fingerprint of the patches in `store`, as this session's entry.
     """
     hold_memory()
     spare_cores()
-    file = run / "environment.json"
-    if file.exists():
-        made = read_json(file, backend=dict)["backend"]
-        if made.get("kind") == find_device():
-            with reading(file):
-                return Backend(**made)
-    backend = choose(
+    kind = find_device()
+    used = [entry["backend"] for entry in read_environments(run) if entry["backend"]["kind"] == kind]
+    with reading(run / "environment.json"):
+        before = Backend(**used[-1]) if used else None
+    backend = before or choose(
         lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
     )
     environment = {
+        "started": session_start(),
         "backend": dataclasses.asdict(backend),
         "device": device_name(backend.kind),
         "cpus": os.cpu_count(),
@@ -63,7 +62,8 @@ def run_backend(run: Path, config: Config, store: PatchStore) -> Backend:
         "packages": versions(),
         "data": {key: store.manifest[key] for key in ("train", "test", "skipped", "train_sha256", "test_sha256")},
     }
-    write_json(file, environment)
+    if rank() == 0:
+        add_environment(run, environment)
     return backend
 
 
@@ -89,14 +89,23 @@ def train(
         _check_teacher(run.parent / config.teacher / "config.json", folds)
     with locked(run) if rank() == 0 else nullcontext():
         with in_turn():
-            open_run(run, experiment, config, store, folds)
+            starting = not all((run / f"fold_{fold}" / "last.pt").exists() for fold in chosen)
+            open_run(run, experiment, config, store, folds, weights_sha256(config) if starting else None)
             backend = run_backend(run, config, store)
         print(f"train: {len(chosen)} of {config.n_splits} folds on {backend}", flush=True)
-        spread(partial(_train_share, run, config, store, folds.table, backend, budget), chosen)
+        loaders = loader_processes(len(chosen))
+        spread(partial(_train_share, run, config, store, folds.table, backend, loaders, budget), chosen)
 
 
 def _train_share(
-    run: Path, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, budget: Budget, share: list[int]
+    run: Path,
+    config: Config,
+    store: PatchStore,
+    table: pd.DataFrame,
+    backend: Backend,
+    loaders: int,
+    budget: Budget,
+    share: list[int],
 ) -> None:
     """Train the folds in `share`, one after the other, as long as `budget` has time for an epoch and for their predictions."""
     logs = [read_log(run / f"fold_{fold}") for fold in share]
@@ -105,7 +114,7 @@ def _train_share(
     views = config.tta * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
     told = False
     for place, fold in enumerate(share):
-        epochs = fold_epochs(run / f"fold_{fold}", config, store, table, fold, backend)
+        epochs = fold_epochs(run / f"fold_{fold}", config, store, table, fold, backend, loaders)
         while not left[place] or agreed(budget.left()) >= seconds + views * valid_seconds * (place + 1):
             try:
                 row = next(epochs, None)
@@ -150,9 +159,9 @@ def _forecast(share: list[int], left: list[int], epoch: float, prediction: float
 
 
 def fold_epochs(
-    folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend
+    folder: Path, config: Config, store: PatchStore, table: pd.DataFrame, fold: int, backend: Backend, loaders: int = 1
 ) -> Iterator[dict[str, float]]:
-    """Train the net of `fold` on the patches of all other folds in `table` that the store holds.
+    """Train the net of `fold` on the patches of all other folds in `table` that the store holds, by `loaders` processes.
 
     Yields the log's row after each epoch, when it is on the disk: epoch, lr, train_loss, valid_auc, images_per_second and,
     of the whole epoch and of its validation, seconds and valid_seconds.
@@ -168,9 +177,9 @@ def fold_epochs(
     valid_labels = valid_part["label"].to_numpy()
     targets = train_part["label"].to_numpy(np.float64)
     if config.teacher:
-        taught = _taught(folder.parent.parent / config.teacher / folder.name / "test.csv")
-        train_rows = np.concatenate([train_rows, store.rows("test", taught["id"].to_numpy())])
-        targets = np.concatenate([targets, taught["probability"].to_numpy()])
+        labelled = read_numbers(taught(folder.parent, config, fold), ["probability"])
+        train_rows = np.concatenate([train_rows, store.rows("test", labelled["id"].to_numpy())])
+        targets = np.concatenate([targets, labelled["probability"].to_numpy()])
     data = TrainBatches(store, train_rows, targets, config, fold)
 
     last = folder / "last.pt"
@@ -187,7 +196,7 @@ def fold_epochs(
         logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
         return auc(valid_labels, logits.double().numpy())
 
-    source = batches(data, first_epoch=len(log))
+    source = batches(data, len(log), loaders)
     with Scalars(folder / "events", len(log) + 1) if rank() == 0 else nullcontext() as scalars:
         for epoch in range(len(log), config.epochs):
             torch.manual_seed(_seed(config, fold, epoch + 1) + rank())
@@ -227,12 +236,6 @@ def _check_teacher(file: Path, folds: Folds) -> None:
     """Raise UserError where the teacher's folds are others: its net of a fold has then seen labels that this one must not."""
     if read_json(file, folds_sha256=str)["folds_sha256"] != folds.manifest["csv_sha256"]:
         raise UserError(f"{file}: the teacher has other folds; use one that was trained on {folds.manifest['scheme']}")
-
-
-def _taught(file: Path) -> pd.DataFrame:
-    if not file.exists():
-        raise UserError(f"{file}: no predictions of the teacher; train and predict that run first")
-    return read_numbers(file, ["probability"])
 
 
 def load_best(folder: Path, config: Config, backend: Backend) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A run that was trained elsewhere, checked at the door and taken in."""
+"""A run that was trained elsewhere, checked and copied into this workspace."""
 
 import math
 import shutil
@@ -6,51 +6,74 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pcam_kaggle import checkpoint
-from pcam_kaggle.artifacts import file_sha256, read_json, write
+from pcam_kaggle.artifacts import PART, file_sha256, locked, read_json, write
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Workspace
-from pcam_kaggle.runs import read_log
+from pcam_kaggle.runs import add_environment, read_environments, read_log
 from pcam_kaggle.tables import PLAIN_NAME, PREDICTIONS, read_numbers
 
-RUN_FILES = ("config.json", "environment.json")
-BLEND_FILES = ("metrics.json", "oof.csv", "test.csv")
-FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json")
+# The last of these marks the rest as complete: what is copied before it is copied again after an interruption.
+BLEND_FILES = ("oof.csv", "test.csv", "metrics.json")
+FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json", "teacher.json")
 
 
 def take_over(source: Path, workspace: Workspace) -> list[str]:
     """Take the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of those taken.
 
-    Of a fold that stands in both places the one with more finished epochs is kept. Files are read before they are copied, and
-    only those that a run is made of are. Raises UserError where a file is damaged, where the run here has another config,
-    where folds or a submission of that name stand here with other content, and where a name is none; nothing of that run is
-    then taken.
+    Of a fold that is in both places the one with more finished epochs is taken, all of its files at once. Files are read before
+    they are copied, and only those that a run is made of are.
+
+    Raises:
+        UserError: a file is damaged, the run here has another config, folds or a submission of that name have other content
+            here, a name is not a plain file name, or another process is writing here. Nothing of that run is then taken.
     """
     taken = []
     for run in sorted(path for path in source.glob("runs/*") if path.is_dir()):
         _check_name(run, run.name)
         target = workspace.run(run.name)
-        copies = [(file, target / file.relative_to(run)) for file in _run_files(run, target)]
-        copies += [(file, target / file.name) for file in _blend_files(run) if copies or _lacking(run) < _lacking(target)]
-        for file, _ in copies:
-            _check(file)
-        if not copies:
-            continue
-        beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
-        beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
-        for file, copy in beside:
-            if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
-                raise UserError(f"{copy}: differs from {file}; move it away, or take the run into another folder with --work")
-        for file, copy in (*copies, *beside):
-            _copy(file, copy)
-        taken.append(run.name)
+        with locked(target):
+            if _take_run(source, run, target, workspace):
+                taken.append(run.name)
     return taken
 
 
-def _run_files(run: Path, target: Path) -> Iterator[Path]:
-    """Yield the files of folder `run` that `target` lacks or has of an earlier epoch; none where `run` is a mere blend."""
+def _take_run(source: Path, run: Path, target: Path, workspace: Workspace) -> bool:
+    folds = _newer_folds(run, target)
+    is_new = (run / "config.json").is_file() and not (target / "config.json").exists()
+    blend = list(_blend_files(run)) if folds or is_new or _lacking(run) < _lacking(target) else []
+    if not (folds or is_new or blend):
+        return False
+    fold_files = [file for folder in folds for name in FOLD_FILES if (file := folder / name).is_file()]
+    for file in (*fold_files, *blend):
+        _check(file)
+    for name in ("config.json", "environment.json"):
+        _refuse_link(run / name)
+    environments = read_environments(run)
+    beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
+    beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
+    for file, copy in beside:
+        if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
+            raise UserError(f"{copy}: differs from {file}; move it away, or take the run into another folder with --work")
+    # These first: once the run is copied, the next call finds nothing to do.
+    with locked(workspace.folds), locked(workspace.submissions):
+        for file, copy in beside:
+            _copy(file, copy)
+    if folds or is_new:
+        _copy(run / "config.json", target / "config.json")
+        for entry in environments:
+            add_environment(target, entry)
+    for folder in folds:
+        _replace_fold(folder, target / folder.name)
+    for file in blend:
+        _copy(file, target / file.name)
+    return True
+
+
+def _newer_folds(run: Path, target: Path) -> list[Path]:
+    """Return the folders of the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
     if not (run / "config.json").is_file():
-        return
+        return []
     own = target / "config.json"
     if own.exists() and read_json(own) != read_json(run / "config.json"):
         raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
@@ -59,11 +82,18 @@ def _run_files(run: Path, target: Path) -> Iterator[Path]:
     except TypeError:
         raise UserError(f"{run / 'config.json'}: not a config of this version; use the one that trained it") from None
     pairs = [(run / f"fold_{fold}", target / f"fold_{fold}") for fold in range(config.n_splits)]
-    further = [theirs for theirs, ours in pairs if _progress(theirs) > _progress(ours)]
-    if further or not own.exists():
-        yield from (run / name for name in RUN_FILES if (run / name).is_file())
-    for folder in further:
-        yield from (folder / name for name in FOLD_FILES if (folder / name).is_file())
+    return [theirs for theirs, ours in pairs if _progress(theirs) > _progress(ours)]
+
+
+def _replace_fold(source: Path, target: Path) -> None:
+    """Put a copy of the fold in folder `source` in the place of `target`, all files at once."""
+    copied = target.with_name(f".{target.name}{PART}")
+    for name in FOLD_FILES:
+        if (source / name).is_file():
+            _copy(source / name, copied / name)
+    if target.exists():
+        shutil.rmtree(target)
+    copied.replace(target)
 
 
 def _blend_files(run: Path) -> Iterator[Path]:
@@ -113,8 +143,11 @@ def _progress(folder: Path) -> tuple[int, bool, bool]:
 
 
 def _epochs(folder: Path) -> int:
+    """Return the finished epochs of the fold in `folder`; 0 without a best checkpoint, since it can't be used or resumed."""
     last = folder / "last.pt"
-    return len(checkpoint.read_log(last, checkpoint.load(last, "net", "log"))) if last.exists() else 0
+    if not (last.exists() and (folder / "best.pt").exists()):
+        return 0
+    return len(checkpoint.read_log(last, checkpoint.load(last, "net", "log")))
 
 
 def _check_name(run: Path, name: object) -> None:
@@ -124,8 +157,7 @@ def _check_name(run: Path, name: object) -> None:
 
 def _check(file: Path) -> None:
     """Raise UserError where `file` is a link or damaged, or not what its fold's predictions say."""
-    if file.is_symlink():
-        raise UserError(f"{file}: is a link, not a file")
+    _refuse_link(file)
     if file.suffix == ".json":
         read_json(file)
     if file.name == "best.pt":
@@ -141,6 +173,11 @@ def _check(file: Path) -> None:
         for name in PREDICTIONS:
             if not (file.parent / name).is_file() or file_sha256(file.parent / name) != described.get(name):
                 raise UserError(f"{file.parent / name}: is not what {file.name} describes; get it again")
+
+
+def _refuse_link(file: Path) -> None:
+    if file.is_symlink():
+        raise UserError(f"{file}: is a link, not a file")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from conftest import TINY, Outcome
 
+from pcam_kaggle import artifacts
 from pcam_kaggle.artifacts import read_json
 from pcam_kaggle.budget import Budget
 from pcam_kaggle.cli import main
@@ -46,7 +47,8 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
         assert outcome.out.splitlines()[-1].startswith(f"next: python -m pcam_kaggle {following} --data ")
     assert pcam("submission").status == 0
     work = tmp_path / "work"
-    left = {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file() and path.parent.name != "events"}
+    files = [path.relative_to(work) for path in work.rglob("*") if path.is_file()]
+    left = {str(path) for path in files if path.parent.name != "events" and path.suffix != ".lock"}
     fold_files = {"best.pt", "last.pt", "log.csv", "metrics.json", "oof.csv", "test.csv", "predictions.json"}
     run = "runs/bottleneck"
     assert left == {
@@ -153,6 +155,7 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
     data: Data, pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "work" / "runs" / "bottleneck"
+    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
     hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.artifacts import locked\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
@@ -161,7 +164,7 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
         refused = pcam("pipeline")
         other.kill()
     assert refused.status == 2
-    assert refused.err.startswith(f"error: {run}: another process works there")
+    assert refused.err.startswith(f"error: {run}: another process is writing there")
     assert refused.err.count("\n") == 1
     assert not (run / "fold_0").exists()
     assert pcam("train", "--folds", "0").status == 0
@@ -322,7 +325,7 @@ def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
 def test_the_demo_keeps_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PCAM_DATA", raising=False)
     fields = [part for field in (*TINY, "tta=1", "epochs=1", "warmup_epochs=0") for part in ("--set", field)]
-    assert main(["pipeline", "--work", str(tmp_path), *fields]) == 0
+    assert main(["pipeline", "--demo", "--work", str(tmp_path), *fields]) == 0
     out = capsys.readouterr().out
     assert "mean nothing for Kaggle" in out
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]

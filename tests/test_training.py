@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ import torch
 
 from pcam_kaggle import budget, checkpoint, device, engine
 from pcam_kaggle import train as room
-from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.backbones import create
+from pcam_kaggle.artifacts import read_json, write_csv
+from pcam_kaggle.backbones import create, import_timm
 from pcam_kaggle.budget import Budget
 from pcam_kaggle.config import Config
 from pcam_kaggle.device import Backend
@@ -31,7 +32,7 @@ from pcam_kaggle.metrics import auc
 from pcam_kaggle.patches import prepare
 from pcam_kaggle.paths import Data
 from pcam_kaggle.predict import predict
-from pcam_kaggle.runs import check_run, open_run, read_log, trained
+from pcam_kaggle.runs import check_run, open_run, read_environments, read_log, trained
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import read_labels
 from pcam_kaggle.train import _forecast, fold_epochs, load_best
@@ -67,7 +68,7 @@ def test_validation_patches_are_never_trained_on(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(room, "batches", lambda data, first_epoch: seen.append(data) or batches(data, first_epoch))
+    monkeypatch.setattr(room, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
     train_fold(tmp_path / "fold_1", tiny, store, folds.table, 1, CPU)
     trained = set(store.ids("train")[seen[0].rows])
     valid = set(folds.table["id"][folds.table["fold"] == 1])
@@ -82,7 +83,7 @@ def test_batches_are_the_datas_own_for_any_number_of_workers(
     monkeypatch.setattr(engine.os, "cpu_count", lambda: cpus)
     data = train_batches(store, folds, replace(tiny, epochs=6))
     count = 0
-    for index, (patches, targets) in enumerate(batches(data, 2), 2 * data.steps):
+    for index, (patches, targets) in enumerate(batches(data, 2, 2), 2 * data.steps):
         # Time for the workers to write all that they may while this batch is with the net.
         time.sleep(0.02)
         expected, same = data[index]
@@ -147,13 +148,13 @@ def test_shared_memory_that_is_too_small_is_one_error(
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match=r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"):
-        next(batches(train_batches(store, folds, tiny), 0))
+        next(batches(train_batches(store, folds, tiny), 0, 2))
 
 
 def test_workers_start_after_opencv_has_used_its_threads(store: PatchStore, folds: Folds, tiny: Config) -> None:
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
-    assert len(list(batches(train_batches(store, folds, tiny), 0))) == 6
+    assert len(list(batches(train_batches(store, folds, tiny), 0, 2))) == 6
 
 
 def test_each_epoch_takes_every_patch_once_in_a_new_order(store: PatchStore, folds: Folds, tiny: Config) -> None:
@@ -482,13 +483,86 @@ def test_a_teachers_answers_are_learnt_for_its_own_fold(
     answers = pd.DataFrame({"id": store.ids("test")[::-1], "probability": np.linspace(0.1, 0.7, 7)})
     answers.to_csv(tmp_path / "old" / "fold_1" / "test.csv", index=False)
     seen = []
-    monkeypatch.setattr(room, "batches", lambda data, first_epoch: seen.append(data) or batches(data, first_epoch))
+    monkeypatch.setattr(room, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
     train_fold(tmp_path / "new" / "fold_1", config, store, folds.table, 1, CPU)
     learnt = dict(zip(seen[0].rows, seen[0].targets, strict=True))
     for name, probability in answers.itertuples(index=False):
         assert learnt[store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
     valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
     assert not set(valid) & set(learnt)
+
+
+def test_a_student_does_not_resume_with_another_teacher(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    teacher, student = tmp_path / "old", tmp_path / "new"
+    config = replace(tiny, teacher="old")
+    open_run(teacher, "tiny", tiny, store, folds)
+    answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
+    for fold in range(3):
+        write_csv(teacher / f"fold_{fold}" / "test.csv", answers)
+    room.train(student, "tiny", config, store, folds, [1])
+    next(fold_epochs(student / "fold_0", config, store, folds.table, 0, CPU))
+    write_csv(teacher / "fold_2" / "test.csv", answers.assign(probability=0.5))
+    room.train(student, "tiny", config, store, folds, [2])
+    write_csv(teacher / "fold_0" / "test.csv", answers.assign(probability=0.5))
+    with pytest.raises(UserError, match="other predictions of its teacher old"):
+        room.train(student, "tiny", config, store, folds, [0])
+    write_csv(teacher / "fold_0" / "test.csv", answers)
+    room.train(student, "tiny", config, store, folds, [0])
+    shutil.rmtree(teacher)
+    check_run(student, config, store, folds)
+
+
+def test_a_student_whose_teacher_was_not_recorded_does_not_resume(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
+) -> None:
+    answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
+    write_csv(tmp_path / "old" / "fold_1" / "test.csv", answers)
+    fold = tmp_path / "new" / "fold_1"
+    next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, 1, CPU))
+    (fold / "teacher.json").unlink()
+    with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
+        next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, 1, CPU))
+
+
+def test_folds_of_a_run_start_from_the_same_weights(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+    timm, file, run = import_timm(), tmp_path / "weights.pth", tmp_path / "run"
+    config = replace(tiny, model="timm:mobilenetv3_small_050", weights=str(file), epochs=1, warmup_epochs=0)
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
+    room.train(run, "tiny", config, store, folds, [0])
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
+    with pytest.raises(UserError, match="its other folds started from other weights"):
+        room.train(run, "tiny", config, store, folds, [1])
+    file.unlink()
+    room.train(run, "tiny", config, store, folds, [0])
+
+
+def test_every_session_that_works_on_a_run_is_recorded(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(room, "find_device", lambda: "cuda")
+    monkeypatch.setattr(room, "spare_cores", lambda: None)
+    monkeypatch.setattr(room, "choose", lambda *_: Backend("cuda", "fp16", "channels_last"))
+    monkeypatch.setattr(room, "device_name", lambda kind: f"a {kind}")
+    on_gpu = room.run_backend(run, tiny, store)
+    monkeypatch.undo()
+    room.train(run, "tiny", tiny, store, folds, [0])
+    room.train(run, "tiny", tiny, store, folds, [1])
+    first, second = read_environments(run)
+    assert (first["device"], first["backend"]["precision"]) == ("a cuda", on_gpu.precision)
+    assert second["backend"]["kind"] == "cpu"
+    monkeypatch.setattr(room, "session_start", lambda: "another day")
+    room.train(run, "tiny", tiny, store, folds, [2])
+    assert [entry["started"] for entry in read_environments(run)][-1] == "another day"
+    assert len(read_environments(run)) == 3
+
+
+def test_an_environment_of_one_session_is_read_as_a_list(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu"}}')
+    assert read_environments(tmp_path) == [{"backend": {"kind": "cpu"}}]
+    (tmp_path / "environment.json").write_text('[{"device": 3}]')
+    with pytest.raises(UserError, match=r"environment.json: not what this version writes"):
+        read_environments(tmp_path)
 
 
 @pytest.mark.parametrize("symmetry", ["none", "d4"])

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle import checkpoint, transfer
+from pcam_kaggle import artifacts, checkpoint, transfer
+from pcam_kaggle.artifacts import PART, locked
 from pcam_kaggle.cli import main
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.paths import Data, Workspace
+from pcam_kaggle.runs import read_environments
 from pcam_kaggle.transfer import take_over
 
 RUN = Path("runs") / "bottleneck"
@@ -91,11 +93,11 @@ def test_of_two_states_of_a_blend_the_one_of_more_folds_is_kept(
     assert [(here.root / name).read_bytes() for name in names] == whole
 
 
-@pytest.mark.parametrize("at", range(1, 30, 4))
-def test_a_session_killed_while_it_takes_over_hands_on_what_it_has(
+@pytest.mark.parametrize("at", range(1, 29, 3))
+def test_an_interrupted_take_over_is_completed_here_and_by_others(
     at: int, elsewhere: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `at` files the copying ends; what stands then can be taken, and completed, by a third session."""
+    """After `at` files the copying ends; no fold is then there in part, and what is there can be completed."""
     copied = []
 
     def end(source: Path, target: Path) -> None:
@@ -108,12 +110,43 @@ def test_a_session_killed_while_it_takes_over_hands_on_what_it_has(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(transfer, "_copy", end)
         take_over(elsewhere, here)
+    whole = {"last.pt", "best.pt", "log.csv", "metrics.json", "predictions.json", "oof.csv", "test.csv"}
+    assert all({path.name for path in fold.iterdir()} == whole for fold in (here.root / RUN).glob("fold_*"))
     third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
     take_over(here.root, third)
-    take_over(elsewhere, third)
-    for path in (elsewhere / RUN).rglob("*.*"):
-        if path.parent.name != "events":
-            assert (third.root / path.relative_to(elsewhere)).read_bytes() == path.read_bytes()
+    names = [path.relative_to(elsewhere) for path in (elsewhere / RUN).rglob("*.*") if path.parent.name != "events"]
+    names += [Path("folds") / "stratified_3_42.csv", Path("submissions") / "bottleneck.csv"]
+    for completed in (third, here):
+        take_over(elsewhere, completed)
+        assert [(completed.root / name).read_bytes() for name in names] == [(elsewhere / name).read_bytes() for name in names]
+        assert not list(completed.root.rglob(f"*{PART}"))
+
+
+def test_a_fold_without_its_best_checkpoint_is_taken_again(elsewhere: Path, here: Workspace) -> None:
+    take_over(elsewhere, here)
+    best = here.root / RUN / "fold_1" / "best.pt"
+    best.unlink()
+    assert take_over(elsewhere, here) == ["bottleneck"]
+    assert best.read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
+
+
+def test_the_sessions_of_both_places_are_kept(elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
+    early = shutil.copytree(elsewhere, tmp_path / "early")
+    shutil.rmtree(early / RUN / "fold_2")
+    ours, theirs = read_environments(elsewhere / RUN), [{"backend": {"kind": "cuda"}, "started": "before"}]
+    (early / RUN / "environment.json").write_text(json.dumps(theirs))
+    take_over(early, here)
+    take_over(elsewhere, here)
+    assert read_environments(here.root / RUN) == theirs + ours
+
+
+def test_nothing_is_taken_over_while_another_process_writes_there(
+    elsewhere: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.1)
+    with locked(here.root / RUN), pytest.raises(UserError, match="another process is writing there"):
+        take_over(elsewhere, here)
+    assert not (here.root / RUN).exists()
 
 
 @pytest.mark.parametrize("name", ["folds/stratified_3_42.csv", "submissions/bottleneck.csv"])
@@ -122,7 +155,7 @@ def test_what_stands_here_otherwise_is_not_mixed_with_what_comes(name: str, else
     (here.root / name).write_text("id,label,fold\n")
     with pytest.raises(UserError, match=r"differs from"):
         take_over(elsewhere, here)
-    assert not (here.root / "runs").exists()
+    assert not (here.root / RUN).exists()
 
 
 def no_plain_name(folder: Path) -> None:
@@ -160,5 +193,5 @@ def test_what_is_no_run_stays_outside(damage: Callable[[Path], None], elsewhere:
     with pytest.raises(UserError) as caught:
         take_over(elsewhere, here)
     assert "\n" not in str(caught.value)
-    assert not here.root.exists()
+    assert not [path for path in here.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert not (tmp_path / "outside.csv").exists()
