@@ -58,6 +58,7 @@ def training(data: str, work: str, name: str) -> None:
     import torch
 
     from pcam_kaggle.backbones import create, create_optimizer
+    from pcam_kaggle.device import loader_processes
     from pcam_kaggle.engine import Learner, TrainBatches, batches, train_epoch
     from pcam_kaggle.store import PatchStore
 
@@ -76,7 +77,8 @@ def training(data: str, work: str, name: str) -> None:
         steps = math.ceil(SECONDS * pace)
         return _rate(lambda: train_epoch(learner, given, steps, 0, config), steps * config.batch_size)
 
-    resident, augmented = itertools.repeat(tuple(part.to(backend.kind) for part in source[0])), batches(source, 0)
+    resident = itertools.repeat(tuple(part.to(backend.kind) for part in source[0]))
+    augmented = batches(source, 0, loader_processes(1))
     while True:
         # Two steps are enough to tell the pace where no loader has a stock.
         limit = images_per_second(resident, 2)

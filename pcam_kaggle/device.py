@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ HOPELESS = 3
 STEPS = 3
 # A batch of so many patches is enough to time; on a GPU a smaller one than that of the training would time its launches.
 ENOUGH = {"cpu": 16, "cuda": 256, "mps": 256}
+
+# The batches that eight processes have under way, 25 of 64 patches, fit into the 64 MB of shared memory that a container has.
+MOST_LOADERS = 8
 
 # Of glibc's malloc.h: the parameters' numbers, and values that keep 2 GB of freed memory and map nothing by itself.
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
@@ -121,6 +125,16 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
+
+
+def loader_processes(items: int) -> int:
+    """Return how many processes load batches for one training, where `items` trainings are spread over the GPUs.
+
+    The cores that this process may use, by affinity and by the limit of its control group, are divided among the processes
+    that train on this machine at the same time.
+    """
+    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(gpus(), items))
+    return max(1, min(MOST_LOADERS, joblib.cpu_count() // trainings))
 
 
 def spread(work: Callable[[list[int]], None], items: list[int]) -> None:

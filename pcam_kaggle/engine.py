@@ -29,6 +29,7 @@ from pcam_kaggle.world import average_gradients, rank, size
 LOSSES_SHOWN = 5
 PREDICT_BATCH = 256
 PREFETCH = 3
+LOADER_NICE = 5
 
 
 class TrainBatches(Dataset):
@@ -101,15 +102,14 @@ class _Slots(Dataset):
         return place
 
 
-def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `data` from `first_epoch` on, augmented in worker processes that live through all epochs.
+def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of `data` from `first_epoch` on, augmented in `workers` processes that live through all epochs.
 
-    A batch lasts until the next one is asked for. There is a worker for each core, at the lowest priority: it works while the
-    net waits for a batch, or for a GPU, and takes no core from a step, whose threads would all wait for the one that lost it.
+    A batch is valid until the next one is requested. See `_lower_priority` for how the workers share cores with the net.
 
-    Raises UserError where shared memory does not hold the batches that are under way.
+    Raises:
+        UserError: shared memory has no room for the batches that are under way.
     """
-    workers = min(4, os.cpu_count() or 1)
     # So many are under way; one more is with the net.
     slots = _Slots(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them for ever.
@@ -121,7 +121,7 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
         sampler=range(first_epoch * data.steps, len(data)),
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        worker_init_fn=_step_back,
+        worker_init_fn=_lower_priority,
         generator=torch.Generator(),  # Else the loader draws from the stream that dropout draws from.
     )
     for place in loader:
@@ -130,11 +130,17 @@ def batches(data: TrainBatches, first_epoch: int) -> Iterator[tuple[Tensor, Tens
         yield (patches.pin_memory(), targets.pin_memory()) if torch.cuda.is_available() else (patches, targets)
 
 
-def _step_back(worker: int) -> None:
-    os.nice(19)
-    # What wakes up takes the core from an idle process at once, from a nice one only after a while; not every system has it.
+def _lower_priority(worker: int) -> None:
+    """Let the threads of a training step go before this worker, but not the other programs on the machine.
+
+    A worker that takes a core from a step delays all of its threads, since they wait for one another. As a batch process it
+    never interrupts them when it wakes up. Its share of a busy machine stays near that of others: at a low priority, or in the
+    idle class, it would starve beside any program that computes.
+    """
+    # Windows has neither call, macOS not the second.
     with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.nice(LOADER_NICE)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def learning_rate(config: Config, progress: float) -> float:

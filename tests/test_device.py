@@ -1,6 +1,7 @@
 """How a net is run: as the device is built for, and as measured where that is clearly faster."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: in
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "folds", "local", "loaders"),
+    [(4, 0, 5, 1, 4), (4, 2, 5, 1, 2), (4, 2, 1, 1, 4), (1, 2, 5, 1, 1), (32, 1, 5, 1, 8), (4, 1, 5, 2, 2), (3, 2, 5, 1, 1)],
+)
+def test_loaders_share_the_cores_of_the_processes_that_train(
+    cores: int, gpus: int, folds: int, local: int, loaders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    monkeypatch.setattr(device, "gpus", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert device.loader_processes(folds) == loaders
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_only_cores_that_this_process_may_use_are_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert device.loader_processes(1) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
