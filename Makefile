@@ -8,7 +8,10 @@ VENV := .venv
 IMAGE := .venv-kaggle
 PCAM := $(VENV)/bin/python -m pcam_kaggle
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-OPTIONS = $(if $(DATA),--data $(DATA)) $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(ARGS)
+# One word for the shell, whatever spaces and quotes the value has.
+quoted = '$(subst ','\'',$(1))'
+WITH_DATA = $(if $(DATA),PCAM_DATA=$(call quoted,$(DATA)))
+OPTIONS = $(if $(DATA),--data $(call quoted,$(DATA))) $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -28,20 +31,20 @@ submission: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE = 1
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
 	@$(if $(TORCHRUN),$(VENV)/bin/python -m torch.distributed.run $(TORCHRUN) -m pcam_kaggle,$(PCAM)) pipeline $(OPTIONS)
 
-compare: $(VENV)/run.stamp ## hold all runs against each other, out of fold
+compare: $(VENV)/run.stamp ## compare all runs, out of fold
 	@$(PCAM) compare $(ARGS)
 
 report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 	@$(PCAM) report $(ARGS)
 
 scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: every experiment and trial out of fold; trains what has no record
-	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
+	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
 kernel: $(VENV)/dev.stamp ## notebooks/pcam_submission.ipynb, the package as one notebook
 	@$(PCAM) kernel build
 
 kernel-push: $(VENV)/dev.stamp ## push it with Kaggle's client, in the name of its credentials
-	@$(PCAM) kernel push $(if $(EXPERIMENT),-e $(EXPERIMENT)) $(ARGS)
+	@$(PCAM) kernel push $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
 kernel-status: $(VENV)/dev.stamp ## how the kernel stands
 	@$(PCAM) kernel status
@@ -53,13 +56,13 @@ kernel-output: $(VENV)/dev.stamp ## take what it made into runs/, to compare and
 	@$(PCAM) kernel output
 
 submit: $(VENV)/dev.stamp ## send submissions/<EXPERIMENT>.csv to Kaggle, with its OOF AUC as description
-	@$(PCAM) submit $(EXPERIMENT) $(ARGS)
+	@$(PCAM) submit $(if $(EXPERIMENT),$(call quoted,$(EXPERIMENT))) $(ARGS)
 
-leaderboard: $(VENV)/dev.stamp ## take down Kaggle's scores of what was submitted
+leaderboard: $(VENV)/dev.stamp ## record Kaggle's scores of what was submitted
 	@$(PCAM) leaderboard
 
 kernel-test: $(VENV)/dev.stamp $(IMAGE)/image.stamp ## run it as Kaggle does, on the versions of Kaggle's image
-	@PCAM_KAGGLE_PYTHON=$(abspath $(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_kernel.py
+	@PCAM_KAGGLE_PYTHON=$(call quoted,$(CURDIR)/$(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_kernel.py
 
 test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
 	@$(VENV)/bin/python -m pytest
@@ -75,14 +78,14 @@ mutants: $(VENV)/dev.stamp ## change folds, blend, metrics, submission and tta i
 	@$(VENV)/bin/mutmut run
 	@$(VENV)/bin/mutmut results
 
-torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must go on and end in the same bytes
-	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
+torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must resume and end bit-identical
+	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
 
 fuzz: $(VENV)/dev.stamp ## change 500 inputs; each must end in one line, or in the very same result
 	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
 bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, up to 40 minutes
-	@$(if $(DATA),PCAM_DATA=$(DATA)) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
+	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
 bench-full: $(VENV)/dev.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
 	@$(VENV)/bin/python -m benchmarks.full
@@ -99,7 +102,7 @@ clean: ## delete the environment and the demo, nothing else
 
 $(VENV)/run.stamp: requirements.txt
 	@echo "installing requirements.txt into $(VENV), about two minutes"
-	@$(PYTHON) -m venv $(VENV)
+	@$(call quoted,$(PYTHON)) -m venv $(VENV)
 	@$(PIP) -r requirements.txt
 	@touch $@
 
@@ -115,6 +118,6 @@ $(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
 
 $(IMAGE)/image.stamp: requirements-kaggle.txt
 	@echo "installing requirements-kaggle.txt into $(IMAGE), about two minutes"
-	@$(PYTHON) -m venv $(IMAGE)
+	@$(call quoted,$(PYTHON)) -m venv $(IMAGE)
 	@$(IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kaggle.txt
 	@touch $@
