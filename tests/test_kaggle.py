@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,12 +22,16 @@ from pcam_kaggle.paths import COMPETITION, Data, find_data
 
 SECRET = "0123456789abcdef" * 2
 ARCHIVE = f"/{COMPETITION}.zip"
+ETAG = '"first"'
+# What a message about a missing or wrong login must say, and all that it may say about logins.
+LOGIN = "KAGGLE_API_TOKEN"
 
 
 class Kaggle(ThreadingHTTPServer):
     """Answers the client as Kaggle does: a redirect to the archive or a status, and `replies` to what is asked by name.
 
-    A reply is JSON, a status, or None for a connection that is cut; `files` are what can be downloaded, `put` what was sent.
+    A reply is JSON, a status, or None for a connection that is cut; `files` are what can be downloaded, `put` what was sent,
+    `starts` the byte from which each download was asked for.
     """
 
     def __init__(self) -> None:
@@ -37,6 +42,7 @@ class Kaggle(ThreadingHTTPServer):
         self.bodies: dict[str, dict[str, Any]] = {}
         self.files: dict[str, bytes] = {}
         self.put = b""
+        self.starts: list[int] = []
 
     def address(self, path: str) -> str:
         """Return the address of `path` on this server."""
@@ -72,7 +78,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         content = self.server.archive if path == ARCHIVE else self.server.files[path]
-        self.answer(200, content, **{"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"})
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        self.server.starts.append(start)
+        kind = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
+        self.answer(206 if start else 200, content[start:], **kind, **{"Accept-Ranges": "bytes", "ETag": ETAG})
 
     def answer(self, status: int, content: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -133,7 +142,9 @@ def test_the_competition_arrives_whole(kaggle: Kaggle, data: Data, tmp_path: Pat
     shutil.rmtree(data.root)
 
 
-@pytest.mark.parametrize(("status", "said"), [(403, "/rules"), (401, "KAGGLE_KEY"), (404, "404")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(403, "/rules"), (401, LOGIN), (404, "404"), (500, "try again later"), (503, "try again later")]
+)
 def test_a_refusal_is_one_line(
     kaggle: Kaggle, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +153,13 @@ def test_a_refusal_is_one_line(
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
-    assert list((tmp_path / "home" / "data").iterdir()) == []
+    assert ("/rules" in err) + (LOGIN in err) + ("check" in err) + ("try again later" in err) == 1
+    assert left(tmp_path / "home") == []
+
+
+def left(home: Path) -> list[Path]:
+    """Return all that is in the data folder of `home`, but for locks."""
+    return [path for path in (home / "data").rglob("*") if path.suffix != ".lock"]
 
 
 def test_a_damaged_archive_leaves_nothing(
@@ -157,7 +174,100 @@ def test_a_damaged_archive_leaves_nothing(
         err = capsys.readouterr().err
         assert "damaged" in err
         assert err.count("\n") == 1
-        assert list((tmp_path / "home" / "data").iterdir()) == []
+        assert left(tmp_path / "home") == []
+
+
+def waiting(home: Path) -> Path:
+    """Return the folder in which an interrupted download waits."""
+    return home / "data" / f".{COMPETITION}.download"
+
+
+def test_an_interrupted_download_resumes_and_is_cleared(kaggle: Kaggle, data: Data, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    kaggle.archive = zipped(data.root)
+    half = len(kaggle.archive) // 2
+    waiting(home).mkdir(parents=True)
+    # As the client leaves them when it is killed.
+    (waiting(home) / ARCHIVE[1:]).write_bytes(kaggle.archive[:half])
+    marker = {"validator": ETAG, "size": len(kaggle.archive)}
+    (waiting(home) / f"{ARCHIVE[1:]}.kaggle-partial").write_text(json.dumps(marker))
+    assert main(["data", "--work", str(home)]) == 0
+    assert kaggle.starts[-1] == half
+    assert not waiting(home).exists()
+    assert (home / "data" / COMPETITION / "train_labels.csv").read_bytes() == data.labels.read_bytes()
+
+
+def test_an_interrupted_unpacking_needs_no_second_download(
+    kaggle: Kaggle, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    kaggle.archive = zipped(data.root)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zipfile.ZipFile.extract", interrupt)
+        assert main(["data", "--work", str(home)]) == 130
+    first = (waiting(home) / ARCHIVE[1:]).stat()
+    kaggle.archive = b"another" * (len(kaggle.archive) // 7) + b"?" * (len(kaggle.archive) % 7)
+    assert main(["data", "--work", str(home)]) == 0, first
+    assert (home / "data" / COMPETITION / "train_labels.csv").read_bytes() == data.labels.read_bytes()
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_installation_that_was_interrupted_is_completed(
+    kaggle: Kaggle, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    home = tmp_path / "home"
+    kaggle.archive = zipped(data.root)
+    replace, moved = Path.replace, []
+
+    def interrupt(source: Path, target: Path) -> Path:
+        if "unpacked" in source.parts:
+            if len(moved) == after:
+                raise KeyboardInterrupt
+            moved.append(target)
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupt)
+        assert main(["data", "--work", str(home)]) == 130
+    found = home / "data" / COMPETITION
+    assert not (found / "train_labels.csv").exists()
+    asked = len(kaggle.asked)
+    assert main(["data", "--work", str(home)]) == 0
+    assert len(kaggle.asked) == asked
+    for path in data.root.rglob("*.*"):
+        assert (found / path.relative_to(data.root)).read_bytes() == path.read_bytes()
+    assert not waiting(home).exists()
+
+
+def test_files_that_were_there_before_stay(kaggle: Kaggle, data: Data, tmp_path: Path) -> None:
+    kaggle.archive = zipped(data.root)
+    found = tmp_path / "home" / "data" / COMPETITION
+    found.mkdir(parents=True)
+    (found / "patch_id_wsi.csv").write_text("id,wsi\n")
+    assert main(["data", "--work", str(tmp_path / "home")]) == 0
+    assert (found / "patch_id_wsi.csv").read_text() == "id,wsi\n"
+    assert (found / "train_labels.csv").exists()
+
+
+def test_patches_of_somebody_else_are_refused_before_anything_is_asked(
+    kaggle: Kaggle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "home" / "data" / COMPETITION / "train" / "mine.tif"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    assert main(["data", "--work", str(tmp_path / "home")]) == 2
+    assert f"{mine.parent}: exists and was not downloaded by this program" in capsys.readouterr().err
+    assert mine.read_bytes() == b"mine"
+    assert kaggle.asked == []
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    (tmp_path / "home" / "data" / COMPETITION).touch()
+    assert main(["data", "--work", str(tmp_path / "home")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../escape.csv", "/escape.csv", "train/../../escape.csv"])
@@ -224,7 +334,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [
         ({"error": "Maximum weekly GPU quota of 30 hours reached"}, "GPU quota"),
         (STARTED | {"invalidCompetitionSources": [COMPETITION]}, "not valid competition sources"),
-        (401, "KAGGLE_KEY"),
+        (401, LOGIN),
         (403, "/rules"),
         (404, "404"),
         (500, "500"),
@@ -276,7 +386,34 @@ def test_missing_credentials_are_one_line(
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main([*arguments, "--work", str(tmp_path)]) == 2
-    assert "KAGGLE_KEY" in one_line(capsys)
+    assert LOGIN in one_line(capsys)
+
+
+@pytest.mark.parametrize("arguments", [["kernel", "push"], ["kernel", "status"], ["data"], ["leaderboard"]])
+def test_no_network_is_not_told_as_a_wrong_login(
+    kaggle: Kaggle, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        assert main([*arguments, "--work", str(tmp_path / "home")]) == 2
+    err = one_line(capsys)
+    assert "no connection to Kaggle" in err
+    assert LOGIN not in err
+    assert "/rules" not in err
+
+
+def test_a_token_alone_is_enough(kaggle: Kaggle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+    kaggle.replies |= {"IntrospectToken": {"active": True, "username": "holder"}, "SaveKernel": STARTED}
+    assert main(["kernel", "push"]) == 0, capsys.readouterr().err
+    assert kaggle.bodies["SaveKernel"]["slug"] == f"holder/{KERNEL}"
+    kaggle.replies["IntrospectToken"] = {"active": False}
+    capsys.readouterr()
+    assert main(["kernel", "push"]) == 2
+    assert LOGIN in one_line(capsys)
 
 
 def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
