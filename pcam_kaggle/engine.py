@@ -222,7 +222,8 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         # Reading a loss waits for the GPU, so they are read in groups.
         if step % 25 == 24 or step == steps - 1:
             _check_finite(losses, epoch, lr)
-    return float(torch.stack(losses).double().mean())
+    # Apple's GPUs have no float64.
+    return float(torch.stack(losses).cpu().double().mean())
 
 
 def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:

@@ -1,0 +1,87 @@
+"""A stand-in for Apple's GPUs, which have no float64: training, prediction and Grad-CAM leave it to the CPU."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pcam_kaggle.backbones import create, create_optimizer
+from pcam_kaggle.config import Config
+from pcam_kaggle.device import Backend
+from pcam_kaggle.engine import Learner, TrainBatches, adapt_norms, predict_logits, train_epoch
+from pcam_kaggle.patches import prepare
+from pcam_kaggle.paths import Data
+from pcam_kaggle.saliency import grad_cam
+from pcam_kaggle.store import PatchStore
+from pcam_kaggle.tables import read_labels
+
+
+class OnCpu(Tensor):
+    """What `Tensor.cpu` returned, and all that is computed from it."""
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Takes every tensor for one on a GPU unless `Tensor.cpu` returned it; an operation there that makes float64 raises."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry the operation out and check what it returns."""
+        result = operation(*args, **(kwargs or {}))
+        on_cpu = any(isinstance(leaf, OnCpu) for leaf in tree_leaves(args))
+        if not on_cpu and any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            raise TypeError(f"{operation} made float64, which the device does not have")
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
+    """Return the stand-in, with `Tensor.cpu` changed to mark what it returns."""
+    cpu: Callable[[Tensor], Tensor] = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: cpu(tensor).clone().as_subclass(OnCpu))
+    return WithoutFloat64()
+
+
+def test_the_stand_in_refuses_float64_on_the_device_alone(gpu: WithoutFloat64) -> None:
+    with gpu:
+        ones = torch.ones(3)
+        assert ones.cpu().double().mean() == 1
+        for make in (ones.double, lambda: ones.to(torch.float64), lambda: torch.tensor(np.ones(3)).to("cpu", copy=True)):
+            with pytest.raises(TypeError, match="made float64"):
+                make()
+
+
+NETS = {
+    "cnn": {"optimizer": "muon"},
+    "d4": {"symmetry": "d4", "width": 16, "max_width": 32},
+    "timm": {"model": "timm:test_resnet"},
+}
+
+
+@pytest.mark.parametrize("fields", NETS.values(), ids=NETS)
+def test_no_float64_is_made_on_the_device(
+    fields: dict[str, Any], data: Data, tiny: Config, tmp_path: Path, gpu: WithoutFloat64
+) -> None:
+    prepare(data, tmp_path / "store")
+    store = PatchStore(tmp_path / "store")
+    config = replace(tiny, **fields)
+    labels = read_labels(data.labels)
+    rows = store.rows("train", labels["id"].to_numpy())
+    batches = TrainBatches(store, rows, labels["label"].to_numpy(np.float64), config, 0)
+    backend = Backend("cpu", "fp32", "channels_last")
+    with gpu:
+        net = backend.place(create(config))
+        learner = Learner(net, copy.deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
+        loss = train_epoch(learner, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
+        adapt_norms(net, store, rows, config, backend)
+        logits = predict_logits(net, store, rows, config, backend, 8, "predict")
+        heat = grad_cam(net, backend.images(batches[0][0]), torch.ones(config.batch_size))
+    assert 0 < loss < 10
+    assert logits.isfinite().all()
+    assert heat.isfinite().all()
