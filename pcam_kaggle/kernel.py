@@ -75,22 +75,30 @@ Path("pcam_kaggle").mkdir(exist_ok=True)
 
 STAGES: tuple[tuple[str, str, str], ...] = (
     (
-        "job",
+        "environment",
         """
 ## The stages
 
-The data are found under `/kaggle/input`, in either of Kaggle's layouts. What an attached output of this notebook holds is
-taken over.
+First the variables that packages read when they are imported.
 """,
         """
 %xmode Minimal
 import os
-import shutil
 
 from pcam_kaggle.environment import set_environment
 
 set_environment()
 os.environ["HF_HUB_OFFLINE"] = "1"
+""",
+    ),
+    (
+        "job",
+        """
+The data are found under `/kaggle/input`, in either of Kaggle's layouts. The runs in an attached output of this notebook are
+imported.
+""",
+        """
+import shutil
 
 import matplotlib.pyplot as plt
 import pandas as pd
