@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import numbers
-from pcam_kaggle.metrics import Difference, auc, auc_difference, auc_interval, rank_within
-from pcam_kaggle.tables import PREDICTIONS, read_numbers
+from pcam_kaggle.metrics import Difference, Unit, auc, auc_interval, json_fields, paired_test, rank_within, slide_interval
+from pcam_kaggle.resampling import clusters
+from pcam_kaggle.tables import PREDICTIONS, check_oof, read_numbers
 
 Method = Literal["mean", "rank", "climb"]
 CLIMB_STEPS = 50
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 class Member:
     """The predictions of one experiment: `oof` has id, label, fold, probability, sorted by id; `tests` id, probability.
 
-    `missing` are the folds that were left out.
+    `folds` is the hash of the fold file and `scheme` its name; `missing` are the folds that were left out.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Member:
     tests: list[pd.DataFrame]
     folds: str
     missing: list[int]
+    scheme: str
 
 
 def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
@@ -41,7 +43,7 @@ def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
     """
     if not (run / "config.json").exists():
         raise UserError(f"{run}: no run of that name; train it, or name one that is there")
-    made = read_json(run / "config.json", config=dict, folds_sha256=str)
+    made = read_json(run / "config.json", config=dict, folds=str, folds_sha256=str)
     oof, tests = [], []
     every = numbers(run / "config.json", made["config"])
     unknown = [fold for fold in chosen or () if fold not in every]
@@ -60,29 +62,35 @@ def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
                 raise UserError(
                     f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`"
                 )
-        oof.append(read_numbers(folder / "oof.csv", ["label", "probability"]).assign(fold=fold))
+        table = read_numbers(folder / "oof.csv", ["label", "probability"]).assign(fold=fold)
+        oof.append(check_oof(folder / "oof.csv", table))
         tests.append(read_numbers(folder / "test.csv", ["probability"]).sort_values("id", ignore_index=True))
-    table = pd.concat(oof).astype({"label": np.int64})
+    table = pd.concat(oof)
     if table["id"].duplicated().any():
         raise UserError(f"{run}: id {table['id'][table['id'].duplicated()].iloc[0]} is out of fold twice; predict again")
     columns = ["id", "label", "fold", "probability"]
     missing = [fold for fold in every if chosen is not None and fold not in chosen]
-    return Member(run.name, table.sort_values("id", ignore_index=True)[columns], tests, made["folds_sha256"], missing)
+    table = table.sort_values("id", ignore_index=True)[columns]
+    return Member(run.name, table, tests, made["folds_sha256"], missing, made["folds"])
 
 
-def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, Any], bool]:
+def blend(
+    members: list[Member], method: Method, out: Path, slides: pd.DataFrame | None = None, unit: Unit = "slide"
+) -> tuple[dict[str, Any], bool]:
     """Blend `members` into folder `out`: `oof.csv`, `test.csv` and `metrics.json`; return these metrics and whether new.
 
     `mean` averages probabilities, `rank` their ranks within a fold, `climb` weights members by greedy ascent of the OOF AUC
     (Caruana et al. 2004) and is used only where, on folds that its weights did not see, it beats the mean by more than the
-    noise. A member's test prediction is the mean over its folds.
+    noise. A member's test prediction is the mean over its folds. Intervals, and the test that decides on weights, resample the
+    groups called `unit` in `slides` (id, wsi), where it is None patches; `metrics.json` names the unit of each.
 
     Raises UserError where members do not share folds, patches or test ids, where `out` is the run of something else, and where
-    one fold is to be climbed.
+    one fold is to be climbed; ValueError where the members' folds have groups and `slides` is None.
     """
     _check(members, out)
     base = members[0].oof
     labels, folds = base["label"].to_numpy(), base["fold"].to_numpy()
+    groups = clusters(base["id"], slides, members[0].scheme)
     scaled = rank_within if method == "rank" else _unchanged
     oof = np.stack([scaled(folds, member.oof["probability"].to_numpy()) for member in members])
     tests = np.stack([np.mean([scaled(*_one_group(test)) for test in member.tests], axis=0) for member in members])
@@ -92,7 +100,8 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
     if method == "climb":
         if len(np.unique(folds)) < 2:
             raise UserError("--method climb: weights for a fold come from the others, and there is one; use mean")
-        crossed, gain = cross_climb(labels, folds, oof)
+        crossed, gain = cross_climb(labels, folds, oof, groups, unit)
+        # An undefined interval is no gain: its ends are NaN.
         used = "climb" if gain.low > 0 else "mean"
         if used == "climb":
             weights, blended = climb(labels, oof), crossed
@@ -102,10 +111,11 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
         "members": {member.name: float(weight) for member, weight in zip(members, weights, strict=True)},
         "method": used,
         "asked": method,
-        "gain_of_weights": gain._asdict() if gain else None,
+        "gain_of_weights": json_fields(gain) if gain else None,
+        "scheme": members[0].scheme,
         "folds_sha256": members[0].folds,
         "missing_folds": members[0].missing,
-        **score(result),
+        **score(result, groups, unit),
         "oof_sha256": sha256(csv_bytes(result)),
         "test_sha256": sha256(csv_bytes(test)),
     }
@@ -123,21 +133,26 @@ def blend(members: list[Member], method: Method, out: Path) -> tuple[dict[str, A
     return metrics, True
 
 
-def score(oof: pd.DataFrame) -> dict[str, Any]:
+def score(oof: pd.DataFrame, groups: NDArray[np.int64] | None = None, unit: Unit = "slide") -> dict[str, Any]:
     """Return the OOF AUC of a table of id, label, fold, probability: per fold, pooled, and pooled after ranking within folds.
 
-    The SD over folds is the sample's, None of one fold; pooled values come with DeLong's 95 % interval.
+    The SD over folds is the sample's, None of one fold. Pooled values come with their 95 % interval: DeLong's, whose unit is
+    the patch, or the bootstrap's over `groups` (n,), which are called `unit`. The ends of an undefined one are None.
     """
     folds, labels, values = (oof[column].to_numpy() for column in ("fold", "label", "probability"))
     per_fold = [auc(labels[folds == fold], values[folds == fold]) for fold in np.unique(folds)]
+    pooled, ranked = (
+        auc_interval(labels, scores) if groups is None else slide_interval(labels, groups, scores, unit=unit)
+        for scores in (values, rank_within(folds, values))
+    )
     return {
         "folds": np.unique(folds).tolist(),
         "patches": [int((folds == fold).sum()) for fold in np.unique(folds)],
         "fold_auc": per_fold,
         "mean": float(np.mean(per_fold)),
         "sd": float(np.std(per_fold, ddof=1)) if len(per_fold) > 1 else None,
-        "pooled": auc_interval(labels, values)._asdict(),
-        "ranked": auc_interval(labels, rank_within(folds, values))._asdict(),
+        "pooled": json_fields(pooled),
+        "ranked": json_fields(ranked),
     }
 
 
@@ -160,13 +175,22 @@ def climb(labels: NDArray[np.int64], values: Floats) -> Floats:
     return counts / counts.sum()
 
 
-def cross_climb(labels: NDArray[np.int64], folds: NDArray[np.int64], values: Floats) -> tuple[Floats, Difference]:
-    """Return the blend (n,) whose weights for a fold were climbed on the others, and its AUC's gain over the plain mean."""
+def cross_climb(
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    values: Floats,
+    groups: NDArray[np.int64] | None = None,
+    unit: Unit = "slide",
+) -> tuple[Floats, Difference]:
+    """Return the blend (n,) whose weights for a fold were climbed on the others, and its AUC's gain over the plain mean.
+
+    The gain is tested over `groups` (n,), called `unit`, or over patches where they are None.
+    """
     blended = np.empty(len(labels))
     for fold in np.unique(folds):
         inside = folds == fold
         blended[inside] = climb(labels[~inside], values[:, ~inside]) @ values[:, inside]
-    return blended, auc_difference(labels, blended, values.mean(axis=0))
+    return blended, paired_test(labels, values.mean(axis=0), groups, unit)(blended)
 
 
 def _check(members: list[Member], out: Path) -> None:
@@ -174,7 +198,8 @@ def _check(members: list[Member], out: Path) -> None:
     if len({member.name for member in members}) < len(members):
         raise UserError(f"{', '.join(member.name for member in members)}: a run stands there twice; name each once")
     for member in members[1:]:
-        if member.folds != first.folds or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
+        same = (member.scheme, member.folds) == (first.scheme, first.folds)
+        if not same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")
     for member in members:
         for test in member.tests:

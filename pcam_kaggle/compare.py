@@ -9,13 +9,11 @@ import pandas as pd
 
 from pcam_kaggle.artifacts import file_sha256, read_json
 from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import groups, numbers
-from pcam_kaggle.metrics import Difference, auc_difference, holm, slide_difference, slide_pairs
+from pcam_kaggle.folds import numbers
+from pcam_kaggle.metrics import MOST_SLIDES, Difference, Unit, holm, paired_test
 from pcam_kaggle.paths import Workspace
-from pcam_kaggle.tables import read_slides
-
-# A comparison by slides holds a square of them: 0.2 GB.
-MOST_SLIDES = 5_000
+from pcam_kaggle.resampling import clusters, resampling, unit_of
+from pcam_kaggle.tables import check_oof
 
 
 @dataclass(slots=True)
@@ -37,17 +35,22 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs held against the baseline, which is one of them."""
+    """Runs held against the baseline, which is one of them.
+
+    `unit` is what their differences resample: patches, or the groups in `slides` (id, wsi).
+    """
 
     entries: list[Entry]
     base: Entry
+    unit: Unit
+    slides: pd.DataFrame | None = None
 
 
 def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
     """Compare the runs called `names`, all where none is named, with `baseline`, the best where it is None.
 
-    Differences are pooled by slides where `slides` or the baseline's fold file tells them. Raises UserError on a name that is
-    no run's and where no run can be scored.
+    Differences resample the slides of the map `slides`, else the unit of the baseline's folds. Raises UserError on a name that
+    is no run's, where no run can be scored, and as `resampling`.
     """
     runs = workspace.root / "runs"
     found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
@@ -57,8 +60,10 @@ def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, s
     chosen = [name for name in found if not names or name in (*names, baseline)]
     entries = [read_entry(runs / name) for name in chosen]
     base = find_baseline(entries, baseline)
-    compare(entries, base, read_slides(slides) if slides else groups(workspace.folds / f"{base.scheme}.csv"))
-    return Comparison(entries, base)
+    assert base.oof is not None
+    table, unit = resampling(base.scheme, base.oof, workspace.folds, slides)
+    compare(entries, base, table, unit)
+    return Comparison(entries, base, unit, table)
 
 
 def read_entry(run: Path) -> Entry:
@@ -77,16 +82,20 @@ def read_entry(run: Path) -> Entry:
         if not (run / "metrics.json").exists():
             entry.problem = "not blended: run `python -m pcam_kaggle blend`"
             return entry
-        entry.metrics = read_json(run / "metrics.json", fold_auc=list, pooled=dict, ranked=dict, oof_sha256=str)
-        ends = [entry.metrics[kind][end] for kind in ("pooled", "ranked") for end in ("value", "low", "high")]
-        np.array([*entry.metrics["fold_auc"], entry.metrics["mean"], entry.metrics["sd"], *ends], np.float64)
+        entry.metrics = read_json(
+            run / "metrics.json", fold_auc=list, pooled=dict, ranked=dict, folds_sha256=str, oof_sha256=str
+        )
+        _check_numbers(entry.metrics)
         if file_sha256(run / "oof.csv") != entry.metrics["oof_sha256"]:
             entry.problem = "damaged: oof.csv is not what metrics.json describes; blend again"
             return entry
         if entry.metrics.get("missing_folds"):
             entry.problem = "blended without some of its folds: run `python -m pcam_kaggle blend`"
             return entry
-        entry.oof = pd.read_csv(run / "oof.csv", dtype={"id": str}).sort_values("id", ignore_index=True)
+        entry.scheme = entry.scheme or _blend_scheme(run, entry.metrics)
+        unit_of(entry.scheme)
+        oof = pd.read_csv(run / "oof.csv", dtype={"id": str})
+        entry.oof = check_oof(run / "oof.csv", oof).sort_values("id", ignore_index=True)
     except (UserError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         entry.problem = f"damaged: {' '.join(str(error).split())}"
     return entry
@@ -105,40 +114,36 @@ def find_baseline(entries: list[Entry], name: str | None) -> Entry:
     return max(scored, key=lambda entry: entry.metrics["pooled"]["value"])
 
 
-def compare(entries: list[Entry], base: Entry, slides: pd.DataFrame | None) -> None:
-    """Hold every entry that can be scored against `base` and fill in its differences.
+def compare(entries: list[Entry], base: Entry, slides: pd.DataFrame | None, unit: Unit = "slide") -> None:
+    """Compare every entry that can be scored with `base` and fill in its differences.
 
-    Differences are the entry's AUC minus the baseline's on the same patches, per fold and pooled, by DeLong's paired test,
-    pooled by slides where `slides` (id, wsi) are given; p of the pooled ones is corrected for their number by Holm. An entry
-    on other folds or patches is not paired, and `apart` says so.
+    Differences are the entry's AUC minus the baseline's on the same patches, per fold and pooled: by a bootstrap over the
+    groups called `unit` in `slides` (id, wsi), by DeLong's paired test over patches where it is None. p of the pooled ones is
+    corrected for the number of those that are defined, by Holm. An entry on other folds or patches is not paired, and `apart`
+    says so.
 
-    Raises UserError where the map lacks too many of the baseline's patches.
+    Raises UserError where the map lacks too many of the baseline's patches, ValueError where the folds have groups and
+    `slides` is None.
     """
     assert base.oof is not None
     paired = [entry for entry in entries if entry is not base and not entry.problem and _is_paired(entry, base)]
     labels, folds, theirs = (base.oof[column].to_numpy() for column in ("label", "fold", "probability"))
+    codes = clusters(base.oof["id"], slides, base.scheme)
+    if codes is not None and slides is not None and (drawn := len(np.unique(codes))) > MOST_SLIDES:
+        lacking = int((~base.oof["id"].isin(slides["id"])).sum())
+        raise UserError(
+            f"the slide map lacks {lacking:,} patches of {base.name}, each a slide of its own; of {drawn:,} slides no "
+            f"more than {MOST_SLIDES:,} can be drawn; complete the map, or compare without it"
+        )
+    parts = [*(folds == k for k in np.unique(folds)), np.full(len(folds), True)]
+    tests = [paired_test(labels[part], theirs[part], None if codes is None else codes[part], unit) for part in parts]
     for entry in paired:
         assert entry.oof is not None
         ours = entry.oof["probability"].to_numpy()
-        entry.folds = [auc_difference(labels[folds == k], ours[folds == k], theirs[folds == k]) for k in np.unique(folds)]
-        if slides is None:
-            entry.pooled = auc_difference(labels, ours, theirs)
-    if slides is not None:
-        # A patch that the map lacks stands for a slide of its own.
-        codes, drawn = pd.factorize(base.oof["id"].map(slides.set_index("id")["wsi"]).fillna(base.oof["id"]))
-        if len(drawn) > MOST_SLIDES:
-            lacking = int((~base.oof["id"].isin(slides["id"])).sum())
-            raise UserError(
-                f"the slide map lacks {lacking:,} patches of {base.name}, each a slide of its own; of {len(drawn):,} slides no "
-                f"more than {MOST_SLIDES:,} can be drawn; complete the map, or compare without it"
-            )
-        pairs = slide_pairs(labels, codes, theirs)
-        for entry in paired:
-            entry.pooled = slide_difference(
-                labels, codes, slide_pairs(labels, codes, entry.oof["probability"].to_numpy()), pairs
-            )
-    for entry, p in zip(paired, holm(np.array([entry.pooled.p for entry in paired])), strict=True):
-        entry.corrected = float(p)
+        *entry.folds, entry.pooled = [test(ours[part]) for part, test in zip(parts, tests, strict=True)]
+    corrected = holm(np.array([entry.pooled.p for entry in paired if entry.pooled]))
+    for entry, p in zip(paired, corrected.tolist(), strict=True):
+        entry.corrected = None if np.isnan(p) else p
 
 
 def _is_paired(entry: Entry, base: Entry) -> bool:
@@ -150,6 +155,33 @@ def _is_paired(entry: Entry, base: Entry) -> bool:
     elif not entry.oof[["id", "label", "fold"]].equals(base.oof[["id", "label", "fold"]]):
         entry.apart = f"on other patches than {base.name}, so not paired"
     return not entry.apart
+
+
+def _check_numbers(metrics: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where an AUC in `metrics` is no number, or an interval has neither ends nor a reason."""
+    intervals = [metrics["pooled"], metrics["ranked"]]
+    areas = [*metrics["fold_auc"], metrics["mean"], *(each["value"] for each in intervals)]
+    if not np.isfinite(np.array(areas, np.float64)).all():
+        raise ValueError("metrics.json holds an AUC that is not a number; blend again")
+    ends = [each[end] for each in intervals if not each.get("undefined") for end in ("low", "high")]
+    if None in ends:
+        raise ValueError("metrics.json holds an interval without ends and without a reason; blend again")
+    np.array([metrics["sd"], *ends], np.float64)
+
+
+def _blend_scheme(run: Path, metrics: dict[str, Any]) -> str:
+    """Return the fold scheme of the blend in folder `run`: the one in its `metrics`, else that of its members beside it.
+
+    Raises UserError where neither tells it.
+    """
+    if "scheme" in metrics:
+        return str(metrics["scheme"])
+    members = [run.parent / name / "config.json" for name in metrics.get("members", {})]
+    made = [read_json(file, folds=str, folds_sha256=str) for file in members if file.exists()]
+    schemes = {each["folds"] for each in made if each["folds_sha256"] == metrics["folds_sha256"]}
+    if len(made) < len(members) or len(schemes) != 1:
+        raise UserError(f"{run / 'metrics.json'}: does not name its fold scheme, nor do its members' configs; blend again")
+    return schemes.pop()
 
 
 def _costs(folds: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from scipy import stats
 
-from pcam_kaggle.metrics import auc, midranks
+from pcam_kaggle.metrics import Unit, auc, midranks
 from pcam_kaggle.svg import FIRST, GREY, HEIGHT, SECOND, STYLE, WIDTH, Plot, make_plot, panel
 
 Floats = NDArray[np.float64]
@@ -54,13 +54,14 @@ def reliability(name: str, oof: pd.DataFrame) -> Plot:
     ax.fill_between(mean, (mean - half).clip(0), (mean + half).clip(upper=1), color=GREY, alpha=0.25, linewidth=0)
     ax.plot(mean, bins["label"], color=FIRST, linewidth=1.5, marker="o", markersize=4)
     ax.set(xlabel="Mean OOF probability", ylabel="Share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    said = f"{name}: expected calibration error {calibration_error(labels, values):.4f}; grey: 95 % of calibrated draws."
+    error = calibration_error(labels, values)
+    said = f"{name}: expected calibration error {error:.4f}; grey: 95 % of calibrated draws (unit: patch)."
     return make_plot(figure, f"Reliability diagram of {name}", said)
 
 
 @mpl.rc_context(STYLE)
-def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame) -> Plot | None:
-    """Return the AUC within each of `slides` (id, wsi), sorted; None where no slide has patches of both labels."""
+def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = "slide") -> Plot | None:
+    """Return the AUC within each of `slides` (id, wsi), called `unit`, sorted; None where none has patches of both labels."""
     table = oof.merge(slides, on="id")
     both = table.groupby("wsi").filter(lambda part: part["label"].nunique() == 2)
     areas = pd.Series(
@@ -72,28 +73,32 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame) -> Plot | Non
     figure, ax = panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
     ax.scatter(areas, range(len(areas)), color=FIRST, s=14 if named else 7)
     ax.axvline(areas.median(), color=GREY, linewidth=1, linestyle=":")
-    ax.set(xlabel="AUC within the slide", ylabel="" if named else "Slides, sorted")
+    ax.set(xlabel=f"AUC within the {unit}", ylabel="" if named else f"{unit.capitalize()}s, sorted")
     ax.set_yticks(range(len(areas)) if named else [], areas.index if named else [])
     omitted = slides.loc[slides["id"].isin(oof["id"]), "wsi"].nunique() - len(areas)
-    said = f"{name}: {len(areas)} slides, median {areas.median():.4f} (dotted), lowest {areas.iloc[0]:.4f} ({areas.index[0]})"
-    return make_plot(figure, f"AUC of {name} by slide", f"{said}; left out for having one label only: {omitted}.")
+    said = f"{name}: {len(areas)} {unit}s, median {areas.median():.4f} (dotted), lowest {areas.iloc[0]:.4f} ({areas.index[0]})"
+    return make_plot(figure, f"AUC of {name} by {unit}", f"{said}; left out for having one label only: {omitted}.")
 
 
 @mpl.rc_context(STYLE)
 def correlation(names: list[str], probabilities: Floats) -> Plot:
-    """Return Spearman's correlation between the rows of `probabilities` (runs, n) as a heat map with its numbers."""
-    matrix = np.corrcoef([midranks(row) for row in probabilities])
+    """Return Spearman's correlation between the rows of `probabilities` (runs, n) as a heat map with its numbers.
+
+    That of a run whose predictions are all equal is undefined, n/a.
+    """
+    with np.errstate(invalid="ignore"):
+        matrix = np.corrcoef([midranks(row) for row in probabilities])
     count = len(names)
     size = max(WIDTH, 1.2 + 0.48 * count)
     figure, ax = panel(size, size * 0.85)
-    low = float(matrix.min())
+    low = float(np.nanmin(matrix, initial=1))
     colours = colormaps["cividis"]((matrix - low) / max(1e-9, 1 - low))
     ax.pcolormesh(matrix, cmap="cividis", vmin=low, vmax=1)
     for row in range(count):
         for column in range(count):
             bright = colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5
             colour = "#000000" if bright else "#ffffff"
-            ax.text(column + 0.5, row + 0.5, f"{matrix[row, column]:.3f}", color=colour, ha="center", va="center")
+            ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
     ticks = np.arange(count) + 0.5
     ax.set_xticks(ticks, names, rotation=30, ha="right")
     ax.set_yticks(ticks, names)
@@ -101,7 +106,11 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
     pairs = matrix[np.triu_indices(count, 1)]
-    said = f"Spearman's, of OOF probabilities: {pairs.min():.3f} to {pairs.max():.3f}; the lower, the more a blend can gain."
+    defined = pairs[~np.isnan(pairs)]
+    ends = " to ".join(_number(pair) for pair in (np.sort(defined)[[0, -1]] if len(defined) else [np.nan]))
+    said = f"Spearman's, of OOF probabilities: {ends}; the lower, the more a blend can gain."
+    if len(defined) < len(pairs):
+        said += " n/a: all predictions of a run are equal."
     return make_plot(figure, "Heat map of the correlation between runs", said)
 
 
@@ -117,12 +126,18 @@ def cv_against_lb(ledger: pd.DataFrame) -> Plot:
         ax.scatter(known["oof_auc"], known[column], color=colour, marker=marker, s=24, label=word)
         text = f"{word}: {len(known)} submission{'s' if len(known) > 1 else ''}"
         if len(known) >= LEAST_RANKED:
-            text += f", Spearman's rank correlation {stats.spearmanr(known['oof_auc'], known[column]).statistic:.2f}"
+            varied = known[["oof_auc", column]].nunique().min() > 1
+            ranked = f"{stats.spearmanr(known['oof_auc'], known[column]).statistic:.2f}" if varied else "n/a (all scores equal)"
+            text += f", Spearman's rank correlation {ranked}"
         said.append(text)
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle's score (LB)")
     ax.legend(loc="best")
     caption = "; ".join(said)
     return make_plot(figure, "Kaggle's scores against the OOF AUC", f"{caption[:1].upper()}{caption[1:]}.")
+
+
+def _number(value: float) -> str:
+    return "n/a" if np.isnan(value) else f"{value:.3f}"
 
 
 def _calibration(labels: Labels, probabilities: Floats) -> pd.DataFrame:

@@ -6,16 +6,19 @@ import pandas as pd
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
 from pcam_kaggle.errors import UserError
+from pcam_kaggle.metrics import interval_text
 from pcam_kaggle.paths import DEMO_SUFFIX
 
-COLUMNS = ["name", "members", "method", "oof_auc", "oof_low", "oof_high", "public_score", "private_score", "commit"]
+SCORES = ["oof_auc", "oof_low", "oof_high", "public_score", "private_score"]
+COLUMNS = ["name", "members", "method", *SCORES, "oof_unit", "commit"]
 NAME = "ledger.csv"
 
 
 def write_ledger(submissions: Path) -> pd.DataFrame:
     """Write `ledger.csv` from the JSON beside each submission in folder `submissions`, and return it.
 
-    `members` is `name:weight`, joined by spaces; scores are AUCs, empty where unknown. Raises UserError on a damaged JSON.
+    `members` is `name:weight`, joined by spaces; scores are AUCs, empty where unknown or undefined; `oof_unit` is what the
+    interval from `oof_low` to `oof_high` resamples. Raises UserError on a damaged JSON.
     """
     rows = []
     for file in sorted(submissions.glob("*.json")):
@@ -24,8 +27,8 @@ def write_ledger(submissions: Path) -> pd.DataFrame:
             members = " ".join(f"{name}:{weight:.4g}" for name, weight in made["members"].items())
             numbers = [*(made["oof_auc"][key] for key in ("value", "low", "high")), made["public_score"], made["private_score"]]
             known = [None if number is None else float(number) for number in numbers]
-            rows.append([file.stem, members, made["method"], *known, made["commit"]])
-    table = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[3:8], "float64"))
+            rows.append([file.stem, members, made["method"], *known, made["oof_auc"].get("unit", "patch"), made["commit"]])
+    table = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(SCORES, "float64"))
     target = submissions / NAME
     if not target.exists() or file_sha256(target) != sha256(csv_bytes(table)):
         write_csv(target, table)
@@ -63,10 +66,13 @@ def describe(submissions: Path, name: str) -> tuple[Path, str]:
     if file_sha256(file) != made["sha256"]:
         raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
     with reading(file.with_suffix(".json")):
-        value, low, high = (float(made["oof_auc"][key]) for key in ("value", "low", "high"))
+        area = made["oof_auc"]
+        # Before intervals named their unit they were DeLong's.
+        interval = f"{interval_text(area['low'], area['high'], area.get('undefined', ''))} (unit: {area.get('unit', 'patch')})"
+        promise = f"OOF AUC {area['value']:.4f} {interval}"
         folds = ", ".join(map(str, made.get("missing_folds", [])))
     missing = f", without folds {folds}" if folds else ""
-    return file, f"{name}: OOF AUC {value:.4f} [{low:.4f}, {high:.4f}]{missing}, {made['sha256'][:16]}"
+    return file, f"{name}: {promise}{missing}, {made['sha256'][:16]}"
 
 
 def take_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:

@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from pcam_kaggle import folds as fold_files
 from pcam_kaggle.artifacts import locked, write_csv
-from pcam_kaggle.blend import blend, read_member
+from pcam_kaggle.blend import Member, Method, blend, read_member
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.job import Job
 from pcam_kaggle.ledger import write_ledger
+from pcam_kaggle.metrics import interval_text
 from pcam_kaggle.patches import prepare
+from pcam_kaggle.resampling import resampling
 from pcam_kaggle.runs import check_run, predicted, trained
 from pcam_kaggle.store import PatchStore, whole
 from pcam_kaggle.submission import submit
@@ -137,24 +140,34 @@ def run_blend(job: Job) -> bool:
     for part in (part for part in job.parts() if part is not job):
         # A member may have folds that the blend is made without, and be whole by itself.
         predicted_all = all((part.run / f"fold_{fold}" / "predictions.json").exists() for fold in range(part.config.n_splits))
-        with locked(part.run):
-            blend([read_member(part.run, None if predicted_all else job.chosen)], "mean", part.run)
-    with locked(job.run):
-        metrics, new = blend(members, job.method, job.run)
+        _blend(job, [read_member(part.run, None if predicted_all else job.chosen)], "mean", part.run)
+    metrics, new = _blend(job, members, job.method, job.run)
     for fold, size, area in zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True):
         print(f"  fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}")
     deviation = "" if metrics["sd"] is None else f" ± {metrics['sd']:.4f} (SD over folds)"
     print(f"  mean     {metrics['mean']:.4f}{deviation}")
     for kind, title in (("pooled", "pooled"), ("ranked", "pooled after ranking within folds")):
-        print(
-            f"  {title}   {metrics[kind]['value']:.4f}, 95 % interval {metrics[kind]['low']:.4f} to {metrics[kind]['high']:.4f}"
-        )
-    if metrics["gain_of_weights"]:
-        gain, used = metrics["gain_of_weights"], metrics["method"] == "climb"
-        verdict = "more than the noise, so weights are used" if used else "within the noise, so the mean is used"
-        print(f"  weights against the mean   {gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f}): {verdict}")
+        made = metrics[kind]
+        interval = interval_text(made["low"], made["high"], made["undefined"])
+        print(f"  {title}   {made['value']:.4f}, 95 % interval {interval} (unit: {made['unit']})")
+    if gain := metrics["gain_of_weights"]:
+        if gain["undefined"]:
+            verdict = "not known to be more than the noise, so the mean is used"
+        elif metrics["method"] == "climb":
+            verdict = "more than the noise, so weights are used"
+        else:
+            verdict = "within the noise, so the mean is used"
+        interval = interval_text(gain["low"], gain["high"], gain["undefined"], "+.4f")
+        print(f"  weights against the mean   {gain['value']:+.4f} {interval} (unit: {gain['unit']}): {verdict}")
     _say(f"blend: {metrics['method']} of {', '.join(metrics['members'])} in {job.run / 'oof.csv'} and test.csv", new)
     return new
+
+
+def _blend(job: Job, members: list[Member], method: Method, out: Path) -> tuple[dict[str, Any], bool]:
+    """Blend `members` into `out`; what intervals and tests resample is told by their folds, or by the job's slide map."""
+    groups = resampling(members[0].scheme, members[0].oof, job.workspace.folds, job.slides)
+    with locked(out):
+        return blend(members, method, out, *groups)
 
 
 @in_turn()

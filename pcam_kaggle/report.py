@@ -15,7 +15,8 @@ from pcam_kaggle.folds import groups
 from pcam_kaggle.ledger import NAME as LEDGER
 from pcam_kaggle.mistakes import LABELLED_SIDE, Mistake, most_wrong
 from pcam_kaggle.paths import Workspace
-from pcam_kaggle.scoreboard import shown_columns, table, verdicts
+from pcam_kaggle.resampling import unit_of
+from pcam_kaggle.scoreboard import caption, shown_columns, table, verdicts
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.svg import Plot
 
@@ -51,6 +52,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
         base=base.name,
         alone=len(ordered) == 1,
         about=f"{len(base.oof):,} patches, {base.oof['label'].mean():.1%} with tumour, in {base.oof['fold'].nunique()} folds",
+        caption=caption(comparison),
         sentences=verdicts(comparison),
         columns=shown.columns[:-1].tolist(),
         cells=shown.to_numpy().tolist(),
@@ -58,7 +60,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
             *_curves(ordered, base),
             _learning(ordered, workspace),
             *_probabilities(ordered),
-            _slides(ordered, workspace),
+            _slides(ordered, comparison, workspace),
             _mistakes(base, workspace),
             _correlation(ordered, base),
             _ledger(workspace),
@@ -110,13 +112,19 @@ def _probabilities(entries: list[Entry]) -> list[Section]:
     return [histograms, reliability]
 
 
-def _slides(entries: list[Entry], workspace: Workspace) -> Section:
-    section = Section("slides", "AUC by slide", "Out of fold, within each slide that has patches of both labels.")
+def _slides(entries: list[Entry], comparison: Comparison, workspace: Workspace) -> Section:
+    section = Section(
+        "slides", "AUC by slide", "Out of fold, within each slide, or stain group, that has patches of both labels."
+    )
     for entry in entries:
-        slides = groups(workspace.folds / f"{entry.scheme}.csv") if entry.oof is not None and not entry.problem else None
-        if slides is not None and entry.oof is not None:
-            plot = figures.slide_aucs(entry.name, entry.oof, slides)
-            section.plots += [plot] if plot else []
+        if entry.oof is None or entry.problem:
+            continue
+        if entry.apart:
+            slides, unit = groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
+        else:
+            slides, unit = comparison.slides, comparison.unit
+        plot = None if slides is None else figures.slide_aucs(entry.name, entry.oof, slides, unit)
+        section.plots += [plot] if plot else []
     if not section.plots:
         section.text = "Left out: no fold file of these runs knows slides that have patches of both labels."
     return section

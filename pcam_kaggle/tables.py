@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.artifacts import csv_bytes, sha256
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 
 # What a fold's net leaves, and the numbers in it.
 PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
@@ -61,6 +61,21 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
     if not np.isfinite(numbers.to_numpy()).all():
         raise UserError(f"{path}: holds a number that is not finite; delete it and run the command again")
     return pd.concat([table[["id"]], numbers], axis=1)
+
+
+def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return out-of-fold predictions (id, label, fold, probability) from `path` with label and fold as int64.
+
+    Raises UserError on a number that is not finite and on a label that is neither 0 nor 1.
+    """
+    finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
+    for wrong, which in (
+        (~finite, "rows hold a number that is not finite"),
+        (~table["label"].isin([0, 1]), "labels are not 0 or 1"),
+    ):
+        if ids := table.loc[wrong, "id"].tolist():
+            raise UserError(f"{path}: {len(ids):,} {which}, of id {examples(ids)}; predict again", ids)
+    return table.astype({"label": np.int64, "fold": np.int64})
 
 
 def labels_sha256(labels: pd.DataFrame) -> str:

@@ -1,6 +1,7 @@
 """Blending joins by id, weights only where they earn it, and a submission is exactly what Kaggle asks for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,12 @@ def member(name: str, noise: float, seed: int) -> Member:
     oof = pd.DataFrame({"id": IDS, "label": LABELS, "fold": FOLD, "probability": probability})
     ids = [f"t{n:02d}" for n in range(TESTS)]
     tests = [pd.DataFrame({"id": ids, "probability": rng.random(TESTS)}) for _ in range(FOLDS)]
-    return Member(name, oof, tests, "same", [])
+    return Member(name, oof, tests, "same", [], "stratified_3_42")
 
 
 def write_run(run: Path, made: Member, order: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
     """Write the fold tables of a run, their rows in the order that `order` gives."""
-    write_json(run / "config.json", {"config": {"n_splits": FOLDS}, "folds_sha256": made.folds})
+    write_json(run / "config.json", {"config": {"n_splits": FOLDS}, "folds": made.scheme, "folds_sha256": made.folds})
     for fold in range(FOLDS):
         folder = run / f"fold_{fold}"
         inside = made.oof[made.oof["fold"] == fold][["id", "label", "probability"]]
@@ -82,6 +83,7 @@ def test_metrics_tell_what_was_blended(tmp_path: Path) -> None:
         "method": "mean",
         "asked": "mean",
         "gain_of_weights": None,
+        "scheme": "stratified_3_42",
         "folds_sha256": "same",
         "missing_folds": [],
         "folds": [0, 1, 2],
@@ -127,7 +129,7 @@ def test_ranks_do_not_see_a_folds_scale(tmp_path: Path) -> None:
     alone = member("a", 1, 1)
     scale = np.array([1.0, 0.1, 0.01])
     tests = [table.assign(probability=table["probability"] * scale[fold]) for fold, table in enumerate(alone.tests)]
-    bent = Member("a", alone.oof.assign(probability=alone.oof["probability"] * scale[FOLD]), tests, "same", [])
+    bent = replace(alone, oof=alone.oof.assign(probability=alone.oof["probability"] * scale[FOLD]), tests=tests)
     first, second = (blend([made], "rank", tmp_path / name / "a")[0] for name, made in (("first", alone), ("second", bent)))
     assert first["oof_sha256"] == second["oof_sha256"]
     assert first["test_sha256"] == second["test_sha256"]
@@ -191,15 +193,17 @@ def test_weights_of_a_fold_are_climbed_on_all_others() -> None:
 def test_members_must_share_folds_and_test_ids(tmp_path: Path) -> None:
     first, second = member("a", 1, 1), member("b", 1, 2)
     with pytest.raises(UserError, match="other folds"):
-        blend([first, Member("b", second.oof, second.tests, "other", [])], "mean", tmp_path / "ab")
+        blend([first, replace(second, folds="other")], "mean", tmp_path / "ab")
+    with pytest.raises(UserError, match="other folds"):
+        blend([first, replace(second, scheme="stratified_3_43")], "mean", tmp_path / "ab")
     fewer = [table.iloc[1:].reset_index(drop=True) for table in second.tests]
     with pytest.raises(UserError, match="test ids"):
-        blend([first, Member("b", second.oof, fewer, "same", [])], "mean", tmp_path / "ab")
+        blend([first, replace(second, tests=fewer)], "mean", tmp_path / "ab")
     with pytest.raises(UserError, match="a, a: a run stands there twice"):
         blend([first, first], "mean", tmp_path / "ab")
     for column, value in (("label", 1 - LABELS), ("fold", 2 - FOLD), ("id", IDS[::-1])):
         with pytest.raises(UserError, match="b and a: trained on other folds or patches"):
-            blend([first, Member("b", second.oof.assign(**{column: value}), second.tests, "same", [])], "mean", tmp_path / "ab")
+            blend([first, replace(second, oof=second.oof.assign(**{column: value}))], "mean", tmp_path / "ab")
     assert not (tmp_path / "ab").exists()
 
 
@@ -240,7 +244,7 @@ def test_predictions_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
 def test_a_patch_is_out_of_fold_once(tmp_path: Path) -> None:
     made = member("a", 1, 1)
     twice = made.oof.assign(id=np.where(IDS == "p004", "p003", IDS))
-    write_run(tmp_path / "a", Member("a", twice, made.tests, "same", []), lambda table: table)
+    write_run(tmp_path / "a", replace(made, oof=twice), lambda table: table)
     with pytest.raises(UserError, match="id p003 is out of fold twice"):
         read_member(tmp_path / "a")
 

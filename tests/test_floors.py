@@ -10,6 +10,7 @@ FLOORS = (
     "artifacts budget config device duplicates environment metrics p4m paths provenance saliency scalars stain svg tta world",
     "augment blocks checkpoint curves experiments kaggle ledger store synthetic tables",
     "engine figures folds kernel model patches",
+    "resampling",
     "backbones blend compare runs submission",
     "scoreboard train transfer",
     "job mistakes predict",

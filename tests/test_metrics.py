@@ -1,11 +1,30 @@
 """AUC and its interval against scikit-learn and R's pROC."""
 
+import json
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.metrics import auc, auc_difference, auc_interval, delong, midranks, rank_within
+from pcam_kaggle.metrics import (
+    Difference,
+    Estimate,
+    auc,
+    auc_difference,
+    auc_interval,
+    delong,
+    holm,
+    interval_text,
+    json_fields,
+    midranks,
+    paired_test,
+    rank_within,
+    slide_difference,
+    slide_interval,
+    slide_pairs,
+)
 
 # From pROC 1.18 in R: roc(direction = "<"), var, cov, ci.auc and roc.test(method = "delong", paired = TRUE).
 LABELS = np.array([0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0])
@@ -40,7 +59,7 @@ def test_intervals_have_their_level() -> None:
     assert difference.value == pytest.approx(0.843434343434 - 0.838383838384, abs=1e-10)
     assert difference.high - difference.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
     assert difference.p == pytest.approx(2 * stats.norm.sf(difference.value / error), abs=1e-12)
-    assert auc_difference(LABELS, A, A) == (0, 0, 0, 0, 1)
+    assert auc_difference(LABELS, A, A)[:5] == (0, 0, 0, 0, 1)
 
 
 def test_a_class_of_one_has_no_variance() -> None:
@@ -72,3 +91,145 @@ def test_ranking_within_folds_undoes_their_scales() -> None:
     scaled = np.choose(folds, [scores, scores**3 / 10, 5 + 2 * scores])
     np.testing.assert_array_equal(rank_within(folds, scaled), rank_within(folds, scores))
     assert 0 < rank_within(folds, scores).min() <= rank_within(folds, scores).max() <= 1
+
+
+HOLED = np.where(np.arange(20) == 3, np.nan, A)
+ZEROS = np.zeros(20, int)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        midranks,
+        lambda scores: rank_within(ZEROS, scores),
+        lambda scores: auc(LABELS, scores),
+        lambda scores: delong(LABELS, np.stack([A, scores])),
+        lambda scores: auc_interval(LABELS, scores),
+        lambda scores: auc_difference(LABELS, A, scores),
+        lambda scores: slide_pairs(LABELS, np.arange(20) % 3, scores),
+        lambda scores: slide_interval(LABELS, np.arange(20) % 3, scores),
+    ],
+)
+def test_a_nan_is_no_score(use: Callable[[np.ndarray], object]) -> None:
+    use(A)
+    with pytest.raises(ValueError, match="NaN"):
+        use(HOLED)
+
+
+@pytest.mark.parametrize("labels", [np.where(LABELS == 1, 2, LABELS), np.where(A == 6, -1, LABELS), LABELS / 2])
+def test_a_label_is_0_or_1(labels: np.ndarray) -> None:
+    for use in (auc, auc_interval, lambda *given: slide_pairs(given[0], ZEROS, given[1])):
+        with pytest.raises(ValueError, match="neither 0 nor 1"):
+            use(labels, A)
+
+
+@pytest.mark.parametrize(("labels", "scores"), [(LABELS, A[1:]), (LABELS, A[None]), (LABELS[None], A), (LABELS[:1], A)])
+def test_shapes_must_fit(labels: np.ndarray, scores: np.ndarray) -> None:
+    for use in (auc, auc_interval, lambda *given: auc_difference(*given, given[1])):
+        with pytest.raises(ValueError, match=r"shape|both kinds"):
+            use(labels, scores)
+    with pytest.raises(ValueError, match="shape"):
+        delong(LABELS, A)
+    with pytest.raises(ValueError):
+        auc_difference(LABELS, A, B[1:])
+
+
+def is_undefined(made: Difference | Estimate, reason: str) -> bool:
+    """Tell whether all of `made` but its value is undefined for `reason`, and JSON and text say so."""
+    fields = json.loads(json.dumps(json_fields(made), allow_nan=False))
+    unknown = [key for key in ("low", "high", "error", "p") if key in fields]
+    text = interval_text(made.low, made.high, made.undefined)
+    same = interval_text(fields["low"], fields["high"], fields["undefined"])
+    return (
+        all(np.isnan(getattr(made, key)) and fields[key] is None for key in unknown)
+        and np.isfinite(made.value)
+        and made.undefined == reason
+        and text == same == f"[n/a ({reason})]"
+    )
+
+
+@pytest.mark.parametrize(("kind", "label"), [("positive", 1), ("negative", 0)])
+def test_a_class_of_one_patch_has_no_interval(kind: str, label: int) -> None:
+    labels = np.where(np.arange(20) == 7, label, 1 - label)
+    assert is_undefined(auc_interval(labels, A), f"a single {kind} patch")
+    assert is_undefined(auc_difference(labels, A, B), f"a single {kind} patch")
+    assert paired_test(labels, B, None)(A)[:1] == (auc(labels, A) - auc(labels, B),)
+
+
+def test_a_variance_of_zero_is_not_known() -> None:
+    labels = np.array([0, 0, 1, 1])
+    up, level = np.array([1.0, 2, 3, 4]), np.ones(4)
+    zero = "an estimated variance of zero"
+    for scores in (up, -up, level):
+        assert is_undefined(auc_interval(labels, scores), zero)
+    for scores in (-up, level):
+        assert is_undefined(auc_difference(labels, up, scores), zero)
+    # Nothing differs, so there is nothing to be found.
+    assert auc_difference(labels, up, 2 * up)[:5] == (0, 0, 0, 0, 1)
+
+
+def test_rounding_is_no_variance() -> None:
+    # Slides that are copies of one: no draw differs from another but by rounding.
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = np.tile([0, 1, 0, 1, 1, 0, 0], 7)
+        slides = np.repeat(np.arange(7), 7)
+        first, second = (np.tile(rng.integers(0, 5, 7), 7).astype(float) for _ in range(2))
+        made = paired_test(labels, second, slides)(first)
+        assert made[:5] == (0, 0, 0, 0, 1) if auc(labels, first) == auc(labels, second) else made.undefined
+
+
+@pytest.mark.parametrize(
+    ("slides", "reason"),
+    [
+        (ZEROS, "a single slide with positive patches"),
+        (np.where(LABELS == 1, 0, 1 + np.arange(20) % 4), "a single slide with positive patches"),
+        (np.where(LABELS == 0, 3, np.arange(20) % 3), "a single slide with negative patches"),
+        (LABELS, "a single slide with positive patches"),
+    ],
+)
+def test_slides_of_one_class_have_no_interval(slides: np.ndarray, reason: str) -> None:
+    assert is_undefined(slide_interval(LABELS, slides, A), reason)
+    made = paired_test(LABELS, B, slides)(A)
+    assert is_undefined(made, reason)
+    assert made.value == pytest.approx(auc(LABELS, A) - auc(LABELS, B), abs=1e-12)
+    assert made.unit == "slide"
+    assert made.units == len(np.unique(slides))
+
+
+def test_too_many_slides_have_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_kaggle.metrics.MOST_SLIDES", 9)
+    slides = np.arange(20) % 10
+    assert is_undefined(slide_interval(LABELS, slides, A), "10 slides, more than the 9 that can be drawn")
+    assert is_undefined(paired_test(LABELS, B, slides)(A), "10 slides, more than the 9 that can be drawn")
+    assert not slide_interval(LABELS, np.arange(20) % 9, A).undefined
+
+
+def test_the_interval_by_slide_is_the_spread_of_drawn_slides() -> None:
+    rng = np.random.default_rng(3)
+    slides = np.repeat(np.arange(40), 20)
+    labels = (rng.random(800) < rng.beta(1, 1.5, 40)[slides]).astype(int)
+    scores = labels + rng.normal(size=800) + rng.normal(size=40)[slides]
+    made = slide_interval(labels, 7 * slides + 5, scores, level=0.5)
+    assert made.value == pytest.approx(auc(labels, scores), abs=1e-12)
+    assert (made.unit, made.units, made.undefined) == ("slide", 40, "")
+    draws = [np.concatenate([np.flatnonzero(slides == slide) for slide in rng.integers(0, 40, 40)]) for _ in range(400)]
+    spread = np.std([auc(labels[drawn], scores[drawn]) for drawn in draws], ddof=1)
+    assert made.high - made.value == pytest.approx(stats.t(39).ppf(0.75) * spread, rel=0.15)
+    assert made.value - made.low == pytest.approx(made.high - made.value)
+    assert slide_interval(labels, slides, 4 * labels + scores, level=0.9999).high == 1
+
+
+def test_the_paired_test_takes_any_codes() -> None:
+    slides = np.arange(20) % 5
+    pairs = [slide_pairs(LABELS, slides, scores) for scores in (A, B)]
+    assert paired_test(LABELS, B, 10 * slides + 3)(A) == slide_difference(LABELS, slides, *pairs)
+    assert paired_test(LABELS, B, slides, "stain group")(A).unit == "stain group"
+    assert paired_test(LABELS, B, None)(A) == auc_difference(LABELS, A, B)
+
+
+def test_holm_leaves_out_what_is_undefined() -> None:
+    p = np.array([0.01, np.nan, 0.04, 0.03, np.nan, 0.005])
+    np.testing.assert_allclose(holm(p), [0.03, np.nan, 0.06, 0.06, np.nan, 0.02])
+    assert np.isnan(holm(np.array([np.nan]))).all()
+    assert holm(np.array([])).shape == (0,)

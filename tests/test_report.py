@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcam_kaggle.compare import Comparison, Entry, compare_runs
 from pcam_kaggle.config import Config
 from pcam_kaggle.curves import Reference, learning, precision_recall, roc
+from pcam_kaggle.errors import UserError
 from pcam_kaggle.figures import calibration_error, correlation, cv_against_lb, histogram, reliability, slide_aucs
 from pcam_kaggle.model import BottleneckCNN
 from pcam_kaggle.paths import Workspace
@@ -53,10 +54,10 @@ def workspace(data: object, pcam: Callable[..., Outcome], tmp_path: Path) -> Wor
     return Workspace(work, work / "store")
 
 
-def made(workspace: Workspace, *names: str) -> str:
+def made(workspace: Workspace, *names: str, slides: Path | None = None) -> str:
     """Return the report on `names`."""
     target = workspace.root / "reports" / "runs.html"
-    write_report(compare_runs(workspace, list(names), None, None), workspace, target)
+    write_report(compare_runs(workspace, list(names), None, slides), workspace, target)
     assert [path.name for path in target.parent.iterdir()] == ["runs.html"]
     return target.read_text(encoding="utf-8")
 
@@ -106,11 +107,16 @@ def test_what_is_lacking_is_said(workspace: Workspace) -> None:
     (workspace.submissions / "ledger.csv").write_text("name\n")
     for file in workspace.folds.iterdir():
         file.unlink()
-    page = made(workspace, "bottleneck")
+    with pytest.raises(UserError, match=r"slides_3_42\.csv: missing; .* --slides"):
+        made(workspace, "bottleneck")
+    ids = pd.read_csv(workspace.root / "runs" / "bottleneck" / "oof.csv")["id"]
+    apart = workspace.root / "map.csv"
+    pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
+    page = made(workspace, "bottleneck", slides=apart)
     for reason in ("no such checkpoint", "ledger.csv can&#39;t be read", "knows slides"):
         assert reason in page
     shutil.rmtree(workspace.store)
-    assert "no patch store" in made(workspace, "bottleneck")
+    assert "no patch store" in made(workspace, "bottleneck", slides=apart)
 
 
 def test_a_blend_has_no_net_to_look_into(pcam: Callable[..., Outcome], workspace: Workspace) -> None:
@@ -126,7 +132,7 @@ def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
     estimate = {"value": 0.5, "low": 0.0, "high": 1.0}
     metrics = {"fold_auc": [1.0, 0.0], "mean": 0.5, "sd": 0.7, "pooled": estimate, "ranked": estimate}
     entry = Entry('<script>"&', metrics=metrics, oof=oof)
-    write_report(Comparison([entry], entry), Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    write_report(Comparison([entry], entry, "patch"), Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<script>") == 1
     assert any('<script>"&' in text for text in alternatives(page))
@@ -191,6 +197,17 @@ def test_figures_of_all_patches_are_small() -> None:
     assert len(sizes) == 6
     assert max(sizes) < 60_000
     assert "-1.000" in plots[-1].svg
+
+
+def test_what_has_no_rank_correlation_is_not_a_number() -> None:
+    ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": 0.5, "public_score": [0.2, 0.1, 0.3, 0.4], "private_score": np.nan})
+    assert cv_against_lb(ledger).caption.endswith("Spearman's rank correlation n/a (all scores equal).")
+    values = np.stack([np.arange(9.0), -np.arange(9.0), np.ones(9)])
+    some, none = correlation(["a", "b", "constant"], values), correlation(["a", "constant"], values[::2])
+    assert "-1.000 to -1.000;" in some.caption
+    assert "n/a: all predictions of a run are equal" in some.caption
+    assert "probabilities: n/a;" in none.caption
+    assert "nan" not in some.svg + none.svg
 
 
 def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
