@@ -38,6 +38,9 @@ TRAINING_SHARES = {NET: (0.28, 0.17), "plain": (0.45, 0.10)}
 # Processes of ours, beside each of which the others take their turns.
 PROCESSES = 2
 GPU_ROUNDS = 5
+# What else computes on the machine: programs of one thread, and their priority.
+SITUATIONS = {"nothing": (0, 0), **{f"{count} at nice {nice}": (count, nice) for nice in (0, 5, 19) for count in (1, 2)}}
+CONTENTION_ROUNDS = 3
 PATCHES = 256
 EPOCHS, SPLITS = 2, 2
 GPU_NETS = (*TRAINING_SHARES, "best")
@@ -294,6 +297,30 @@ def gpu(bench: Bench) -> dict[str, Any]:
     return seen
 
 
+def contention(bench: Bench) -> dict[str, Any]:
+    """Measure the images/s of our training and of a fully tuned plain loop, beside other programs that compute."""
+    ours = {"measure": "training", "environment": ENVIRONMENT, "work": str(bench.work), "name": NET, "with_limit": False}
+    loop = {"measure": "peer_training", "name": NET, "peer": PEERS[0], **ways()[", every switch"]}
+    seen: dict[str, dict[str, list[float]]] = {}
+    with bench.contenders({"ours": ours, "loop": loop}) as turns:
+        for situation, (programs, nice) in SITUATIONS.items():
+            with busy(programs, nice):
+                rounds = [{kind: turn()["rate"] for kind, turn in turns.items()} for _ in range(CONTENTION_ROUNDS)]
+            seen[situation] = {kind: [rates[kind] for rates in rounds] for kind in turns}
+            say(f"contention, {situation}: {seen[situation]}")
+    return seen
+
+
+@contextmanager
+def busy(programs: int, nice: int) -> Iterator[None]:
+    """Run as many `programs` at priority `nice` that each keep one thread busy."""
+    line = [sys.executable, "-c", f"import os\nos.nice({nice})\nwhile True: pass"]
+    with ExitStack() as stack:
+        for _ in range(programs):
+            stack.callback(stack.enter_context(subprocess.Popen(line)).kill)
+        yield
+
+
 @contextmanager
 def gpu_shares() -> Iterator[list[float]]:
     """Yield a list that at the end holds, for each tenth of a second, how busy nvidia-smi then took the GPU to be, in [0, 1].
@@ -317,7 +344,7 @@ ON_CPU: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "pipeline": pipeline,
     "training": training,
 }
-SECTIONS = {**ON_CPU, "gpu": gpu}
+SECTIONS = {**ON_CPU, "contention": contention, "gpu": gpu}
 
 
 def say(text: str) -> None:
@@ -334,7 +361,7 @@ def main(names: list[str]) -> None:
     if data is None:
         raise UserError("the benchmarks need the competition's patches; set PCAM_DATA")
     chosen = [name for name in SECTIONS if name in (names or ON_CPU)]
-    if find_device() != "cpu" and set(chosen) & set(ON_CPU):
+    if find_device() != "cpu" and set(chosen) - {"gpu"}:
         raise UserError(
             "the peers compute on the CPU; hide other devices, by CUDA_VISIBLE_DEVICES= for one, or name the section gpu"
         )

@@ -50,8 +50,8 @@ def wait() -> None:
         sys.exit()
 
 
-def training(data: str, work: str, name: str) -> None:
-    """Report on what our training computes, then images/s: `rate`, and `limit`, of the same steps on one batch in memory.
+def training(data: str, work: str, name: str, with_limit: bool = True) -> None:
+    """Report the backend of our training, then images/s: `rate`, and `limit`, of the same steps on one batch in memory.
 
     That is the limit since nothing is read, augmented or handed over.
     """
@@ -81,9 +81,9 @@ def training(data: str, work: str, name: str) -> None:
     augmented = batches(source, 0, loader_processes(1))
     while True:
         # Two steps are enough to tell the pace where no loader has a stock.
-        limit = images_per_second(resident, 2)
+        limit = {"limit": images_per_second(resident, 2)} if with_limit else {}
         # While the others took their turns the loader filled its stock; after twice as many batches it is as at any time.
-        report({"rate": images_per_second(augmented, 2 * WARM_UP), "limit": limit})
+        report({"rate": images_per_second(augmented, 2 * WARM_UP), **limit})
 
 
 def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool) -> None:

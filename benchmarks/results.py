@@ -83,6 +83,16 @@ def rates_table(rows: Rows) -> str:
     return markdown(("by", "a second", "ours is times that (quartiles of the turns)"), lines)
 
 
+def contention_table(seen: dict[str, dict[str, list[float]]]) -> str:
+    """Return the images/s of our training and of a plain loop beside other programs, median and range over rounds."""
+    lines = []
+    for situation, rates in seen.items():
+        shown = [f"{np.median(each):.0f} ({min(each):.0f} to {max(each):.0f})" for each in rates.values()]
+        ratio = np.median(np.divide(rates["ours"], rates["loop"]))
+        lines.append((situation, *shown, f"{ratio:.2f}"))
+    return markdown(("beside it", "ours", "plain loop, fully tuned", "ratio"), lines)
+
+
 def memory_table(seen: dict[str, Any]) -> str:
     """Return the peak memory of each stage's largest process."""
     lines = [(stage, f"{held / 1e9:.2f}") for stage, held in seen.items()]
@@ -183,6 +193,7 @@ def page() -> str:
         "training": training_table,
         "pipeline": pipeline_table,
         "prediction": rates_table,
+        "contention": contention_table,
         "prepare": lambda seen: rates_table(seen["rows"]),
         "memory": lambda seen: memory_table(seen["memory"]),
         "gpu": gpu_table,
