@@ -553,35 +553,35 @@ WHOLE = [
     *(png, jpg_in_class_folders, nested, still_packed, no_files, other_ids, capital_ids, capital_ids_and_files),
     *(other_kind_of_ids, ids_with_extension, ids_with_folder, reencoded, compressed, resized, half_copied, half_listed),
 ]
-UNREAD = {
-    png,
-    jpg_in_class_folders,
-    nested,
-    still_packed,
-    no_files,
-    other_ids,
-    capital_ids,
-    ids_with_extension,
-    ids_with_folder,
-}
+# Only the pixels show these.
+SEEN_IN_PIXELS = {reencoded, compressed, resized}
+SET_ASIDE = SEEN_IN_PIXELS | {capital_ids_and_files, other_kind_of_ids, half_copied, half_listed}
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("break_it", WHOLE, ids=lambda mistake: mistake.__name__)
 def test_one_mistake_about_a_whole_split_is_named_once(
-    break_it: Callable[[Data, str], str], split: str, data: Data, tmp_path: Path
+    break_it: Callable[[Data, str], str], split: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cause = break_it(data, split)
+    if break_it not in SEEN_IN_PIXELS:
+        monkeypatch.delattr("pcam_kaggle.patches._pack")
     with pytest.raises(UserError, match=cause) as caught:
         prepare(data, tmp_path / "store")
     assert split in str(caught.value) or data.table(split).name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
-    # What explains the whole set is no damage of single patches.
-    if break_it in UNREAD or split == "test":
+    if break_it not in SET_ASIDE or split == "test":
         with pytest.raises(UserError, match=cause):
             prepare(data, tmp_path / "store", skip_damaged=True)
     assert not list(tmp_path.glob("store*"))
+
+
+def test_a_mistake_about_one_split_is_named_before_damage_of_the_other(data: Data, tmp_path: Path) -> None:
+    for tif in sorted(data.patches("train").glob("*.tif"))[:10]:
+        tif.unlink()
+    with pytest.raises(UserError, match=reencoded(data, "test")):
+        prepare(data, tmp_path / "store")
 
 
 def test_most_patches_may_be_missing_with_skip_damaged(data: Data, tmp_path: Path) -> None:
@@ -636,6 +636,12 @@ def test_labels_of_another_form_are_one_short_line(words: tuple[str, str], full_
         read_labels(data.labels)
     assert len(str(caught.value)) < 1000
     assert len(caught.value.details) == FULL_SIZE
+
+
+def test_five_of_many_labels_are_shown(data: Data) -> None:
+    _edit(data.labels, lambda table: table.assign(label=[f"0.{number}" for number in range(10, 10 + len(table))]))
+    with pytest.raises(UserError, match=r"36 of 36 .* and 31 more\): .*0\.\d\d' in 1 rows.* and 31 more; write 0 and 1"):
+        read_labels(data.labels)
 
 
 def test_a_long_cell_is_cut_off(tmp_path: Path) -> None:
