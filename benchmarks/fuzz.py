@@ -77,7 +77,7 @@ def same_submission(now: Path, before: Path) -> bool:
 def as_listed(now: Path, _: Path) -> bool:
     """Tell whether the folds are of the ids and labels that another reader finds in the table."""
     with (now / "data/train_labels.csv").open(encoding="utf-8-sig", newline="") as file:
-        listed = {row["id"]: float(row["label"]) for row in csv.DictReader(file)}
+        listed = {row["id"].strip(): float(row["label"]) for row in csv.DictReader(file)}
     folds = pd.read_csv(next((now / "work/folds").glob("*_2_42.csv")), dtype={"id": str})
     return listed == dict(zip(folds["id"], folds["label"].astype(float), strict=True))
 

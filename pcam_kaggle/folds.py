@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.duplicates import nearest_elsewhere
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 from pcam_kaggle.stain import stain_vectors
 from pcam_kaggle.store import PatchStore
 from pcam_kaggle.tables import labels_sha256, read_numbers
@@ -58,11 +58,12 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
         groups = None
     else:
         groups = table["id"].map(slides.set_index("id")["wsi"]).fillna(UNMAPPED)
-        lacking = int((groups == UNMAPPED).sum())
-        if lacking * scheme.n_splits > len(table):
+        lacking = table.loc[groups == UNMAPPED, "id"].tolist()
+        if len(lacking) * scheme.n_splits > len(table):
             raise UserError(
-                f"the slide map lacks {lacking:,} of {len(table):,} ids, more than one of {scheme.n_splits} folds holds; "
-                "complete it or use --set groups=none"
+                f"the slide map lacks {len(lacking):,} of {len(table):,} ids, more than one of {scheme.n_splits} folds holds "
+                f"({examples(lacking)}); complete it or use --set groups=none",
+                lacking,
             )
         if groups.nunique() < scheme.n_splits:
             raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")

@@ -38,6 +38,10 @@ class Data:
         """Folder of the TIFs of `split`, train or test."""
         return self.root / split
 
+    def table(self, split: str) -> Path:
+        """CSV that lists the patches of `split`, train or test."""
+        return {"train": self.labels, "test": self.sample}[split]
+
     def slides(self) -> Path | None:
         """CSV of id,wsi where one lies beside the labels."""
         return next((self.root / name for name in SLIDE_MAPS if (self.root / name).is_file()), None)

@@ -10,7 +10,7 @@ import pandas as pd
 from pcam_kaggle import folds as fold_files
 from pcam_kaggle.artifacts import locked, write_csv
 from pcam_kaggle.blend import Member, Method, blend, read_member
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 from pcam_kaggle.folds import Folds, Scheme
 from pcam_kaggle.job import Job
 from pcam_kaggle.ledger import write_ledger
@@ -50,6 +50,9 @@ def run_prepare(job: Job) -> bool:
     made, new = prepare(job.data, job.workspace.store, job.ids, job.skip_damaged)
     skipped = f", {made['skipped']} set aside in {job.workspace.store / 'skipped.csv'}" if made["skipped"] else ""
     _say(f"prepare: {made['train']:,} train and {made['test']:,} test patches in {job.workspace.store}{skipped}", new)
+    in_both = made.get("in_both")
+    if in_both:
+        print(f"warning: ids in both train and test: {len(in_both):,} ({examples(in_both)})")
     return new
 
 

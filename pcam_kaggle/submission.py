@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 from pcam_kaggle.provenance import commit, versions
 from pcam_kaggle.tables import read_numbers, read_sample
 
@@ -47,9 +47,16 @@ def submission(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -
     values = test.set_index("id")["probability"]
     missing, extra = ids[~ids.isin(values.index)], values.index[~values.index.isin(ids)]
     if len(missing):
-        raise UserError(f"{sample}: id {missing.iloc[0]} ({len(missing)} such) has no prediction in {source}; predict again")
+        raise UserError(
+            f"{sample}: {len(missing):,} of {len(ids):,} ids have no prediction in {source} ({examples(missing)}); "
+            "predict again",
+            list(missing),
+        )
     if len(extra):
-        raise UserError(f"{source}: id {extra[0]} ({len(extra)} such) is not in {sample}; predict again")
+        raise UserError(
+            f"{source}: {len(extra):,} of {len(values):,} ids are not in {sample} ({examples(extra)}); predict again",
+            list(extra),
+        )
     table = pd.DataFrame({"id": ids.to_numpy(), "label": values.reindex(ids).to_numpy()})
     label = table["label"].to_numpy()
     if not (np.isfinite(label) & (label >= 0) & (label <= 1)).all():

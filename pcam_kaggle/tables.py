@@ -1,4 +1,4 @@
-"""The CSV files that come in, read with ids as text and checked at the door."""
+"""The CSV files that come in, read with ids as text and validated."""
 
 import re
 from pathlib import Path
@@ -12,19 +12,26 @@ from pcam_kaggle.errors import UserError, examples
 # What a fold's net leaves, and the numbers in it.
 PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
+SHORT = 60
 
 
 def read_labels(path: Path) -> pd.DataFrame:
     """Return the labels in `path`: `id` (text) and `label` (int8, 0 or 1), sorted by id whatever the order of the rows.
 
-    Raises UserError on a missing column, an id that is no plain file name or stands twice, a label other than 0 and 1,
-    and labels that are all the same.
+    Spaces around ids and labels do not count. Raises UserError on a missing column, an id that is no plain file name, has an
+    image's extension or stands twice, a label other than 0 and 1, and labels that are all the same.
     """
     table = _read(path, ["id", "label"])
     label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
     wrong = table.loc[label.isna()]
     if len(wrong):
-        raise UserError(f"{path}: label {wrong['label'].iloc[0]!r} is neither 0 nor 1; mend the rows of {_listed(wrong['id'])}")
+        found = [f"{_short(value)} in {count:,} rows" for value, count in wrong["label"].value_counts().items()]
+        raise UserError(
+            f"{path}: labels of {len(wrong):,} of {len(table):,} rows are neither 0 nor 1 (ids {examples(wrong['id'])}): "
+            f"{examples(found)}; write 0 and 1",
+            [f"{name} {value!r}" for name, value in zip(wrong["id"], wrong["label"], strict=True)],
+        )
     if label.nunique() < 2:
         raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
     return _by_id(pd.DataFrame({"id": table["id"], "label": label.astype(np.int8)}))
@@ -33,8 +40,14 @@ def read_labels(path: Path) -> pd.DataFrame:
 def read_sample(path: Path) -> pd.DataFrame:
     """Return the one column `id` (text) of the sample submission in `path`, in its own order.
 
-    Raises UserError on a missing column and on an id that is no plain file name or stands twice.
+    Raises UserError on a missing file or column and on an id that is no plain file name, has an image's extension or stands
+    twice.
     """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; take the competition's, or write the line id,label and then a line ID,0 for each ID.tif in "
+            f"{path.parent / 'test'}"
+        )
     return _read(path, ["id", "label"])[["id"]]
 
 
@@ -44,7 +57,10 @@ def read_slides(path: Path) -> pd.DataFrame:
     table = table.assign(wsi=table["wsi"].str.strip())
     empty = table.loc[table["wsi"] == ""]
     if len(empty):
-        raise UserError(f"{path}: no slide is named for id {_listed(empty['id'])}; mend or drop the rows")
+        raise UserError(
+            f"{path}: rows without a slide: {len(empty):,} (ids {examples(empty['id'])}); correct or drop them",
+            list(empty["id"]),
+        )
     return _by_id(table)
 
 
@@ -57,7 +73,7 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         numbers = table[columns].astype(np.float64)
     except ValueError as error:
-        raise UserError(f"{path}: {error}; delete it and run the command again") from None
+        raise UserError(f"{path}: {str(error)[:200]}; delete it and run the command again") from None
     if not np.isfinite(numbers.to_numpy()).all():
         raise UserError(f"{path}: holds a number that is not finite; delete it and run the command again")
     return pd.concat([table[["id"]], numbers], axis=1)
@@ -84,30 +100,47 @@ def labels_sha256(labels: pd.DataFrame) -> str:
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Return `columns`, `id` first, of the CSV file at `path` as text."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise UserError(f"{path}: has no column {' or '.join(missing)}; its first line must be {','.join(columns)}")
+        found = examples([_short(column) for column in table.columns])
+        raise UserError(
+            f"{path}: has no column {' or '.join(missing)}, its columns are {found}; its first line must be "
+            f"{','.join(columns)}, with commas and without spaces",
+            list(map(repr, table.columns)),
+        )
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{path}: its rows have more fields than its first line; end no row in a comma")
     table = table[columns]
     if table.empty:
         raise UserError(f"{path}: holds no rows")
-    odd = table.loc[~table["id"].map(lambda text: bool(PLAIN_NAME.fullmatch(text)))]
-    if len(odd):
-        raise UserError(f"{path}: no plain file name: id {_listed(odd['id'].map(repr))}; mend or drop the rows")
-    twice = table.loc[table["id"].duplicated()]
+    table = table.assign(id=table["id"].str.strip())
+    odd = [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]
+    if odd:
+        shown = examples([_short(text) for text in odd])
+        raise UserError(
+            f"{path}: {len(odd):,} of {len(table):,} ids are no plain file names ({shown}); write each without folder and "
+            "extension, as abc for train/abc.tif, or drop its row",
+            list(map(repr, odd)),
+        )
+    twice = table.loc[table["id"].duplicated(), "id"].drop_duplicates()
     if len(twice):
-        raise UserError(f"{path}: twice in it: id {_listed(twice['id'].drop_duplicates())}; keep one row of each")
+        raise UserError(
+            f"{path}: ids in more than one row: {len(twice):,} ({examples(twice)}); keep one row of each", list(twice)
+        )
     return table
+
+
+def _short(text: str) -> str:
+    """Return `text` in quotes, cut off: a cell of a damaged file may be as long as the file."""
+    return repr(text if len(text) <= SHORT else f"{text[:SHORT]}…")
 
 
 def _by_id(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("id", kind="stable").reset_index(drop=True)
-
-
-def _listed(ids: pd.Series) -> str:
-    return ", ".join(ids)

@@ -297,9 +297,9 @@ def test_a_single_patch_may_have_any_value(run: Path, tmp_path: Path) -> None:
     for value in (0.0, 1.0):
         test = pd.DataFrame({"id": ["t00"], "probability": [value]})
         assert submission(test, pd.Series(["t00"]), run, run)["label"].tolist() == [value]
-    with pytest.raises(UserError, match=r"id t01 \(2 such\) has no prediction"):
+    with pytest.raises(UserError, match=r"2 of 3 ids have no prediction in .* \(t01, t02\)"):
         submission(test, pd.Series(["t00", "t01", "t02"]), run, run)
-    with pytest.raises(UserError, match=r"id t00 \(1 such\) is not in"):
+    with pytest.raises(UserError, match=r"1 of 1 ids are not in .* \(t00\)"):
         submission(test, pd.Series([], dtype=str), run, run)
 
 
@@ -332,8 +332,8 @@ def test_a_submission_is_never_overwritten(run: Path, sample: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda table: table.iloc[1:], "has no prediction"),
-        (lambda table: pd.concat([table, pd.DataFrame({"id": ["more"], "probability": [0.5]})]), "is not in"),
+        (lambda table: table.iloc[1:], "have no prediction"),
+        (lambda table: pd.concat([table, pd.DataFrame({"id": ["more"], "probability": [0.5]})]), "are not in"),
         (lambda table: table.assign(probability=table["probability"] + 0.5), "outside of"),
         (lambda table: table.assign(probability=table["probability"] - 0.5), "outside of"),
         (lambda table: table.assign(probability=0.5), "all predictions are 0.5"),

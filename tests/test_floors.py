@@ -8,7 +8,7 @@ from pcam_kaggle.kernel import imported
 FLOORS = (
     "errors",
     "artifacts budget config device duplicates environment metrics p4m paths provenance saliency scalars stain svg tta world",
-    "augment blocks checkpoint curves experiments kaggle ledger store synthetic tables",
+    "augment blocks checkpoint curves experiments kaggle ledger listing store synthetic tables",
     "engine figures folds kernel model patches",
     "resampling",
     "backbones blend compare runs submission",
