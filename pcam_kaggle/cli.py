@@ -75,7 +75,10 @@ def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
     from pcam_kaggle.paths import find_workspace
 
     file = find_workspace(options.work).root / DETAILS
-    write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode()))
+    try:
+        write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode()))
+    except UserError as reason:
+        return f"{error}; the list of all {len(error.details):,} can't be written: {reason}"
     return f"{error}; all {len(error.details):,} are listed in {file}"
 
 

@@ -86,12 +86,15 @@ def _newer_folds(run: Path, target: Path) -> list[Path]:
 
 
 def _replace_fold(source: Path, target: Path) -> None:
-    """Put a copy of the fold in folder `source` in the place of `target`, all files at once."""
+    """Put a copy of the fold in folder `source` in the place of `target`, all files at once; other files in `target` stay."""
     copied = target.with_name(f".{target.name}{PART}")
     for name in FOLD_FILES:
         if (source / name).is_file():
             _copy(source / name, copied / name)
     if target.exists():
+        for other in target.iterdir():
+            if other.name not in FOLD_FILES:
+                other.replace(copied / other.name)
         shutil.rmtree(target)
     copied.replace(target)
 

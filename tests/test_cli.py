@@ -155,6 +155,10 @@ def test_a_long_list_goes_to_a_file(
     file = tmp_path / "error-details.txt"
     assert capsys.readouterr().err == f"error: too many; all 6 are listed in {file}\n"
     assert file.read_text().splitlines() == [f"item {number}" for number in range(6)]
+    file.unlink()
+    file.mkdir()
+    assert main(["compare", "--work", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: too many; the list of all 6 can't be written: ")
 
 
 def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:

@@ -126,8 +126,10 @@ def test_a_fold_without_its_best_checkpoint_is_taken_again(elsewhere: Path, here
     take_over(elsewhere, here)
     best = here.root / RUN / "fold_1" / "best.pt"
     best.unlink()
+    (best.parent / "notes.txt").write_text("mine")
     assert take_over(elsewhere, here) == ["bottleneck"]
     assert best.read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
+    assert (best.parent / "notes.txt").read_text() == "mine"
 
 
 def test_the_sessions_of_both_places_are_kept(elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
