@@ -217,6 +217,9 @@ def test_the_interval_by_slide_is_the_spread_of_drawn_slides() -> None:
     spread = np.std([auc(labels[drawn], scores[drawn]) for drawn in draws], ddof=1)
     assert made.high - made.value == pytest.approx(stats.t(39).ppf(0.75) * spread, rel=0.15)
     assert made.value - made.low == pytest.approx(made.high - made.value)
+    pairs = slide_pairs(labels, slides, scores)
+    error = slide_difference(labels, slides, pairs, np.zeros_like(pairs)).error
+    assert made.high - made.value == pytest.approx(stats.t(39).ppf(0.75) * error, rel=1e-12)
     assert slide_interval(labels, slides, 4 * labels + scores, level=0.9999).high == 1
 
 

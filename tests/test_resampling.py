@@ -226,7 +226,14 @@ def test_a_blend_of_an_older_version_takes_its_scheme_from_its_members(work: Pat
     metrics = read_json(file)
     write_json(file, {key: value for key, value in metrics.items() if key != "scheme"})
     assert json.loads(compared(work, capsys))["unit"] == "slide"
-    config = work / "runs" / "b" / "config.json"
+    configs = [work / "runs" / name / "config.json" for name in ("a", "b")]
+    kept = [read_json(config) for config in configs]
+    # Members that were trained again, on other folds, tell nothing of the blend.
+    for config, made in zip(configs, kept, strict=True):
+        write_json(config, made | {"folds_sha256": "other"})
+    assert "blend again" in read_entry(file.parent).problem
+    for config, made in zip(configs, kept, strict=True):
+        write_json(config, made)
     for spoil in (lambda: write_json(config, read_json(config) | {"folds": "stratified_3_42"}), config.unlink):
         spoil()
         assert "blend again" in read_entry(file.parent).problem
