@@ -1,6 +1,7 @@
 """ROC AUC with its variance and paired differences: DeLong's over patches, and a bootstrap over slides."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -261,13 +262,19 @@ def _bootstrap(labels: NDArray[np.integer], slides: Codes, pairs: Floats, unit: 
     for kind, counts in held.items():
         if np.count_nonzero(counts) < 2:
             return value, np.nan, f"a single {unit} with {kind} patches"
-    even = np.full(len(pairs), 1 / len(pairs))
-    draws = np.random.default_rng(0).multinomial(len(pairs), even, DRAWS).astype(np.float64)
+    draws = _draws(len(pairs)).astype(np.float64)
     total = (draws @ positives) * (draws @ negatives)
     # With two slides or more of each class, most draws hold both.
     draws, total = draws[total > 0], total[total > 0]
     drawn = ((draws @ pairs) * draws).sum(axis=1) / total
     return value, float(drawn.std(ddof=1)), ""
+
+
+@lru_cache(maxsize=8)
+def _draws(slides: int) -> NDArray[np.uint16]:
+    """Return how often each of `slides` is drawn, (draws, slides): the same for all runs that are compared."""
+    even = np.full(slides, 1 / slides)
+    return np.random.default_rng(0).multinomial(slides, even, DRAWS).astype(np.uint16)
 
 
 def _difference(
