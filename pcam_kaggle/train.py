@@ -194,6 +194,8 @@ def fold_epochs(
 
     def valid_auc() -> float:
         logits = predict_logits(learner.average, store, valid_rows, config, backend, 1, "validate")[0]
+        if not logits.isfinite().all():
+            raise UserError(f"fold {fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
         return auc(valid_labels, logits.double().numpy())
 
     source = batches(data, len(log), loaders)
