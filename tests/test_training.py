@@ -383,6 +383,14 @@ def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
     assert not list((tmp_path / "fold_0").glob("*.pt"))
 
 
+def test_validation_logits_that_are_not_finite_are_one_line(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "predict_logits", lambda net, store, rows, *_: torch.full((1, len(rows)), torch.nan))
+    with pytest.raises(UserError, match="fold 1: a validation logit is not finite"):
+        next(fold_epochs(tmp_path / "fold_1", tiny, store, folds.table, 1, CPU))
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
 def test_the_learning_rate_rises_once_and_falls_once(schedule: str) -> None:
     config = replace(Config(), schedule=schedule, epochs=10, warmup_epochs=2.0, lr=1.0)
