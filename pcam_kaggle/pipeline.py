@@ -59,8 +59,9 @@ def run_prepare(job: Job) -> bool:
 @in_turn()
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
+    split = _split(job)
     with locked(job.workspace.folds):
-        folds, new = fold_files.make(*_split(job), job.workspace.folds)
+        folds, new = fold_files.make(*split, job.workspace.folds)
     manifest = folds.manifest
     counts = ", ".join(f"{n:,}" for n in manifest["patches"])
     positives = ", ".join(f"{n:,}" for n in manifest["positives"])
@@ -77,7 +78,8 @@ def run_folds(job: Job) -> bool:
 
 def _report_look_alikes(job: Job, folds: Folds, file: Path) -> None:
     alike = fold_files.look_alikes(PatchStore(job.workspace.store), folds.table)
-    write_csv(file, alike)
+    with locked(job.workspace.folds):
+        write_csv(file, alike)
     share = f"{len(alike):,} of {len(folds.table):,} patches look like one of another fold, {alike['copy'].sum():,} are copies"
     print(f"folds: {share}; listed in {file}")
 
@@ -243,7 +245,9 @@ def _stain_map(job: Job) -> pd.DataFrame:
     store = PatchStore(job.workspace.store)
     file = job.workspace.folds / f"stain_groups_{store.manifest['train_sha256'][:12]}.csv"
     if not file.exists():
-        write_csv(file, fold_files.stain_groups(store))
+        groups = fold_files.stain_groups(store)
+        with locked(job.workspace.folds):
+            write_csv(file, groups)
     return read_slides(file)
 
 

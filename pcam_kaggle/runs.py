@@ -113,9 +113,9 @@ def read_environments(run: Path) -> list[dict[str, Any]]:
 
 
 def add_environment(run: Path, entry: dict[str, Any]) -> None:
-    """Add `entry` to environment.json of the run in folder `run`, unless it is the last one there."""
+    """Add `entry` to environment.json of the run in folder `run`, unless it is there already."""
     entries = read_environments(run)
-    if entries[-1:] != [entry]:
+    if entry not in entries:
         text = json.dumps([*entries, entry], indent=2, ensure_ascii=False) + "\n"
         write(run / "environment.json", lambda file: file.write(text.encode()))
 

@@ -74,8 +74,10 @@ def _newer_folds(run: Path, target: Path) -> list[Path]:
     """Return the folders of the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
     if not (run / "config.json").is_file():
         return []
-    own = target / "config.json"
-    if own.exists() and read_json(own) != read_json(run / "config.json"):
+    own, theirs = target / "config.json", read_json(run / "config.json")
+    ours = read_json(own) if own.exists() else {}
+    # The hash of the weights is recorded when the first fold starts, and not at all by earlier versions.
+    if any(ours.get(key, value) != value for key, value in theirs.items()):
         raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
     try:
         config = Config(**read_json(run / "config.json", config=dict)["config"])

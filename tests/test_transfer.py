@@ -140,6 +140,19 @@ def test_the_sessions_of_both_places_are_kept(elsewhere: Path, here: Workspace, 
     take_over(early, here)
     take_over(elsewhere, here)
     assert read_environments(here.root / RUN) == theirs + ours
+    shutil.rmtree(here.root / RUN / "fold_1")
+    take_over(elsewhere, here)
+    assert read_environments(here.root / RUN) == theirs + ours
+
+
+def test_a_hash_of_weights_that_one_place_lacks_is_no_other_config(elsewhere: Path, here: Workspace) -> None:
+    take_over(elsewhere, here)
+    shutil.rmtree(here.root / RUN / "fold_1")
+    change(here.root / RUN / "config.json", weights_sha256="0" * 64)
+    assert take_over(elsewhere, here) == ["bottleneck"]
+    change(elsewhere / RUN / "config.json", weights_sha256="1" * 64)
+    with pytest.raises(UserError, match="another config"):
+        take_over(elsewhere, here)
 
 
 def test_nothing_is_taken_over_while_another_process_writes_there(
