@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pcam_kaggle import checkpoint
-from pcam_kaggle.artifacts import PART, file_sha256, locked, read_json, write
+from pcam_kaggle.artifacts import PART, file_sha256, locked, read_json, write, write_json
 from pcam_kaggle.config import Config
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Workspace
-from pcam_kaggle.runs import add_environment, read_environments, read_log
+from pcam_kaggle.runs import add_environment, read_environments, read_log, trained
 from pcam_kaggle.tables import PLAIN_NAME, PREDICTIONS, read_numbers
 
 # The last of these marks the rest as complete: what is copied before it is copied again after an interruption.
@@ -60,7 +60,8 @@ def _take_run(source: Path, run: Path, target: Path, workspace: Workspace) -> bo
         for file, copy in beside:
             _copy(file, copy)
     if folds or is_new:
-        _copy(run / "config.json", target / "config.json")
+        own = target / "config.json"
+        write_json(own, read_json(run / "config.json") | (read_json(own) if own.exists() else {}))
         for entry in environments:
             add_environment(target, entry)
     for folder in folds:
@@ -144,15 +145,16 @@ def _submissions(folder: Path, name: str) -> Iterator[Path]:
 
 def _progress(folder: Path) -> tuple[int, bool, bool]:
     """Return how far the fold in `folder` is: its epochs, whether it is finished, whether it is predicted."""
-    return _epochs(folder), (folder / "metrics.json").exists(), (folder / "predictions.json").exists()
+    return _epochs(folder), trained(folder), (folder / "predictions.json").exists()
 
 
 def _epochs(folder: Path) -> int:
-    """Return the finished epochs of the fold in `folder`; 0 without a best checkpoint, since it can't be used or resumed."""
+    """Return the finished epochs of the fold in `folder`; 0 if it can't be resumed, for want of its best checkpoint."""
     last = folder / "last.pt"
-    if not (last.exists() and (folder / "best.pt").exists()):
-        return 0
-    return len(checkpoint.read_log(last, checkpoint.load(last, "net", "log")))
+    log = checkpoint.read_log(last, checkpoint.load(last, "net", "log")) if last.exists() else []
+    # A session may end before it has written the best checkpoint; the last one then holds the same weights.
+    best_is_last = bool(log) and max(log, key=lambda row: row["valid_auc"]) is log[-1]
+    return len(log) if best_is_last or (folder / "best.pt").exists() else 0
 
 
 def _check_name(run: Path, name: object) -> None:

@@ -93,7 +93,7 @@ def test_of_two_states_of_a_blend_the_one_of_more_folds_is_kept(
     assert [(here.root / name).read_bytes() for name in names] == whole
 
 
-@pytest.mark.parametrize("at", range(1, 29, 3))
+@pytest.mark.parametrize("at", range(1, 28, 3))
 def test_an_interrupted_take_over_is_completed_here_and_by_others(
     at: int, elsewhere: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +130,22 @@ def test_a_fold_without_its_best_checkpoint_is_taken_again(elsewhere: Path, here
     assert take_over(elsewhere, here) == ["bottleneck"]
     assert best.read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
     assert (best.parent / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("aucs", "taken"), [((0.8, 0.9), True), ((0.9, 0.8), False)])
+def test_a_session_that_ended_before_its_best_checkpoint(
+    aucs: tuple[float, float], taken: bool, elsewhere: Path, here: Workspace
+) -> None:
+    """The last checkpoint replaces it only where the last epoch is the best."""
+    fold = elsewhere / RUN / "fold_1"
+    for path in list(fold.iterdir()):
+        if path.name not in ("last.pt", "log.csv"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    content = checkpoint.load(fold / "last.pt")
+    rows = [row | {"valid_auc": auc} for row, auc in zip(json.loads(content["log"]), aucs, strict=True)]
+    checkpoint.save(fold / "last.pt", content | {"log": json.dumps(rows)})
+    take_over(elsewhere, here)
+    assert (here.root / RUN / "fold_1" / "last.pt").exists() == taken
 
 
 def test_the_sessions_of_both_places_are_kept(elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
