@@ -162,10 +162,10 @@ def _verify(archive: str, names: list[str], size: int) -> None:
     paths = {name: PurePosixPath(name) for name in names}
     outside = [repr(name) for name, path in paths.items() if path.is_absolute() or ".." in path.parts or "\\" in name]
     if outside:
-        raise ArchiveError(f"{archive}: {len(outside):,} members lead out of it: {examples(outside)}", outside)
+        raise ArchiveError(f"{archive}: members that lead out of it: {len(outside):,} ({examples(outside)})", outside)
     repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ArchiveError(f"{archive}: holds {len(repeated):,} members twice: {examples(repeated)}", repeated)
+        raise ArchiveError(f"{archive}: members that it holds twice: {len(repeated):,} ({examples(repeated)})", repeated)
     held = {*names, *(f"{path.parts[0]}/" for path in paths.values() if len(path.parts) > 1)}
     missing = [part for part in PARTS if part not in held]
     if missing:
