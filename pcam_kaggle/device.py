@@ -167,16 +167,20 @@ def _on_gpu(index: int, work: Callable[[list[int]], None], share: list[int]) -> 
     if torch.cuda.is_available():
         torch.cuda.set_device(index)
     spare_cores()
-    # A killed process holds its run no longer, so those that it has started must not go on in it.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     work(share)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has ended: a killed one must not be outlived in its folder."""
     parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def device_name(kind: str) -> str:

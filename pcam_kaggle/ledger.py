@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle.artifacts import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
-from pcam_kaggle.errors import UserError
+from pcam_kaggle.errors import UserError, examples
 from pcam_kaggle.metrics import interval_text
 from pcam_kaggle.paths import DEMO_SUFFIX
 
@@ -58,7 +58,7 @@ def describe(submissions: Path, name: str) -> tuple[Path, str]:
     """
     file = submissions / f"{name}.csv"
     if not file.exists():
-        others = ", ".join(path.stem for path in sorted(submissions.glob("*.csv")) if path.name != NAME)
+        others = examples([path.stem for path in sorted(submissions.glob("*.csv")) if path.name != NAME])
         raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
     made = read_json(file.with_suffix(".json"), sha256=str, oof_auc=dict)
     if name.endswith(DEMO_SUFFIX):

@@ -22,8 +22,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pcam_kaggle.artifacts import building, file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.artifacts import building, file_sha256, locked, read_json, sha256, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
+from pcam_kaggle.device import end_with_parent
 from pcam_kaggle.duplicates import looks
 from pcam_kaggle.errors import EXAMPLES, UserError, examples
 from pcam_kaggle.listing import Problem, Split, check_listing, listed_problems, read_split
@@ -168,13 +169,13 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     for split in wanted.values():
         check_listing(split)
     signature = _signature(data, wanted, ids, skip_damaged)
-    kept = whole(store)
-    if kept and kept["signature"] == signature:
-        return kept, False
-
-    with building(store, is_store) as folder:
-        made = _build(data, labels, wanted, folder, ids, skip_damaged) | {"signature": signature}
-        write_json(folder / "manifest.json", made)
+    with locked(store):
+        kept = whole(store)
+        if kept and kept["signature"] == signature:
+            return kept, False
+        with building(store, is_store) as folder:
+            made = _build(data, labels, wanted, folder, ids, skip_damaged) | {"signature": signature}
+            write_json(folder / "manifest.json", made)
     return made, True
 
 
@@ -293,7 +294,7 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> tuple[list[byt
     cv2.setNumThreads(0)
     pack = partial(_pack_chunk, data, target, ids)
     try:
-        with ProcessPoolExecutor(workers, initializer=_leave_interrupts) as pool:
+        with ProcessPoolExecutor(workers, initializer=_follow_parent) as pool:
             places = [header + start * PATCH_BYTES for start in starts]
             chunks = pool.map(pack, [rows[start : start + CHUNK] for start in starts], places)
             shown = tqdm(chunks, "prepare", len(starts), delay=2, disable=None)
@@ -309,9 +310,10 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> tuple[list[byt
     return digests, seen, problems
 
 
-def _leave_interrupts() -> None:
-    """Let the parent alone answer Ctrl-C."""
+def _follow_parent() -> None:
+    """Let the parent alone answer Ctrl-C, and end when it is killed: before filelock 4 this process holds its lock as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _pack_chunk(

@@ -27,10 +27,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Return the commit of the code that runs, with `+` where it was changed since; None outside a repository."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    """Return the commit of the code that runs, with `+` where it was changed since; None if no repository tracks it."""
+    here = Path(__file__)
+    # An installed package may lie in an environment inside another repository.
+    tracked = ["git", "ls-files", "--error-unmatch", here.name]
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(tracked, cwd=here.parent, capture_output=True, check=True)
+        return subprocess.run(describe, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

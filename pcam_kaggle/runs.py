@@ -49,7 +49,9 @@ def open_run(run: Path, experiment: str, config: Config, store: PatchStore, fold
     made = read_json(file) if file.exists() else {"experiment": experiment, **_made_of(config, store, folds)}
     if weights and made.get("weights_sha256", weights) != weights:
         raise UserError(f"{run}: its other folds started from other weights than {config.weights}; use --name for a new run")
-    content = made | ({"weights_sha256": weights} if weights else {})
+    # Of folds that have started before it was recorded it is not known.
+    is_known = weights and not any(run.glob("fold_*/last.pt"))
+    content = made | ({"weights_sha256": weights} if is_known else {})
     if not file.exists() or content != made:
         write_json(file, content)
 
@@ -74,9 +76,10 @@ def taught(run: Path, config: Config, fold: int) -> Path:
     source, record = _taught(run, config, fold), run / f"fold_{fold}" / TEACHER
     if not source.exists():
         raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")
-    if not record.exists():
-        if (record.parent / "last.pt").exists():
-            raise UserError(f"{record}: missing, so the teacher may have changed; delete {record.parent} to train it again")
+    started = (record.parent / "last.pt").exists()
+    if started and not record.exists():
+        raise UserError(f"{record}: missing, so the teacher may have changed; delete {record.parent} to train it again")
+    if not started:
         write_json(record, {"teacher": config.teacher, "test_sha256": file_sha256(source)})
     return source
 
@@ -86,7 +89,7 @@ def _teacher_changed(run: Path, config: Config) -> bool:
     return any(
         read_json(record, test_sha256=str)["test_sha256"] != file_sha256(source)
         for record, source in pairs
-        if record.exists() and source.exists()
+        if record.exists() and source.exists() and (record.parent / "last.pt").exists()
     )
 
 

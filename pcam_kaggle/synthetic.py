@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.artifacts import building, read_json, write_csv, write_json
+from pcam_kaggle.artifacts import building, locked, read_json, write_csv, write_json
 from pcam_kaggle.config import PATCH_SIDE
 from pcam_kaggle.errors import UserError
 from pcam_kaggle.paths import Data
@@ -69,17 +69,22 @@ def make_demo(data: Data, seed: int = SEED) -> bool:
     patches. A patch is positive if a tumour pixel lies in its centre 32x32. Ids are names, no SHA-1s, and dataset.json says so.
     """
     wanted = {"ids": "names", "synthetic": True, "seed": seed, "train": N_TRAIN, "test": N_TEST}
-    if data.declaration.is_file() and read_json(data.declaration) == wanted:
-        return False
-    with building(data.root, is_demo) as folder:
-        made = Data(folder)
-        train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
-        test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
-        write_csv(made.labels, train[["id", "label"]])
-        write_csv(made.root / "patch_id_wsi.csv", train[["id", "wsi"]])
-        write_csv(made.sample, test[["id"]].assign(label=0))
-        write_json(made.declaration, wanted)
+    with locked(data.root):
+        if data.declaration.is_file() and read_json(data.declaration) == wanted:
+            return False
+        with building(data.root, is_demo) as folder:
+            _draw_demo(Data(folder), wanted, seed)
     return True
+
+
+def _draw_demo(made: Data, wanted: dict[str, object], seed: int) -> None:
+    """Write the patches, the tables and the manifest `wanted` of a demo into the folder of `made`."""
+    train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
+    test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+    write_csv(made.labels, train[["id", "label"]])
+    write_csv(made.root / "patch_id_wsi.csv", train[["id", "wsi"]])
+    write_csv(made.sample, test[["id"]].assign(label=0))
+    write_json(made.declaration, wanted)
 
 
 def is_demo(folder: Path) -> bool:

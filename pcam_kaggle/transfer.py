@@ -13,8 +13,9 @@ from pcam_kaggle.paths import Workspace
 from pcam_kaggle.runs import add_environment, read_environments, read_log, trained
 from pcam_kaggle.tables import PLAIN_NAME, PREDICTIONS, read_numbers
 
-# The last of these marks the rest as complete: what is copied before it is copied again after an interruption.
+# The last one is copied last: without it the others are copied again after an interruption.
 BLEND_FILES = ("oof.csv", "test.csv", "metrics.json")
+OLD = ".old"
 FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json", "teacher.json")
 
 
@@ -39,6 +40,9 @@ def take_over(source: Path, workspace: Workspace) -> list[str]:
 
 
 def _take_run(source: Path, run: Path, target: Path, workspace: Workspace) -> bool:
+    # Of a call that was interrupted while it replaced a fold.
+    for old in list(target.glob(f".fold_*{OLD}")):
+        _clear(old)
     folds = _newer_folds(run, target)
     is_new = (run / "config.json").is_file() and not (target / "config.json").exists()
     blend = list(_blend_files(run)) if folds or is_new or _lacking(run) < _lacking(target) else []
@@ -94,12 +98,25 @@ def _replace_fold(source: Path, target: Path) -> None:
     for name in FOLD_FILES:
         if (source / name).is_file():
             _copy(source / name, copied / name)
+    old = target.with_name(f".{target.name}{OLD}")
     if target.exists():
-        for other in target.iterdir():
-            if other.name not in FOLD_FILES:
-                other.replace(copied / other.name)
-        shutil.rmtree(target)
+        target.replace(old)
     copied.replace(target)
+    _clear(old)
+
+
+def _clear(old: Path) -> None:
+    """Delete the fold in folder `old`, once it was replaced and other files in it have moved to its successor."""
+    fold = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+    if not old.exists():
+        return
+    if not fold.exists():
+        old.replace(fold)
+        return
+    for other in old.iterdir():
+        if other.name not in FOLD_FILES and not (fold / other.name).exists():
+            other.replace(fold / other.name)
+    shutil.rmtree(old)
 
 
 def _blend_files(run: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,36 @@ def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: 
     (store / "index.csv").write_text("id\n")
     (store / "patches.npy").unlink()
     assert prepare(data, store) == (made, True)
+
+
+def test_a_store_that_was_being_deleted_when_its_process_was_killed_is_no_obstacle(data: Data, tmp_path: Path) -> None:
+    made, _ = prepare(data, tmp_path / "store")
+    (tmp_path / "store").rename(tmp_path / ".store.old.part")
+    (tmp_path / ".store.old.part" / "manifest.json").unlink()
+    assert prepare(data, tmp_path / "store") == (made, True)
+    assert not list(tmp_path.glob(".store*.part"))
+
+
+def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        drawn = list(pool.map(make_demo, [Data(tmp_path / "data")] * 2))
+    assert sorted(drawn) == [False, True]
+
+
+def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path: Path) -> None:
+    code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle import patches\nfrom pcam_kaggle.paths import Data\n"
+    code += "real = patches._pack_chunk\ndef slow(*arguments):\n    print('packing', flush=True)\n    time.sleep(60)\n"
+    code += "patches._pack_chunk = slow\npatches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))"
+    line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "packing\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        # The pipe is closed when the last worker has ended.
+        assert process.stdout.read() == ""
+    assert children
+    assert prepare(data, tmp_path / "store")[1]
 
 
 def other_patches(data: Data, tmp_path: Path) -> Data:

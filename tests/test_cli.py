@@ -111,6 +111,16 @@ def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome])
     assert "bottleneck has folds 0 to 6" in outcome.err
 
 
+def test_runs_are_blended_without_the_data_that_they_were_trained_on(
+    pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pcam("pipeline").status == 0
+    monkeypatch.delenv("PCAM_DATA", raising=False)
+    assert main(["blend", "bottleneck", "--name", "alone", "--work", str(tmp_path / "work")]) == 0, capsys.readouterr().err
+    assert (tmp_path / "work" / "runs" / "alone" / "metrics.json").exists()
+    assert not (tmp_path / "work" / "demo").exists()
+
+
 @pytest.mark.parametrize(("option", "variable"), [(["--debug"], "0"), ([], "1")])
 def test_debug_prints_where_an_error_was_raised(
     option: list[str], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

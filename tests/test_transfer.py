@@ -132,6 +132,21 @@ def test_a_fold_without_its_best_checkpoint_is_taken_again(elsewhere: Path, here
     assert (best.parent / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_fold_is_not_lost_between_two_renames(replaced: bool, elsewhere: Path, here: Workspace) -> None:
+    """A call was killed after the old fold had made room, before or after the new one took its place."""
+    take_over(elsewhere, here)
+    fold = here.root / RUN / "fold_1"
+    (fold / "notes.txt").write_text("mine")
+    old = fold.replace(fold.with_name(".fold_1.old"))
+    if replaced:
+        shutil.copytree(elsewhere / RUN / "fold_1", fold)
+    take_over(elsewhere, here)
+    assert (fold / "notes.txt").read_text() == "mine"
+    assert (fold / "best.pt").read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
+    assert not old.exists()
+
+
 @pytest.mark.parametrize(("aucs", "taken"), [((0.8, 0.9), True), ((0.9, 0.8), False)])
 def test_a_session_that_ended_before_its_best_checkpoint(
     aucs: tuple[float, float], taken: bool, elsewhere: Path, here: Workspace
