@@ -1,6 +1,7 @@
 """The command line: what is set before torch is imported, which data it works on, and what it prints of an error."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,16 @@ def test_a_long_list_goes_to_a_file(
     file.mkdir()
     assert main(["compare", "--work", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: too many; the list of all 6 can't be written: ")
+
+
+@pytest.mark.parametrize("folder", ["/a folder/x", "/it's mine", '/a "b"'])
+def test_make_passes_a_folder_as_one_word(folder: str) -> None:
+    # As from a shell, not as a part of the make that may run the tests.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    line = ["make", "-n", "submission", f"DATA={folder}"]
+    done = subprocess.run(line, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[words.index("--data") + 1] == folder
 
 
 def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:

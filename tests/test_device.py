@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +100,16 @@ def test_only_cores_that_this_process_may_use_are_counted() -> None:
         assert device.loader_processes(1) == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no scheduling classes")
+def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
+    """A process of the idle class, or of the lowest priority, gets nothing on a busy machine."""
+    code = "import os\nfrom pcam_kaggle.engine import _lower_priority\n_lower_priority(0)\n"
+    code += "print(os.sched_getscheduler(0) == os.SCHED_BATCH, os.nice(0))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert shown[0] == "True"
+    assert int(shown[1]) - os.nice(0) <= 5
 
 
 def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
