@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,16 @@ from pcam_kaggle.job import Job
 from pcam_kaggle.kaggle import download, logs, output, owner, push, scores, send, status
 from pcam_kaggle.ledger import NAME as LEDGER
 from pcam_kaggle.ledger import describe, record, take_scores, write_ledger
-from pcam_kaggle.paths import COMPETITION, Data, demo_data, demo_workspace, find_data, find_workspace, runs_workspace
+from pcam_kaggle.paths import (
+    COMPETITION,
+    Data,
+    Workspace,
+    demo_data,
+    demo_workspace,
+    find_data,
+    find_workspace,
+    runs_workspace,
+)
 from pcam_kaggle.pipeline import STAGES, run_all
 from pcam_kaggle.scoreboard import render
 from pcam_kaggle.synthetic import make_demo
@@ -34,7 +44,7 @@ def _run_data(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    comparison = compare_runs(runs_workspace(find_workspace(options.work)), options.runs, options.baseline, options.slides)
+    comparison = compare_runs(_runs(options), options.runs, options.baseline, options.slides)
     print(render(comparison, options.format), end="")
 
 
@@ -42,11 +52,20 @@ def _run_report(options: argparse.Namespace) -> None:
     # matplotlib takes a second to import, which no other command has to wait for.
     from pcam_kaggle.report import write_report
 
-    workspace = runs_workspace(find_workspace(options.work))
+    workspace = _runs(options)
     comparison = compare_runs(workspace, options.runs, options.baseline, options.slides)
     target = workspace.root / "reports" / f"{'-'.join(options.runs) or 'runs'}.html"
     write_report(comparison, workspace, target)
     print(f"report: {target}\nnext: open it in a browser")
+
+
+def _runs(options: argparse.Namespace) -> Workspace:
+    """Return the workspace whose runs are compared, and say so if they are the demo's; standard output stays the tables'."""
+    real = find_workspace(options.work)
+    found = runs_workspace(real)
+    if found != real and (found.root / "runs").is_dir():
+        print(f"{real.root}: has no runs; these are the synthetic demo's, in {found.root}", file=sys.stderr)
+    return found
 
 
 def _run_ledger(options: argparse.Namespace) -> None:
@@ -144,8 +163,8 @@ def _repeated(options: argparse.Namespace, job: Job, after: str) -> str:
 
 def _job(options: argparse.Namespace) -> Job:
     """Return the job that `options` ask for; the demo's patches are written once all else is known to be right."""
-    workspace = find_workspace(options.work)
-    found = None if options.demo else find_data(options.data, workspace.root)
+    real = find_workspace(options.work)
+    found = None if options.demo else find_data(options.data, real.root)
     given = [f"-e {options.experiment}"] if options.experiment else []
     given += [f"--set {assignment}" for assignment in options.set]
     given += [f"--{name} {value}" for name in ("groups", "slides") if (value := getattr(options, name))]
@@ -156,9 +175,9 @@ def _job(options: argparse.Namespace) -> Job:
             "ARGS=--demo) for the synthetic demo"
         )
     # Runs are blended without the data that they were trained on.
-    if found is None:
-        workspace = runs_workspace(workspace) if members and not options.demo else demo_workspace(workspace)
-    demo = found is None and workspace == demo_workspace(find_workspace(options.work))
+    without_data = runs_workspace(real) if members and not options.demo else demo_workspace(real)
+    workspace = real if found else without_data
+    demo = workspace != real
     named = options.experiment or (DEMO if demo else DEFAULT)
     chosen = experiment(named)
     assignments = [*options.set, *([f"groups={options.groups}"] if options.groups else [])]
@@ -188,9 +207,10 @@ def _job(options: argparse.Namespace) -> Job:
     # The folds of runs that are blended are theirs, not this config's.
     if not members:
         job.folds()
-    if demo and not members:
+    if demo:
         why = "" if options.demo else ", since no data of the competition was found"
         print(f"This is the synthetic demo in {workspace.root}{why}.", flush=True)
+    if demo and not members:
         make_demo(job.data)
     return job
 

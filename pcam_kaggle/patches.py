@@ -38,7 +38,6 @@ PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3
 SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK = 128
 
-
 COPY_AGAIN = "copy the file again"
 OTHER_PIXELS = "the SHA-1 of the pixels is not the id"
 # Where most patches of a split have the problem, copying them again does not help.

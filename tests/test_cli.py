@@ -112,6 +112,20 @@ def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome])
     assert "bottleneck has folds 0 to 6" in outcome.err
 
 
+def test_runs_of_the_demo_are_not_compared_in_silence(
+    pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pcam("pipeline").status == 0
+    (tmp_path / "work").rename(tmp_path / "demo")
+    capsys.readouterr()
+    assert main(["compare", "--format", "json", "--work", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("{")
+    assert "these are the synthetic demo's" in printed.err
+    assert main(["blend", "bottleneck", "--name", "other", "--work", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("This is the synthetic demo")
+
+
 def test_runs_are_blended_without_the_data_that_they_were_trained_on(
     pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
