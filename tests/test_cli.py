@@ -113,8 +113,9 @@ def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome])
 
 
 def test_runs_of_the_demo_are_not_compared_in_silence(
-    pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("PCAM_DATA", raising=False)
     assert pcam("pipeline").status == 0
     (tmp_path / "work").rename(tmp_path / "demo")
     capsys.readouterr()
