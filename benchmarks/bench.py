@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import PEERS, Rows, keep, middle, page, pipeline_table, rates_table
-from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.device import MALLOC_OPTIONS, find_device, precisions
-from pcam_kaggle.environment import ENVIRONMENT
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.paths import find_data, find_workspace
+from pcam_kaggle import UserError
+from pcam_kaggle.config.process import ENVIRONMENT
+from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.layout import find_data, find_workspace
+from pcam_kaggle.training.device import MALLOC_OPTIONS, find_device, precisions
 
 HERE = Path(__file__).parent
 

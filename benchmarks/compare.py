@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.artifacts import file_sha256, write_csv, write_json
-from pcam_kaggle.blend import score
+from pcam_kaggle.data.atomic_io import file_sha256, write_csv, write_json
+from pcam_kaggle.scoring.blend import score
 
 PATCHES, SLIDES, RUNS, FOLDS = 201_799, 200, 20, 5
 

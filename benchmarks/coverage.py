@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pcam_kaggle.metrics import auc_difference, slide_difference, slide_pairs
+from pcam_kaggle.scoring.metrics import auc_difference, slide_difference, slide_pairs
 
 PAIRS, SLIDES, PATCHES = 200, 80, 30
 SHARED, OWN, SLIDE = 0.7, 0.7, 0.5

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.metrics import auc_difference, auc_interval, delong
+from pcam_kaggle.scoring.metrics import auc_difference, auc_interval, delong
 
 FULL_SIZE = 201_799
 TOLERANCE = 1e-6

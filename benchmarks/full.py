@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks.bench import Bench, say
 from benchmarks.results import TEST_PATCHES, TRAIN_PATCHES, keep, page
-from pcam_kaggle.artifacts import write_csv
-from pcam_kaggle.paths import Data
-from pcam_kaggle.synthetic import draw_patch, tumour_place
+from pcam_kaggle.data.atomic_io import write_csv
+from pcam_kaggle.data.demo import draw_patch, tumour_place
+from pcam_kaggle.data.layout import Data
 
 SIZES = {"train": TRAIN_PATCHES, "test": TEST_PATCHES}
 DRAWN = 500

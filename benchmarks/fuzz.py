@@ -27,11 +27,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pcam_kaggle import cli, kaggle
-from pcam_kaggle.artifacts import PART
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.paths import Data, Workspace
-from pcam_kaggle.transfer import take_over
+from pcam_kaggle import UserError
+from pcam_kaggle.cli import main as cli
+from pcam_kaggle.data.atomic_io import PART
+from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.kaggle import client as kaggle
+from pcam_kaggle.runs.import_run import take_over
 
 MUTATIONS = 500
 SEED = 0

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.artifacts import write_csv
-from pcam_kaggle.config import Config
-from pcam_kaggle.experiments import experiment
-from pcam_kaggle.paths import Data
+from pcam_kaggle.config.experiments import experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import write_csv
+from pcam_kaggle.data.layout import Data
 
 if TYPE_CHECKING:
-    from pcam_kaggle.device import Backend
+    from pcam_kaggle.training.device import Backend
 
 # Steps before the clock runs, and for how long it then does.
 WARM_UP, SECONDS = 8, 2
@@ -57,10 +57,10 @@ def training(data: str, work: str, name: str, with_limit: bool = True) -> None:
     """
     import torch
 
-    from pcam_kaggle.backbones import create, create_optimizer
-    from pcam_kaggle.device import loader_processes
-    from pcam_kaggle.engine import Learner, TrainBatches, batches, train_epoch
-    from pcam_kaggle.store import PatchStore
+    from pcam_kaggle.data.store import PatchStore
+    from pcam_kaggle.models.factory import create, create_optimizer
+    from pcam_kaggle.training.device import loader_processes
+    from pcam_kaggle.training.engine import Learner, TrainBatches, batches, train_epoch
 
     config = experiment(name).config
     backend = _backend(config)
@@ -135,10 +135,10 @@ def prediction(data: str, work: str, name: str, views: int, count: int) -> None:
     """Report the patches/s of our prediction under `views` views, and of the net alone on one batch in memory, the `limit`."""
     import torch
 
-    from pcam_kaggle import tta
-    from pcam_kaggle.backbones import create
-    from pcam_kaggle.engine import PREDICT_BATCH, predict_logits
-    from pcam_kaggle.store import PatchStore
+    from pcam_kaggle.data.store import PatchStore
+    from pcam_kaggle.models.factory import create
+    from pcam_kaggle.training import tta
+    from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits
 
     config = experiment(name).config
     backend = _backend(config)
@@ -165,7 +165,7 @@ def ttach_prediction(data: str, name: str, precision: str, channels_last: bool, 
     import ttach
 
     from benchmarks.peers import FORMATS, Patches
-    from pcam_kaggle.backbones import create
+    from pcam_kaggle.models.factory import create
 
     config, folder = experiment(name).config, Data(Path(data))
     ids = pd.read_csv(folder.labels, dtype={"id": str})["id"].to_numpy(object)[:count]
@@ -187,7 +187,7 @@ def ttach_prediction(data: str, name: str, precision: str, channels_last: bool, 
 
 def preparation(data: str, kind: str) -> None:
     """Report the patches/s of our `prepare` (kind `ours`), of reading every byte, or of cv2's decoding in two processes."""
-    from pcam_kaggle.patches import prepare
+    from pcam_kaggle.data.prepare import prepare
 
     folder = Data(Path(data))
     files = sorted(folder.patches("train").iterdir()) + sorted(folder.patches("test").iterdir())
@@ -224,8 +224,9 @@ def _rate(work: Callable[[], object], count: int) -> float:
 
 def _backend(config: Config) -> "Backend":
     """Return what our command line computes on."""
-    from pcam_kaggle.backbones import create
-    from pcam_kaggle.device import choose, hold_memory, spare_cores
+    from pcam_kaggle.config.process import hold_memory
+    from pcam_kaggle.models.factory import create
+    from pcam_kaggle.training.device import choose, spare_cores
 
     hold_memory()
     spare_cores()

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pcam_kaggle.augment import augmentation, centre
-from pcam_kaggle.backbones import create, create_optimizer, import_timm
-from pcam_kaggle.config import Config
-from pcam_kaggle.paths import Data
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.models.factory import create, create_optimizer, import_timm
+from pcam_kaggle.training.augment import augmentation, centre
 
 WORKERS = 2
 PREDICT_BATCH = 256

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import trim_mean
 
-from pcam_kaggle.artifacts import read_json, write, write_json
-from pcam_kaggle.device import device_name, find_device
-from pcam_kaggle.experiments import experiment
-from pcam_kaggle.provenance import versions
+from pcam_kaggle.config.experiments import experiment
+from pcam_kaggle.data.atomic_io import read_json, write, write_json
+from pcam_kaggle.runs.provenance import versions
+from pcam_kaggle.training.device import device_name, find_device
 
 HERE = Path(__file__).parent
 SEEN = HERE / "speeds"

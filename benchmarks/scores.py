@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import cli
-from pcam_kaggle.artifacts import read_json, write, write_json
-from pcam_kaggle.config import Config
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import BASELINE, QUICK, experiment
-from pcam_kaggle.metrics import auc, auc_difference, auc_interval
-from pcam_kaggle.paths import find_data, find_workspace
-from pcam_kaggle.runs import read_environments
-from pcam_kaggle.tables import read_numbers
+from pcam_kaggle import UserError
+from pcam_kaggle.cli import main as cli
+from pcam_kaggle.config.experiments import BASELINE, QUICK, experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import read_json, write, write_json
+from pcam_kaggle.data.csv_io import read_numbers
+from pcam_kaggle.data.layout import find_data, find_workspace
+from pcam_kaggle.runs.run import read_environments
+from pcam_kaggle.scoring.metrics import auc, auc_difference, auc_interval
 
 HERE = Path(__file__).parent
 RECORD = HERE / "scores" / "records.json"

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.artifacts import write_csv
-from pcam_kaggle.paths import Data
-from pcam_kaggle.pipeline import STAGES
-from pcam_kaggle.synthetic import make_demo
+from pcam_kaggle.data.atomic_io import write_csv
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.pipeline.stages import STAGES
 
 KILLS = 30
 TRAIN, TEST = 240, 60

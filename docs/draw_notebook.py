@@ -9,8 +9,8 @@ import cv2
 import nbformat
 from nbclient import NotebookClient
 
-from pcam_kaggle.kernel import Settings, notebook
-from pcam_kaggle.paths import COMPETITION
+from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))
 SHOWN = [

@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pcam_kaggle.paths import Data
-from pcam_kaggle.synthetic import make_demo
-from pcam_kaggle.tables import read_labels
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.data.layout import Data
 
 COLUMNS, EACH, GAP = 6, 144, 12
 POSITIVE, NEGATIVE, PAPER = (60, 160, 30), (120, 120, 120), (255, 255, 255)

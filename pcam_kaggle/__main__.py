@@ -3,8 +3,8 @@
 import gc
 import sys
 
-from pcam_kaggle.cli import main as run
-from pcam_kaggle.environment import set_environment
+from pcam_kaggle.cli.main import main as run
+from pcam_kaggle.config.process import set_environment
 
 
 def main() -> int:

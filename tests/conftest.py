@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pcam_kaggle.cli import main
-from pcam_kaggle.config import Config
-from pcam_kaggle.paths import Data
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.layout import Data
 
 # Tests hold bytes, which a GPU does not repeat, and make believe in two GPUs where there may be one.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

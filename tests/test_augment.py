@@ -5,8 +5,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pcam_kaggle.augment import Shift, StainJitter, Symmetry, augmentation, centre, mixup
-from pcam_kaggle.stain import DENSITY, STAINS
+from pcam_kaggle.data.stain import DENSITY, STAINS
+from pcam_kaggle.training.augment import Shift, StainJitter, Symmetry, augmentation, centre, mixup
 
 NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pcam_kaggle import backbones
-from pcam_kaggle.backbones import build, create, macs, weights_sha256
-from pcam_kaggle.config import Config
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import EXPERIMENTS
+from pcam_kaggle import UserError
+from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models import factory as backbones
+from pcam_kaggle.models.factory import build, create, macs, weights_sha256
 
 RESNET = Config(model="timm:resnet18")
 

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle.artifacts import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.blend import Member, blend, climb, cross_climb, read_member
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.metrics import auc, auc_difference, auc_interval
-from pcam_kaggle.submission import submission, submit
+from pcam_kaggle import UserError
+from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.kaggle.submission import submission, submit
+from pcam_kaggle.scoring.blend import Member, blend, climb, cross_climb, read_member
+from pcam_kaggle.scoring.metrics import auc, auc_difference, auc_interval
 
 N, TESTS, FOLDS = 600, 50, 3
 RNG = np.random.default_rng(0)

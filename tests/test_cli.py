@@ -12,13 +12,14 @@ from typing import get_args
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle import cli, commands
-from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.blend import Method
-from pcam_kaggle.cli import main
-from pcam_kaggle.environment import ENVIRONMENT
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.paths import Data
+from pcam_kaggle import UserError
+from pcam_kaggle.cli import commands
+from pcam_kaggle.cli import main as cli
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.config.process import ENVIRONMENT
+from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.scoring.blend import Method
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def test_openmp_reads_the_spin_count_that_we_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--format", "xml"]])
 def test_help_and_wrong_arguments_import_nothing_slow(arguments: list[str]) -> None:
-    code = "import sys\nfrom pcam_kaggle.cli import main\n"
+    code = "import sys\nfrom pcam_kaggle.cli.main import main\n"
     code += f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
     code += "print([name for name in ('torch', 'pandas', 'numpy', 'cv2', 'albumentations') if name in sys.modules])"
     assert python(code).stdout.splitlines()[-1] == "[]"
@@ -205,7 +206,7 @@ def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:
     code = "import sys\nsys.modules['fcntl'] = None\nimport os\n"
     code += "for name in ('nice', 'sched_setscheduler', 'sched_getaffinity', 'SCHED_BATCH'):\n"
     code += "    delattr(os, name)\n"
-    code += f"from pcam_kaggle.cli import main\nsys.exit(main({options!r}))"
+    code += f"from pcam_kaggle.cli.main import main\nsys.exit(main({options!r}))"
     done = python(code)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "demo" / "submissions" / "demo-not-for-kaggle.csv").exists()

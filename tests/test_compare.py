@@ -11,12 +11,12 @@ import pytest
 from conftest import Outcome
 from scipy import stats
 
-from pcam_kaggle.artifacts import csv_bytes, read_json, sha256, write_csv, write_json
-from pcam_kaggle.blend import score
-from pcam_kaggle.cli import main
-from pcam_kaggle.compare import compare, find_baseline, read_entry
-from pcam_kaggle.metrics import Difference, auc, auc_difference, holm, slide_difference, slide_pairs
-from pcam_kaggle.scoreboard import differing, words
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.data.atomic_io import csv_bytes, read_json, sha256, write_csv, write_json
+from pcam_kaggle.scoring.blend import score
+from pcam_kaggle.scoring.compare import compare, find_baseline, read_entry
+from pcam_kaggle.scoring.metrics import Difference, auc, auc_difference, holm, slide_difference, slide_pairs
+from pcam_kaggle.scoring.render import differing, words
 
 N, FOLDS = 900, 3
 RNG = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def compared(runs: Path, baseline: str | None = None) -> tuple[dict, object]:
 
 
 def test_more_slides_than_can_be_drawn_leave_a_difference_undefined(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.metrics.MOST_SLIDES", 20)
+    monkeypatch.setattr("pcam_kaggle.scoring.metrics.MOST_SLIDES", 20)
     base = read_entry(runs / "best")
     ids = base.oof["id"]
     known = pd.DataFrame({"id": ids, "wsi": [f"slide_{number % 20}" for number in range(N)]})

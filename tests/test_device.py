@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcam_kaggle import device
-from pcam_kaggle.backbones import create
-from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend, choose, precisions
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import EXPERIMENTS
+from pcam_kaggle import UserError
+from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.training import device
+from pcam_kaggle.training.device import Backend, choose, precisions
 
 SMALL = Config(n_blocks=2, width=8, side=32)
 

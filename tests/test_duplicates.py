@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from conftest import Outcome, write_tif
 
-from pcam_kaggle.duplicates import NEAR, looks, near_pairs, nearest_elsewhere
-from pcam_kaggle.folds import look_alikes
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.synthetic import draw_patch
-from pcam_kaggle.tables import read_labels
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.demo import draw_patch
+from pcam_kaggle.data.folds import look_alikes
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.near_duplicates import NEAR, looks, near_pairs, nearest_elsewhere
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
 
 
 def some_patch(seed: int) -> np.ndarray:

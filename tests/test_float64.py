@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcam_kaggle.backbones import create, create_optimizer
-from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend
-from pcam_kaggle.engine import Learner, TrainBatches, adapt_norms, predict_logits, train_epoch
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.saliency import grad_cam
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.tables import read_labels
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models.factory import create, create_optimizer
+from pcam_kaggle.report.grad_cam import grad_cam
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import Learner, TrainBatches, adapt_norms, predict_logits, train_epoch
 
 
 class OnCpu(Tensor):

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle.cli import main
-from pcam_kaggle.kaggle import PARTS, RULES, ArchiveError, unpack
-from pcam_kaggle.paths import COMPETITION, Data, find_data
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.data.layout import COMPETITION, Data, find_data
+from pcam_kaggle.kaggle.client import PARTS, RULES, ArchiveError, unpack
 
 SECRET = "0123456789abcdef" * 2
 ARCHIVE = f"/{COMPETITION}.zip"
@@ -417,7 +417,7 @@ def test_an_archive_that_lies_is_refused(data: Data, tmp_path: Path, monkeypatch
         (whole, "would unpack to"),
     ):
         (tmp_path / "liar.zip").write_bytes(content)
-        monkeypatch.setattr("pcam_kaggle.kaggle.MOST_BYTES", 1000 if content is whole else 10**9)
+        monkeypatch.setattr("pcam_kaggle.kaggle.client.MOST_BYTES", 1000 if content is whole else 10**9)
         with pytest.raises(ArchiveError, match=expected) as error:
             unpack(tmp_path / "liar.zip", tmp_path / "unpacked")
         assert len(error.value.details) == (7 if content == buffer.getvalue() else 0)
@@ -628,7 +628,7 @@ def test_no_submissions_are_no_error(kaggle: Kaggle, reply: Reply, home: Path, c
 def test_a_table_of_scores_in_another_form_is_an_error(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pcam_kaggle.kaggle._ask", lambda *_: "reference;score\n1;0.5\n")
+    monkeypatch.setattr("pcam_kaggle.kaggle.client._ask", lambda *_: "reference;score\n1;0.5\n")
     assert main(["leaderboard", "--work", str(home)]) == 2
     assert "1;0.5" in one_line(capsys)
 

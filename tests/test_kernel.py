@@ -19,11 +19,11 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from pcam_kaggle import kernel
-from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.kernel import METADATA, NOTEBOOK, Settings, notebook, pack
-from pcam_kaggle.paths import COMPETITION, Data
+from pcam_kaggle import UserError
+from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.layout import COMPETITION, Data
+from pcam_kaggle.kaggle import notebook as kernel
+from pcam_kaggle.kaggle.notebook import METADATA, NOTEBOOK, Settings, notebook, pack
 
 ROOT = Path(__file__).parent.parent
 # The image's versions of all packages, in an environment of their own: `make kernel-test` has made it.
@@ -181,7 +181,7 @@ def test_a_session_too_short_for_all_folds_submits_those_it_has(stand_in: Any) -
     here = stand_in("short", small=True)
     patch = """
 from pathlib import Path
-from pcam_kaggle.budget import Budget
+from pcam_kaggle.training.budget import Budget
 Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json")) else 1000.0
 """
     said = printed(here.run(Settings("quick", CHANGES), patch))

@@ -9,22 +9,22 @@ import pytest
 import torch
 from conftest import sha1, write_tif
 
-from pcam_kaggle import checkpoint
-from pcam_kaggle.backbones import create
-from pcam_kaggle.blend import score
-from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend
-from pcam_kaggle.engine import predict_logits
-from pcam_kaggle.experiments import QUICK, experiment
-from pcam_kaggle.folds import Folds, Scheme, make
-from pcam_kaggle.metrics import auc
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.predict import predict
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.synthetic import make_demo
-from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import fold_epochs, train
+from pcam_kaggle.config.experiments import QUICK, experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.data.folds import Folds, Scheme, make
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.scoring.blend import score
+from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import predict_logits
+from pcam_kaggle.training.predict import predict
+from pcam_kaggle.training.train import fold_epochs, train
 
 CPU = Backend("cpu", "fp32", "channels_last")
 SCHEME = Scheme(3, 42, "stratified")

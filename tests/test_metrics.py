@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.metrics import (
+from pcam_kaggle.scoring.metrics import (
     Difference,
     Estimate,
     auc,
@@ -198,7 +198,7 @@ def test_slides_of_one_class_have_no_interval(slides: np.ndarray, reason: str) -
 
 
 def test_too_many_slides_have_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.metrics.MOST_SLIDES", 9)
+    monkeypatch.setattr("pcam_kaggle.scoring.metrics.MOST_SLIDES", 9)
     slides = np.arange(20) % 10
     assert is_undefined(slide_interval(LABELS, slides, A), "10 slides, more than the 9 that can be drawn")
     assert is_undefined(paired_test(LABELS, B, slides)(A), "10 slides, more than the 9 that can be drawn")

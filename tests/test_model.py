@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from pcam_kaggle.blocks import Bottleneck, MeanMaxPool
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import EXPERIMENTS
-from pcam_kaggle.model import BottleneckCNN, conv_output_shape, most_blocks
+from pcam_kaggle import UserError
+from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.models.blocks import Bottleneck, MeanMaxPool
+from pcam_kaggle.models.cnn import BottleneckCNN, conv_output_shape, most_blocks
 
 GRID = list(itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2, 3)))
 

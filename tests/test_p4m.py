@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle.backbones import create
-from pcam_kaggle.blocks import LAYERS, Bottleneck
-from pcam_kaggle.experiments import EXPERIMENTS
-from pcam_kaggle.model import BottleneckCNN
-from pcam_kaggle.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool, filter_index, product_table, transform
-from pcam_kaggle.tta import views
+from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.models.blocks import LAYERS, Bottleneck
+from pcam_kaggle.models.cnn import BottleneckCNN
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool, filter_index, product_table, transform
+from pcam_kaggle.training.tta import views
 
 TURN, MIRROR = np.array([[0, -1], [1, 0]]), np.array([[1, 0], [0, -1]])
 # Row and column offsets from the centre are mapped by these; a quarter turn to the left takes (0, 1), right, to (-1, 0), up.

@@ -13,12 +13,12 @@ import pytest
 from conftest import Outcome, sha1, write_tif
 from PIL import Image
 
-from pcam_kaggle.artifacts import read_json, write_json
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.patches import Damaged, prepare, read_patch
-from pcam_kaggle.paths import Data
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.tables import read_labels, read_sample, read_slides
+from pcam_kaggle import UserError
+from pcam_kaggle.data.atomic_io import read_json, write_json
+from pcam_kaggle.data.csv_io import read_labels, read_sample, read_slides
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import Damaged, prepare, read_patch
+from pcam_kaggle.data.store import PatchStore
 
 Command = Callable[..., Outcome]
 SIZE = 96 * 96 * 3
@@ -565,7 +565,7 @@ def test_one_mistake_about_a_whole_split_is_named_once(
 ) -> None:
     cause = break_it(data, split)
     if break_it not in SEEN_IN_PIXELS:
-        monkeypatch.delattr("pcam_kaggle.patches._pack")
+        monkeypatch.delattr("pcam_kaggle.data.prepare._pack")
     with pytest.raises(UserError, match=cause) as caught:
         prepare(data, tmp_path / "store")
     assert split in str(caught.value) or data.table(split).name in str(caught.value)

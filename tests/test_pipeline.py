@@ -13,17 +13,17 @@ import pandas as pd
 import pytest
 from conftest import TINY, Outcome
 
-from pcam_kaggle import artifacts
-from pcam_kaggle.artifacts import read_json
-from pcam_kaggle.budget import Budget
-from pcam_kaggle.cli import main
-from pcam_kaggle.config import Config
-from pcam_kaggle.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.metrics import auc
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import COMPETITION, Data, find_data, find_workspace
-from pcam_kaggle.runs import trained
-from pcam_kaggle.store import PatchStore
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data import atomic_io as artifacts
+from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.layout import COMPETITION, Data, find_data, find_workspace
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.runs.run import trained
+from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.training.budget import Budget
 
 Command = Callable[..., Outcome]
 
@@ -156,7 +156,7 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
 ) -> None:
     run = tmp_path / "work" / "runs" / "bottleneck"
     monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
-    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.artifacts import locked\n"
+    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data.atomic_io import locked\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -429,7 +429,7 @@ def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.
         pcam("pipeline", "--groups", "stain").err
         == "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
     )
-    monkeypatch.setattr("pcam_kaggle.folds.STAIN_GROUPS", 6)
+    monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
     table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
     assert (table.groupby("group")["fold"].nunique() == 1).all()

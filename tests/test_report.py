@@ -14,15 +14,15 @@ import torch
 from conftest import Outcome
 from torch import Tensor, nn
 
-from pcam_kaggle.compare import Comparison, Entry, compare_runs
-from pcam_kaggle.config import Config
-from pcam_kaggle.curves import Reference, learning, precision_recall, roc
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.figures import calibration_error, correlation, cv_against_lb, histogram, reliability, slide_aucs
-from pcam_kaggle.model import BottleneckCNN
-from pcam_kaggle.paths import Workspace
-from pcam_kaggle.report import write_report
-from pcam_kaggle.saliency import feature_module, grad_cam
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.models.cnn import BottleneckCNN
+from pcam_kaggle.report.curves import Reference, learning, precision_recall, roc
+from pcam_kaggle.report.figures import calibration_error, correlation, cv_against_lb, histogram, reliability, slide_aucs
+from pcam_kaggle.report.grad_cam import feature_module, grad_cam
+from pcam_kaggle.report.page import write_report
+from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
 
 MOST_BYTES = 3_000_000
 FIGURES = [

@@ -10,20 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle.artifacts import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.blend import Member, blend
-from pcam_kaggle.cli import main
-from pcam_kaggle.compare import compare_runs, read_entry
-from pcam_kaggle.config import Config
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.job import Job
-from pcam_kaggle.ledger import describe, write_ledger
-from pcam_kaggle.metrics import auc_difference, auc_interval, slide_difference, slide_interval, slide_pairs
-from pcam_kaggle.paths import Data, Workspace
-from pcam_kaggle.pipeline import run_blend
-from pcam_kaggle.report import write_report
-from pcam_kaggle.resampling import clusters, resampling, unit_of
-from pcam_kaggle.submission import submit
+from pcam_kaggle import UserError
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.kaggle.ledger import describe, write_ledger
+from pcam_kaggle.kaggle.submission import submit
+from pcam_kaggle.pipeline.job import Job
+from pcam_kaggle.pipeline.stages import run_blend
+from pcam_kaggle.report.page import write_report
+from pcam_kaggle.scoring.blend import Member, blend
+from pcam_kaggle.scoring.compare import compare_runs, read_entry
+from pcam_kaggle.scoring.metrics import auc_difference, auc_interval, slide_difference, slide_interval, slide_pairs
+from pcam_kaggle.scoring.resampling import clusters, resampling, unit_of
 
 SLIDES, PATCHES, FOLDS = 18, 40, 3
 N = SLIDES * PATCHES

@@ -7,16 +7,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pcam_kaggle.device import Backend
-from pcam_kaggle.experiments import QUICK, experiment
-from pcam_kaggle.folds import Scheme, make
-from pcam_kaggle.metrics import auc
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.synthetic import CENTRE, draw_patch, make_demo, tumour_place
-from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import fold_epochs, load_best
+from pcam_kaggle.config.experiments import QUICK, experiment
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.demo import CENTRE, draw_patch, make_demo, tumour_place
+from pcam_kaggle.data.folds import Scheme, make
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.train import fold_epochs, load_best
 
 
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:

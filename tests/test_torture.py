@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.torture import torture
-from pcam_kaggle.pipeline import STAGES
+from pcam_kaggle.pipeline.stages import STAGES
 
 
 def test_a_kill_in_any_stage_changes_nothing(tmp_path: Path) -> None:

@@ -18,24 +18,25 @@ import pandas as pd
 import pytest
 import torch
 
-from pcam_kaggle import budget, checkpoint, device, engine
-from pcam_kaggle import train as room
-from pcam_kaggle.artifacts import read_json, write_csv
-from pcam_kaggle.backbones import create, import_timm
-from pcam_kaggle.budget import Budget
-from pcam_kaggle.config import Config
-from pcam_kaggle.device import Backend
-from pcam_kaggle.engine import TrainBatches, average_weight, batches, follow, learning_rate, predict_logits
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.folds import Folds, Scheme, make
-from pcam_kaggle.metrics import auc
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.predict import predict
-from pcam_kaggle.runs import check_run, open_run, read_environments, read_log, trained
-from pcam_kaggle.store import PatchStore
-from pcam_kaggle.tables import read_labels
-from pcam_kaggle.train import _forecast, fold_epochs, load_best
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import read_json, write_csv
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.folds import Folds, Scheme, make
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.factory import create, import_timm
+from pcam_kaggle.runs.run import check_run, open_run, read_environments, read_log, trained
+from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.training import budget, device, engine
+from pcam_kaggle.training import train as room
+from pcam_kaggle.training.budget import Budget
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import TrainBatches, average_weight, batches, follow, learning_rate, predict_logits
+from pcam_kaggle.training.predict import predict
+from pcam_kaggle.training.train import _forecast, fold_epochs, load_best
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -242,7 +243,7 @@ def test_what_a_killed_process_has_started_ends_with_it(tmp_path: Path) -> None:
 ORPHANS = """
 import os, time
 from pathlib import Path
-from pcam_kaggle import device
+from pcam_kaggle.training import device
 
 def work(share):
     Path(str(os.getpid())).touch()
@@ -604,7 +605,7 @@ def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, 
 def test_freed_memory_is_held_for_the_next_step() -> None:
     code = """
 import resource, torch
-from pcam_kaggle.device import hold_memory
+from pcam_kaggle.config.process import hold_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle import artifacts, checkpoint, transfer
-from pcam_kaggle.artifacts import PART, locked
-from pcam_kaggle.cli import main
-from pcam_kaggle.config import Config
-from pcam_kaggle.errors import UserError
-from pcam_kaggle.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.paths import Data, Workspace
-from pcam_kaggle.runs import read_environments
-from pcam_kaggle.transfer import take_over
+from pcam_kaggle import UserError
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data import atomic_io as artifacts
+from pcam_kaggle.data.atomic_io import PART, locked
+from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.models import checkpoint
+from pcam_kaggle.runs import import_run as transfer
+from pcam_kaggle.runs.import_run import take_over
+from pcam_kaggle.runs.run import read_environments
 
 RUN = Path("runs") / "bottleneck"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pcam_kaggle import tta
+from pcam_kaggle.training import tta
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])

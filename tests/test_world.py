@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 
 import pcam_kaggle
-from pcam_kaggle.config import Config
-from pcam_kaggle.engine import TrainBatches
-from pcam_kaggle.patches import prepare
-from pcam_kaggle.paths import Data
-from pcam_kaggle.store import PatchStore
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.training.engine import TrainBatches
 from tests.conftest import TINY
 
 RUN = Path("runs") / "bottleneck"
@@ -26,7 +26,7 @@ RUN = Path("runs") / "bottleneck"
 
 SHARED_STEP = """
 import torch
-from pcam_kaggle.world import average_gradients, joined, rank, size
+from pcam_kaggle.training.distributed import average_gradients, joined, rank, size
 
 torch.manual_seed(0)
 net, images = torch.nn.Linear(5, 1), torch.randn(8, 5)

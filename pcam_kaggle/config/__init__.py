@@ -1,0 +1,4 @@
+"""Settings: the fields of an experiment, the named experiments, and those of the process.
+
+Nothing here reads data or imports torch.
+"""

@@ -1,0 +1,160 @@
+"""Files that are written whole or not at all, and the hashes that tell whether they still belong together."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from pcam_kaggle import UserError
+
+PART = ".part"
+AGAIN = "delete it and run the command again"
+# Loader processes outlive a killed parent by up to five seconds, and before filelock 4 they inherit its lock.
+LOCK_SECONDS = 10
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, a file beside it, and delete the partial files that a killed process left there.
+
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock. The system releases the lock of a
+    process that ends.
+
+    Raises:
+        UserError: another process still holds the lock after ten seconds.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
+    try:
+        for left in list(folder.rglob(f".*{PART}")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` when the block ends without an error; the caller holds its lock.
+
+    What stands at `folder` is replaced only if it is empty or `is_ours` says that this program made it.
+
+    Raises:
+        UserError: `folder` holds something else.
+    """
+    check_replaceable(folder, is_ours)
+    folder = folder.resolve()
+    temporary, old = (folder.with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
+    # A killed process may have left them.
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        # Renamed first, since a folder that is deleted in part is no longer known to be ours.
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise UserError if `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program."""
+    if not os.path.lexists(folder) or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
+        return
+    raise UserError(f"{folder}: exists and was not made by this program; move it away, or work in another folder with --work")
+
+
+def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises UserError where the disk does not take it; what stood at `path` still does.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; fix that and run the same command again, which resumes") from None
+
+
+def csv_bytes(table: pd.DataFrame) -> bytes:
+    """Return `table` as UTF-8 CSV without its index, floats in the shortest form that reads back equal."""
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write `table` as by `csv_bytes`, whole or not at all."""
+    write(path, lambda file: file.write(csv_bytes(table)))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented UTF-8 JSON, whole or not at all; raises ValueError on NaN or infinity."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises UserError where it is missing, is none, or lacks a key of `kinds` or has another type of value there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {AGAIN}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; {AGAIN}")
+    missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}, or has something else there; {AGAIN}")
+    return content
+
+
+@contextmanager
+def reading(path: Path, advice: str = AGAIN) -> Iterator[None]:
+    """Raise UserError with `advice` where a reader that relies on the form of the file at `path` meets another one."""
+    try:
+        yield
+    except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not what this version writes ({type(error).__name__}: {message}); {advice}") from None
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of `content` in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of the file at `path` in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

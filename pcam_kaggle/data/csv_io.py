@@ -1,0 +1,146 @@
+"""The CSV files that come in, read with ids as text and validated."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle import UserError, examples
+from pcam_kaggle.data.atomic_io import csv_bytes, sha256
+
+# What a fold's net leaves, and the numbers in it.
+PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
+SHORT = 60
+
+
+def read_labels(path: Path) -> pd.DataFrame:
+    """Return the labels in `path`: `id` (text) and `label` (int8, 0 or 1), sorted by id whatever the order of the rows.
+
+    Spaces around ids and labels do not count. Raises UserError on a missing column, an id that is no plain file name, has an
+    image's extension or stands twice, a label other than 0 and 1, and labels that are all the same.
+    """
+    table = _read(path, ["id", "label"])
+    label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
+    wrong = table.loc[label.isna()]
+    if len(wrong):
+        found = [f"{_short(value)} in {count:,} rows" for value, count in wrong["label"].value_counts().items()]
+        raise UserError(
+            f"{path}: labels of {len(wrong):,} of {len(table):,} rows are neither 0 nor 1 (ids {examples(wrong['id'])}): "
+            f"{examples(found)}; write 0 and 1",
+            [f"{name} {value!r}" for name, value in zip(wrong["id"], wrong["label"], strict=True)],
+        )
+    if label.nunique() < 2:
+        raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
+    return _by_id(pd.DataFrame({"id": table["id"], "label": label.astype(np.int8)}))
+
+
+def read_sample(path: Path) -> pd.DataFrame:
+    """Return the one column `id` (text) of the sample submission in `path`, in its own order.
+
+    Raises UserError on a missing file or column and on an id that is no plain file name, has an image's extension or stands
+    twice.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; take the competition's, or write the line id,label and then a line ID,0 for each ID.tif in "
+            f"{path.parent / 'test'}"
+        )
+    return _read(path, ["id", "label"])[["id"]]
+
+
+def read_slides(path: Path) -> pd.DataFrame:
+    """Return the slide map in `path`, columns `id` and `wsi` (both text), sorted by id; raises UserError as `read_sample`."""
+    table = _read(path, ["id", "wsi"])
+    table = table.assign(wsi=table["wsi"].str.strip())
+    empty = table.loc[table["wsi"] == ""]
+    if len(empty):
+        raise UserError(
+            f"{path}: rows without a slide: {len(empty):,} (ids {examples(empty['id'])}); correct or drop them",
+            list(empty["id"]),
+        )
+    return _by_id(table)
+
+
+def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Return a table that the pipeline wrote: `id` as text, then `columns` as float64.
+
+    Raises UserError where the file is missing, cut short, or holds a number that is not finite.
+    """
+    table = _read(path, ["id", *columns])
+    try:
+        numbers = table[columns].astype(np.float64)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error)[:200]}; delete it and run the command again") from None
+    if not np.isfinite(numbers.to_numpy()).all():
+        raise UserError(f"{path}: holds a number that is not finite; delete it and run the command again")
+    return pd.concat([table[["id"]], numbers], axis=1)
+
+
+def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return out-of-fold predictions (id, label, fold, probability) from `path` with label and fold as int64.
+
+    Raises UserError on a number that is not finite and on a label that is neither 0 nor 1.
+    """
+    finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
+    for wrong, which in (
+        (~finite, "rows hold a number that is not finite"),
+        (~table["label"].isin([0, 1]), "labels are not 0 or 1"),
+    ):
+        if ids := table.loc[wrong, "id"].tolist():
+            raise UserError(f"{path}: {len(ids):,} {which}, of id {examples(ids)}; predict again", ids)
+    return table.astype({"label": np.int64, "fold": np.int64})
+
+
+def labels_sha256(labels: pd.DataFrame) -> str:
+    """Return the SHA-256 of `id,label` sorted by id: the same for the same labels in any order."""
+    return sha256(csv_bytes(_by_id(labels[["id", "label"]].astype({"label": np.int8}))))
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Return `columns`, `id` first, of the CSV file at `path` as text."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        found = examples([_short(column) for column in table.columns])
+        raise UserError(
+            f"{path}: has no column {' or '.join(missing)}, its columns are {found}; its first line must be "
+            f"{','.join(columns)}, with commas and without spaces",
+            list(map(repr, table.columns)),
+        )
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{path}: its rows have more fields than its first line; end no row in a comma")
+    table = table[columns]
+    if table.empty:
+        raise UserError(f"{path}: holds no rows")
+    table = table.assign(id=table["id"].str.strip())
+    odd = [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]
+    if odd:
+        shown = examples([_short(text) for text in odd])
+        raise UserError(
+            f"{path}: {len(odd):,} of {len(table):,} ids are no plain file names ({shown}); write each without folder and "
+            "extension, as abc for train/abc.tif, or drop its row",
+            list(map(repr, odd)),
+        )
+    twice = table.loc[table["id"].duplicated(), "id"].drop_duplicates()
+    if len(twice):
+        raise UserError(
+            f"{path}: ids in more than one row: {len(twice):,} ({examples(twice)}); keep one row of each", list(twice)
+        )
+    return table
+
+
+def _short(text: str) -> str:
+    """Return `text` in quotes, cut off: a cell of a damaged file may be as long as the file."""
+    return repr(text if len(text) <= SHORT else f"{text[:SHORT]}…")
+
+
+def _by_id(table: pd.DataFrame) -> pd.DataFrame:
+    return table.sort_values("id", kind="stable").reset_index(drop=True)

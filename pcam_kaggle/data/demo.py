@@ -1,0 +1,110 @@
+"""The embedded demo: H&E-like patches drawn from a seed, in the competition's layout and with its label rule."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import PATCH_SIDE
+from pcam_kaggle.data.atomic_io import building, locked, read_json, write_csv, write_json
+from pcam_kaggle.data.layout import Data
+
+SEED = 1
+N_TRAIN, N_TEST = 480, 120
+TRAIN_SLIDES, TEST_SLIDES = 10, 4
+CENTRE = slice(32, 64)
+HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
+EOSIN = np.array([0.07, 0.99, 0.11])
+
+
+def draw_patch(
+    rng: np.random.Generator, slide: np.random.Generator, tumour_at: tuple[int, int] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return one patch, RGB uint8 (96, 96, 3), and where its tumour is, bool (96, 96).
+
+    Stroma is smooth pink noise, lymphocytes are small round nuclei, tumour nuclei are large, irregular and crowded about
+    `tumour_at` (row, column). `slide` gives the stain: the same generator state, the same stain.
+    """
+    side = PATCH_SIDE
+    nuclei = np.zeros((side, side), np.float32)
+    tumour = np.zeros((side, side), np.uint8)
+    for _ in range(rng.integers(4, 12)):
+        centre = tuple(int(v) for v in rng.integers(0, side, 2))
+        cv2.circle(nuclei, centre, int(rng.integers(2, 4)), float(rng.uniform(0.6, 0.9)), -1, cv2.LINE_AA)
+    if tumour_at is not None:
+        for _ in range(rng.integers(4, 9)):
+            row, column = (int(v) for v in np.asarray(tumour_at) + rng.normal(0, 4, 2))
+            axes = tuple(int(v) for v in rng.integers(4, 8, 2))
+            angle = float(rng.uniform(0, 180))
+            cv2.ellipse(nuclei, (column, row), axes, angle, 0, 360, float(rng.uniform(0.45, 0.75)), -1, cv2.LINE_AA)
+            cv2.ellipse(tumour, (column, row), axes, angle, 0, 360, 1, -1)
+    stroma = cv2.GaussianBlur(rng.normal(0, 1, (side, side)).astype(np.float32), (0, 0), 3)
+    stroma = 0.35 + 0.9 * stroma
+    factors, tint = slide.uniform(0.7, 1.3, 2), slide.normal(0, 0.03, 3)
+    density = np.clip(nuclei, 0, None)[..., None] * HAEMATOXYLIN * factors[0]
+    density = density + np.clip(stroma, 0.05, None)[..., None] * EOSIN * factors[1] + np.abs(tint)
+    light = 255 * np.exp(-density) + rng.normal(0, 3, density.shape)
+    return np.clip(np.rint(light), 0, 255).astype(np.uint8), tumour.astype(bool)
+
+
+def tumour_place(rng: np.random.Generator) -> tuple[int, int] | None:
+    """Return the (row, column) of a patch's tumour: in the centre, near the edge, or, for one patch in three, none."""
+    kind = rng.integers(0, 3)
+    if kind == 0:
+        return None
+    if kind == 1:
+        return int(rng.integers(36, 60)), int(rng.integers(36, 60))
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = 44 / max(abs(np.cos(angle)), abs(np.sin(angle)))
+    return int(48 + reach * np.sin(angle)), int(48 + reach * np.cos(angle))
+
+
+def make_demo(data: Data, seed: int = SEED) -> bool:
+    """Write the demo into `data` and return True, or return False where it stands already.
+
+    480 train patches of 10 slides and 120 test patches of 6, 4 of them in the test set alone, and a slide map of the train
+    patches. A patch is positive if a tumour pixel lies in its centre 32x32. Ids are names, no SHA-1s, and dataset.json says so.
+    """
+    wanted = {"ids": "names", "synthetic": True, "seed": seed, "train": N_TRAIN, "test": N_TEST}
+    with locked(data.root):
+        if data.declaration.is_file() and read_json(data.declaration) == wanted:
+            return False
+        with building(data.root, is_demo) as folder:
+            _draw_demo(Data(folder), wanted, seed)
+    return True
+
+
+def _draw_demo(made: Data, wanted: dict[str, object], seed: int) -> None:
+    """Write the patches, the tables and the manifest `wanted` of a demo into the folder of `made`."""
+    train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
+    test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+    write_csv(made.labels, train[["id", "label"]])
+    write_csv(made.root / "patch_id_wsi.csv", train[["id", "wsi"]])
+    write_csv(made.sample, test[["id"]].assign(label=0))
+    write_json(made.declaration, wanted)
+
+
+def is_demo(folder: Path) -> bool:
+    """Tell whether `folder` has the manifest of a synthetic set, and so was made by `make_demo`."""
+    try:
+        return read_json(Data(folder).declaration).get("synthetic") is True
+    except UserError:
+        return False
+
+
+def _draw_split(data: Data, split: str, count: int, slides: range, seed: int) -> pd.DataFrame:
+    folder = data.patches(split)
+    folder.mkdir()
+    rows = []
+    for number in range(count):
+        slide = slides[number % len(slides)]
+        rng = np.random.default_rng((seed, split == "test", number))
+        patch, tumour = draw_patch(rng, np.random.default_rng((seed, slide)), tumour_place(rng))
+        name = f"demo_{split}_{number:04d}"
+        uncompressed = [cv2.IMWRITE_TIFF_COMPRESSION, 1]
+        cv2.imwrite(str(folder / f"{name}.tif"), cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), uncompressed)
+        rows.append((name, int(tumour[CENTRE, CENTRE].any()), f"slide_{slide:02d}"))
+    return pd.DataFrame(rows, columns=["id", "label", "wsi"])

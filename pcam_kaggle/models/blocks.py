@@ -1,0 +1,114 @@
+"""What a net is built of, ordinary or equivariant: its layers, and the two bodies of a block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pcam_kaggle.models.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool
+
+POOL_SIZE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What a net is built of: `lift` reads the image, `conv` and `norm` maps, `pool` makes a vector of a map.
+
+    Called as lift(in_channels, channels, kernel_size), conv likewise, norm(channels), pool(). Of every `copies` channels one
+    is a field of its own, and pooling gives two numbers for each field.
+    """
+
+    lift: Callable[[int, int, int], nn.Module]
+    conv: Callable[[int, int, int], nn.Module]
+    norm: Callable[[int], nn.Module]
+    pool: Callable[[], nn.Module]
+    copies: int
+
+
+class MeanMaxPool(nn.Module):
+    """Mean and maximum over all positions, side by side: shape (n, channels, h, w) to (n, 2 channels).
+
+    The maximum answers whether there is tumour anywhere, the mean how much.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+
+
+def _conv(in_channels: int, channels: int, kernel_size: int) -> nn.Module:
+    return nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+
+
+LAYERS = {
+    "none": Layers(_conv, _conv, nn.BatchNorm2d, MeanMaxPool, 1),
+    "d4": Layers(partial(GroupConv2d, lifts=True), GroupConv2d, GroupNorm2d, GroupPool, ORDER),
+}
+
+
+class Plain(nn.Module):
+    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`.
+
+    It pools what the convolution gives, before norm and ReLU.
+    """
+
+    def __init__(self, in_channels: int, channels: int, pools: bool, layers: Layers) -> None:
+        super().__init__()
+        self.conv1 = layers.conv(in_channels, channels, 3)
+        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
+        self.bn1 = layers.norm(channels)
+        self.act1 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.pool(self.conv1(x))))
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each field by a gate that the means of all fields open (Hu et al. 2018, equations 2 to 4); the shape stays."""
+
+    def __init__(self, channels: int, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+        fields = channels // copies
+        inner = max(1, fields // 4)
+        self.gate = nn.Sequential(nn.Linear(fields, inner), nn.ReLU(inplace=True), nn.Linear(inner, fields), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.unflatten(1, (self.copies, -1)).mean((1, 3, 4))
+        return x * self.gate(means).repeat(1, self.copies)[:, :, None, None]
+
+
+class Bottleneck(nn.Module):
+    """1x1 → 3x3 → 1x1 with a shortcut (He et al. 2016, figure 5, right); inside, channels / `squeeze` filters.
+
+    Shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`: then before the filters widen, inside
+    and at the start of the shortcut. With `excite` the result is gated before the shortcut is added. The last norm starts
+    at zero, the block as its shortcut (Goyal et al. 2017, section 5.1).
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, pools: bool, layers: Layers, squeeze: int = 4, excite: bool = False
+    ) -> None:
+        super().__init__()
+        inner = channels // squeeze
+        self.conv1 = layers.conv(in_channels, inner, 1)
+        self.bn1 = layers.norm(inner)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = layers.conv(inner, inner, 3)
+        self.bn2 = layers.norm(inner)
+        self.act2 = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
+        self.conv3 = layers.conv(inner, channels, 1)
+        self.bn3 = layers.norm(channels)
+        self.excite = SqueezeExcite(channels, layers.copies) if excite else nn.Identity()
+        self.act3 = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            self.shortcut = nn.Sequential(layers.conv(in_channels, channels, 1), layers.norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.act2(self.bn2(self.conv2(out)))
+        out = self.excite(self.bn3(self.conv3(self.pool(out))))
+        return self.act3(out + self.shortcut(self.pool(x)))

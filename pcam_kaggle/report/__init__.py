@@ -1,0 +1,4 @@
+"""A comparison as one HTML page with figures.
+
+Its numbers come from `scoring`.
+"""

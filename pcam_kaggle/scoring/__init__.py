@@ -1,0 +1,4 @@
+"""Numbers: AUC with its variance, blends of predictions, and comparisons of runs.
+
+Nothing here needs torch.
+"""

@@ -1,0 +1,28 @@
+"""Imports between the sub-packages point one way."""
+
+from pathlib import Path
+
+import pytest
+
+import pcam_kaggle
+from pcam_kaggle.kaggle.notebook import imported_modules
+
+PACKAGE = Path(pcam_kaggle.__file__).parent
+LAYERS = (
+    *({"config"}, {"data"}, {"models"}, {"runs"}, {"scoring"}, {"training"}, {"kaggle"}, {"report"}, {"pipeline"}, {"cli"}),
+    {"__main__"},
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_imports_point_down(name: str) -> None:
+    files = [PACKAGE / f"{name}.py"] if name == "__main__" else list((PACKAGE / name).glob("*.py"))
+    assert files
+    used = {module.partition(".")[0] for file in files for module in imported_modules(file.read_text(encoding="utf-8"))}
+    assert not [other for other in used - {name} if LAYER[other] >= LAYER[name]]
+
+
+def test_every_entry_of_the_package_has_a_layer() -> None:
+    entries = {path.stem for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    assert entries == set(LAYER)
