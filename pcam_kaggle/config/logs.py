@@ -1,0 +1,104 @@
+"""Log lines and progress bars on the terminal.
+
+Modules log to `logging.getLogger(__name__)`. Nothing but warnings is printed before `configure_logging` is called.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+PACKAGE = "pcam_kaggle"
+VERBOSE_FORMAT = "%(asctime)s rank %(rank)d fold %(fold)s: %(message)s"
+
+Item = TypeVar("Item")
+
+_fold: ContextVar[int | None] = ContextVar("fold", default=None)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints progress on standard output and warnings, with the prefix "warning: ", on standard error.
+
+    Streams are looked up for each record, since tests and notebooks replace them. A closed pipe ends the program, as it does
+    for `print`. A record of another rank than 0 is printed only if `verbosity` is positive, and on standard error.
+    """
+
+    def __init__(self, verbosity: int, bar_position: int) -> None:
+        super().__init__()
+        self.verbosity, self.bar_position = verbosity, bar_position
+        self.setFormatter(logging.Formatter(VERBOSE_FORMAT if verbosity > 0 else None))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add `rank` and `fold` to `record`; return whether it is printed."""
+        fold = _fold.get()
+        record.__dict__.update(rank=_rank(), fold="-" if fold is None else fold)
+        return _rank() == 0 or self.verbosity > 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print `record` and flush the stream."""
+        is_warning = record.levelno >= logging.WARNING
+        prefix = "warning: " if is_warning else ""
+        print(f"{prefix}{self.format(record)}", file=sys.stderr if is_warning or _rank() else sys.stdout, flush=True)
+
+
+def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
+    """Print the package's log records; a second call replaces the settings of the first.
+
+    Args:
+        verbosity: Negative for warnings only, 0 for progress too, positive for debug messages, with time, rank and fold.
+        bar_position: Line of this process's progress bars, so that processes on one terminal do not overwrite each other's.
+    """
+    logger = logging.getLogger(PACKAGE)
+    if console := _console():
+        logger.removeHandler(console)
+    logger.addHandler(ConsoleHandler(verbosity, bar_position))
+    logger.setLevel(logging.DEBUG if verbosity > 0 else logging.INFO if verbosity == 0 else logging.WARNING)
+    # A notebook's root logger may print as well.
+    logger.propagate = False
+
+
+def logging_verbosity() -> int | None:
+    """Return the `verbosity` given to `configure_logging`, None before its first call."""
+    console = _console()
+    return console.verbosity if console else None
+
+
+@contextmanager
+def fold_context(fold: int) -> Iterator[None]:
+    """Attach `fold` to the records logged in this context."""
+    token = _fold.set(fold)
+    try:
+        yield
+    finally:
+        _fold.reset(token)
+
+
+def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    """Return `items` with a progress bar, which appears on a terminal after two seconds.
+
+    It appears only where progress is logged, and in rank 0 alone.
+
+    Args:
+        items: What is iterated over.
+        description: Text before the bar.
+        total: Number of items, by default their length.
+    """
+    from tqdm import tqdm
+
+    console = _console()
+    is_quiet = console is None or console.verbosity < 0 or _rank() > 0
+    position = console.bar_position if console else 0
+    # None disables the bar unless standard error is a terminal.
+    return tqdm(items, description, total, leave=False, delay=2, disable=True if is_quiet else None, position=position)
+
+
+def _console() -> ConsoleHandler | None:
+    handlers = logging.getLogger(PACKAGE).handlers
+    return next((handler for handler in handlers if isinstance(handler, ConsoleHandler)), None)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,268 @@
+"""Configs: what they accept and refuse, how they are stored and shown, and the named experiments."""
+
+import dataclasses
+import json
+import pickle
+from dataclasses import FrozenInstanceError, asdict, replace
+from typing import Any
+
+import pytest
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.experiments import BASELINE, EXPERIMENTS, experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.config.table import GROUPS, config_table, render_config
+
+NAMES = [field.name for field in dataclasses.fields(Config)]
+INTEGERS = [name for name, value in asdict(Config()).items() if type(value) is int]
+FLOATS = [name for name, value in asdict(Config()).items() if type(value) is float]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: must be in [1, 10000]"),
+        ({"epochs": 10_001}, "epochs=10001: must be in [1, 10000]"),
+        ({"n_splits": 1}, "n_splits=1: must be in [2, 100]"),
+        ({"seed": -1}, "seed=-1: must be in [0, 4294967295]"),
+        ({"seed": 2**32}, "seed=4294967296: must be in [0, 4294967295]"),
+        ({"dropout": 1.0}, "dropout=1.0: must be in [0, 0.99]"),
+        ({"lr": 0}, "lr=0: must be in [1e-08, 10]"),
+        ({"lr": float("nan")}, "lr=nan: must be in [1e-08, 10]"),
+        ({"shift": 5}, "shift=5: must be in [0, 4]"),
+        ({"side": 98}, "side=98: must be in [32, 96]"),
+        ({"body": "wide"}, "body=wide: choose one of plain, bottleneck"),
+        ({"tta": 2}, "tta=2: choose one of 1, 4, 8"),
+        ({"epochs": 3.0}, "epochs=3.0: must be of type int"),
+        ({"epochs": "3"}, "epochs=3: must be of type int"),
+        ({"lr": "0.1"}, "lr=0.1: must be of type float"),
+        ({"lr": True}, "lr=True: must be of type float"),
+        ({"excite": 1}, "excite=1: must be of type bool"),
+        ({"teacher": None}, "teacher=None: must be of type str"),
+    ],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Config(**fields)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"epochs": 1, "warmup_epochs": 0.5}, {"epochs": 10_000}, {"n_splits": 2}, {"seed": 2**32 - 1}, {"dropout": 0}),
+        *({"lr": 10}, {"side": 32}, {"side": 96, "centre": 94}, {"side": 34, "centre": 32}, {"epochs": 2, "warmup_epochs": 2}),
+        {"model": "timm:resnet18", "head_epochs": 10, "epochs": 10},
+    ],
+)
+def test_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
+    config = Config(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"side": 64, "centre": 64}, "centre=64: must be in [0, 62]"),
+        ({"centre": 30}, "centre=30: must be 0 or at least 32"),
+        ({"centre": 33}, "must be even"),
+        ({"side": 63}, "must be even"),
+        ({"centre": 32, "n_blocks": 1}, "one block less than n_blocks=1"),
+        ({"epochs": 5, "head_epochs": 6, "model": "timm:resnet18"}, "head_epochs=6: must be in [0, 5]"),
+        ({"epochs": 1, "warmup_epochs": 1.5}, "warmup_epochs=1.5: must be in [0, 1]"),
+        ({"width": 6}, "width=6, max_width=512: both must be multiples of 4"),
+        ({"max_width": 16}, "max_width=16: must not be below width=32"),
+        ({"symmetry": "d4", "head": "flatten"}, "head=flatten: needs"),
+        ({"symmetry": "d4", "width": 8}, "symmetry=d4 with width=8"),
+        ({"teacher": "../old"}, "not a path"),
+        ({"weights": "wheel"}, "only nets of timm take weights"),
+        ({"layer_decay": 0.9}, "only nets of timm have pretrained layers"),
+        ({"head_epochs": 1}, "only nets of timm have pretrained layers"),
+        ({"model": "resnet18"}, "choose cnn or timm:NAME"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Config(**fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_no_integer_is_a_bool(name: str) -> None:
+    for value in (False, True):
+        with pytest.raises(UserError, match=rf"^{name}={value}: "):
+            Config(**{name: value})
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_finite(name: str) -> None:
+    for text in ("nan", "inf", "-inf"):
+        with pytest.raises(UserError, match=rf"^{name}={text}: must be in "):
+            Config().changed([f"{name}={text}"])
+
+
+def test_defaults_are_accepted_as_values() -> None:
+    assert Config(**asdict(Config())) == Config()
+
+
+def test_an_error_shows_foreign_text_in_one_short_line() -> None:
+    for fields in ({"body": "wi\nde " * 1000}, {"un\nknown" * 1000: 1}):
+        with pytest.raises(UserError) as caught:
+            Config(**fields)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 250
+
+
+def test_an_unknown_field_names_the_closest() -> None:
+    advice = "no such field; closest: epochs, head_epochs, depth; `python -m pcam_kaggle config` lists all"
+    with pytest.raises(UserError) as caught:
+        Config().changed(["epoch=3"])
+    assert str(caught.value) == f"--set epoch=3: {advice}"
+    with pytest.raises(UserError) as caught:
+        Config(epoch=3)
+    assert str(caught.value) == f"epoch: {advice}"
+    with pytest.raises(UserError, match=r"^--set xyzzy=1: no such field; `python -m pcam_kaggle config` lists all$"):
+        Config().changed(["xyzzy=1"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epochs", "--set epochs: write key=value"),
+        ("epochs=many", "--set epochs=many: not a number of type int"),
+        ("epochs=1.5", "--set epochs=1.5: not a number of type int"),
+        ("tta=all", "--set tta=all: not a number of type int"),
+        ("lr=", "--set lr=: not a number of type float"),
+        ("excite=1", "--set excite=1: write true or false"),
+        ("dropout=1.5", "dropout=1.5: must be in [0, 0.99]"),
+    ],
+)
+def test_assignments_that_cannot_be_parsed_are_refused(assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Config().changed([assignment])
+    assert str(caught.value) == message
+
+
+def test_assignments_are_parsed_by_the_fields_type() -> None:
+    changes = {"epochs": 3, "lr": 1.0, "excite": False, "tta": 4, "body": "plain", "weights": "a=b", "model": "timm:x"}
+    texts = ["epochs=2", "epochs=3", "lr=1", "excite=false", "tta=4", "body=plain", "weights=a=b", "model=timm:x"]
+    config = Config().changed(texts)
+    assert config == replace(Config(), **changes)
+    assert {name: type(getattr(config, name)) for name in changes} == {name: type(value) for name, value in changes.items()}
+
+
+@pytest.mark.parametrize("config", [*(chosen.config for chosen in EXPERIMENTS.values()), Config(lr=1, warmup_epochs=0)])
+def test_json_round_trip_is_exact(config: Config) -> None:
+    text = json.dumps(asdict(config))
+    read = Config(**json.loads(text))
+    assert read == config
+    assert json.dumps(asdict(read)) == text
+
+
+def test_integers_of_float_fields_stay_integers() -> None:
+    config = Config(lr=1, warmup_epochs=0)
+    assert (type(config.lr), type(config.warmup_epochs)) == (int, int)
+
+
+def test_configs_are_immutable_values() -> None:
+    config = Config(epochs=3)
+    with pytest.raises(FrozenInstanceError):
+        config.epochs = 4
+    with pytest.raises(UserError, match="epochs=0"):
+        replace(config, epochs=0)
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
+    assert len({config, Config(epochs=3), Config(epochs=4)}) == 2
+
+
+def test_every_field_is_described_in_the_table() -> None:
+    rows = config_table(Config())
+    assert [name for name, *_ in rows] == NAMES
+    assert all(allowed and meaning.endswith(".") for _, _, allowed, meaning in rows)
+    assert [name for name in NAMES if name in GROUPS] == list(GROUPS)
+    assert NAMES[0] in GROUPS
+
+
+def test_a_rendered_config_fits_its_width() -> None:
+    lines = render_config(experiment("lite0"), 110).splitlines()
+    assert max(map(len, lines)) <= 110
+    assert [line for line in lines if line in GROUPS.values()] == list(GROUPS.values())
+    starts = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
+    assert starts == ["field", *NAMES]
+    assert sum("timm:tf_efficientnet_lite0  " in line for line in lines) == 1
+
+
+def test_a_rendered_blend_names_its_members_and_shows_the_folds_alone() -> None:
+    rendered = render_config(experiment("blend"), 110)
+    assert "blend of bottleneck, lite0, lite0_again" in rendered
+    assert "n_splits" in rendered
+    assert "epochs" not in rendered
+
+
+def test_an_unknown_experiment_names_the_closest_and_all() -> None:
+    with pytest.raises(UserError) as caught:
+        experiment("lite")
+    assert str(caught.value) == f"-e lite: no such experiment; closest: lite0; choose one of {', '.join(EXPERIMENTS)}"
+
+
+def test_a_blend_has_no_settings_to_change() -> None:
+    with pytest.raises(UserError, match=r"^epochs=3: a blend of bottleneck, lite0, lite0_again has no settings of its own"):
+        experiment("blend").changed(["epochs=3"])
+    assert experiment("blend").changed([]) == experiment("blend").config
+
+
+def test_members_of_an_experiment_share_its_folds() -> None:
+    for chosen in EXPERIMENTS.values():
+        for member in (EXPERIMENTS[name].config for name in chosen.members):
+            shared = [(config.groups, config.n_splits, config.fold_seed) for config in (chosen.config, member)]
+            assert shared[0] == shared[1]
+
+
+def test_the_baseline_is_frozen() -> None:
+    pinned = {
+        "groups": "auto",
+        "n_splits": 5,
+        "fold_seed": 42,
+        "model": "cnn",
+        "weights": "",
+        "side": 96,
+        "centre": 0,
+        "symmetry": "none",
+        "body": "plain",
+        "n_blocks": 4,
+        "width": 32,
+        "max_width": 512,
+        "depth": 1,
+        "squeeze": 4,
+        "excite": False,
+        "pool_first": False,
+        "pool_inside": False,
+        "head": "flatten",
+        "hidden": 256,
+        "dropout": 0.5,
+        "shift": 4,
+        "stain_jitter": 0.05,
+        "stain_mix": 0.0,
+        "color_jitter": 0.1,
+        "degrade": 0.0,
+        "mixup": 0.0,
+        "epochs": 10,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "lr": 0.002,
+        "layer_decay": 1.0,
+        "head_epochs": 0,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup_epochs": 1.0,
+        "clip_norm": 1.0,
+        "average_epochs": 3.0,
+        "label_smoothing": 0.0,
+        "teacher": "",
+        "precision": "auto",
+        "memory_format": "auto",
+        "seed": 42,
+        "tta": 8,
+        "tta_mean": "logits",
+        "norm": "train",
+    }
+    assert asdict(EXPERIMENTS[BASELINE].config) == pinned

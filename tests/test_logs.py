@@ -1,0 +1,73 @@
+"""Log lines: progress on standard output, warnings on standard error, each once."""
+
+import logging
+
+import pytest
+
+from pcam_kaggle.config.logs import configure_logging, fold_context, logging_verbosity, progress
+
+log = logging.getLogger("pcam_kaggle.test")
+
+
+def printed(capsys: pytest.CaptureFixture[str], verbosity: int) -> tuple[list[str], list[str]]:
+    """Return the lines on standard output and error of one record per level."""
+    configure_logging(verbosity)
+    with fold_context(3):
+        log.debug("details")
+        log.info("step %d", 1)
+        log.warning("careful")
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+def test_progress_is_on_standard_output_and_warnings_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, 0) == (["step 1"], ["warning: careful"])
+
+
+def test_quiet_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, -1) == ([], ["warning: careful"])
+
+
+def test_verbose_lines_have_time_rank_and_fold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = printed(capsys, 1)
+    assert [line.partition(" rank ")[2] for line in out] == ["0 fold 3: details", "0 fold 3: step 1"]
+    assert err[0].startswith("warning: ")
+    monkeypatch.setenv("RANK", "1")
+    out, err = printed(capsys, 1)
+    assert out == []
+    assert [line.partition(" rank ")[2] for line in err] == ["1 fold 3: details", "1 fold 3: step 1", "1 fold 3: careful"]
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert printed(capsys, 0) == ([], [])
+
+
+def test_the_fold_is_known_only_in_its_context(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(1)
+    with fold_context(0):
+        pass
+    log.info("done")
+    assert capsys.readouterr().out.endswith("fold -: done\n")
+
+
+def test_a_second_configuration_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = len(logging.getLogger("pcam_kaggle").handlers)
+    for verbosity in (1, 0):
+        configure_logging(verbosity)
+        assert logging_verbosity() == verbosity
+    assert len(logging.getLogger("pcam_kaggle").handlers) <= max(1, handlers)
+    assert printed(capsys, 0)[0] == ["step 1"]
+
+
+@pytest.mark.parametrize(("verbosity", "rank", "is_shown"), [(0, "0", True), (-1, "0", False), (0, "1", False)])
+def test_bars_are_shown_where_progress_is(
+    verbosity: int, rank: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    configure_logging(verbosity, bar_position=1)
+    bar = progress(range(3), "epoch 1")
+    assert bar.disable is not is_shown
+    assert not is_shown or abs(bar.pos) == 1
+    assert list(bar) == [0, 1, 2]
