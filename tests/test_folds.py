@@ -9,7 +9,7 @@ import pytest
 from pcam_kaggle import UserError
 from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, sha256, write_json
 from pcam_kaggle.data.csv_io import labels_sha256, read_labels, read_slides
-from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw, groups, load, make, numbers
+from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw, groups, load, make
 
 PLAIN = Scheme(5, 42, "stratified")
 SLIDES = Scheme(5, 42, "slides")
@@ -64,7 +64,7 @@ def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.
     pd.testing.assert_frame_equal(
         groups(tmp_path / f"{SLIDES.name}.csv").reset_index(drop=True), known.sort_values("id", ignore_index=True)
     )
-    with pytest.raises(UserError, match="lacks 201 of 1,000 ids, more than one of 5 folds holds"):
+    with pytest.raises(UserError, match="lacks 201 of 1,000 ids, more than fit into one of 5 folds"):
         draw(labels, SLIDES, slides.iloc[201:])
     assert draw(labels, SLIDES, slides.iloc[200:])["group"].eq(UNMAPPED).sum() == 200
     assert groups(tmp_path / "none.csv") is None
@@ -168,7 +168,7 @@ def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame,
         draw(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)
     draw(labels.assign(label=[1] * 5 + [0] * 995), PLAIN, None)
     one_sided = slides.assign(wsi=np.where(labels["label"] == 1, "all", slides["wsi"]))
-    with pytest.raises(UserError, match="a fold holds one label alone"):
+    with pytest.raises(UserError, match="a fold has only one label"):
         draw(labels, SLIDES, one_sided)
     for folder in ("none", "half"):
         with pytest.raises(UserError, match="it or its manifest is missing; run `python -m pcam_kaggle folds`"):
@@ -177,10 +177,3 @@ def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame,
         (tmp_path / f"{PLAIN.name}.{'json' if folder == 'none' else 'csv'}").unlink()
     with pytest.raises(UserError, match="3 slides can't fill 5 folds"):
         draw(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))
-
-
-def test_a_runs_folds_are_those_of_its_config(tmp_path: Path) -> None:
-    assert numbers(tmp_path / "config.json", {"n_splits": 3}) == range(3)
-    for config in ({}, {"n_splits": 1}, {"n_splits": "many"}, {"n_splits": None}):
-        with pytest.raises(UserError, match=r"config\.json|n_splits"):
-            numbers(tmp_path / "config.json", config)

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from pcam_kaggle.data.folds import Scheme, draw, stain_groups
+from pcam_kaggle.data.fold_groups import stain_groups
+from pcam_kaggle.data.folds import Scheme, draw
 from pcam_kaggle.data.stain import DENSITY, STAINS, mix_stains, restain, stain_vectors
 
 
@@ -81,7 +82,7 @@ class Slides:
 
 
 def test_groups_of_like_stain_are_made_of_one_slide_and_of_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
+    monkeypatch.setattr("pcam_kaggle.data.fold_groups.STAIN_GROUPS", 6)
     store = Slides()
     groups = stain_groups(store)
     assert adjusted_rand_score(store.slide, groups["wsi"]) > 0.9

@@ -1,4 +1,4 @@
-"""From the competition's files to the patch store and the folds: files that are read, checked and written atomically.
+"""Reads and checks the competition's files, and writes the patch store and the folds.
 
-Nothing here knows of a net or a run.
+Independent of nets and runs.
 """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the hashes that tell whether they still belong together."""
+"""Atomic writing of files and folders, and hashes that detect changed files."""
 
 import hashlib
 import json
@@ -17,19 +17,19 @@ from pcam_kaggle import UserError
 
 PART = ".part"
 AGAIN = "delete it and run the command again"
-# Loader processes outlive a killed parent by up to five seconds, and before filelock 4 they inherit its lock.
+# Loader processes live up to five seconds longer than a killed parent, and before filelock 4 they inherit its lock.
 LOCK_SECONDS = 10
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, a file beside it, and delete the partial files that a killed process left there.
+    """Hold the lock of `folder`, a file beside it, and delete partial files of killed processes.
 
-    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock. The system releases the lock of a
-    process that ends.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock. The operating system releases the
+    lock when the process ends.
 
     Raises:
-        UserError: another process still holds the lock after ten seconds.
+        UserError: Another process still holds the lock after ten seconds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -38,11 +38,11 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
     try:
-        for left in list(folder.rglob(f".*{PART}")):
-            if left.is_dir():
-                shutil.rmtree(left)
+        for partial in list(folder.rglob(f".*{PART}")):
+            if partial.is_dir():
+                shutil.rmtree(partial)
             else:
-                left.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -50,42 +50,45 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder` when the block ends without an error; the caller holds its lock.
+    """Yield an empty folder that replaces `folder` when the block ends without an error; the caller holds its lock.
 
-    What stands at `folder` is replaced only if it is empty or `is_ours` says that this program made it.
+    Args:
+        folder: Target, which must be missing, empty or made by this program.
+        is_ours: Returns whether this program made a folder.
 
     Raises:
-        UserError: `folder` holds something else.
+        UserError: `folder` has other content.
     """
     check_replaceable(folder, is_ours)
     folder = folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
-    # A killed process may have left them.
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+    # Leftovers of a killed process.
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        # Renamed first, since a folder that is deleted in part is no longer known to be ours.
+        # Renamed first: a partly deleted folder would no longer be recognised as ours.
         if folder.exists():
             folder.replace(old)
         temporary.replace(folder)
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise UserError if `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program."""
     if not os.path.lexists(folder) or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
         return
-    raise UserError(f"{folder}: exists and was not made by this program; move it away, or work in another folder with --work")
+    raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Let `save` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
+    """Write `path` atomically: `save` fills a temporary file, which is flushed to the disk and renamed.
 
-    Raises UserError where the disk does not take it; what stood at `path` still does.
+    Raises:
+        UserError: The file cannot be written; the old file at `path` is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +113,16 @@ def csv_bytes(table: pd.DataFrame) -> bytes:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write `table` as by `csv_bytes`, whole or not at all."""
+    """Write `table` atomically in the format of `csv_bytes`."""
     write(path, lambda file: file.write(csv_bytes(table)))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented UTF-8 JSON, whole or not at all; raises ValueError on NaN or infinity."""
+    """Write `content` atomically as indented UTF-8 JSON.
+
+    Raises:
+        ValueError: `content` holds NaN or infinity.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write(path, lambda file: file.write(text.encode()))
 
@@ -123,7 +130,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path, **kinds: type) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
-    Raises UserError where it is missing, is none, or lacks a key of `kinds` or has another type of value there.
+    Args:
+        path: The file.
+        **kinds: Required keys and the types of their values.
+
+    Raises:
+        UserError: The file is missing, is not a JSON object, lacks a required key, or a value has another type.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -135,18 +147,18 @@ def read_json(path: Path, **kinds: type) -> dict[str, Any]:
         raise UserError(f"{path}: not a JSON object; {AGAIN}")
     missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}, or has something else there; {AGAIN}")
+        raise UserError(f"{path}: lacks {', '.join(missing)}, or has a value of another type there; {AGAIN}")
     return content
 
 
 @contextmanager
 def reading(path: Path, advice: str = AGAIN) -> Iterator[None]:
-    """Raise UserError with `advice` where a reader that relies on the form of the file at `path` meets another one."""
+    """Convert an error of the block, which parses the file at `path`, into a UserError with `advice`."""
     try:
         yield
     except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not what this version writes ({type(error).__name__}: {message}); {advice}") from None
+        raise UserError(f"{path}: not in the format of this version ({type(error).__name__}: {message}); {advice}") from None
 
 
 def sha256(content: bytes) -> str:

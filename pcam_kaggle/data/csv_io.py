@@ -1,4 +1,4 @@
-"""The CSV files that come in, read with ids as text and validated."""
+"""Reads and validates CSV files; ids are always text."""
 
 import re
 from pathlib import Path
@@ -9,28 +9,30 @@ import pandas as pd
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.data.atomic_io import csv_bytes, sha256
 
-# What a fold's net leaves, and the numbers in it.
-PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
-SHORT = 60
+MAX_CELL = 60
 
 
 def read_labels(path: Path) -> pd.DataFrame:
-    """Return the labels in `path`: `id` (text) and `label` (int8, 0 or 1), sorted by id whatever the order of the rows.
+    """Return the labels in `path`; spaces around ids and labels are ignored.
 
-    Spaces around ids and labels do not count. Raises UserError on a missing column, an id that is no plain file name, has an
-    image's extension or stands twice, a label other than 0 and 1, and labels that are all the same.
+    Returns:
+        Columns id (text) and label (int8, 0 or 1), sorted by id.
+
+    Raises:
+        UserError: The file or a column is missing; an id is repeated, not a plain file name, or has an image's extension; a
+            label is not 0 or 1; or all labels are equal.
     """
     table = _read(path, ["id", "label"])
     label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
-    wrong = table.loc[label.isna()]
-    if len(wrong):
-        found = [f"{_short(value)} in {count:,} rows" for value, count in wrong["label"].value_counts().items()]
+    invalid = table.loc[label.isna()]
+    if len(invalid):
+        found = [f"{_short(value)} in {count:,} rows" for value, count in invalid["label"].value_counts().items()]
         raise UserError(
-            f"{path}: labels of {len(wrong):,} of {len(table):,} rows are neither 0 nor 1 (ids {examples(wrong['id'])}): "
+            f"{path}: labels of {len(invalid):,} of {len(table):,} rows are neither 0 nor 1 (ids {examples(invalid['id'])}): "
             f"{examples(found)}; write 0 and 1",
-            [f"{name} {value!r}" for name, value in zip(wrong["id"], wrong["label"], strict=True)],
+            [f"{name} {value!r}" for name, value in zip(invalid["id"], invalid["label"], strict=True)],
         )
     if label.nunique() < 2:
         raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
@@ -38,10 +40,13 @@ def read_labels(path: Path) -> pd.DataFrame:
 
 
 def read_sample(path: Path) -> pd.DataFrame:
-    """Return the one column `id` (text) of the sample submission in `path`, in its own order.
+    """Return the ids of the sample submission in `path`, in the order of the file.
 
-    Raises UserError on a missing file or column and on an id that is no plain file name, has an image's extension or stands
-    twice.
+    Returns:
+        One column, id (text).
+
+    Raises:
+        UserError: The file or a column is missing; or an id is repeated, not a plain file name, or has an image's extension.
     """
     if not path.is_file():
         raise UserError(
@@ -52,7 +57,14 @@ def read_sample(path: Path) -> pd.DataFrame:
 
 
 def read_slides(path: Path) -> pd.DataFrame:
-    """Return the slide map in `path`, columns `id` and `wsi` (both text), sorted by id; raises UserError as `read_sample`."""
+    """Return the slide map in `path`.
+
+    Returns:
+        Columns id and wsi (both text), sorted by id.
+
+    Raises:
+        UserError: As `read_sample`; or a row has no slide.
+    """
     table = _read(path, ["id", "wsi"])
     table = table.assign(wsi=table["wsi"].str.strip())
     empty = table.loc[table["wsi"] == ""]
@@ -65,9 +77,13 @@ def read_slides(path: Path) -> pd.DataFrame:
 
 
 def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return a table that the pipeline wrote: `id` as text, then `columns` as float64.
+    """Return a table that the pipeline wrote.
 
-    Raises UserError where the file is missing, cut short, or holds a number that is not finite.
+    Returns:
+        Columns id (text) and `columns` (float64).
+
+    Raises:
+        UserError: The file is missing or truncated, or a number is not finite.
     """
     table = _read(path, ["id", *columns])
     try:
@@ -80,27 +96,31 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Return out-of-fold predictions (id, label, fold, probability) from `path` with label and fold as int64.
+    """Validate the out-of-fold predictions `table` (id, label, fold, probability) that were read from `path`.
 
-    Raises UserError on a number that is not finite and on a label that is neither 0 nor 1.
+    Returns:
+        `table` with label and fold as int64.
+
+    Raises:
+        UserError: A number is not finite, or a label is not 0 or 1.
     """
     finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
-    for wrong, which in (
+    for invalid, problem in (
         (~finite, "rows hold a number that is not finite"),
         (~table["label"].isin([0, 1]), "labels are not 0 or 1"),
     ):
-        if ids := table.loc[wrong, "id"].tolist():
-            raise UserError(f"{path}: {len(ids):,} {which}, of id {examples(ids)}; predict again", ids)
+        if ids := table.loc[invalid, "id"].tolist():
+            raise UserError(f"{path}: {len(ids):,} {problem}, of id {examples(ids)}; predict again", ids)
     return table.astype({"label": np.int64, "fold": np.int64})
 
 
 def labels_sha256(labels: pd.DataFrame) -> str:
-    """Return the SHA-256 of `id,label` sorted by id: the same for the same labels in any order."""
+    """Return the SHA-256 of the columns id and label, independent of the order of rows."""
     return sha256(csv_bytes(_by_id(labels[["id", "label"]].astype({"label": np.int8}))))
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return `columns`, `id` first, of the CSV file at `path` as text."""
+    """Return `columns`, of which `id` is the first, of the CSV file at `path` as text."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
     except FileNotFoundError:
@@ -121,25 +141,25 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     if table.empty:
         raise UserError(f"{path}: holds no rows")
     table = table.assign(id=table["id"].str.strip())
-    odd = [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]
-    if odd:
-        shown = examples([_short(text) for text in odd])
+    invalid = [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]
+    if invalid:
+        shown = examples([_short(text) for text in invalid])
         raise UserError(
-            f"{path}: {len(odd):,} of {len(table):,} ids are no plain file names ({shown}); write each without folder and "
+            f"{path}: {len(invalid):,} of {len(table):,} ids are not plain file names ({shown}); write each without folder and "
             "extension, as abc for train/abc.tif, or drop its row",
-            list(map(repr, odd)),
+            list(map(repr, invalid)),
         )
-    twice = table.loc[table["id"].duplicated(), "id"].drop_duplicates()
-    if len(twice):
+    repeated = table.loc[table["id"].duplicated(), "id"].drop_duplicates()
+    if len(repeated):
         raise UserError(
-            f"{path}: ids in more than one row: {len(twice):,} ({examples(twice)}); keep one row of each", list(twice)
+            f"{path}: ids in more than one row: {len(repeated):,} ({examples(repeated)}); keep one row of each", list(repeated)
         )
     return table
 
 
 def _short(text: str) -> str:
-    """Return `text` in quotes, cut off: a cell of a damaged file may be as long as the file."""
-    return repr(text if len(text) <= SHORT else f"{text[:SHORT]}…")
+    """Return `text` in quotes, truncated: a cell of a damaged file may be as long as the file."""
+    return repr(text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}…")
 
 
 def _by_id(table: pd.DataFrame) -> pd.DataFrame:

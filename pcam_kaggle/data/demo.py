@@ -1,4 +1,4 @@
-"""The embedded demo: H&E-like patches drawn from a seed, in the competition's layout and with its label rule."""
+"""The synthetic demo: H&E-like patches drawn from a seed, in the competition's layout and with its label rule."""
 
 from pathlib import Path
 
@@ -23,10 +23,15 @@ EOSIN = np.array([0.07, 0.99, 0.11])
 def draw_patch(
     rng: np.random.Generator, slide: np.random.Generator, tumour_at: tuple[int, int] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return one patch, RGB uint8 (96, 96, 3), and where its tumour is, bool (96, 96).
+    """Draw one patch: stroma is smooth pink noise, lymphocytes are small round nuclei, tumour nuclei are large and clustered.
 
-    Stroma is smooth pink noise, lymphocytes are small round nuclei, tumour nuclei are large, irregular and crowded about
-    `tumour_at` (row, column). `slide` gives the stain: the same generator state, the same stain.
+    Args:
+        rng: Source of the patch's content.
+        slide: Source of the stain: the same state gives the same stain.
+        tumour_at: Row and column of the centre of the tumour, or None.
+
+    Returns:
+        The patch, RGB uint8 (96, 96, 3), and its tumour mask, bool (96, 96).
     """
     side = PATCH_SIDE
     nuclei = np.zeros((side, side), np.float32)
@@ -51,7 +56,7 @@ def draw_patch(
 
 
 def tumour_place(rng: np.random.Generator) -> tuple[int, int] | None:
-    """Return the (row, column) of a patch's tumour: in the centre, near the edge, or, for one patch in three, none."""
+    """Return row and column of a patch's tumour: in the centre, near the edge, or None, a third of the patches each."""
     kind = rng.integers(0, 3)
     if kind == 0:
         return None
@@ -63,32 +68,32 @@ def tumour_place(rng: np.random.Generator) -> tuple[int, int] | None:
 
 
 def make_demo(data: Data, seed: int = SEED) -> bool:
-    """Write the demo into `data` and return True, or return False where it stands already.
+    """Write the demo into `data`, unless it exists; return whether it was written.
 
-    480 train patches of 10 slides and 120 test patches of 6, 4 of them in the test set alone, and a slide map of the train
-    patches. A patch is positive if a tumour pixel lies in its centre 32x32. Ids are names, no SHA-1s, and dataset.json says so.
+    480 train patches of 10 slides, 120 test patches of 6 slides, 4 of which are only in the test set, and a slide map of the
+    train patches. A patch is positive if its central 32x32 px contain a tumour pixel. Ids are names, as dataset.json declares.
     """
-    wanted = {"ids": "names", "synthetic": True, "seed": seed, "train": N_TRAIN, "test": N_TEST}
+    manifest = {"ids": "names", "synthetic": True, "seed": seed, "train": N_TRAIN, "test": N_TEST}
     with locked(data.root):
-        if data.declaration.is_file() and read_json(data.declaration) == wanted:
+        if data.declaration.is_file() and read_json(data.declaration) == manifest:
             return False
         with building(data.root, is_demo) as folder:
-            _draw_demo(Data(folder), wanted, seed)
+            _draw_demo(Data(folder), manifest, seed)
     return True
 
 
-def _draw_demo(made: Data, wanted: dict[str, object], seed: int) -> None:
-    """Write the patches, the tables and the manifest `wanted` of a demo into the folder of `made`."""
-    train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
-    test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
-    write_csv(made.labels, train[["id", "label"]])
-    write_csv(made.root / "patch_id_wsi.csv", train[["id", "wsi"]])
-    write_csv(made.sample, test[["id"]].assign(label=0))
-    write_json(made.declaration, wanted)
+def _draw_demo(data: Data, manifest: dict[str, object], seed: int) -> None:
+    """Write the patches, the tables and the manifest of a demo into the empty folder of `data`."""
+    train = _draw_split(data, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
+    test = _draw_split(data, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+    write_csv(data.labels, train[["id", "label"]])
+    write_csv(data.root / "patch_id_wsi.csv", train[["id", "wsi"]])
+    write_csv(data.sample, test[["id"]].assign(label=0))
+    write_json(data.declaration, manifest)
 
 
 def is_demo(folder: Path) -> bool:
-    """Tell whether `folder` has the manifest of a synthetic set, and so was made by `make_demo`."""
+    """Return whether `make_demo` made `folder`: its manifest declares synthetic data."""
     try:
         return read_json(Data(folder).declaration).get("synthetic") is True
     except UserError:

@@ -1,4 +1,4 @@
-"""Where things are: the competition's folder, and what the pipeline writes."""
+"""Paths: the competition's folder, and the folders that the pipeline writes."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from pcam_kaggle import UserError
 
 COMPETITION = "histopathologic-cancer-detection"
-# Elsewhere only where a kernel is tried out at home.
+# Another folder only where a kernel is tested outside of Kaggle.
 KAGGLE_ROOT = Path(os.environ.get("PCAM_KAGGLE", "/kaggle"))
 DEMO_SUFFIX = "-not-for-kaggle"
 SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
@@ -15,41 +15,41 @@ SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A folder in the competition's layout."""
+    """The competition's data: train and test patches, labels and sample submission."""
 
     root: Path
 
     @property
     def labels(self) -> Path:
-        """CSV of id,label of the train patches."""
+        """CSV of the train patches, columns id and label."""
         return self.root / "train_labels.csv"
 
     @property
     def sample(self) -> Path:
-        """CSV of id,label of the test patches; its labels mean nothing."""
+        """CSV of the test patches, columns id and label; the labels are placeholders."""
         return self.root / "sample_submission.csv"
 
     @property
     def declaration(self) -> Path:
-        """JSON that tells how ids are made, where they are no SHA-1 of the pixels."""
+        """Optional JSON that declares how ids are made, if they are not the SHA-1 of the pixels."""
         return self.root / "dataset.json"
 
     def patches(self, split: str) -> Path:
-        """Folder of the TIFs of `split`, train or test."""
+        """Return the folder of the TIFs of `split`, train or test."""
         return self.root / split
 
     def table(self, split: str) -> Path:
-        """CSV that lists the patches of `split`, train or test."""
+        """Return the CSV that lists the patches of `split`, train or test."""
         return {"train": self.labels, "test": self.sample}[split]
 
     def slides(self) -> Path | None:
-        """CSV of id,wsi where one lies beside the labels."""
+        """Return the slide map beside the labels, columns id and wsi; None if there is none."""
         return next((self.root / name for name in SLIDE_MAPS if (self.root / name).is_file()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders that the pipeline writes."""
+    """The folders that the pipeline writes: patch store, folds, runs and submissions."""
 
     root: Path
     store: Path
@@ -59,20 +59,21 @@ class Workspace:
         """Fold files and their manifests."""
         return self.root / "folds"
 
-    def run(self, experiment: str) -> Path:
-        """Everything that one experiment leaves."""
-        return self.root / "runs" / experiment
+    def run(self, name: str) -> Path:
+        """Return the folder of the run `name`."""
+        return self.root / "runs" / name
 
     @property
     def submissions(self) -> Path:
-        """What Kaggle takes."""
+        """Submission files and the ledger of their scores."""
         return self.root / "submissions"
 
 
 def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data | None:
-    """Return the competition's data: `given`, else Kaggle's mounts, else `data/` under `work`, else None.
+    """Return the first existing data of: `given`, Kaggle's mounts, `data/` under `work`; None if there are none.
 
-    Raises UserError where `given` holds no train_labels.csv.
+    Raises:
+        UserError: `given` has no train_labels.csv.
     """
     if given:
         data = Data(_home(given))
@@ -88,7 +89,7 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
 
 
 def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
-    """Return the folders of the datasets, models and notebook outputs that are attached to a kernel, in either layout."""
+    """Return the folders of datasets, models and notebook outputs attached to a kernel, in both of Kaggle's layouts."""
     mounts = [
         path for layout in ("*", "datasets/*/*", "notebooks/*/*", "models/*/*") for path in (kaggle / "input").glob(layout)
     ]
@@ -96,7 +97,10 @@ def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:
-    """Return `work`, else Kaggle's working folder with the store outside of what a session saves, else the current folder."""
+    """Return the workspace at `work`, by default Kaggle's working folder or, outside of Kaggle, the current folder.
+
+    On Kaggle the store is in a temporary folder, which is not saved with the session's output.
+    """
     if not work and (kaggle / "working").is_dir():
         return Workspace(kaggle / "working", kaggle / "temp" / "store")
     root = _home(work or ".")
@@ -108,15 +112,15 @@ def _home(text: str) -> Path:
 
 
 def demo_workspace(workspace: Workspace) -> Workspace:
-    """Return the folders of the demo, apart from all that is real."""
+    """Return the demo's own workspace within `workspace`."""
     return Workspace(workspace.root / "demo", workspace.root / "demo" / "store")
 
 
 def runs_workspace(workspace: Workspace) -> Workspace:
-    """Return `workspace` where it holds runs, else the demo's."""
+    """Return `workspace` if it has runs, otherwise the demo's."""
     return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
 
 
 def demo_data(demo: Workspace) -> Data:
-    """Return the folder of the synthetic patches in the workspace of the demo."""
+    """Return the synthetic data in the demo's workspace."""
     return Data(demo.root / "data")

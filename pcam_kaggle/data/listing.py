@@ -1,26 +1,33 @@
-"""What the folder of a split holds, matched by id with the table that lists its patches."""
+"""The files of a split, matched by id with the table that lists its patches, and the problems found in them."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pcam_kaggle import UserError, examples
+from pcam_kaggle import EXAMPLES, UserError, examples
 from pcam_kaggle.data.layout import Data
 
 TIF = (".tif", ".tiff")
 OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
-# A folder of images shows what it is in its first entries.
-GLANCE = 100
+SHA1 = re.compile(r"[0-9a-f]{40}")
+# Entries that are read from a subfolder to tell whether it contains images.
+SUBFOLDER_ENTRIES = 100
+OTHER_PIXELS = "the SHA-1 of the pixels is not the id"
+# If most patches of a split have the problem, copying them again does not help.
+ADVICE_FOR_ALL = {
+    OTHER_PIXELS: "the files were re-encoded or resaved: take the original ones, or accept these as they are with --ids names"
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the ids that its table lists and the entries of its folder, without hidden ones, both sorted.
+    """One split: the ids in its table and the entries of its folder, both sorted; hidden entries are left out.
 
-    `files` gives the name of the file of each id on the disk; of several files of one id, the first.
+    `files` maps each id on the disk to the name of its file; of several files with one id, to the first.
     """
 
     name: str
@@ -34,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A patch that can't be used: its split and id, the name of its file, why, and what to do about it."""
+    """A patch that cannot be used: its split and id, the name of its file, the reason, and what the user can do."""
 
     split: str
     id: str
@@ -47,7 +54,11 @@ class Problem:
 
 
 def read_split(data: Data, name: str, ids: list[str]) -> Split:
-    """Return split `name` of `data`, whose table lists `ids`; raises UserError where its folder is missing."""
+    """Return split `name` of `data`, whose table lists `ids`.
+
+    Raises:
+        UserError: The folder of the split is missing.
+    """
     folder = data.patches(name)
     try:
         with os.scandir(folder) as entries:
@@ -62,7 +73,7 @@ def read_split(data: Data, name: str, ids: list[str]) -> Split:
     return Split(name, folder, data.table(name), sorted(ids), tifs, others, files)
 
 
-def listed_problems(split: Split) -> Iterator[Problem]:
+def listing_problems(split: Split) -> Iterator[Problem]:
     """Yield the patches of `split` that lack a file or a row of the table, and those with several files."""
     known = set(split.ids)
     for name in split.ids:
@@ -75,14 +86,40 @@ def listed_problems(split: Split) -> Iterator[Problem]:
             yield Problem(split.name, name, file, reason, "add the row or remove the file")
     if len(split.files) < len(split.tifs):
         for entry in split.tifs:
-            kept = split.files[_stem(entry.name)]
-            if entry.name != kept:
+            first = split.files[_stem(entry.name)]
+            if entry.name != first:
                 reason = "there are two files of this id"
-                yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {kept}")
+                yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {first}")
+
+
+def id_problems(split: Split) -> Iterator[Problem]:
+    """Yield the patches of `split` whose id is not a SHA-1 in lower case."""
+    for name in split.ids:
+        file = split.files.get(name, f"{name}.tif")
+        if not SHA1.fullmatch(name.lower()):
+            yield Problem(split.name, name, file, "its id is no SHA-1", "use --ids names for a set with other ids")
+        elif name != name.lower():
+            yield Problem(split.name, name, file, "its id is a SHA-1 with capitals", "write id and file name in lower case")
+
+
+def raise_common_problem(splits: dict[str, Split], problems: list[Problem]) -> None:
+    """Raise UserError if most patches of one of `splits` have the same problem."""
+    counts = Counter((problem.split, problem.reason) for problem in problems)
+    for (name, reason), count in counts.most_common():
+        split = splits[name]
+        total = max(len(split.ids), len(split.files))
+        if count > EXAMPLES and 2 * count > total:
+            same = [problem for problem in problems if (problem.split, problem.reason) == (name, reason)]
+            files = examples([problem.file for problem in same])
+            advice = ADVICE_FOR_ALL.get(reason, same[0].advice)
+            raise UserError(
+                f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason} ({files}); {advice}",
+                list(map(str, problems)),
+            )
 
 
 def check_listing(split: Split) -> None:
-    """Raise UserError where most ids of `split` have no file and its folder shows the one mistake that explains it."""
+    """Raise UserError if most ids of `split` have no file and its folder shows one common cause."""
     missing = [name for name in split.ids if name not in split.files]
     if 2 * len(missing) <= len(split.ids):
         return
@@ -93,8 +130,8 @@ def check_listing(split: Split) -> None:
 
 
 def _in_subfolders(split: Split, _: list[str]) -> UserError | None:
-    glances = ((folder.name, _glance(folder)) for folder in split.others if folder.is_dir())
-    found = [f"{folder}/{file}" for folder, file in glances if file]
+    images = ((folder.name, _first_image(folder)) for folder in split.others if folder.is_dir())
+    found = [f"{folder}/{file}" for folder, file in images if file]
     if not found:
         return None
     return UserError(
@@ -103,10 +140,10 @@ def _in_subfolders(split: Split, _: list[str]) -> UserError | None:
     )
 
 
-def _glance(folder: os.DirEntry[str]) -> str | None:
-    """Return an image among the first entries of `folder`, None where there is none."""
+def _first_image(folder: os.DirEntry[str]) -> str | None:
+    """Return an image among the first entries of `folder`, None if there is none."""
     with os.scandir(folder) as entries:
-        images = (entry.name for entry in islice(entries, GLANCE) if _has_suffix(entry, TIF + OTHER_IMAGES))
+        images = (entry.name for entry in islice(entries, SUBFOLDER_ENTRIES) if _has_suffix(entry, TIF + OTHER_IMAGES))
         return next((name for name in images if not name.startswith(".")), None)
 
 
@@ -136,8 +173,8 @@ def _in_another_case(split: Split, missing: list[str]) -> UserError | None:
 def _without_tifs(split: Split, missing: list[str]) -> UserError | None:
     if split.tifs:
         return None
-    there = [entry.name for entry in split.others]
-    other = f" but {len(there):,} other entries ({examples(there)})" if there else ""
+    names = [entry.name for entry in split.others]
+    other = f" but {len(names):,} other entries ({examples(names)})" if names else ""
     return UserError(
         f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it: "
         f"{len(missing):,} ids ({examples(missing)})",

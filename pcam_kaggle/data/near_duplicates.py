@@ -1,37 +1,52 @@
-"""Patches that look alike: a perceptual hash, and pairs that are close by it."""
+"""Near-duplicate patches: a perceptual hash, pairs with similar hashes, and their list over folds."""
 
 import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pcam_kaggle.data.atomic_io import sha256
+from pcam_kaggle.data.store import PatchStore
+
 BITS = 64
 BANDS = 4
-# Two hashes within as many bits as there are bands less one share a band.
-NEAR = BANDS - 1
+# Two hashes that differ in fewer bits than there are bands have at least one band in common.
+MAX_BITS = BANDS - 1
 
 
-def looks(patches: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return the difference hash of each of `patches`, RGB uint8 (n, 96, 96, 3): where 8x8 cells are brighter than their left.
+def perceptual_hashes(patches: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return the difference hash of each patch: which cells of an 8x9 grid are brighter than their left neighbour.
 
-    Shape (n,). A copy that was compressed, blurred or stained anew keeps nearly all of its bits.
+    A copy that was compressed, blurred or restained keeps nearly all bits.
+
+    Args:
+        patches: RGB uint8 (n, 96, 96, 3).
+
+    Returns:
+        uint64 (n,), the first cell in the highest bit.
     """
     count, height, width = patches.shape[:3]
     gray = cv2.cvtColor(patches.reshape(count * height, width, 3), cv2.COLOR_RGB2GRAY)
-    # The means of 8x9 cells as whole greys, first down, then across: half the time of cv2.resize, which takes both at once. In
-    # thirds of a pixel all sums are whole numbers, so they do not depend on the order of adding.
-    down = gray.reshape(count, 8, height // 8, width).sum(2, dtype=np.uint16)
+    # The means of 8x9 cells, rounded to whole grey levels, first over rows, then over columns: half the time of cv2.resize,
+    # which does both at once. In thirds of a pixel all sums are integers, so they do not depend on the order of addition.
+    rows = gray.reshape(count, 8, height // 8, width).sum(2, dtype=np.uint16)
     thirds = np.rint(width / 3 * cv2.resize(np.eye(width, dtype=np.float32), (9, width), interpolation=cv2.INTER_AREA))
-    cells = np.rint(down @ thirds / (width / 3 * height / 8))
+    cells = np.rint(rows @ thirds / (width / 3 * height / 8))
     brighter = (cells[:, :, 1:] > cells[:, :, :-1]).reshape(count, BITS)
     return np.packbits(brighter, axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 
 def near_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return which of `hashes` (n,) are within 3 bits of one another: (pairs, 3), the first's place, the second's, the bits.
+    """Return all pairs of `hashes` that differ in at most 3 bits.
 
-    Each pair stands once, the lower place first. Only those are compared that share one of four bands of 16 bits, and of three
-    bits that differ one band at least has none.
+    Only hashes that share one of four bands of 16 bits are compared: three different bits leave at least one band equal.
+
+    Args:
+        hashes: uint64 (n,).
+
+    Returns:
+        int64 (pairs, 3): position of the first, of the second, number of different bits. Each pair is listed once, with the
+        lower position first.
     """
     width = BITS // BANDS
     found = [np.empty((0, 3), np.int64)]
@@ -43,7 +58,7 @@ def near_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         while len(here):
             first, second = order[here], order[here + step]
             bits = np.bitwise_count(hashes[first] ^ hashes[second]).astype(np.int64)
-            near = bits <= NEAR
+            near = bits <= MAX_BITS
             found.append(np.stack([first[near], second[near], bits[near]], axis=1))
             step += 1
             here = here[here + step < len(keys)]
@@ -51,20 +66,49 @@ def near_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found), axis=0)
 
 
-def nearest_elsewhere(hashes: NDArray[np.uint64], folds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of `hashes` (n,) the nearest within 3 bits that lies in another of `folds` (n,), where there is one.
+def nearest_in_other_folds(hashes: NDArray[np.uint64], folds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the nearest hash of another fold for each hash that has one within 3 bits.
 
-    (found, 3): its place, the other's place, the bits; the lowest places of equally near ones. As many that look the same as
-    there are, blank patches for one, cost no more than others.
+    Many equal hashes, such as those of blank patches, cost no more than different ones.
+
+    Args:
+        hashes: uint64 (n,).
+        folds: Fold of each hash, int64 (n,).
+
+    Returns:
+        int64 (found, 3): position of the hash, of its nearest, number of different bits. Among equally near hashes the one with
+        the lowest position is taken.
     """
-    kinds, kind = np.unique(hashes, return_inverse=True)
-    near, same = near_pairs(kinds), np.arange(len(kinds))
+    distinct, kind = np.unique(hashes, return_inverse=True)
+    near, same = near_pairs(distinct), np.arange(len(distinct))
     links = np.concatenate([near, near[:, [1, 0, 2]], np.stack([same, same, 0 * same], axis=1)])
     members = pd.DataFrame({"kind": kind, "place": np.arange(len(hashes)), "fold": folds})
-    # Of two in two folds, one at least is in another fold than any third: more than two of a kind need not be looked at.
-    faces = members.drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
-    others = pd.DataFrame(links, columns=["kind", "other", "bits"]).merge(faces.rename(columns={"kind": "other"}), on="other")
+    # Of two hashes in two folds at least one is in another fold than any third: two of a kind are enough.
+    candidates = members.drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
+    others = pd.DataFrame(links, columns=["kind", "other", "bits"]).merge(
+        candidates.rename(columns={"kind": "other"}), on="other"
+    )
     others = others.sort_values(["kind", "bits", "place"]).drop_duplicates(["kind", "fold"]).groupby("kind").head(2)
     pairs = members.merge(others, on="kind", suffixes=("", "_other"))
     pairs = pairs[pairs["fold"] != pairs["fold_other"]].sort_values(["place", "bits", "place_other"]).drop_duplicates("place")
     return pairs[["place", "place_other", "bits"]].to_numpy(np.int64)
+
+
+def near_duplicates(store: PatchStore, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the train patches that have a near-duplicate in another fold.
+
+    Args:
+        store: The patches; those that it skipped are left out.
+        table: Folds, columns id, label and fold.
+
+    Returns:
+        Columns id, fold and label, the same of the nearest patch of another fold (other_id, other_fold, other_label), `bits` of
+        the 64-bit perceptual hash that differ (at most 3), and `copy`, whether a patch of another fold has the same pixels.
+    """
+    table = table[table["id"].isin(store.ids("train"))].reset_index(drop=True)
+    rows = store.rows("train", table["id"].to_numpy())
+    nearest = nearest_in_other_folds(store.perceptual_hashes(rows), table["fold"].to_numpy())
+    first, second = (table.iloc[nearest[:, side]][["id", "fold", "label"]].reset_index(drop=True) for side in (0, 1))
+    listed = first.join(second.add_prefix("other_")).assign(bits=nearest[:, 2])
+    pixels = pd.Series([sha256(store.images(rows[place : place + 1]).tobytes()) for place in nearest[:, 0]], dtype=str)
+    return listed.assign(copy=listed.groupby(pixels)["fold"].transform("nunique") > 1)

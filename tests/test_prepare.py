@@ -1,4 +1,4 @@
-"""The store holds exactly the pixels of the files, and a file that can't be used is named in one line."""
+"""The store contains the exact pixels of the files, and an unusable file is named in a one-line error."""
 
 import io
 import shutil
@@ -14,11 +14,12 @@ from conftest import Outcome, sha1, write_tif
 from PIL import Image
 
 from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import read_json, write_json
+from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_json
 from pcam_kaggle.data.csv_io import read_labels, read_sample, read_slides
 from pcam_kaggle.data.layout import Data
-from pcam_kaggle.data.prepare import Damaged, prepare, read_patch
+from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tif import Damaged, read_patch
 
 Command = Callable[..., Outcome]
 SIZE = 96 * 96 * 3
@@ -370,8 +371,8 @@ def test_every_spelling_of_the_extension_is_read(suffix: str, data: Data, tmp_pa
     assert made | {"signature": ""} == again | {"signature": ""}
 
 
-def test_ids_in_both_sets_are_reported(data: Data, pcam: Command, tmp_path: Path) -> None:
-    assert "warning" not in pcam("prepare").out
+def test_ids_in_both_sets_are_reported(data: Data, pcam: Command) -> None:
+    assert "warning" not in pcam("prepare").err
     tif = first_tif(data)
     shutil.copy(tif, data.patches("test"))
     _edit(data.sample, lambda table: pd.concat([table, pd.DataFrame({"id": [tif.stem], "label": ["0"]})]))
@@ -379,13 +380,23 @@ def test_ids_in_both_sets_are_reported(data: Data, pcam: Command, tmp_path: Path
     for _ in range(2):
         outcome = pcam("prepare")
         assert outcome.status == 0
-        assert warning in outcome.out.splitlines()
-    # Stores of earlier versions are kept.
-    manifest = tmp_path / "work" / "store" / "manifest.json"
-    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key != "in_both"})
-    outcome = pcam("prepare")
-    assert "(kept)" in outcome.out
-    assert "warning" not in outcome.out
+        assert warning in outcome.err.splitlines()
+
+
+def test_a_store_of_an_earlier_version_is_built_again(data: Data, pcam: Command, tmp_path: Path) -> None:
+    assert pcam("prepare").status == 0
+    store = tmp_path / "work" / "store"
+    before = read_json(store / "manifest.json")
+    index = store / "index.csv"
+    index.write_text(index.read_text().replace("perceptual_hash", "look", 1))
+    columns = ["id", "split", "look"]
+    write_json(store / "manifest.json", before | {"index_columns": columns, "index_sha256": file_sha256(index)})
+    assert pcam("folds").status == 0
+    outcome = pcam("train")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "outdated; run `python -m pcam_kaggle prepare`" in outcome.err
+    assert pcam("prepare").status == 0
+    assert read_json(store / "manifest.json") == before
 
 
 def tif_of(compression: int, order: str, big: bool) -> bytes:
@@ -504,13 +515,13 @@ def other_kind_of_ids(data: Data, split: str) -> str:
 def ids_with_extension(data: Data, split: str) -> str:
     """List files, not ids."""
     _edit(data.table(split), lambda table: table.assign(id=table["id"] + ".TIF"))
-    return r"(\d+) of \1 ids are no plain file names .*\.TIF.*without folder and extension"
+    return r"(\d+) of \1 ids are not plain file names .*\.TIF.*without folder and extension"
 
 
 def ids_with_folder(data: Data, split: str) -> str:
     """List paths, not ids."""
     _edit(data.table(split), lambda table: table.assign(id=f"{split}/" + table["id"] + ".tif"))
-    return rf"(\d+) of \1 ids are no plain file names \('{split}/.*without folder and extension"
+    return rf"(\d+) of \1 ids are not plain file names \('{split}/.*without folder and extension"
 
 
 def reencoded(data: Data, split: str) -> str:

@@ -1,4 +1,4 @@
-"""Look-alikes: found whatever was done to their bytes, once each, and counted where they lie in two folds."""
+"""Near-duplicates: found after common changes of their pixels, listed once, and counted if they are in two folds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,8 @@ from conftest import Outcome, write_tif
 
 from pcam_kaggle.data.csv_io import read_labels
 from pcam_kaggle.data.demo import draw_patch
-from pcam_kaggle.data.folds import look_alikes
 from pcam_kaggle.data.layout import Data
-from pcam_kaggle.data.near_duplicates import NEAR, looks, near_pairs, nearest_elsewhere
+from pcam_kaggle.data.near_duplicates import MAX_BITS, near_duplicates, near_pairs, nearest_in_other_folds, perceptual_hashes
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 
@@ -34,13 +33,13 @@ def some_patch(seed: int) -> np.ndarray:
 )
 def test_a_changed_copy_is_near_and_another_patch_is_not(change: Callable[[np.ndarray], np.ndarray]) -> None:
     patches = [some_patch(seed) for seed in range(20)]
-    hashes = looks(np.stack([*patches, *map(change, patches)]))
+    hashes = perceptual_hashes(np.stack([*patches, *map(change, patches)]))
     assert {tuple(pair) for pair in near_pairs(hashes)[:, :2]} == {(number, number + 20) for number in range(20)}
 
 
-def test_a_patch_looks_the_same_in_any_company() -> None:
+def test_a_hash_does_not_depend_on_the_other_patches() -> None:
     patches = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), np.uint8)
-    assert looks(patches).tolist() == [int(looks(patch[None])[0]) for patch in patches]
+    assert perceptual_hashes(patches).tolist() == [int(perceptual_hashes(patch[None])[0]) for patch in patches]
 
 
 def test_every_near_pair_is_found_once() -> None:
@@ -50,7 +49,7 @@ def test_every_near_pair_is_found_once() -> None:
         for bit in rng.choice(64, rng.integers(0, 6), replace=False):
             hashes[number + 1] = hashes[number] ^ (np.uint64(1) << np.uint64(bit)) if bit % 2 else hashes[number]
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None]).astype(int)
-    expected = {(i, j, bits[i, j]) for i in range(300) for j in range(i + 1, 300) if bits[i, j] <= NEAR}
+    expected = {(i, j, bits[i, j]) for i in range(300) for j in range(i + 1, 300) if bits[i, j] <= MAX_BITS}
     found = near_pairs(hashes)
     assert {tuple(map(int, pair)) for pair in found} == {tuple(map(int, pair)) for pair in expected}
     assert len(found) == len(expected) > 50
@@ -66,13 +65,13 @@ def test_the_nearest_of_another_fold_is_found() -> None:
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None]).astype(int)
     bits[folds[:, None] == folds[None]] = 64
     nearest = bits.argmin(axis=1)
-    expected = [(place, other, bits[place, other]) for place, other in enumerate(nearest) if bits[place, other] <= NEAR]
-    assert [tuple(map(int, row)) for row in nearest_elsewhere(hashes, folds)] == [tuple(map(int, row)) for row in expected]
+    expected = [(place, other, bits[place, other]) for place, other in enumerate(nearest) if bits[place, other] <= MAX_BITS]
+    assert [tuple(map(int, row)) for row in nearest_in_other_folds(hashes, folds)] == [tuple(map(int, row)) for row in expected]
     assert 200 < len(expected) < 400
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_look_alikes_of_two_folds_are_listed(changed: bool, data: Data, tmp_path: Path) -> None:
+def test_near_duplicates_of_two_folds_are_listed(changed: bool, data: Data, tmp_path: Path) -> None:
     labels = pd.read_csv(data.labels)
     first = labels["id"][0]
     patch = cv2.cvtColor(cv2.imread(str(data.patches("train") / f"{first}.tif")), cv2.COLOR_BGR2RGB)
@@ -81,22 +80,22 @@ def test_look_alikes_of_two_folds_are_listed(changed: bool, data: Data, tmp_path
     pd.concat([labels, pd.DataFrame({"id": ["twin"], "label": [0]})]).to_csv(data.labels, index=False)
     prepare(data, tmp_path / "store", ids="names")
     store, table = PatchStore(tmp_path / "store"), read_labels(data.labels).assign(fold=0)
-    assert look_alikes(store, table).empty
-    listed = look_alikes(store, table.assign(fold=(table["id"] == "twin").astype(int)))
+    assert near_duplicates(store, table).empty
+    listed = near_duplicates(store, table.assign(fold=(table["id"] == "twin").astype(int)))
     assert listed[["id", "fold", "other_id", "other_fold", "copy"]].to_numpy().tolist() == [
         [first, 0, "twin", 1, not changed],
         ["twin", 1, first, 0, not changed],
     ]
 
 
-def test_their_number_is_said_once(pcam: Callable[..., Outcome]) -> None:
+def test_their_number_is_printed_once(pcam: Callable[..., Outcome]) -> None:
     pcam("prepare")
-    assert "folds: 0 of 36 patches look like one of another fold, 0 are copies" in pcam("folds").out
-    assert "look like" not in pcam("folds").out
+    assert "folds: 0 of 36 patches are near-duplicates of one in another fold, 0 are copies" in pcam("folds").out
+    assert "near-duplicate" not in pcam("folds").out
 
 
-def test_the_list_is_made_as_soon_as_there_are_patches(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
-    listed = tmp_path / "work" / "folds" / "stratified_3_42_look_alikes.csv"
+def test_the_list_is_written_as_soon_as_there_are_patches(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
+    listed = tmp_path / "work" / "folds" / "stratified_3_42_near_duplicates.csv"
     for stages, exists in ((["folds"], False), (["prepare", "folds"], True)):
         for stage in stages:
             assert pcam(stage).status == 0

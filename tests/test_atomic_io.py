@@ -1,4 +1,4 @@
-"""Files and folders: what is ours is replaced whole, what is not stays, and writers wait for one another."""
+"""Files and folders are replaced atomically, foreign files are left alone, and writers wait for one another."""
 
 import pickle
 import shutil
@@ -87,7 +87,7 @@ def test_every_writer_holds_the_lock(
     def call() -> Outcome:
         if stage in stages:
             return pcam(stage)
-        return Outcome(main([stage, "--work", str(work)]), *capsys.readouterr())
+        return Outcome(main(["kaggle", stage, "--work", str(work)]), *capsys.readouterr())
 
     monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
     with hold(work / folder) as other:
@@ -105,7 +105,7 @@ def test_every_writer_holds_the_lock(
 
 
 def foreign(folder: Path) -> dict[Path, bytes]:
-    """Put somebody's files into `folder` and return them."""
+    """Write files that this program did not make into `folder`; return their contents."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "thesis.tex").write_text("ten years of work")
     (folder / "manifest.json").write_text('{"name": "something else"}')

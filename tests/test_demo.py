@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from pcam_kaggle.config.experiments import QUICK, experiment
@@ -14,9 +15,11 @@ from pcam_kaggle.data.folds import Scheme, make
 from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.train import fold_epochs, load_best
+from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.train import fold_epochs
 
 
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
@@ -62,6 +65,7 @@ def pair(number: int) -> tuple[np.ndarray, np.ndarray]:
     return drawn[0][0], drawn[1][0]
 
 
+@pytest.mark.slow
 def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> None:
     data, backend = Data(tmp_path / "demo"), Backend("cpu", "fp32", "channels_last")
     make_demo(data)
@@ -69,8 +73,8 @@ def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> No
     folds = make(read_labels(data.labels), Scheme(3, 42, "stratified"), None, tmp_path / "folds")[0]
     # Twenty epochs of the demo are still fewer steps than the experiment takes on real patches.
     config = replace(experiment(QUICK).config, n_splits=3, epochs=20, batch_size=32)
-    list(fold_epochs(tmp_path / "fold_0", config, PatchStore(tmp_path / "store"), folds.table, 0, backend))
-    net = load_best(tmp_path / "fold_0", config, backend)
+    list(fold_epochs(Fold(tmp_path, 0), config, PatchStore(tmp_path / "store"), folds.table, backend))
+    net = load_best(Fold(tmp_path, 0), config, backend)
     pairs = torch.from_numpy(np.array([pair(number) for number in range(60)]))
     with torch.inference_mode():
         logits = torch.stack([net(backend.images(patches)) for patches in pairs.unbind(1)]).double().numpy()
