@@ -160,7 +160,7 @@ def test_filters_of_evaluation_follow_the_weights() -> None:
     with torch.no_grad():
         layer.weight.mul_(2)
     torch.testing.assert_close(layer.eval()(x), 2 * before)
-    assert "kept" not in layer.state_dict()
+    assert "cached_filters" not in layer.state_dict()
     torch.testing.assert_close(layer.train()(x), 2 * before)
 
 

@@ -1,4 +1,4 @@
-"""What is trained: our nets, timm's, their pretrained weights and checkpoints.
+"""Nets: the project's own and timm's, pretrained weights, and checkpoints.
 
-Nothing here knows of folds or of an optimizer.
+Independent of folds and optimizers.
 """

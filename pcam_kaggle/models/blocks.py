@@ -1,4 +1,4 @@
-"""What a net is built of, ordinary or equivariant: its layers, and the two bodies of a block."""
+"""Building blocks of the CNN, ordinary or equivariant: layer types, pooling, and the two kinds of bodies of a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,26 +14,31 @@ POOL_SIZE = 2
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What a net is built of: `lift` reads the image, `conv` and `norm` maps, `pool` makes a vector of a map.
+    """The layer types of a net.
 
-    Called as lift(in_channels, channels, kernel_size), conv likewise, norm(channels), pool(). Of every `copies` channels one
-    is a field of its own, and pooling gives two numbers for each field.
+    Attributes:
+        lift: Convolution of the image, called with in_channels, channels and kernel_size.
+        conv: Convolution of feature maps, called in the same way.
+        norm: Normalisation of feature maps, called with channels.
+        pool: Global pooling, two values per field.
+        copies: Channels per field; 1 for ordinary layers, the order of the group for equivariant ones.
     """
 
     lift: Callable[[int, int, int], nn.Module]
     conv: Callable[[int, int, int], nn.Module]
-    norm: Callable[[int], nn.Module]
+    norm: Callable[[int], nn.BatchNorm2d]
     pool: Callable[[], nn.Module]
     copies: int
 
 
 class MeanMaxPool(nn.Module):
-    """Mean and maximum over all positions, side by side: shape (n, channels, h, w) to (n, 2 channels).
+    """Concatenate mean and maximum over all positions: the maximum shows whether there is tumour anywhere, the mean how much.
 
-    The maximum answers whether there is tumour anywhere, the mean how much.
+    Shape: (n, channels, h, w) to (n, 2 channels).
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool feature maps `x`."""
         return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
 
@@ -48,9 +53,9 @@ LAYERS = {
 
 
 class Plain(nn.Module):
-    """One 3x3 convolution, batch norm, ReLU: shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`.
+    """3x3 convolution, max pooling if `pools`, batch norm, ReLU.
 
-    It pools what the convolution gives, before norm and ReLU.
+    Shape: (n, in_channels, h, w) to (n, channels, h, w), or to half the side if `pools`.
     """
 
     def __init__(self, in_channels: int, channels: int, pools: bool, layers: Layers) -> None:
@@ -61,11 +66,15 @@ class Plain(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the body to feature maps `x`."""
         return self.act1(self.bn1(self.pool(self.conv1(x))))
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each field by a gate that the means of all fields open (Hu et al. 2018, equations 2 to 4); the shape stays."""
+    """Squeeze and excitation: scale each field by a gate computed from the means of all fields (Hu et al. 2018, eqs. 2 to 4).
+
+    Shape: (n, channels, h, w), unchanged.
+    """
 
     def __init__(self, channels: int, copies: int) -> None:
         super().__init__()
@@ -75,16 +84,19 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sequential(nn.Linear(fields, inner), nn.ReLU(inplace=True), nn.Linear(inner, fields), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale feature maps `x`."""
         means = x.unflatten(1, (self.copies, -1)).mean((1, 3, 4))
         return x * self.gate(means).repeat(1, self.copies)[:, :, None, None]
 
 
 class Bottleneck(nn.Module):
-    """1x1 → 3x3 → 1x1 with a shortcut (He et al. 2016, figure 5, right); inside, channels / `squeeze` filters.
+    """Bottleneck: 1x1 → 3x3 → 1x1 convolution with a shortcut (He et al. 2016, figure 5, right).
 
-    Shape (n, in_channels, h, w) to (n, channels, h, w), half the side if it `pools`: then before the filters widen, inside
-    and at the start of the shortcut. With `excite` the result is gated before the shortcut is added. The last norm starts
-    at zero, the block as its shortcut (Goyal et al. 2017, section 5.1).
+    The inner convolutions have channels / `squeeze` filters. If it `pools`, max pooling comes before the last convolution and
+    at the start of the shortcut. With `excite` the result is gated before the shortcut is added. The scale of the last norm
+    starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, section 5.1).
+
+    Shape: (n, in_channels, h, w) to (n, channels, h, w), or to half the side if `pools`.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class Bottleneck(nn.Module):
             self.shortcut = nn.Sequential(layers.conv(in_channels, channels, 1), layers.norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the body to feature maps `x`."""
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.act2(self.bn2(self.conv2(out)))
         out = self.excite(self.bn3(self.conv3(self.pool(out))))

@@ -1,12 +1,10 @@
-"""A net on the disk: its weights and what is needed to go on or to use them."""
+"""Checkpoints on the disk: weights, and the state that is needed to resume training."""
 
 import io
 import json
 import zipfile
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pcam_kaggle import UserError
 from pcam_kaggle.data.atomic_io import reading, write
@@ -15,30 +13,38 @@ ANEW = "delete its folder and train again"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers and texts to `path`, whole or not at all."""
+    """Write tensors, numbers and strings to `path` atomically."""
+    # torch takes a second to import, which commands that read no checkpoint need not wait for.
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """Return what `save` wrote to `path`, on the CPU; no code in the file is run, and nothing in it is inflated.
+    """Return the content that `save` wrote to `path`, on the CPU.
 
-    Raises UserError where it is missing, where a byte of it has changed, and where it lacks one of `keys`.
+    No code in the file is run, and compressed files are rejected.
+
+    Raises:
+        UserError: The file is missing or damaged, or lacks one of `keys`.
     """
+    import torch
+
     try:
         with zipfile.ZipFile(path) as members:
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist())
-            # torch reads past the checksums that it wrote.
-            whole = not packed and members.testzip() is None
-        content = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+            is_compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist())
+            # torch does not verify the checksums that it wrote.
+            is_complete = not is_compressed and members.testzip() is None
+        content = torch.load(path, map_location="cpu", weights_only=True) if is_complete else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; run `python -m pcam_kaggle train` first") from None
     except Exception:
-        # What zipfile and torch raise on a file that is none of theirs has no common type.
+        # The errors of zipfile and torch on other files have no common type.
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a whole checkpoint; {ANEW}")
+        raise UserError(f"{path}: not a complete checkpoint; {ANEW}")
     missing = [key for key in keys if key not in content]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; {ANEW}")
@@ -46,7 +52,11 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_log(path: Path, content: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the log, a row per finished epoch, in `content` that was loaded from `path`; raises UserError where it is none."""
+    """Return the training log, a row per finished epoch, in the `content` of the checkpoint at `path`.
+
+    Raises:
+        UserError: `content` has no valid log.
+    """
     with reading(path, ANEW):
         rows = [{key: float(value) for key, value in row.items()} for row in json.loads(content["log"])]
         return [row | {"epoch": int(row["epoch"]), "valid_auc": row["valid_auc"]} for row in rows]

@@ -1,4 +1,4 @@
-"""The convolutional net, written out: a stem, blocks that double the filters and halve the side, and a sized head."""
+"""The CNN: a stem, blocks that double the filters and halve the side, and a head."""
 
 from functools import partial
 
@@ -20,34 +20,51 @@ def conv_output_shape(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> tuple[int, int]:
-    """Return the (height, width) that a convolution or a pooling leaves of `shape`, in pixels.
+    """Return the output shape of a convolution or a pooling layer.
 
     Per axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 (Dumoulin & Visin 2016, relationship 15).
 
-    Raises ValueError where nothing is left: the dilated kernel is larger than the padded input.
+    Args:
+        shape: Height and width of the input in pixels.
+        kernel_size: Side of the kernel, or one value per axis, as all of the following.
+        stride: Step of the kernel in pixels.
+        padding: Pixels added on each side of the input.
+        dilation: Distance of the kernel's elements in pixels.
+
+    Returns:
+        Height and width of the output in pixels.
+
+    Raises:
+        ValueError: The dilated kernel is larger than the padded input.
     """
 
     def per_axis(value: int | tuple[int, int]) -> tuple[int, int]:
         return (value, value) if isinstance(value, int) else value
 
-    left = []
+    sizes = []
     for size, k, s, p, d in zip(
         shape, per_axis(kernel_size), per_axis(stride), per_axis(padding), per_axis(dilation), strict=True
     ):
         span = size + 2 * p - d * (k - 1) - 1
         if span < 0:
             raise ValueError(f"a kernel of {k} with dilation {d} does not fit into {size} px padded by {p}")
-        left.append(span // s + 1)
-    return left[0], left[1]
+        sizes.append(span // s + 1)
+    return sizes[0], sizes[1]
 
 
 def most_blocks(side: int) -> int:
-    """Return how many blocks fit a square of `side` pixels: the stem and each block halve it, and 1 px must be left."""
+    """Return the largest number of blocks for an input of `side` px: the stem and each block halve it, and 1 px must remain."""
     return max(0, side.bit_length() - 2)
 
 
 class Normalize(nn.Module):
-    """Shift and scale RGB in [0, 1] to about zero mean and unit variance; shape (n, 3, h, w) in and out."""
+    """Normalise RGB in [0, 1] to about zero mean and unit variance.
+
+    Shape: (n, 3, h, w), unchanged.
+    """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...] = IMAGE_MEAN, std: tuple[float, ...] = IMAGE_STD) -> None:
         super().__init__()
@@ -55,16 +72,25 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise images `x`."""
         return (x - self.mean) / self.std
 
 
 class Stream(nn.Module):
-    """Stem, blocks, pooling on the centre square of `side` px: images (n, 3, h, w) to vectors (n, `features`).
+    """Stem, blocks and pooling on the central square of `side` px.
 
-    The stem and every block halve the side by max pooling, at a block's end or inside of its first body; block i has
-    min(width 2^i, max_width) filters in `depth` bodies. The end pools over positions or, with `head` flatten, keeps them all.
+    The stem and every block halve the side by max pooling, at the end of a block or, with `pool_inside`, in its first body.
+    Block i (from 1) has min(width 2^i, max_width) filters in `depth` bodies. The output is pooled over positions or, with
+    `head` flatten, contains all positions. See `Config` for the arguments.
 
-    Raises UserError where the side is too small for `n_blocks`.
+    Shape: normalised images (n, 3, h, w) to vectors (n, features).
+
+    Attributes:
+        side: Side of the square in pixels.
+        features: Length of the output vector.
+
+    Raises:
+        UserError: The side is too small for `n_blocks`.
     """
 
     def __init__(
@@ -86,7 +112,7 @@ class Stream(nn.Module):
         super().__init__()
         if n_blocks > most_blocks(side):
             raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most_blocks(side)} fit")
-        make = Plain if body == "plain" else partial(Bottleneck, squeeze=squeeze, excite=excite)
+        create_body = Plain if body == "plain" else partial(Bottleneck, squeeze=squeeze, excite=excite)
         self.side = side
         shape = (side, side)
 
@@ -99,31 +125,35 @@ class Stream(nn.Module):
         self.blocks = nn.Sequential()
         channels = width
         for _ in range(n_blocks):
-            wider = min(2 * channels, max_width)
+            out_channels = min(2 * channels, max_width)
             bodies = [
-                make(channels, wider, pool_inside, layers),
-                *(make(wider, wider, False, layers) for _ in range(depth - 1)),
+                create_body(channels, out_channels, pool_inside, layers),
+                *(create_body(out_channels, out_channels, False, layers) for _ in range(depth - 1)),
             ]
             self.blocks.append(nn.Sequential(*bodies, *([] if pool_inside else [nn.MaxPool2d(POOL_SIZE)])))
             shape = conv_output_shape(shape, 3, padding=1)
             shape = conv_output_shape(shape, POOL_SIZE, stride=POOL_SIZE)
-            channels = wider
-        self.end = layers.pool() if head == "pool" else nn.Flatten()
+            channels = out_channels
+        self.pool = layers.pool() if head == "pool" else nn.Flatten()
         self.features = 2 * channels // layers.copies if head == "pool" else channels * shape[0] * shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the feature vectors of normalised images `x`."""
         top, left = (x.shape[2] - self.side) // 2, (x.shape[3] - self.side) // 2
-        return self.end(self.blocks(self.stem(x[:, :, top : top + self.side, left : left + self.side])))
+        return self.pool(self.blocks(self.stem(x[:, :, top : top + self.side, left : left + self.side])))
 
 
 class BottleneckCNN(nn.Module):
-    """One stream or two, and a head: RGB (n, 3, side, side) in [0, 1] to one logit each, shape (n,).
+    """One or two streams and a head.
 
-    With `centre` a second stream of one block less reads the centre square of that side, which alone decides the label,
-    beside the context. The head has one hidden layer, dropout before each linear one. With `symmetry` d4 the logit is the
-    same under the square's eight symmetries.
+    With `centre` a second stream, with one block less, reads the central square of that side, which alone decides the label.
+    The head has one hidden layer and dropout before each linear layer. With `symmetry` d4 the logit is invariant under the
+    eight symmetries of the square. See `Config` for the other arguments.
 
-    Raises UserError where a side is too small for its blocks.
+    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
+
+    Raises:
+        UserError: A side is too small for its blocks.
     """
 
     def __init__(
@@ -147,9 +177,9 @@ class BottleneckCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize()
-        # The whole comes last: what a net looked at is asked of its last map.
+        # The whole patch comes last: Grad-CAM reads the last feature map of a net.
         sides = ({centre: n_blocks - 1} if centre else {}) | {side: n_blocks}
-        self.streams = nn.ModuleList(
+        streams = [
             Stream(
                 blocks,
                 width,
@@ -165,10 +195,11 @@ class BottleneckCNN(nn.Module):
                 layers=LAYERS[symmetry],
             )
             for size, blocks in sides.items()
-        )
+        ]
+        self.streams = nn.ModuleList(streams)
         self.head = nn.Sequential(
             nn.Dropout(dropout),
-            nn.Linear(sum(stream.features for stream in self.streams), hidden),
+            nn.Linear(sum(stream.features for stream in streams), hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
             nn.Linear(hidden, 1),
@@ -176,9 +207,10 @@ class BottleneckCNN(nn.Module):
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images `x`."""
         x = self.normalize(x)
         features = torch.cat([stream(x) for stream in self.streams], dim=1)
-        # In 8 bits of bf16 a hundred patches would share each logit.
+        # With the 8 bits of bf16, about a hundred patches would share each logit.
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float()).squeeze(1)
 

@@ -1,7 +1,7 @@
-"""Layers that commute with the square's eight symmetries: group convolutions of p4m (Cohen & Welling 2016).
+"""Layers that are equivariant under the eight symmetries of the square: p4m group convolutions (Cohen & Welling 2016).
 
-A feature map (n, 8 fields, h, w) holds each of its fields as seen under the eight symmetries, symmetry outermost: channel
-symmetry * fields + field. Where an image is turned or mirrored, its maps are too, and the eight copies change places.
+A feature map (n, 8 fields, h, w) contains eight copies of each field, one per symmetry: channel symmetry * fields + field. If
+an image is rotated or reflected, its feature maps are as well, and the eight copies are permuted.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ ORDER = 8
 
 
 def transform(images: Tensor, symmetry: int) -> Tensor:
-    """Return `images` (…, side, side) under a symmetry: 0 to 3 are quarter turns, 4 to 7 those of the mirror image."""
+    """Apply a symmetry to `images` (…, side, side): 0 to 3 are rotations by quarter turns, 4 to 7 those of the mirror image."""
     return torch.rot90(images.flip(-1) if symmetry >= 4 else images, symmetry % 4, (-2, -1))
 
 
 def product_table() -> Tensor:
-    """Return int64 (8, 8): entry (a, b) is the symmetry that acts as b and then a."""
+    """Return the product table of the group, int64 (8, 8): entry (a, b) is the symmetry that applies b and then a."""
     probe = torch.arange(4).view(2, 2)
     moved = [transform(probe, symmetry).flatten().tolist() for symmetry in range(ORDER)]
     return torch.tensor(
@@ -28,10 +28,17 @@ def product_table() -> Tensor:
 
 
 def filter_index(kernel_size: int, lifts: bool) -> Tensor:
-    """Return where a filter's values come from under each symmetry: int64 (8, symmetries in, k, k), flat positions.
+    """Return the positions in a filter from which its values under each symmetry are gathered.
 
-    Under symmetry g the filter is moved as an image is, and its slice for h is the one it had for g⁻¹h (Cohen & Welling
-    2016, section 6.2). Images have one symmetry in, maps eight.
+    Under symmetry g the filter is transformed like an image, and its slice for h is the one that it had for g⁻¹h (Cohen &
+    Welling 2016, section 6.2).
+
+    Args:
+        kernel_size: Side k of the kernel in pixels.
+        lifts: Whether the input is an image, with one input symmetry, or a feature map, with eight.
+
+    Returns:
+        Flat positions, int64 (8, input symmetries, k, k).
     """
     symmetries = 1 if lifts else ORDER
     positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
@@ -41,14 +48,21 @@ def filter_index(kernel_size: int, lifts: bool) -> Tensor:
 
 
 class GroupConv2d(nn.Module):
-    """A convolution that commutes with the eight symmetries: (n, in_channels, h, w) to (n, channels, h, w), same side.
+    """Group convolution with the padding of an ordinary one that keeps the side.
 
-    `channels` are counted whole and must be multiples of 8; with `lifts` the input is an image, and `in_channels` any. The
-    weight (channels / 8, in fields, symmetries in times k²) is an eighth of an ordinary convolution's. In evaluation mode its
-    transformed filters are kept, so a net whose weights are changed needs `eval()` again.
+    `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image and
+    `in_channels` can be any number. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of the
+    parameters of an ordinary convolution. In evaluation mode the transformed filters are cached, so call `eval()` again after
+    changing the weights.
 
-    Raises ValueError where channels are no multiple of 8.
+    Shape: (n, in_channels, h, w) to (n, channels, h, w).
+
+    Raises:
+        ValueError: A number of channels is not a multiple of 8.
     """
+
+    index: Tensor
+    cached_filters: Tensor | None
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, lifts: bool = False) -> None:
         super().__init__()
@@ -58,38 +72,48 @@ class GroupConv2d(nn.Module):
         self.padding = kernel_size // 2
         fields, in_fields = channels // ORDER, in_channels // symmetries
         self.weight = nn.Parameter(torch.empty(fields, in_fields, symmetries * kernel_size**2))
-        # The variance of He et al. 2015 (equation 14), as for the ordinary convolution of these channels.
+        # The variance of He et al. 2015 (equation 14), as for an ordinary convolution with these channels.
         nn.init.normal_(self.weight, std=(2 / (channels * kernel_size**2)) ** 0.5)
         self.register_buffer("index", filter_index(kernel_size, lifts), persistent=False)
-        self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("cached_filters", None, persistent=False)
 
     def filters(self) -> Tensor:
-        """Return the ordinary filters (channels, in_channels, k, k): the weight under each symmetry, one gather."""
+        """Return the filters of the equivalent ordinary convolution, (channels, in_channels, k, k)."""
         gathered = self.weight.permute(2, 0, 1)[self.index]
         return gathered.permute(0, 4, 1, 5, 2, 3).flatten(2, 3).flatten(0, 1)
 
     def train(self, mode: bool = True) -> "GroupConv2d":
-        """Switch modes as any module; on the way to evaluation the filters are transformed once."""
+        """Set the mode; for evaluation, transform and cache the filters."""
         super().train(mode)
-        self.kept = None if mode else self.filters().detach()
+        self.cached_filters = None if mode else self.filters().detach()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.filters() if self.kept is None else self.kept, padding=self.padding)
+        """Convolve images or feature maps `x`."""
+        return conv2d(x, self.filters() if self.cached_filters is None else self.cached_filters, padding=self.padding)
 
 
 class GroupNorm2d(nn.BatchNorm2d):
-    """Batch norm with one mean, variance, scale and shift for a field's eight copies; shape (n, channels, h, w) stays."""
+    """Batch norm with one mean, variance, scale and shift for the eight copies of a field.
+
+    Shape: (n, channels, h, w), unchanged.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels // ORDER)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise feature maps `x`; in training mode, also update the running statistics."""
         if not self.training:
-            statistics = (each.repeat(ORDER) for each in (self.running_mean, self.running_var, self.weight, self.bias))
-            return batch_norm(x, *statistics, eps=self.eps)
+            means, variances = self.running_mean.repeat(ORDER), self.running_var.repeat(ORDER)
+            return batch_norm(x, means, variances, self.weight.repeat(ORDER), self.bias.repeat(ORDER), eps=self.eps)
         with torch.no_grad():
-            # PyTorch's kernel is slow on few channels, so it sees all, and the copies' statistics are pooled after.
+            # PyTorch's kernel is slow on few channels, so it gets all of them, and the statistics of the copies are pooled.
             statistics = torch.batch_norm_update_stats(x, None, None, 0.0)
             means, variances = (each.to(self.weight.dtype).view(ORDER, -1) for each in statistics)
             mean = means.mean(0)
@@ -102,7 +126,7 @@ class GroupNorm2d(nn.BatchNorm2d):
 
 
 class _GroupNormalize(torch.autograd.Function):
-    """Batch norm by the pooled statistics; its gradient is Ioffe & Szegedy 2015's (section 3) with sums over the copies."""
+    """Batch norm with pooled statistics; its gradient is that of Ioffe & Szegedy 2015 (section 3) with sums over the copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
@@ -115,7 +139,7 @@ class _GroupNormalize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         repeated = [each.repeat(ORDER) for each in (weight, mean, variance)]
-        # As if the statistics were constants: what they add to the gradient of x is linear in x, and follows from the sums.
+        # The statistics are taken as constants first; their part of the gradient of x is linear in x and follows from the sums.
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, *repeated, None, None, False, ctx.eps, [True, True, True]
         )
@@ -128,8 +152,12 @@ class _GroupNormalize(torch.autograd.Function):
 
 
 class GroupPool(nn.Module):
-    """Mean and maximum over positions and symmetries: shape (n, channels, h, w) to (n, channels / 4), invariant."""
+    """Concatenate mean and maximum over positions and symmetries, which are invariant under the symmetries.
+
+    Shape: (n, channels, h, w) to (n, channels / 4).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool feature maps `x`."""
         fields = x.unflatten(1, (ORDER, -1))
         return torch.cat([fields.mean((1, 3, 4)), fields.amax((1, 3, 4))], dim=1)

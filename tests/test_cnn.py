@@ -1,7 +1,6 @@
 """The net: shapes against torch, the description to the letter, the most blocks."""
 
 import itertools
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -62,57 +61,6 @@ def test_plain_is_the_description() -> None:
     assert [conv.out_channels for conv in convs] == [32, 64, 128, 256, 512]
     assert {conv.kernel_size for conv in convs} == {(3, 3)}
     assert net.head[1].in_features == 512 * 3 * 3
-
-
-def test_plain_stays_as_it_is() -> None:
-    pinned = {
-        "groups": "auto",
-        "n_splits": 5,
-        "fold_seed": 42,
-        "model": "cnn",
-        "weights": "",
-        "side": 96,
-        "centre": 0,
-        "symmetry": "none",
-        "body": "plain",
-        "n_blocks": 4,
-        "width": 32,
-        "max_width": 512,
-        "depth": 1,
-        "squeeze": 4,
-        "excite": False,
-        "pool_first": False,
-        "pool_inside": False,
-        "head": "flatten",
-        "hidden": 256,
-        "dropout": 0.5,
-        "shift": 4,
-        "stain_jitter": 0.05,
-        "stain_mix": 0.0,
-        "color_jitter": 0.1,
-        "degrade": 0.0,
-        "mixup": 0.0,
-        "epochs": 10,
-        "batch_size": 64,
-        "optimizer": "adamw",
-        "lr": 0.002,
-        "layer_decay": 1.0,
-        "head_epochs": 0,
-        "weight_decay": 0.05,
-        "schedule": "cosine",
-        "warmup_epochs": 1.0,
-        "clip_norm": 1.0,
-        "average_epochs": 3.0,
-        "label_smoothing": 0.0,
-        "teacher": "",
-        "precision": "auto",
-        "memory_format": "auto",
-        "seed": 42,
-        "tta": 8,
-        "tta_mean": "logits",
-        "norm": "train",
-    }
-    assert asdict(EXPERIMENTS["plain"].config) == pinned
 
 
 def test_filters_double_up_to_the_widest() -> None:
