@@ -1,4 +1,4 @@
-"""The one owner of a run folder: its files, when they are complete, and runs that were trained elsewhere.
+"""Run folders: their files, when these are complete, and the import of runs trained elsewhere.
 
-How they are computed belongs to `training` and `scoring`.
+No other package knows the names of these files; how results are computed belongs to `training` and `scoring`.
 """

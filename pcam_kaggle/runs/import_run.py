@@ -1,4 +1,4 @@
-"""A run that was trained elsewhere, checked and copied into this workspace."""
+"""Runs that were trained elsewhere: checked, and copied into this workspace."""
 
 import math
 import shutil
@@ -8,105 +8,116 @@ from pathlib import Path
 from pcam_kaggle import UserError
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import PART, file_sha256, locked, read_json, write, write_json
-from pcam_kaggle.data.csv_io import PLAIN_NAME, PREDICTIONS, read_numbers
+from pcam_kaggle.data.csv_io import PLAIN_NAME, read_numbers
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.models import checkpoint
-from pcam_kaggle.runs.run import add_environment, read_environments, read_log, trained
+from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
+from pcam_kaggle.runs.run import BLEND_FILES, Run
 
-# The last one is copied last: without it the others are copied again after an interruption.
-BLEND_FILES = ("oof.csv", "test.csv", "metrics.json")
 OLD = ".old"
-FOLD_FILES = ("last.pt", "best.pt", "log.csv", "oof.csv", "test.csv", "predictions.json", "metrics.json", "teacher.json")
 
 
-def take_over(source: Path, workspace: Workspace) -> list[str]:
-    """Take the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of those taken.
+def import_runs(source: Path, workspace: Workspace) -> list[str]:
+    """Copy the runs in `source`/runs, their fold files and submissions into `workspace`.
 
-    Of a fold that is in both places the one with more finished epochs is taken, all of its files at once. Files are read before
-    they are copied, and only those that a run is made of are.
+    Of a fold that is in both places the one with more finished epochs is used, all of its files at once. Files are validated
+    before they are copied, and only those that belong to a run are copied.
+
+    Args:
+        source: A folder with `runs`, and optionally `folds` and `submissions`, such as a downloaded kernel output.
+        workspace: Where to copy them.
+
+    Returns:
+        The names of the runs of which something was copied.
 
     Raises:
-        UserError: a file is damaged, the run here has another config, folds or a submission of that name have other content
-            here, a name is not a plain file name, or another process is writing here. Nothing of that run is then taken.
+        UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
+            here, a name is not a plain file name, or another process is writing here. Nothing of that run is then copied.
     """
-    taken = []
-    for run in sorted(path for path in source.glob("runs/*") if path.is_dir()):
-        _check_name(run, run.name)
-        target = workspace.run(run.name)
-        with locked(target):
-            if _take_run(source, run, target, workspace):
-                taken.append(run.name)
-    return taken
+    imported = []
+    for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):
+        _check_name(folder, folder.name)
+        target = Run(workspace.run(folder.name))
+        with locked(target.folder):
+            if _import_run(source, Run(folder), target, workspace):
+                imported.append(folder.name)
+    return imported
 
 
-def _take_run(source: Path, run: Path, target: Path, workspace: Workspace) -> bool:
-    # Of a call that was interrupted while it replaced a fold.
-    for old in list(target.glob(f".fold_*{OLD}")):
+def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:
+    # Left by a call that was interrupted while it replaced a fold.
+    for old in list(target.folder.glob(f".fold_*{OLD}")):
         _clear(old)
     folds = _newer_folds(run, target)
-    is_new = (run / "config.json").is_file() and not (target / "config.json").exists()
-    blend = list(_blend_files(run)) if folds or is_new or _lacking(run) < _lacking(target) else []
+    is_new = run.is_experiment and not target.is_experiment
+    use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
+    blend = list(_blend_files(run)) if use_blend else []
     if not (folds or is_new or blend):
         return False
-    fold_files = [file for folder in folds for name in FOLD_FILES if (file := folder / name).is_file()]
-    for file in (*fold_files, *blend):
-        _check(file)
+    for fold in folds:
+        _check_fold(fold)
+    for file in blend:
+        _refuse_link(file)
     for name in ("config.json", "environment.json"):
-        _refuse_link(run / name)
-    environments = read_environments(run)
+        _refuse_link(run.folder / name)
+    environments = run.environments()
     beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
     beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
     for file, copy in beside:
         if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
-            raise UserError(f"{copy}: differs from {file}; move it away, or take the run into another folder with --work")
+            raise UserError(f"{copy}: differs from {file}; move it away, or import the run into another folder with --work")
     # These first: once the run is copied, the next call finds nothing to do.
     with locked(workspace.folds), locked(workspace.submissions):
         for file, copy in beside:
             _copy(file, copy)
     if folds or is_new:
-        own = target / "config.json"
-        write_json(own, read_json(run / "config.json") | (read_json(own) if own.exists() else {}))
+        own = read_json(target.folder / "config.json") if target.is_experiment else {}
+        write_json(target.folder / "config.json", read_json(run.folder / "config.json") | own)
         for entry in environments:
-            add_environment(target, entry)
-    for folder in folds:
-        _replace_fold(folder, target / folder.name)
+            target.add_environment(entry)
+    for fold in folds:
+        _replace_fold(fold, target.fold(fold.number))
+    # metrics.json is copied last: without it an interrupted copy is repeated.
     for file in blend:
-        _copy(file, target / file.name)
+        _copy(file, target.folder / file.name)
     return True
 
 
-def _newer_folds(run: Path, target: Path) -> list[Path]:
-    """Return the folders of the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
-    if not (run / "config.json").is_file():
+def _newer_folds(run: Run, target: Run) -> list[Fold]:
+    """Return the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
+    if not run.is_experiment:
         return []
-    own, theirs = target / "config.json", read_json(run / "config.json")
-    ours = read_json(own) if own.exists() else {}
-    # The hash of the weights is recorded when the first fold starts, and not at all by earlier versions.
+    file = run.folder / "config.json"
+    theirs = read_json(file, config=dict)
+    ours = read_json(target.folder / "config.json") if target.is_experiment else {}
+    # The hash of pretrained weights is recorded when the first fold starts.
     if any(ours.get(key, value) != value for key, value in theirs.items()):
-        raise UserError(f"{run}: {target} holds a run with another config, other folds or other patches; move one of them")
+        raise UserError(
+            f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
+        )
     try:
-        config = Config(**read_json(run / "config.json", config=dict)["config"])
-    except TypeError:
-        raise UserError(f"{run / 'config.json'}: not a config of this version; use the one that trained it") from None
-    pairs = [(run / f"fold_{fold}", target / f"fold_{fold}") for fold in range(config.n_splits)]
-    return [theirs for theirs, ours in pairs if _progress(theirs) > _progress(ours)]
+        config = Config(**theirs["config"])
+    except UserError as error:
+        raise UserError(f"{file}: {error}; use the version that trained it") from None
+    numbers = range(config.n_splits)
+    return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
 
 
-def _replace_fold(source: Path, target: Path) -> None:
-    """Put a copy of the fold in folder `source` in the place of `target`, all files at once; other files in `target` stay."""
-    copied = target.with_name(f".{target.name}{PART}")
+def _replace_fold(source: Fold, target: Fold) -> None:
+    """Replace `target` by a copy of `source`, all files at once; other files in `target` stay."""
+    copied = target.folder.with_name(f".{target.folder.name}{PART}")
     for name in FOLD_FILES:
-        if (source / name).is_file():
-            _copy(source / name, copied / name)
-    old = target.with_name(f".{target.name}{OLD}")
-    if target.exists():
-        target.replace(old)
-    copied.replace(target)
+        if (source.folder / name).is_file():
+            _copy(source.folder / name, copied / name)
+    old = target.folder.with_name(f".{target.folder.name}{OLD}")
+    if target.folder.exists():
+        target.folder.replace(old)
+    copied.replace(target.folder)
     _clear(old)
 
 
 def _clear(old: Path) -> None:
-    """Delete the fold in folder `old`, once it was replaced and other files in it have moved to its successor."""
+    """Delete the replaced fold in folder `old`, after moving files that are not the program's to its successor."""
     fold = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
     if not old.exists():
         return
@@ -119,84 +130,79 @@ def _clear(old: Path) -> None:
     shutil.rmtree(old)
 
 
-def _blend_files(run: Path) -> Iterator[Path]:
-    """Yield the blend in folder `run` where it is whole: a session may end between its files, and it is soon made again."""
-    files = [run / name for name in BLEND_FILES]
-    if all(file.is_file() for file in files):
-        made = read_json(run / "metrics.json", oof_sha256=str, test_sha256=str)
-        if [made["oof_sha256"], made["test_sha256"]] == [file_sha256(run / name) for name in ("oof.csv", "test.csv")]:
-            yield from files
+def _blend_files(run: Run) -> Iterator[Path]:
+    """Yield the files of the blend if it is complete; a session may end between them, and blending again is cheap."""
+    if run.is_blended and run.has_consistent_blend:
+        yield from (run.folder / name for name in BLEND_FILES)
 
 
-def _lacking(run: Path) -> float:
-    """Return how many folds the blend in folder `run` was made without; infinity where there is none."""
-    file = run / "metrics.json"
-    return len(read_json(file, missing_folds=list)["missing_folds"]) if file.exists() else math.inf
+def _missing_folds(run: Run) -> float:
+    """Return how many folds the blend was made without; infinity if there is no blend."""
+    return len(run.blend_metrics(missing_folds=list)["missing_folds"]) if run.has_score else math.inf
 
 
-def _fold_files(folder: Path, run: Path) -> Iterator[Path]:
-    """Yield the fold file of `run` in `folder` and its manifest, once it is the one that the run was trained on."""
-    if not (run / "config.json").is_file():
+def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
+    """Yield the fold file of `run` in `folder` and its manifest, after checking that the run was trained on it."""
+    if not run.is_experiment:
         return
-    made = read_json(run / "config.json", folds=str, folds_sha256=str)
-    _check_name(run, made["folds"])
+    made = run.made_from()
+    _check_name(run.folder, made["folds"])
     table, manifest = (folder / f"{made['folds']}{suffix}" for suffix in (".csv", ".json"))
     if table.is_file() and manifest.is_file():
-        _check(manifest)
+        _refuse_link(manifest)
+        read_json(manifest)
         if table.is_symlink() or file_sha256(table) != made["folds_sha256"]:
-            raise UserError(f"{table}: is not what the run {run.name} was trained on; get it again")
+            raise UserError(f"{table}: not the folds that the run {run.name} was trained on; download it again")
         yield from (table, manifest)
 
 
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the submissions of run `name` in `folder`, each with what stands beside it, once it is what that says."""
+    """Yield the submissions of run `name` in `folder`, each with its JSON file, after checking that they belong together."""
     for file in sorted(folder.glob("*.json")):
-        _check(file)
+        _refuse_link(file)
         made = read_json(file, run=str, sha256=str)
         table = file.with_suffix(".csv")
         if made["run"] == name and table.exists():
             if table.is_symlink() or file_sha256(table) != made["sha256"]:
-                raise UserError(f"{table}: is not what {file.name} describes; get it again")
+                raise UserError(f"{table}: not what {file.name} describes; download it again")
             yield from (table, file)
 
 
-def _progress(folder: Path) -> tuple[int, bool, bool]:
-    """Return how far the fold in `folder` is: its epochs, whether it is finished, whether it is predicted."""
-    return _epochs(folder), trained(folder), (folder / "predictions.json").exists()
+def _progress(fold: Fold) -> tuple[int, bool, bool]:
+    return _epochs(fold), fold.is_trained, fold.has_predictions
 
 
-def _epochs(folder: Path) -> int:
-    """Return the finished epochs of the fold in `folder`; 0 if it can't be resumed, for want of its best checkpoint."""
-    last = folder / "last.pt"
+def _epochs(fold: Fold) -> int:
+    """Return the finished epochs of `fold`; 0 if it can't be resumed because its best checkpoint is missing."""
+    last = fold.last_checkpoint
     log = checkpoint.read_log(last, checkpoint.load(last, "net", "log")) if last.exists() else []
     # A session may end before it has written the best checkpoint; the last one then holds the same weights.
     best_is_last = bool(log) and max(log, key=lambda row: row["valid_auc"]) is log[-1]
-    return len(log) if best_is_last or (folder / "best.pt").exists() else 0
+    return len(log) if best_is_last or fold.best_checkpoint.exists() else 0
 
 
-def _check_name(run: Path, name: object) -> None:
-    if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
-        raise UserError(f"{run}: {name!r} is no plain file name; use letters, digits, points, dashes and underscores")
-
-
-def _check(file: Path) -> None:
-    """Raise UserError where `file` is a link or damaged, or not what its fold's predictions say."""
-    _refuse_link(file)
-    if file.suffix == ".json":
+def _check_fold(fold: Fold) -> None:
+    """Raise UserError if a file of `fold` is a link, damaged, or not what the fold's other files say."""
+    files = [file for name in FOLD_FILES if (file := fold.folder / name).is_file()]
+    for file in files:
+        _refuse_link(file)
+    for file in (file for file in files if file.suffix == ".json"):
         read_json(file)
-    if file.name == "best.pt":
-        checkpoint.load(file, "net")
-    # A log that lacks its last rows is written anew when the fold goes on, and is final once the fold is finished.
-    final = file.name == "log.csv" and (file.parent / "metrics.json").exists()
-    if final and len(read_log(file.parent)) != _epochs(file.parent):
-        raise UserError(f"{file}: is not the log of last.pt; get it again")
-    if file.name in PREDICTIONS:
-        read_numbers(file, PREDICTIONS[file.name])
-    if file.name == "predictions.json":
-        described = read_json(file, files=dict)["files"]
-        for name in PREDICTIONS:
-            if not (file.parent / name).is_file() or file_sha256(file.parent / name) != described.get(name):
-                raise UserError(f"{file.parent / name}: is not what {file.name} describes; get it again")
+    if fold.best_checkpoint.exists():
+        checkpoint.load(fold.best_checkpoint, "net")
+    # A log that lacks its last rows is written again when the fold resumes, and is final once the fold is finished.
+    if fold.has_metrics and fold.has_log and len(fold.log()) != _epochs(fold):
+        raise UserError(f"{fold.folder / 'log.csv'}: not the log of last.pt; download it again")
+    for name, columns in PREDICTIONS.items():
+        if (fold.folder / name).is_file():
+            read_numbers(fold.folder / name, columns)
+    for changed in fold.changed_predictions():
+        raise UserError(f"{fold.folder / changed}: not what predictions.json describes; download it again")
+
+
+def _check_name(folder: Path, name: object) -> None:
+    if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
+        raise UserError(f"{folder}: {name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
 
 
 def _refuse_link(file: Path) -> None:

@@ -1,17 +1,45 @@
-"""What code, which packages and which session a result comes from."""
+"""Provenance of a result: session, machine, packages and commit."""
 
+import os
+import platform
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from pcam_kaggle import __version__
+from pcam_kaggle.data.store import PatchStore
 
 PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn")
 
 
+def session_environment(backend: dict[str, str], device: str, store: PatchStore) -> dict[str, Any]:
+    """Return this session's entry of a run's environment.json.
+
+    Args:
+        backend: Kind of device, precision and memory format that the session computes with.
+        device: Name of the device.
+        store: The packed patches, whose counts and hashes are included.
+    """
+    return {
+        "started": session_start(),
+        "backend": backend,
+        "device": device,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "pcam_kaggle": __version__,
+        "commit": commit(),
+        "packages": versions(),
+        "data": {key: store.manifest[key] for key in ("train", "test", "skipped", "train_sha256", "test_sha256")},
+    }
+
+
 @cache
 def session_start() -> str:
-    """Return when this process first asked, as the start of its session: UTC in ISO 8601, to the second."""
+    """Return the time of the first call in this process, as the start of its session: UTC in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -27,9 +55,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Return the commit of the code that runs, with `+` where it was changed since; None if no repository tracks it."""
+    """Return the commit of the running code, followed by `+` if files were changed since; None outside a repository."""
     here = Path(__file__)
-    # An installed package may lie in an environment inside another repository.
+    # An installed package may be in an environment inside another repository.
     tracked = ["git", "ls-files", "--error-unmatch", here.name]
     describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:

@@ -1,4 +1,4 @@
-"""A run from elsewhere: the further one wins, and nothing that is not a run's comes in."""
+"""Import of a run: the newer state of a fold wins, and only valid files of a run are copied."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
 
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
@@ -16,18 +15,17 @@ from pcam_kaggle.data import atomic_io as artifacts
 from pcam_kaggle.data.atomic_io import PART, locked
 from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.models import checkpoint
-from pcam_kaggle.runs import import_run as transfer
-from pcam_kaggle.runs.import_run import take_over
-from pcam_kaggle.runs.run import read_environments
+from pcam_kaggle.runs import import_run
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.runs.run import Run
 
 RUN = Path("runs") / "bottleneck"
 
 
 @pytest.fixture
-def elsewhere(pcam: Callable[..., Outcome], tmp_path: Path) -> Path:
+def elsewhere(finished_run: Path, tmp_path: Path) -> Path:
     """Return a folder in which a run of three folds was trained and submitted."""
-    assert pcam("pipeline").status == 0
-    return (tmp_path / "work").rename(tmp_path / "elsewhere")
+    return finished_run.rename(tmp_path / "elsewhere")
 
 
 @pytest.fixture
@@ -53,14 +51,14 @@ def test_of_two_states_of_a_fold_the_further_one_is_kept(elsewhere: Path, here: 
     checkpoint.save(last, content | {"log": json.dumps(json.loads(content["log"])[:-1])})
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     change(early / RUN / "metrics.json", pooled="of two folds")
-    assert take_over(early, here) == ["bottleneck"]
+    assert import_runs(early, here) == ["bottleneck"]
     assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
-    take_over(elsewhere, here)
+    import_runs(elsewhere, here)
     whole = {
         path.relative_to(elsewhere): path.read_bytes() for path in (elsewhere / RUN).rglob("*.*") if "events" not in str(path)
     }
     assert {name: (here.root / name).read_bytes() for name in whole} == whole
-    take_over(early, here)
+    import_runs(early, here)
     assert {name: (here.root / name).read_bytes() for name in whole} == whole
 
 
@@ -70,10 +68,10 @@ def test_a_blend_and_its_submission_come_with_their_members(
     monkeypatch.setitem(EXPERIMENTS, "one", Experiment("", tiny))
     monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one",)))
     assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(tmp_path / "elsewhere")]) == 0
-    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    assert import_runs(tmp_path / "elsewhere", here) == ["both", "one"]
     for name in ("runs/both/oof.csv", "submissions/both.csv", "submissions/both.json"):
         assert (here.root / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
-    assert take_over(tmp_path / "elsewhere", here) == []
+    assert import_runs(tmp_path / "elsewhere", here) == []
 
 
 def test_of_two_states_of_a_blend_the_one_of_more_folds_is_kept(
@@ -84,22 +82,22 @@ def test_of_two_states_of_a_blend_the_one_of_more_folds_is_kept(
     line = ["-e", "both", "--data", str(data.root), "--work", str(tmp_path / "elsewhere")]
     for stage in ("pipeline", "blend"):
         assert main([stage, *line, "--folds", "0,1"]) == 0
-    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    assert import_runs(tmp_path / "elsewhere", here) == ["both", "one"]
     early = shutil.copytree(tmp_path / "elsewhere", tmp_path / "early")
     assert main(["pipeline", *line]) == 0
-    assert take_over(tmp_path / "elsewhere", here) == ["both", "one"]
+    assert import_runs(tmp_path / "elsewhere", here) == ["both", "one"]
     names = ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv")
     whole = [(tmp_path / "elsewhere" / name).read_bytes() for name in names]
     assert [(here.root / name).read_bytes() for name in names] == whole
-    assert take_over(early, here) == []
+    assert import_runs(early, here) == []
     assert [(here.root / name).read_bytes() for name in names] == whole
 
 
 @pytest.mark.parametrize("at", range(1, 28, 3))
-def test_an_interrupted_take_over_is_completed_here_and_by_others(
+def test_an_interrupted_import_is_completed_here_and_by_others(
     at: int, elsewhere: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `at` files the copying ends; no fold is then there in part, and what is there can be completed."""
+    """Copying stops after `at` files: no fold is incomplete, and the import can be completed."""
     copied = []
 
     def end(source: Path, target: Path) -> None:
@@ -110,40 +108,40 @@ def test_an_interrupted_take_over_is_completed_here_and_by_others(
         shutil.copy(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(transfer, "_copy", end)
-        take_over(elsewhere, here)
+        patch.setattr(import_run, "_copy", end)
+        import_runs(elsewhere, here)
     whole = {"last.pt", "best.pt", "log.csv", "metrics.json", "predictions.json", "oof.csv", "test.csv"}
     assert all({path.name for path in fold.iterdir()} == whole for fold in (here.root / RUN).glob("fold_*"))
     third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
-    take_over(here.root, third)
+    import_runs(here.root, third)
     names = [path.relative_to(elsewhere) for path in (elsewhere / RUN).rglob("*.*") if path.parent.name != "events"]
     names += [Path("folds") / "stratified_3_42.csv", Path("submissions") / "bottleneck.csv"]
     for completed in (third, here):
-        take_over(elsewhere, completed)
+        import_runs(elsewhere, completed)
         assert [(completed.root / name).read_bytes() for name in names] == [(elsewhere / name).read_bytes() for name in names]
         assert not list(completed.root.rglob(f"*{PART}"))
 
 
 def test_a_fold_without_its_best_checkpoint_is_taken_again(elsewhere: Path, here: Workspace) -> None:
-    take_over(elsewhere, here)
+    import_runs(elsewhere, here)
     best = here.root / RUN / "fold_1" / "best.pt"
     best.unlink()
     (best.parent / "notes.txt").write_text("mine")
-    assert take_over(elsewhere, here) == ["bottleneck"]
+    assert import_runs(elsewhere, here) == ["bottleneck"]
     assert best.read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
     assert (best.parent / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_fold_is_not_lost_between_two_renames(replaced: bool, elsewhere: Path, here: Workspace) -> None:
-    """A call was killed after the old fold had made room, before or after the new one took its place."""
-    take_over(elsewhere, here)
+    """A call was killed between moving the old fold away and deleting it."""
+    import_runs(elsewhere, here)
     fold = here.root / RUN / "fold_1"
     (fold / "notes.txt").write_text("mine")
     old = fold.replace(fold.with_name(".fold_1.old"))
     if replaced:
         shutil.copytree(elsewhere / RUN / "fold_1", fold)
-    take_over(elsewhere, here)
+    import_runs(elsewhere, here)
     assert (fold / "notes.txt").read_text() == "mine"
     assert (fold / "best.pt").read_bytes() == (elsewhere / RUN / "fold_1" / "best.pt").read_bytes()
     assert not old.exists()
@@ -153,7 +151,7 @@ def test_a_fold_is_not_lost_between_two_renames(replaced: bool, elsewhere: Path,
 def test_a_session_that_ended_before_its_best_checkpoint(
     aucs: tuple[float, float], taken: bool, elsewhere: Path, here: Workspace
 ) -> None:
-    """The last checkpoint replaces it only where the last epoch is the best."""
+    """The last checkpoint replaces the best one only if the last epoch is the best."""
     fold = elsewhere / RUN / "fold_1"
     for path in list(fold.iterdir()):
         if path.name not in ("last.pt", "log.csv"):
@@ -161,39 +159,39 @@ def test_a_session_that_ended_before_its_best_checkpoint(
     content = checkpoint.load(fold / "last.pt")
     rows = [row | {"valid_auc": auc} for row, auc in zip(json.loads(content["log"]), aucs, strict=True)]
     checkpoint.save(fold / "last.pt", content | {"log": json.dumps(rows)})
-    take_over(elsewhere, here)
+    import_runs(elsewhere, here)
     assert (here.root / RUN / "fold_1" / "last.pt").exists() == taken
 
 
 def test_the_sessions_of_both_places_are_kept(elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
     early = shutil.copytree(elsewhere, tmp_path / "early")
     shutil.rmtree(early / RUN / "fold_2")
-    ours, theirs = read_environments(elsewhere / RUN), [{"backend": {"kind": "cuda"}, "started": "before"}]
+    ours, theirs = Run(elsewhere / RUN).environments(), [{"backend": {"kind": "cuda"}, "started": "before"}]
     (early / RUN / "environment.json").write_text(json.dumps(theirs))
-    take_over(early, here)
-    take_over(elsewhere, here)
-    assert read_environments(here.root / RUN) == theirs + ours
+    import_runs(early, here)
+    import_runs(elsewhere, here)
+    assert Run(here.root / RUN).environments() == theirs + ours
     shutil.rmtree(here.root / RUN / "fold_1")
-    take_over(elsewhere, here)
-    assert read_environments(here.root / RUN) == theirs + ours
+    import_runs(elsewhere, here)
+    assert Run(here.root / RUN).environments() == theirs + ours
 
 
 def test_a_hash_of_weights_that_one_place_lacks_is_no_other_config(elsewhere: Path, here: Workspace) -> None:
-    take_over(elsewhere, here)
+    import_runs(elsewhere, here)
     shutil.rmtree(here.root / RUN / "fold_1")
     change(here.root / RUN / "config.json", weights_sha256="0" * 64)
-    assert take_over(elsewhere, here) == ["bottleneck"]
+    assert import_runs(elsewhere, here) == ["bottleneck"]
     change(elsewhere / RUN / "config.json", weights_sha256="1" * 64)
     with pytest.raises(UserError, match="another config"):
-        take_over(elsewhere, here)
+        import_runs(elsewhere, here)
 
 
-def test_nothing_is_taken_over_while_another_process_writes_there(
+def test_nothing_is_imported_while_another_process_writes_there(
     elsewhere: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.1)
     with locked(here.root / RUN), pytest.raises(UserError, match="another process is writing there"):
-        take_over(elsewhere, here)
+        import_runs(elsewhere, here)
     assert not (here.root / RUN).exists()
 
 
@@ -202,7 +200,7 @@ def test_what_stands_here_otherwise_is_not_mixed_with_what_comes(name: str, else
     (here.root / name).parent.mkdir(parents=True)
     (here.root / name).write_text("id,label,fold\n")
     with pytest.raises(UserError, match=r"differs from"):
-        take_over(elsewhere, here)
+        import_runs(elsewhere, here)
     assert not (here.root / RUN).exists()
 
 
@@ -239,7 +237,7 @@ def pickled(folder: Path) -> None:
 def test_what_is_no_run_stays_outside(damage: Callable[[Path], None], elsewhere: Path, here: Workspace, tmp_path: Path) -> None:
     damage(elsewhere)
     with pytest.raises(UserError) as caught:
-        take_over(elsewhere, here)
+        import_runs(elsewhere, here)
     assert "\n" not in str(caught.value)
     assert not [path for path in here.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert not (tmp_path / "outside.csv").exists()

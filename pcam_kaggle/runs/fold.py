@@ -1,0 +1,201 @@
+"""One fold of a run: its files, and when each of them is complete."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pcam_kaggle import UserError
+from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.data.csv_io import check_oof, read_numbers
+from pcam_kaggle.data.store import PatchStore
+
+LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
+# The tables of predictions, and the columns of numbers in each.
+PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
+FOLD_FILES = ("last.pt", "best.pt", "log.csv", *PREDICTIONS, "predictions.json", "metrics.json", "teacher.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Fold `number` (0-based) of the run in `run_folder`.
+
+    In the order in which they are written:
+
+    - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
+    - `last.pt`: state after the last finished epoch, from which training resumes
+    - `best.pt`: averaged weights of the epoch with the highest validation AUC
+    - `log.csv`: a row per finished epoch
+    - `metrics.json`: result of a finished training
+    - `oof.csv`, `test.csv`: predictions of the validation part and of the test set
+    - `predictions.json`: hashes of both tables and of what they were computed from
+    """
+
+    run_folder: Path
+    number: int
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the fold's files."""
+        return self.run_folder / f"fold_{self.number}"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """State after the last finished epoch."""
+        return self.folder / "last.pt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Averaged weights of the best epoch."""
+        return self.folder / "best.pt"
+
+    @property
+    def events(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.folder / "events"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether at least one epoch is finished."""
+        return self.last_checkpoint.exists()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is finished."""
+        return self.has_metrics and self.best_checkpoint.exists()
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether the result of training exists; `is_trained` also needs the checkpoint."""
+        return (self.folder / "metrics.json").exists()
+
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a training log."""
+        return (self.folder / "log.csv").exists()
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether predictions are complete; `is_predicted` also checks that they are up to date."""
+        return (self.folder / "predictions.json").exists()
+
+    def log(self) -> pd.DataFrame:
+        """Return the training log.
+
+        Returns:
+            A float64 table with the columns `LOG_COLUMNS` and a row per finished epoch; no rows before the first.
+
+        Raises:
+            UserError: `log.csv` is damaged.
+        """
+        file = self.folder / "log.csv"
+        if not file.exists():
+            return pd.DataFrame(columns=LOG_COLUMNS, dtype=float)
+        try:
+            return pd.read_csv(file)[LOG_COLUMNS].astype(float)
+        except (ValueError, KeyError):
+            raise UserError(f"{file}: not a training log; delete {self.folder} to train the fold again") from None
+
+    def write_log(self, rows: list[dict[str, float]]) -> None:
+        """Write the log, `rows` holding one dictionary per finished epoch."""
+        write_csv(self.folder / "log.csv", pd.DataFrame(rows))
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the result of a finished training; raises UserError if it is missing or damaged."""
+        return read_json(self.folder / "metrics.json")
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write the result of training, which marks the fold as finished."""
+        write_json(self.folder / "metrics.json", metrics)
+
+    def is_predicted(self, store: PatchStore) -> bool:
+        """Return whether predictions are complete and were computed from the current checkpoint and patches."""
+        if not self.has_predictions:
+            return False
+        made = read_json(self.folder / "predictions.json", sources=dict)
+        return made["sources"] == self._sources(store) and not self.changed_predictions()
+
+    def changed_predictions(self) -> list[str]:
+        """Return the names of the tables of predictions that are missing or not those of `predictions.json`, if it exists."""
+        if not self.has_predictions:
+            return []
+        hashes = read_json(self.folder / "predictions.json", files=dict)["files"]
+        paths = [self.folder / name for name in PREDICTIONS]
+        return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
+
+    def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the validated predictions of this fold.
+
+        Returns:
+            The out-of-fold table (id, label, fold, probability) and the test table (id, probability), sorted by id.
+
+        Raises:
+            UserError: Predictions are missing, outdated, changed or damaged.
+        """
+        number, folder = self.number, self.folder
+        if not self.has_predictions:
+            raise UserError(
+                f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {number} first"
+            )
+        made = read_json(folder / "predictions.json", sources=dict)
+        best = self.best_checkpoint
+        if best.exists() and file_sha256(best) != made["sources"].get("best_sha256"):
+            raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
+        for name in self.changed_predictions():
+            raise UserError(f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`")
+        oof, test = (read_numbers(folder / name, columns) for name, columns in PREDICTIONS.items())
+        return check_oof(folder / "oof.csv", oof.assign(fold=number)), test.sort_values("id", ignore_index=True)
+
+    def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore, images_per_second: float) -> None:
+        """Write the predictions and the hashes that tie them to the checkpoint and to the patches.
+
+        Args:
+            oof: Columns id, label, probability in [0, 1].
+            test: Columns id, probability in [0, 1].
+            store: The patches that were predicted.
+            images_per_second: Measured rate, all views of a patch counting as one.
+        """
+        for name, table in zip(PREDICTIONS, (oof, test), strict=True):
+            write_csv(self.folder / name, table)
+        content = {
+            "sources": self._sources(store),
+            "files": {name: file_sha256(self.folder / name) for name in PREDICTIONS},
+            "images_per_second": images_per_second,
+        }
+        write_json(self.folder / "predictions.json", content)
+
+    def teacher_predictions(self, teacher: str) -> pd.DataFrame:
+        """Return the test predictions of the run `teacher` for this fold, and record their hash when the fold starts.
+
+        Returns:
+            Columns id and probability in [0, 1].
+
+        Raises:
+            UserError: The teacher has no such predictions, or the fold has started without recording their hash.
+        """
+        source, record = self._teacher_table(teacher), self.folder / "teacher.json"
+        if not source.exists():
+            raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")
+        if self.is_started and not record.exists():
+            raise UserError(f"{record}: missing, so the teacher may have changed; delete {self.folder} to train it again")
+        if not self.is_started:
+            write_json(record, {"teacher": teacher, "test_sha256": file_sha256(source)})
+        return read_numbers(source, PREDICTIONS["test.csv"])
+
+    def teacher_has_changed(self, teacher: str) -> bool:
+        """Return whether this fold has started with other predictions of the run `teacher` than there are now."""
+        source, record = self._teacher_table(teacher), self.folder / "teacher.json"
+        if not (self.is_started and record.exists() and source.exists()):
+            return False
+        return read_json(record, test_sha256=str)["test_sha256"] != file_sha256(source)
+
+    def _teacher_table(self, teacher: str) -> Path:
+        return Fold(self.run_folder.parent / teacher, self.number).folder / "test.csv"
+
+    def _sources(self, store: PatchStore) -> dict[str, str]:
+        return {
+            "best_sha256": file_sha256(self.best_checkpoint),
+            "train_sha256": store.manifest["train_sha256"],
+            "test_sha256": store.manifest["test_sha256"],
+        }
