@@ -1,4 +1,4 @@
-"""Comparing: pairs only what is paired, says what the numbers say, and no damaged run stops the rest."""
+"""Comparison: only paired runs get a difference, sentences match the numbers, and a damaged run does not stop the others."""
 
 import json
 import re
@@ -13,10 +13,13 @@ from scipy import stats
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.data.atomic_io import csv_bytes, read_json, sha256, write_csv, write_json
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
+from pcam_kaggle.scoring.bootstrap import bootstrap_difference, concordant_pairs
 from pcam_kaggle.scoring.compare import compare, find_baseline, read_entry
-from pcam_kaggle.scoring.metrics import Difference, auc, auc_difference, holm, slide_difference, slide_pairs
-from pcam_kaggle.scoring.render import differing, words
+from pcam_kaggle.scoring.delong import delong_difference
+from pcam_kaggle.scoring.metrics import Difference, auc, holm
+from pcam_kaggle.scoring.render import describe_difference, differing_keys
 
 N, FOLDS = 900, 3
 RNG = np.random.default_rng(0)
@@ -41,7 +44,7 @@ def write_run(run: Path, signal: float, seed: int, folds: str = "same", **config
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Return a folder of runs: two alike, one worse, one on other folds, one unfinished, one damaged, one blended in part."""
+    """Return a folder of runs: two similar, one worse, one on other folds, and unfinished, damaged and incomplete ones."""
     runs = tmp_path / "runs"
     write_run(runs / "best", 2.0, 1, lr=0.1)
     write_run(runs / "twin", 1.99, 2, lr=0.2)
@@ -61,57 +64,57 @@ def runs(tmp_path: Path) -> Path:
 
 def compared(runs: Path, baseline: str | None = None) -> tuple[dict, object]:
     """Return the entries by name and the baseline."""
-    entries = [read_entry(path) for path in sorted(runs.iterdir())]
+    entries = [read_entry(Run(path)) for path in sorted(runs.iterdir())]
     base = find_baseline(entries, baseline)
     compare(entries, base, None)
     return {entry.name: entry for entry in entries}, base
 
 
-def test_more_slides_than_can_be_drawn_leave_a_difference_undefined(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.scoring.metrics.MOST_SLIDES", 20)
-    base = read_entry(runs / "best")
+def test_too_many_slides_make_a_difference_undefined(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_kaggle.scoring.bootstrap.MAX_CLUSTERS", 20)
+    base = read_entry(Run(runs / "best"))
     ids = base.oof["id"]
     known = pd.DataFrame({"id": ids, "wsi": [f"slide_{number % 20}" for number in range(N)]})
-    compare([base, read_entry(runs / "twin")], base, known)
-    twin = read_entry(runs / "twin")
+    compare([base, read_entry(Run(runs / "twin"))], base, known)
+    twin = read_entry(Run(runs / "twin"))
     compare([base, twin], base, known[100:])
     assert twin.pooled is not None
     assert "more than the 20 that can be drawn" in twin.pooled.undefined
-    assert twin.corrected is None
+    assert twin.corrected_p is None
 
 
 def test_differences_are_the_paired_ones(runs: Path) -> None:
     entries, base = compared(runs, "worse")
     assert base is entries["worse"]
     best, worse = entries["best"].oof["probability"].to_numpy(), entries["worse"].oof["probability"].to_numpy()
-    assert entries["best"].pooled == auc_difference(LABELS, best, worse)
+    assert entries["best"].pooled == delong_difference(LABELS, best, worse)
     inside = FOLD == 2
     assert entries["best"].folds[2].value == pytest.approx(
         auc(LABELS[inside], best[inside]) - auc(LABELS[inside], worse[inside])
     )
 
 
-def test_words_match_the_numbers(runs: Path) -> None:
+def test_sentences_match_the_numbers(runs: Path) -> None:
     entries, base = compared(runs, "best")
-    sentence = words(entries["worse"], base)
+    sentence = describe_difference(entries["worse"], base)
     value, low, high = (float(text) for text in re.findall(r"\d\.\d{4}", sentence)[:3])
     assert sentence.startswith("best is better than worse by ")
     assert low <= value <= high
     assert value == pytest.approx(-entries["worse"].pooled.value, abs=1e-4)
     assert low > 0
-    same = words(entries["twin"], base)
-    assert "no difference that this data can show" in same
-    assert "more patches" in same
-    assert words(entries["worse"], base) == words(entries["worse"], base)
+    same = describe_difference(entries["twin"], base)
+    assert "no significant difference" in same
+    assert "more patches are needed" in same
+    assert describe_difference(entries["worse"], base) == describe_difference(entries["worse"], base)
 
 
-def test_what_is_not_paired_says_why(runs: Path) -> None:
+def test_an_unpaired_run_has_its_reason(runs: Path) -> None:
     entries, base = compared(runs, "best")
     assert entries["elsewhere"].pooled is None
-    assert "other folds" in words(entries["elsewhere"], base)
+    assert "folds or labels differ" in describe_difference(entries["elsewhere"], base)
 
 
-def test_a_broken_run_stands_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_run_is_listed_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--work", str(runs.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, reason in (
@@ -119,14 +122,14 @@ def test_a_broken_run_stands_with_its_reason(runs: Path, capsys: pytest.CaptureF
         ("damaged", "oof.csv"),
         ("partial", "without some"),
         ("garbled", "not JSON"),
-        ("elsewhere", "other folds"),
+        ("elsewhere", "folds or labels differ"),
     ):
         assert any(line.split()[0] == name and reason in line for line in lines if line.strip()), name
     assert sum(line.split()[0] in ("best", "twin", "worse") for line in lines[:9] if line.strip()) == 3
 
 
 @pytest.mark.parametrize("cost", [{"parameters": 1e400}, {"seconds": "an hour"}, {"images_per_second": None}, {}])
-def test_costs_that_are_no_numbers_stop_one_run_alone(cost: dict, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_costs_affect_only_their_run(cost: dict, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = runs / "twin" / "fold_0" / "metrics.json"
     costs = read_json(file) | cost if cost else {}
     file.write_text(json.dumps(costs))
@@ -135,12 +138,12 @@ def test_costs_that_are_no_numbers_stop_one_run_alone(cost: dict, runs: Path, ca
     assert any(line.split()[:1] == ["twin"] and "damaged" in line for line in printed.splitlines())
 
 
-def test_only_what_differs_is_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_differing_config_fields_are_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--work", str(runs.parent), "--format", "csv"]) == 0
     header = capsys.readouterr().out.splitlines()[0].split(",")
     assert "lr" in header
     assert "n_splits" not in header
-    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ["b"]
+    assert differing_keys([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ["b"]
 
 
 def test_every_format_holds_the_same_numbers(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,20 +166,22 @@ def test_a_chosen_baseline_that_is_broken_is_one_line(runs: Path, capsys: pytest
         assert err.count("\n") == 1
 
 
-def test_holm_is_the_textbooks() -> None:
+def test_holm_matches_a_worked_example() -> None:
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
 
 
-def test_the_slide_bootstrap_knows_the_difference_and_widens_where_slides_differ() -> None:
+def test_the_slide_bootstrap_is_wider_than_delong_where_slides_differ() -> None:
     rng = np.random.default_rng(3)
     slides = np.repeat(np.arange(60), 30)
     labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
     first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
 
     def by(groups: np.ndarray, level: float = 0.95) -> Difference:
-        return slide_difference(labels, groups, *(slide_pairs(labels, groups, scores) for scores in (first, second)), level)
+        return bootstrap_difference(
+            labels, groups, *(concordant_pairs(labels, groups, scores) for scores in (first, second)), level
+        )
 
-    plain, by_slide = auc_difference(labels, first, second), by(slides)
+    plain, by_slide = delong_difference(labels, first, second), by(slides)
     assert by_slide.value == pytest.approx(plain.value, abs=1e-12)
     assert by_slide.error > 1.5 * plain.error
     assert by(np.arange(1800)).error == pytest.approx(plain.error, rel=0.1)
@@ -198,16 +203,15 @@ def test_the_bootstrap_draws_whole_slides() -> None:
     scores = rng.integers(0, 6, 40).astype(float)
     copied = np.concatenate([np.flatnonzero(slides == slide) for slide in (1, 1, 3, 7)])
     expected = auc(labels[copied], scores[copied])
-    pairs = slide_pairs(labels, slides, scores)
+    pairs = concordant_pairs(labels, slides, scores)
     counts = np.bincount([1, 1, 3, 7], minlength=10).astype(float)
     positives, negatives = (counts @ np.bincount(slides[labels == k], minlength=10) for k in (1, 0))
     assert counts @ pairs @ counts / (positives * negatives) == pytest.approx(expected, abs=1e-12)
 
 
 def test_real_runs_of_the_pipeline_compare(
-    pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pcam: Callable[..., Outcome], finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pcam("pipeline").status == 0
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
     capsys.readouterr()
     assert main(["compare", "--work", str(tmp_path / "work")]) == 0

@@ -1,4 +1,4 @@
-"""Significance resamples what the folds keep together, says so everywhere, and never falls back to patches silently."""
+"""Intervals and tests resample the groups of the folds, name their unit in every output, and never fall back to patches."""
 
 import io
 import json
@@ -16,14 +16,16 @@ from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.kaggle.ledger import describe, write_ledger
-from pcam_kaggle.kaggle.submission import submit
+from pcam_kaggle.kaggle.submission import write_submission
 from pcam_kaggle.pipeline.job import Job
 from pcam_kaggle.pipeline.stages import run_blend
 from pcam_kaggle.report.page import write_report
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Member, blend
+from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
 from pcam_kaggle.scoring.compare import compare_runs, read_entry
-from pcam_kaggle.scoring.metrics import auc_difference, auc_interval, slide_difference, slide_interval, slide_pairs
-from pcam_kaggle.scoring.resampling import clusters, resampling, unit_of
+from pcam_kaggle.scoring.delong import delong_difference, delong_interval
+from pcam_kaggle.scoring.resampling import cluster_codes, resampling, unit_of
 
 SLIDES, PATCHES, FOLDS = 18, 40, 3
 N = SLIDES * PATCHES
@@ -37,13 +39,13 @@ SHARED = RNG.normal(size=N)
 
 
 def scores(signal: float, seed: int) -> np.ndarray:
-    """Return probabilities that hold `signal` of the label and a shift of their own on every slide."""
+    """Return probabilities with a `signal` of the label and a random shift on every slide."""
     rng = np.random.default_rng(seed)
     return 1 / (1 + np.exp(-(signal * LABELS + SHARED + 0.3 * rng.normal(size=N) + rng.normal(size=SLIDES)[SLIDE])))
 
 
 def write_fold_file(work: Path, scheme: str) -> str:
-    """Write the fold file of `scheme`, with groups where it has them; return its hash."""
+    """Write the fold file of `scheme`, with its groups if any; return its hash."""
     table = pd.DataFrame({"id": IDS, "label": LABELS, "fold": FOLD})
     file = work / "folds" / f"{scheme}.csv"
     write_csv(file, table if scheme.startswith("stratified") else table.assign(group=GROUPS))
@@ -51,7 +53,7 @@ def write_fold_file(work: Path, scheme: str) -> str:
 
 
 def write_run(work: Path, name: str, probability: np.ndarray, scheme: str = "slides_3_42") -> None:
-    """Write a run that is trained and predicted."""
+    """Write a trained and predicted run."""
     run, digest = work / "runs" / name, write_fold_file(work, scheme)
     write_json(run / "config.json", {"config": {"n_splits": FOLDS}, "folds": scheme, "folds_sha256": digest})
     for fold in range(FOLDS):
@@ -78,12 +80,12 @@ def blended(work: Path, *members: str, method: str = "mean", slides: Path | None
         slides=slides,
     )
     run_blend(job)
-    return read_json(job.run / "metrics.json")
+    return job.run.blend_metrics()
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """Return a workspace of two runs on folds by slide, blended each for itself and together."""
+    """Return a workspace with two runs on folds by slide, blended separately and together."""
     write_run(tmp_path, "a", scores(1.0, 1))
     write_run(tmp_path, "b", scores(1.5, 2))
     for members in (["a"], ["b"], ["a", "b"]):
@@ -103,19 +105,19 @@ def compared(work: Path, capsys: pytest.CaptureFixture[str], *arguments: str, fo
 @pytest.mark.parametrize(
     ("scheme", "unit"), [("slides_5_42", "slide"), ("stain_5_42", "stain group"), ("stratified_5_42", "patch")]
 )
-def test_the_scheme_decides_the_unit(scheme: str, unit: str) -> None:
+def test_the_scheme_determines_the_unit(scheme: str, unit: str) -> None:
     assert unit_of(scheme) == unit
     oof = pd.DataFrame({"id": IDS})
     if unit != "patch":
         with pytest.raises(ValueError, match=f"one {unit} are not independent"):
-            clusters(oof["id"], None, scheme)
+            cluster_codes(oof["id"], None, scheme)
     else:
-        assert clusters(oof["id"], None, scheme) is None
+        assert cluster_codes(oof["id"], None, scheme) is None
     with pytest.raises(UserError, match="not a fold scheme"):
         unit_of("")
 
 
-def test_a_blend_as_baseline_keeps_the_slides(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_blend_as_baseline_resamples_slides(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     default = json.loads(compared(work, capsys, "a", "a-b"))
     chosen = json.loads(compared(work, capsys, "a", "a-b", "--baseline", "a"))
     assert default["runs"][0]["run"] == "a-b"
@@ -123,13 +125,15 @@ def test_a_blend_as_baseline_keeps_the_slides(work: Path, capsys: pytest.Capture
     assert default["unit"] == chosen["unit"] == "slide"
     (p,) = (row["p"] for row in default["runs"] if row["difference"] is not None)
     assert [p] == [row["p"] for row in chosen["runs"] if row["difference"] is not None]
-    codes = clusters(pd.Series(IDS), pd.DataFrame({"id": IDS, "wsi": GROUPS}), "slides_3_42")
+    codes = cluster_codes(pd.Series(IDS), pd.DataFrame({"id": IDS, "wsi": GROUPS}), "slides_3_42")
     pairs = [
-        slide_pairs(LABELS, codes, read_entry(work / "runs" / name).oof["probability"].to_numpy()) for name in ("a", "a-b")
+        concordant_pairs(LABELS, codes, read_entry(Run(work / "runs" / name)).oof["probability"].to_numpy())
+        for name in ("a", "a-b")
     ]
-    assert p == pytest.approx(slide_difference(LABELS, codes, *pairs).p, rel=1e-12)
+    assert p == pytest.approx(bootstrap_difference(LABELS, codes, *pairs).p, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [[], ["--baseline", "a"], ["--baseline", "a-b"]])
 @pytest.mark.parametrize(("scheme", "unit"), [("slides", "slide"), ("stratified", "patch"), ("stain", "stain group")])
 def test_every_format_names_the_unit(
@@ -149,32 +153,34 @@ def test_every_format_names_the_unit(
     table = pd.read_csv(io.StringIO(compared(tmp_path, capsys, *baseline, form="csv")))
     assert set(table["unit"]) == set(table["interval_unit"]) == {unit}
     for form in ("text", "md"):
-        assert f"Unit of differences, their 95 % intervals and p: {unit}," in compared(tmp_path, capsys, *baseline, form=form)
+        assert f"95 % intervals and p (unit: {unit}) are from" in compared(tmp_path, capsys, *baseline, form=form)
     workspace = Workspace(tmp_path, tmp_path / "store")
     write_report(compare_runs(workspace, [], None, None), workspace, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"Unit of differences, their 95 % intervals and p: {unit}," in page
+    assert f"95 % intervals and p (unit: {unit}) are from" in page
     assert (f"AUC of a by {unit}" in page) == (unit != "patch")
 
 
 def test_intervals_and_folds_resample_slides(work: Path) -> None:
     comparison = compare_runs(Workspace(work, work / "store"), [], "a", None)
     entry = next(each for each in comparison.entries if each.name == "b")
-    ours, theirs = (each.oof["probability"].to_numpy() for each in (entry, comparison.base))
-    assert entry.metrics["pooled"] == slide_interval(LABELS, SLIDE, ours)._asdict()
-    patches = auc_interval(LABELS, ours)
+    ours, theirs = (each.oof["probability"].to_numpy() for each in (entry, comparison.baseline))
+    assert entry.metrics["pooled"] == bootstrap_interval(LABELS, SLIDE, ours)._asdict()
+    patches = delong_interval(LABELS, ours)
     assert entry.metrics["pooled"]["high"] - entry.metrics["pooled"]["low"] > 1.5 * (patches.high - patches.low)
     assert [fold.unit for fold in entry.folds] == ["slide"] * FOLDS
     assert [fold.units for fold in entry.folds] == [SLIDES // FOLDS] * FOLDS
     inside = FOLD == 1
-    patch = auc_difference(LABELS[inside], ours[inside], theirs[inside])
+    patch = delong_difference(LABELS[inside], ours[inside], theirs[inside])
     assert entry.folds[1].value == pytest.approx(patch.value, abs=1e-12)
     assert entry.folds[1].error > 1.5 * patch.error
 
 
-def test_a_number_of_more_slides_is_one_of_slides(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sentence = next(each for each in json.loads(compared(work, capsys, "a", "b"))["words"] if "no difference" in each)
-    more = re.search(r"about ([\d,]+) more slides would", sentence)
+def test_the_needed_sample_size_is_in_slides(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = next(
+        each for each in json.loads(compared(work, capsys, "a", "b"))["words"] if "no significant difference" in each
+    )
+    more = re.search(r"about ([\d,]+) more slides are needed", sentence)
     assert more, sentence
     assert "patches" not in sentence
     comparison = compare_runs(Workspace(work, work / "store"), ["a"], "b", None)
@@ -184,7 +190,7 @@ def test_a_number_of_more_slides_is_one_of_slides(work: Path, capsys: pytest.Cap
     assert int(more.group(1).replace(",", "")) == pytest.approx(expected, rel=0.5)
 
 
-def test_a_lost_fold_file_is_an_error_and_a_slide_map_replaces_it(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = work / "folds" / "slides_3_42.csv"
     before = json.loads(compared(work, capsys))
     other = pd.read_csv(file).assign(fold=lambda table: (table["fold"] + 1) % FOLDS)
@@ -207,7 +213,7 @@ def test_a_lost_fold_file_is_an_error_and_a_slide_map_replaces_it(work: Path, ca
     assert blended(work, "a", "b", method="climb", slides=slides)["gain_of_weights"]["unit"] == "slide"
     write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
     assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
-    assert "names none of the 720 patches" in capsys.readouterr().err
+    assert "has none of the 720 patches" in capsys.readouterr().err
 
 
 def test_a_map_overrides_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +224,9 @@ def test_a_map_overrides_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureF
     write_csv(slides, pd.DataFrame({"id": IDS[5:], "wsi": GROUPS[5:]}))
     assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
     assert json.loads(compared(tmp_path, capsys, "--slides", str(slides)))["unit"] == "slide"
-    assert "5 patches that the map lacks are a slide each" in compared(tmp_path, capsys, "--slides", str(slides), form="text")
+    assert "Each of 5 patches that the slide map lacks counts as a slide" in compared(
+        tmp_path, capsys, "--slides", str(slides), form="text"
+    )
 
 
 def test_a_blend_of_an_older_version_takes_its_scheme_from_its_members(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,21 +236,21 @@ def test_a_blend_of_an_older_version_takes_its_scheme_from_its_members(work: Pat
     assert json.loads(compared(work, capsys))["unit"] == "slide"
     configs = [work / "runs" / name / "config.json" for name in ("a", "b")]
     kept = [read_json(config) for config in configs]
-    # Members that were trained again, on other folds, tell nothing of the blend.
+    # Members that were trained again on other folds do not determine the scheme of the blend.
     for config, made in zip(configs, kept, strict=True):
         write_json(config, made | {"folds_sha256": "other"})
-    assert "blend again" in read_entry(file.parent).problem
+    assert "blend again" in read_entry(Run(file.parent)).problem
     for config, made in zip(configs, kept, strict=True):
         write_json(config, made)
     for spoil in (lambda: write_json(config, read_json(config) | {"folds": "stratified_3_42"}), config.unlink):
         spoil()
-        assert "blend again" in read_entry(file.parent).problem
+        assert "blend again" in read_entry(Run(file.parent)).problem
     write_json(file, metrics)
-    assert read_entry(file.parent).problem == ""
+    assert read_entry(Run(file.parent)).problem == ""
 
 
 def climbers(scheme: str) -> list[Member]:
-    """Return members whose climbed weights gain on a third of the slides: much for patches, little for so few slides."""
+    """Return members whose weights gain on a third of the slides: significant over patches but not over slides."""
     rng = np.random.default_rng(5)
     few = SLIDE < 6
     good = np.where(few, 3.0 * LABELS, 0.0) + rng.normal(size=N)
@@ -255,40 +263,40 @@ def climbers(scheme: str) -> list[Member]:
     ]
 
 
-def test_climbing_counts_slides_where_folds_do(tmp_path: Path) -> None:
-    by_patch, _ = blend(climbers("stratified_3_42"), "climb", tmp_path / "patch")
+def test_climb_tests_its_gain_over_slides_on_folds_by_slide(tmp_path: Path) -> None:
+    by_patch, _ = blend(climbers("stratified_3_42"), "climb", Run(tmp_path / "patch"))
     slides = pd.DataFrame({"id": IDS, "wsi": GROUPS})
-    by_slide, _ = blend(climbers("slides_3_42"), "climb", tmp_path / "slide", slides, "slide")
+    by_slide, _ = blend(climbers("slides_3_42"), "climb", Run(tmp_path / "slide"), slides, "slide")
     assert by_patch["gain_of_weights"]["value"] == pytest.approx(by_slide["gain_of_weights"]["value"], abs=1e-12)
     assert (by_patch["method"], by_patch["gain_of_weights"]["unit"]) == ("climb", "patch")
     assert by_patch["gain_of_weights"]["low"] > 0 > by_slide["gain_of_weights"]["low"]
     assert (by_slide["method"], by_slide["gain_of_weights"]["unit"]) == ("mean", "slide")
     with pytest.raises(ValueError, match="not independent"):
-        blend(climbers("slides_3_42"), "climb", tmp_path / "none")
+        blend(climbers("slides_3_42"), "climb", Run(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
-def test_the_blend_stage_climbs_by_slide_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_blend_stage_prints_the_unit_of_the_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for made in climbers("slides_3_42"):
         write_run(tmp_path, made.name, made.oof["probability"].to_numpy())
     metrics = blended(tmp_path, "m0", "m1", "m2", method="climb")
     assert (metrics["method"], metrics["gain_of_weights"]["unit"]) == ("mean", "slide")
-    line = next(line for line in capsys.readouterr().out.splitlines() if "weights against the mean" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "weights minus mean" in line)
     assert line.endswith("(unit: slide): within the noise, so the mean is used")
 
 
-def lone(work: Path) -> None:
-    """Write two runs whose patches hold a single positive, and blend each."""
+def write_single_positive_runs(work: Path) -> None:
+    """Write two blended runs with a single positive patch."""
     labels = np.where(np.arange(6) == 2, 1, 0)
     tests = [pd.DataFrame({"id": ["t0", "t1"], "probability": [0.1, 0.9]})]
     for name, seed in (("a", 1), ("b", 2)):
         values = np.random.default_rng(seed).random(6)
         oof = pd.DataFrame({"id": list("abcdef"), "label": labels, "fold": 0, "probability": values})
-        blend([Member(name, oof, tests, "same", [], "stratified_3_42")], "mean", work / "runs" / name)
+        blend([Member(name, oof, tests, "same", [], "stratified_3_42")], "mean", Run(work / "runs" / name))
 
 
-def test_an_undefined_interval_is_null_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lone(tmp_path)
+def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_single_positive_runs(tmp_path)
     reason = "a single positive patch"
     pooled = read_json(tmp_path / "runs" / "a" / "metrics.json")["pooled"]
     assert (pooled["low"], pooled["high"], pooled["undefined"]) == (None, None, reason)
@@ -309,12 +317,12 @@ def test_an_undefined_interval_is_null_and_says_why(tmp_path: Path, capsys: pyte
     assert f"n/a ({reason})" in (tmp_path / "page.html").read_text()
 
 
-def test_a_submission_of_an_undefined_interval_says_why(tmp_path: Path) -> None:
-    lone(tmp_path)
+def test_a_submission_with_an_undefined_interval_has_its_reason(tmp_path: Path) -> None:
+    write_single_positive_runs(tmp_path)
     sample = tmp_path / "sample.csv"
     write_csv(sample, pd.DataFrame({"id": ["t0", "t1"], "label": [0, 0]}))
     submissions = tmp_path / "submissions"
-    submit(tmp_path / "runs" / "a", sample, submissions / "a.csv")
+    write_submission(Run(tmp_path / "runs" / "a"), sample, submissions / "a.csv")
     _, description = describe(submissions, "a")
     assert "[n/a (a single positive patch)] (unit: patch)" in description
     ledger = write_ledger(submissions)
@@ -323,18 +331,18 @@ def test_a_submission_of_an_undefined_interval_says_why(tmp_path: Path) -> None:
     assert pd.read_csv(submissions / "ledger.csv")["oof_auc"].notna().all()
 
 
-def test_an_undefined_gain_is_no_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_climb_falls_back_to_the_mean_if_its_gain_is_undefined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = pd.DataFrame({"id": IDS, "wsi": np.where(LABELS == 1, "s00", GROUPS)})
-    metrics, _ = blend(climbers("slides_3_42"), "climb", tmp_path / "ab", one, "slide")
+    metrics, _ = blend(climbers("slides_3_42"), "climb", Run(tmp_path / "ab"), one, "slide")
     assert metrics["method"] == "mean"
     assert metrics["gain_of_weights"]["low"] is None
     for made in climbers("slides_3_42"):
         write_run(tmp_path, made.name, made.oof["probability"].to_numpy())
     write_csv(tmp_path / "map.csv", one)
     blended(tmp_path, "m0", "m1", "m2", method="climb", slides=tmp_path / "map.csv")
-    line = next(line for line in capsys.readouterr().out.splitlines() if "weights against the mean" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "weights minus mean" in line)
     assert line.endswith(
-        "[n/a (a single slide with positive patches)] (unit: slide): not known to be more than the noise, so the mean is used"
+        "[n/a (a single slide with positive patches)] (unit: slide): not known to be more than noise, so the mean is used"
     )
 
 
@@ -342,19 +350,19 @@ def test_an_undefined_gain_is_no_gain(tmp_path: Path, capsys: pytest.CaptureFixt
     ("column", "value", "reason"),
     [("probability", np.nan, "not finite"), ("probability", np.inf, "not finite"), ("label", 2, "not 0 or 1")],
 )
-def test_what_is_no_score_or_label_names_its_file(column: str, value: float, reason: str, work: Path) -> None:
+def test_invalid_scores_and_labels_are_reported_with_their_file(column: str, value: float, reason: str, work: Path) -> None:
     run = work / "runs" / "a"
     oof = pd.read_csv(run / "oof.csv")
     write_csv(run / "oof.csv", oof.assign(**{column: oof[column].where(oof.index > 6, value)}))
     metrics = read_json(run / "metrics.json")
     write_json(run / "metrics.json", metrics | {"oof_sha256": file_sha256(run / "oof.csv")})
-    problem = read_entry(run).problem
+    problem = read_entry(Run(run)).problem
     assert f"{run / 'oof.csv'}: 7 " in problem
     assert reason in problem
     assert "p0004 and 2 more" in problem
 
 
-def test_a_map_of_no_use_is_refused(work: Path) -> None:
+def test_folds_that_do_not_match_the_runs_are_an_error(work: Path) -> None:
     oof = pd.DataFrame({"id": IDS, "fold": FOLD})
     table, unit = resampling("slides_3_42", oof, work / "folds", None)
     assert unit == "slide"
@@ -368,4 +376,4 @@ def test_a_map_of_no_use_is_refused(work: Path) -> None:
 def test_members_on_other_schemes_are_not_blended(tmp_path: Path) -> None:
     first, second, _ = climbers("slides_3_42")
     with pytest.raises(UserError, match="trained on other folds"):
-        blend([first, replace(second, scheme="stain_3_42")], "mean", tmp_path / "ab")
+        blend([first, replace(second, scheme="stain_3_42")], "mean", Run(tmp_path / "ab"))

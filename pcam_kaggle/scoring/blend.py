@@ -1,8 +1,7 @@
-"""Many predictions of a patch made one: the folds of an experiment, or several experiments, averaged by id and scored."""
+"""Blending: the predictions of the folds of an experiment, or of several experiments, are averaged by id and scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,31 +9,25 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
-from pcam_kaggle.data.csv_io import PREDICTIONS, check_oof, read_numbers
-from pcam_kaggle.data.folds import numbers
-from pcam_kaggle.scoring.metrics import (
-    Difference,
-    Unit,
-    auc,
-    auc_interval,
-    json_fields,
-    paired_test,
-    rank_within,
-    slide_interval,
-)
-from pcam_kaggle.scoring.resampling import clusters
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.metrics import Difference, Floats, Unit, auc, json_fields, rank_within
+from pcam_kaggle.scoring.resampling import cluster_codes, interval, paired_test
 
 Method = Literal["mean", "rank", "climb"]
 CLIMB_STEPS = 50
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The predictions of one experiment: `oof` has id, label, fold, probability, sorted by id; `tests` id, probability.
+    """The predictions of one experiment.
 
-    `folds` is the hash of the fold file and `scheme` its name; `missing` are the folds that were left out.
+    Attributes:
+        name: The name of the run.
+        oof: Columns id, label, fold, probability, sorted by id.
+        tests: One table of id, probability per fold, sorted by id.
+        folds: SHA-256 of the fold file.
+        missing: The folds that are left out.
+        scheme: The name of the fold file.
     """
 
     name: str
@@ -45,62 +38,59 @@ class Member:
     scheme: str
 
 
-def read_member(run: Path, chosen: Sequence[int] | None = None) -> Member:
-    """Return the predictions in folder `run` of the folds in `chosen`, of all where it is None.
+def read_member(run: Run, chosen: Sequence[int] | None = None) -> Member:
+    """Return the predictions of `run`.
 
-    Raises UserError where a fold has none or a table is damaged.
+    Args:
+        run: An experiment's run.
+        chosen: Folds to read, None for all.
+
+    Raises:
+        UserError: A fold does not exist, or has no predictions or damaged ones.
     """
-    if not (run / "config.json").exists():
-        raise UserError(f"{run}: no run of that name; train it, or name one that is there")
-    made = read_json(run / "config.json", config=dict, folds=str, folds_sha256=str)
-    oof, tests = [], []
-    every = numbers(run / "config.json", made["config"])
-    unknown = [fold for fold in chosen or () if fold not in every]
+    made = run.made_from()
+    folds = {fold.number: fold for fold in run.folds()}
+    unknown = [number for number in chosen or () if number not in folds]
     if unknown:
-        raise UserError(f"--folds {unknown[0]}: {run.name} has folds 0 to {every[-1]}")
-    for fold in every if chosen is None else chosen:
-        folder = run / f"fold_{fold}"
-        if not (folder / "predictions.json").exists():
-            raise UserError(f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {fold} first")
-        predictions = read_json(folder / "predictions.json", sources=dict, files=dict)
-        best = folder / "best.pt"
-        if best.exists() and file_sha256(best) != predictions["sources"].get("best_sha256"):
-            raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
-        for name in PREDICTIONS:
-            if not (folder / name).exists() or file_sha256(folder / name) != predictions["files"].get(name):
-                raise UserError(
-                    f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`"
-                )
-        table = read_numbers(folder / "oof.csv", ["label", "probability"]).assign(fold=fold)
-        oof.append(check_oof(folder / "oof.csv", table))
-        tests.append(read_numbers(folder / "test.csv", ["probability"]).sort_values("id", ignore_index=True))
-    table = pd.concat(oof)
+        raise UserError(f"--folds {unknown[0]}: {run.name} has folds 0 to {max(folds)}")
+    predictions = [folds[number].predictions() for number in (folds if chosen is None else chosen)]
+    table = pd.concat([oof for oof, _ in predictions])
     if table["id"].duplicated().any():
-        raise UserError(f"{run}: id {table['id'][table['id'].duplicated()].iloc[0]} is out of fold twice; predict again")
-    columns = ["id", "label", "fold", "probability"]
-    missing = [fold for fold in every if chosen is not None and fold not in chosen]
-    table = table.sort_values("id", ignore_index=True)[columns]
-    return Member(run.name, table, tests, made["folds_sha256"], missing, made["folds"])
+        twice = table["id"][table["id"].duplicated()].iloc[0]
+        raise UserError(f"{run.folder}: id {twice} is out of fold twice; predict again")
+    table = table.sort_values("id", ignore_index=True)[["id", "label", "fold", "probability"]]
+    missing = [number for number in folds if chosen is not None and number not in chosen]
+    return Member(run.name, table, [test for _, test in predictions], made["folds_sha256"], missing, made["folds"])
 
 
 def blend(
-    members: list[Member], method: Method, out: Path, slides: pd.DataFrame | None = None, unit: Unit = "slide"
+    members: list[Member], method: Method, out: Run, slides: pd.DataFrame | None = None, unit: Unit = "slide"
 ) -> tuple[dict[str, Any], bool]:
-    """Blend `members` into folder `out`: `oof.csv`, `test.csv` and `metrics.json`; return these metrics and whether new.
+    """Blend `members` and write `oof.csv`, `test.csv` and `metrics.json` to the folder `out`.
 
-    `mean` averages probabilities, `rank` their ranks within a fold, `climb` weights members by greedy ascent of the OOF AUC
-    (Caruana et al. 2004) and is used only where, on folds that its weights did not see, it beats the mean by more than the
-    noise. A member's test prediction is the mean over its folds. Intervals, and the test that decides on weights, resample the
-    groups called `unit` in `slides` (id, wsi), where it is None patches; `metrics.json` names the unit of each.
+    The test prediction of a member is the mean over its folds.
 
-    Raises UserError where members do not share folds, patches or test ids, where `out` is the run of something else, and where
-    one fold is to be climbed; ValueError where the members' folds have groups and `slides` is None.
+    Args:
+        members: Runs on the same folds, patches and test ids.
+        method: `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward
+            selection on the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on
+            folds that its weights were not chosen on.
+        out: The folder of the blended run.
+        slides: The groups (id, wsi) that intervals and the test of the weights resample; patches where it is None.
+        unit: What a group is called.
+
+    Returns:
+        The content of `metrics.json`, and whether any file was written.
+
+    Raises:
+        UserError: The members differ in folds, patches or test ids, `out` is another run, or `climb` has one fold only.
+        ValueError: The fold scheme has groups and `slides` is None.
     """
     _check(members, out)
     base = members[0].oof
     labels, folds = base["label"].to_numpy(), base["fold"].to_numpy()
-    groups = clusters(base["id"], slides, members[0].scheme)
-    scaled = rank_within if method == "rank" else _unchanged
+    codes = cluster_codes(base["id"], slides, members[0].scheme)
+    scaled = rank_within if method == "rank" else _identity
     oof = np.stack([scaled(folds, member.oof["probability"].to_numpy()) for member in members])
     tests = np.stack([np.mean([scaled(*_one_group(test)) for test in member.tests], axis=0) for member in members])
 
@@ -108,9 +98,9 @@ def blend(
     weights, blended, used, gain = equal, equal @ oof, method, None
     if method == "climb":
         if len(np.unique(folds)) < 2:
-            raise UserError("--method climb: weights for a fold come from the others, and there is one; use mean")
-        crossed, gain = cross_climb(labels, folds, oof, groups, unit)
-        # An undefined interval is no gain: its ends are NaN.
+            raise UserError("--method climb: needs at least two folds and there is one; use mean")
+        crossed, gain = cross_climb(labels, folds, oof, codes, unit)
+        # False where the interval is undefined: its ends are NaN.
         used = "climb" if gain.low > 0 else "mean"
         if used == "climb":
             weights, blended = climb(labels, oof), crossed
@@ -124,36 +114,26 @@ def blend(
         "scheme": members[0].scheme,
         "folds_sha256": members[0].folds,
         "missing_folds": members[0].missing,
-        **score(result, groups, unit),
-        "oof_sha256": sha256(csv_bytes(result)),
-        "test_sha256": sha256(csv_bytes(test)),
+        **score(result, codes, unit),
     }
-    file = out / "metrics.json"
-    whole = all((out / name).exists() for name in ("oof.csv", "test.csv", "metrics.json"))
-    same = whole and (file_sha256(out / "oof.csv"), file_sha256(out / "test.csv")) == (
-        metrics["oof_sha256"],
-        metrics["test_sha256"],
-    )
-    if same and read_json(file) == metrics:
-        return metrics, False
-    write_csv(out / "oof.csv", result)
-    write_csv(out / "test.csv", test)
-    write_json(file, metrics)
-    return metrics, True
+    return out.write_blend(result, test, metrics)
 
 
-def score(oof: pd.DataFrame, groups: NDArray[np.int64] | None = None, unit: Unit = "slide") -> dict[str, Any]:
-    """Return the OOF AUC of a table of id, label, fold, probability: per fold, pooled, and pooled after ranking within folds.
+def score(oof: pd.DataFrame, clusters: NDArray[np.int64] | None = None, unit: Unit = "slide") -> dict[str, Any]:
+    """Return the OOF AUC per fold, pooled, and pooled after ranking within folds.
 
-    The SD over folds is the sample's, None of one fold. Pooled values come with their 95 % interval: DeLong's, whose unit is
-    the patch, or the bootstrap's over `groups` (n,), which are called `unit`. The ends of an undefined one are None.
+    Args:
+        oof: Columns id, label, fold, probability.
+        clusters: (n,), the cluster of each patch for bootstrap intervals; DeLong's over patches where it is None.
+        unit: What a cluster is called.
+
+    Returns:
+        `folds`, `patches` and `fold_auc` by fold; `mean` and `sd` (sample SD, None for one fold) over folds; `pooled` and
+        `ranked` as fields of `Estimate` with 95 % intervals.
     """
     folds, labels, values = (oof[column].to_numpy() for column in ("fold", "label", "probability"))
     per_fold = [auc(labels[folds == fold], values[folds == fold]) for fold in np.unique(folds)]
-    pooled, ranked = (
-        auc_interval(labels, scores) if groups is None else slide_interval(labels, groups, scores, unit=unit)
-        for scores in (values, rank_within(folds, values))
-    )
+    pooled, ranked = (interval(labels, scores, clusters, unit) for scores in (values, rank_within(folds, values)))
     return {
         "folds": np.unique(folds).tolist(),
         "patches": [int((folds == fold).sum()) for fold in np.unique(folds)],
@@ -166,10 +146,13 @@ def score(oof: pd.DataFrame, groups: NDArray[np.int64] | None = None, unit: Unit
 
 
 def climb(labels: NDArray[np.int64], values: Floats) -> Floats:
-    """Return weights (members,), summing to one, by greedy ascent of the AUC of their mean of `values` (members, n).
+    """Return weights (members,) that sum to 1, by greedy forward selection with replacement (Caruana et al. 2004).
 
-    From the best member on, each of 50 steps adds, with replacement, the member that raises the AUC most; it ends where none
-    does.
+    Starting from the best member, each of up to 50 steps adds the member that raises the AUC of the sum most, until none does.
+
+    Args:
+        labels: (n,), 0 or 1.
+        values: (members, n).
     """
     counts = np.zeros(len(values))
     total, best = np.zeros(values.shape[1]), -np.inf
@@ -188,24 +171,29 @@ def cross_climb(
     labels: NDArray[np.int64],
     folds: NDArray[np.int64],
     values: Floats,
-    groups: NDArray[np.int64] | None = None,
+    clusters: NDArray[np.int64] | None = None,
     unit: Unit = "slide",
 ) -> tuple[Floats, Difference]:
-    """Return the blend (n,) whose weights for a fold were climbed on the others, and its AUC's gain over the plain mean.
+    """Return the blend (n,) whose weights for each fold come from `climb` on the other folds, and its AUC minus the mean's.
 
-    The gain is tested over `groups` (n,), called `unit`, or over patches where they are None.
+    Args:
+        labels: (n,), 0 or 1.
+        folds: (n,).
+        values: (members, n).
+        clusters: (n,), the cluster of each patch for a bootstrap test; DeLong's over patches where it is None.
+        unit: What a cluster is called.
     """
     blended = np.empty(len(labels))
     for fold in np.unique(folds):
         inside = folds == fold
         blended[inside] = climb(labels[~inside], values[:, ~inside]) @ values[:, inside]
-    return blended, paired_test(labels, values.mean(axis=0), groups, unit)(blended)
+    return blended, paired_test(labels, values.mean(axis=0), clusters, unit)(blended)
 
 
-def _check(members: list[Member], out: Path) -> None:
+def _check(members: list[Member], out: Run) -> None:
     first = members[0]
     if len({member.name for member in members}) < len(members):
-        raise UserError(f"{', '.join(member.name for member in members)}: a run stands there twice; name each once")
+        raise UserError(f"{', '.join(member.name for member in members)}: a run is named twice; name each once")
     for member in members[1:]:
         same = (member.scheme, member.folds) == (first.scheme, first.folds)
         if not same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
@@ -215,11 +203,11 @@ def _check(members: list[Member], out: Path) -> None:
             if not test["id"].equals(first.tests[0]["id"]):
                 raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")
     alone = len(members) == 1 and out.name == first.name
-    if not alone and (out / "config.json").exists():
-        raise UserError(f"{out}: is the run of an experiment; name the blend otherwise with --name")
+    if not alone and out.is_experiment:
+        raise UserError(f"{out.folder}: is the run of an experiment; choose another name with --name")
 
 
-def _unchanged(groups: NDArray[np.int64], values: Floats) -> Floats:
+def _identity(groups: NDArray[np.int64], values: Floats) -> Floats:
     return values
 
 

@@ -1,4 +1,4 @@
-"""A comparison for people and programs: a table, and what follows from it in words."""
+"""A comparison as text, Markdown, CSV or JSON: a table of the runs and the conclusions in sentences."""
 
 import json
 from typing import Any
@@ -7,120 +7,130 @@ import pandas as pd
 
 from pcam_kaggle.scoring.compare import Comparison, Entry
 from pcam_kaggle.scoring.metrics import Difference, Unit, interval_text
+from pcam_kaggle.scoring.resampling import unit_of
 
 PLURALS: dict[Unit, str] = {"patch": "patches", "slide": "slides", "stain group": "stain groups"}
 LEVEL = 0.05
-# Two-sided 5 % and 80 % power: how many standard errors a difference must be wide to be found four times in five.
-FOUND = 1.96 + 0.84
+# Standard errors that a difference must span for a two-sided test at 5 % to detect it with 80 % power.
+POWER = 1.96 + 0.84
 
 
-def words(entry: Entry, base: Entry) -> str:
-    """Return in a sentence what follows from the pooled difference of `entry` to `base`, and the unit of its interval and p."""
+def describe_difference(entry: Entry, baseline: Entry) -> str:
+    """Return one sentence on the pooled difference of `entry` to `baseline`, with its interval, p and unit."""
     if entry.pooled is None:
-        return f"{entry.name}: {entry.problem or entry.apart}."
-    made, unit = entry.pooled, f"unit: {entry.pooled.unit}"
-    if entry.corrected is None:
-        return f"{entry.name} against {base.name}: {made.value:+.4f}, interval and p n/a ({made.undefined}; {unit})."
-    if entry.corrected < LEVEL and made.low * made.high > 0:
-        better, worse = (entry, base) if made.value > 0 else (base, entry)
-        ends = sorted([abs(made.low), abs(made.high)])
-        span = f"{abs(made.value):.4f} [{ends[0]:.4f}, {ends[1]:.4f}]"
-        return f"{better.name} is better than {worse.name} by {span}, {_chance(entry.corrected)} ({unit})."
-    signed = f"{made.value:+.4f} {_ends(made)}, {_chance(entry.corrected)}; {unit}"
-    sentence = f"{entry.name} against {base.name}: no difference that this data can show ({signed})"
-    if not made.value:
-        return f"{sentence}."
-    needed = made.units * (FOUND * made.error / abs(made.value)) ** 2
-    more = max(0, round(needed - made.units, 1 - len(str(round(needed)))))
-    return f"{sentence}; were it real, about {more:,.0f} more {PLURALS[made.unit]} would show it four times in five."
+        return f"{entry.name}: {entry.problem or entry.unpaired_reason}."
+    difference, unit = entry.pooled, f"unit: {entry.pooled.unit}"
+    if entry.corrected_p is None:
+        reason = f"interval and p n/a ({difference.undefined}; {unit})"
+        return f"{entry.name} compared with {baseline.name}: {difference.value:+.4f}, {reason}."
+    if entry.corrected_p < LEVEL and difference.low * difference.high > 0:
+        better, worse = (entry, baseline) if difference.value > 0 else (baseline, entry)
+        low, high = sorted([abs(difference.low), abs(difference.high)])
+        gain = f"{abs(difference.value):.4f} {interval_text(low, high, '')}"
+        return f"{better.name} is better than {worse.name} by {gain}, {_p_text(entry.corrected_p)} ({unit})."
+    numbers = f"{difference.value:+.4f} {_interval(difference)}, {_p_text(entry.corrected_p)}; {unit}"
+    sentence = f"{entry.name} compared with {baseline.name}: no significant difference ({numbers})."
+    if not difference.value:
+        return sentence
+    needed = difference.units * (POWER * difference.error / abs(difference.value)) ** 2
+    more = max(0, round(needed - difference.units, 1 - len(str(round(needed)))))
+    amount = f"about {more:,.0f} more {PLURALS[difference.unit]}"
+    return f"{sentence} To detect a difference of this size with 80 % power, {amount} are needed."
 
 
 def caption(comparison: Comparison) -> str:
-    """Return what differences, their intervals and p are computed from, and by which test."""
-    unit, base = comparison.unit, comparison.base
-    test = "DeLong's paired test" if comparison.slides is None else f"a bootstrap that draws whole {PLURALS[unit]}"
-    text = f"Unit of differences, their 95 % intervals and p: {unit}, by {test}; p is corrected for the number of runs (Holm)."
-    if comparison.slides is not None and base.oof is not None:
-        lacking = int((~base.oof["id"].isin(comparison.slides["id"])).sum())
-        text += f" {lacking:,} patches that the map lacks are a {unit} each." if lacking else ""
+    """Return how differences, their intervals and p-values are computed."""
+    unit, baseline = comparison.unit, comparison.baseline
+    test = "DeLong's paired test" if comparison.groups is None else f"a paired bootstrap over {PLURALS[unit]}"
+    text = (
+        f"Differences with 95 % intervals and p (unit: {unit}) are from {test}; p is corrected for the number of runs (Holm)."
+    )
+    if comparison.groups is not None and baseline.oof is not None:
+        missing = int((~baseline.oof["id"].isin(comparison.groups["id"])).sum())
+        text += f" Each of {missing:,} patches that the slide map lacks counts as a {unit}." if missing else ""
     return text
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """Return a sentence for every run but the baseline, and one for every two that differ in how their folds are grouped."""
-    others = [words(entry, comparison.base) for entry in comparison.entries if entry is not comparison.base]
-    return [*others, *side_by_side(comparison.entries)]
-
-
-def side_by_side(entries: list[Entry]) -> list[str]:
-    """Return a sentence for every run on folds by label beside the same config on folds by slide or by stain."""
-    rest = {entry.name: {key: value for key, value in entry.config.items() if key != "groups"} for entry in entries}
-    by_label, grouped = ([], [])
-    for entry in (entry for entry in entries if entry.scheme and not entry.problem):
-        (by_label if entry.scheme.startswith("stratified") else grouped).append(entry)
-    pairs = [(plain, apart) for plain in by_label for apart in grouped if rest[plain.name] == rest[apart.name]]
+def conclusions(comparison: Comparison) -> list[str]:
+    """Return a sentence for each run but the baseline, and for each pair of runs that differ only in the fold scheme."""
+    others = [entry for entry in comparison.entries if entry is not comparison.baseline]
     return [
-        f"{plain.name} has {plain.metrics['pooled']['value']:.4f} on {plain.scheme}, {apart.name} with the same config "
-        f"{apart.metrics['pooled']['value']:.4f} on {apart.scheme}: {_fall(plain, apart):+.4f} where look-alikes share a fold."
-        for plain, apart in pairs
+        *(describe_difference(entry, comparison.baseline) for entry in others),
+        *compare_fold_schemes(comparison.entries),
     ]
 
 
-def table(comparison: Comparison) -> pd.DataFrame:
-    """Return one row per entry, best first: AUC per fold, mean, SD, pooled, ranked, differences, costs, and what differs.
+def compare_fold_schemes(entries: list[Entry]) -> list[str]:
+    """Return a sentence for each pair of runs with the same config, one on stratified folds and one on grouped folds."""
+    configs = {entry.name: {key: value for key, value in entry.config.items() if key != "groups"} for entry in entries}
+    scored = [entry for entry in entries if entry.scheme and not entry.problem]
+    stratified = [entry for entry in scored if unit_of(entry.scheme) == "patch"]
+    grouped = [entry for entry in scored if unit_of(entry.scheme) != "patch"]
+    sentences = []
+    for first, second in [(a, b) for a in stratified for b in grouped if configs[a.name] == configs[b.name]]:
+        before, after = (entry.metrics["pooled"]["value"] for entry in (first, second))
+        sentences.append(
+            f"{first.name} and {second.name} have the same config: pooled AUC {before:.4f} on {first.scheme}, {after:.4f} on "
+            f"{second.scheme} ({after - before:+.4f}), where patches of one {unit_of(second.scheme)} share a fold."
+        )
+    return sentences
 
-    `interval_unit` is what the pooled and the ranked interval resample, `unit` what the differences do. What is undefined is
-    NaN; columns whose names begin with `undefined` say why, and are there only where something is. Entries that can't be
-    scored come last, with the reason in `note`. The columns between `differs` and `note` are the config's fields that are not
-    the same everywhere.
+
+def comparison_table(comparison: Comparison) -> pd.DataFrame:
+    """Return one row per run, best first; runs that cannot be scored come last.
+
+    Returns:
+        Columns `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; `interval_unit`, the
+        unit of these intervals; `difference` with its interval and `p`, also per fold (`difference_0`, `p_0`, ...); `unit`, the
+        unit of the differences; costs; `differs`, the number of config fields that differ between runs; these fields; `note`.
+        Undefined values are NaN. A column `undefined_X` gives the reason, and is present only where X is undefined.
     """
-    entries, base = comparison.entries, comparison.base
-    keys = differing([entry.config for entry in entries if entry.config])
-    rows = []
-    for entry in sorted(entries, key=lambda entry: (bool(entry.problem), -entry.metrics.get("pooled", {}).get("value", 0))):
-        row: dict[str, Any] = {"run": entry.name}
-        if not entry.problem:
-            metrics = entry.metrics
-            row |= {f"fold_{k}": value for k, value in enumerate(metrics["fold_auc"])}
-            row |= {"mean": metrics["mean"], "sd": metrics["sd"]}
-            for kind in ("pooled", "ranked"):
-                row |= {
-                    kind: metrics[kind]["value"],
-                    f"{kind}_low": metrics[kind]["low"],
-                    f"{kind}_high": metrics[kind]["high"],
-                }
-                row |= _reason(kind, metrics[kind].get("undefined", ""))
-            # Before intervals named their unit they were DeLong's.
-            row["interval_unit"] = metrics["pooled"].get("unit", "patch")
-        if entry.pooled:
-            row |= _difference("difference", entry.pooled) | {"p": entry.corrected}
-            for k, fold in enumerate(entry.folds):
-                row |= _difference(f"difference_{k}", fold) | {f"p_{k}": fold.p}
-        if entry.pooled or entry is base:
-            row["unit"] = comparison.unit
-        row |= entry.costs | {"differs": len(keys)} | {key: entry.config.get(key) for key in keys}
-        row["note"] = entry.problem or entry.apart or ("the baseline" if entry is base else "")
-        rows.append(row)
-    every = dict.fromkeys(column for row in rows for column in row)
-    ends = ["differs", *keys, "note"]
-    return pd.DataFrame(rows, columns=[*(column for column in every if column not in ends), *ends])
+    keys = differing_keys([entry.config for entry in comparison.entries if entry.config])
+    ordered = sorted(comparison.entries, key=lambda each: (bool(each.problem), -each.metrics.get("pooled", {}).get("value", 0)))
+    rows = [_row(entry, comparison, keys) for entry in ordered]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    last = ["differs", *keys, "note"]
+    return pd.DataFrame(rows, columns=[*(column for column in columns if column not in last), *last])
 
 
-def differing(configs: list[dict[str, Any]]) -> list[str]:
-    """Return the config keys that are not the same in all of `configs`."""
+def _row(entry: Entry, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": entry.name}
+    if not entry.problem:
+        metrics = entry.metrics
+        row |= {f"fold_{k}": value for k, value in enumerate(metrics["fold_auc"])}
+        row |= {"mean": metrics["mean"], "sd": metrics["sd"]}
+        for kind in ("pooled", "ranked"):
+            made = metrics[kind]
+            row |= _with_interval(kind, made["value"], made["low"], made["high"], made.get("undefined", ""))
+        # Files of older versions have no unit; their intervals are DeLong's.
+        row["interval_unit"] = metrics["pooled"].get("unit", "patch")
+    if entry.pooled:
+        row |= _difference("difference", entry.pooled) | {"p": entry.corrected_p}
+        for k, fold in enumerate(entry.folds):
+            row |= _difference(f"difference_{k}", fold) | {f"p_{k}": fold.p}
+    is_baseline = entry is comparison.baseline
+    if entry.pooled or is_baseline:
+        row["unit"] = comparison.unit
+    row |= entry.costs | {"differs": len(keys)} | {key: entry.config.get(key) for key in keys}
+    row["note"] = entry.problem or entry.unpaired_reason or ("the baseline" if is_baseline else "")
+    return row
+
+
+def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
+    """Return the config keys whose values differ between `configs`."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """Return `comparison` as `text`, `md`, `csv` or `json`; only the latter two hold every column in full."""
-    rows, sentences = table(comparison), verdicts(comparison)
+    """Return `comparison` as `text`, `md`, `csv` or `json`; only `csv` and `json` have all columns in full precision."""
+    rows, sentences = comparison_table(comparison), conclusions(comparison)
     if form == "csv":
         return rows.to_csv(index=False)
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
         return json.dumps({"unit": comparison.unit, "runs": records, "words": sentences}, indent=2, ensure_ascii=False) + "\n"
-    tables = [shown for shown in (shown_columns(rows), fold_differences(comparison)) if len(shown)]
+    tables = [shown for shown in (display_table(rows), fold_differences(comparison)) if len(shown)]
     if form == "md":
         return "\n".join([*map(_markdown, tables), f"{caption(comparison)}\n", *(f"- {each}" for each in sentences)]) + "\n"
     return (
@@ -129,14 +139,52 @@ def render(comparison: Comparison, form: str) -> str:
 
 
 def fold_differences(comparison: Comparison) -> pd.DataFrame:
-    """Return, as text, each paired run's AUC minus the baseline's in every fold, with its 95 % interval."""
+    """Return the AUC of each paired run minus the baseline's in each fold, with its 95 % interval, as text."""
     rows = [
-        {f"minus {comparison.base.name}": entry.name}
-        | {f"fold {k}": f"{fold.value:+.4f} {_ends(fold)}" for k, fold in enumerate(entry.folds)}
+        {f"minus {comparison.baseline.name}": entry.name}
+        | {f"fold {k}": f"{fold.value:+.4f} {_interval(fold)}" for k, fold in enumerate(entry.folds)}
         for entry in comparison.entries
         if entry.pooled
     ]
     return pd.DataFrame(rows)
+
+
+def display_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the main columns of `comparison_table` as text, with intervals next to their values and "" for NaN."""
+    shown = pd.DataFrame({"run": rows["run"]})
+    for column in [column for column in rows if column.startswith("fold_") and column != "fold_seed"]:
+        shown[column.replace("_", " ")] = _formatted(rows[column], ".4f")
+    if "mean" in rows:
+        deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
+        shown["mean ± SD"] = deviation.where(rows["mean"].notna(), "")
+        shown["pooled"], shown["ranked"] = _with_intervals(rows, "pooled", ".4f"), _formatted(rows["ranked"], ".4f")
+        shown["interval unit"] = rows["interval_unit"].fillna("")
+    if "difference" in rows:
+        known = rows["p"].notna() | rows["difference"].isna()
+        shown["difference"] = _with_intervals(rows, "difference", "+.4f")
+        shown["p"] = _formatted(rows["p"], ".2g").where(known, "n/a")
+    for column, form in (("minutes", ".1f"), ("parameters", ",.0f"), ("images_per_second", ",.0f")):
+        if column in rows:
+            shown[column.replace("images_per_second", "images/s")] = _formatted(rows[column], form)
+    columns = list(rows.columns)
+    for column in columns[columns.index("differs") + 1 : columns.index("note")]:
+        shown[column] = _formatted(rows[column], "")
+    shown["note"] = rows["note"]
+    return shown
+
+
+def _formatted(values: pd.Series, form: str) -> pd.Series:
+    texts = ["" if pd.isna(value) else format(value, form) for value in values]
+    return pd.Series(texts, values.index, dtype=object)
+
+
+def _with_intervals(rows: pd.DataFrame, column: str, form: str) -> pd.Series:
+    reasons = rows.get(f"undefined_{column}", pd.Series("", rows.index)).fillna("")
+    texts = [
+        "" if pd.isna(value) else f"{value:{form}} {interval_text(low, high, reason, form)}"
+        for value, low, high, reason in zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"], reasons, strict=True)
+    ]
+    return pd.Series(texts, rows.index, dtype=object)
 
 
 def _markdown(shown: pd.DataFrame) -> str:
@@ -144,55 +192,18 @@ def _markdown(shown: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def shown_columns(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns that a person reads, as text: intervals beside their values, empty where nothing is known."""
-
-    def text(column: str, form: str) -> pd.Series:
-        return rows[column].map(lambda value: "" if pd.isna(value) else format(value, form)).astype(str)
-
-    def spanned(column: str, form: str) -> pd.Series:
-        reasons = rows.get(f"undefined_{column}", pd.Series("", rows.index)).fillna("")
-        ends = zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"], reasons, strict=True)
-        return pd.Series(
-            ["" if pd.isna(value) else f"{value:{form}} {interval_text(*rest, form)}" for value, *rest in ends], rows.index
-        )
-
-    shown = pd.DataFrame({"run": rows["run"]})
-    for column in [column for column in rows if column.startswith("fold_") and column != "fold_seed"]:
-        shown[column.replace("_", " ")] = text(column, ".4f")
-    if "mean" in rows:
-        shown["mean ± SD"] = (text("mean", ".4f") + " ± " + text("sd", ".4f")).where(rows["mean"].notna(), "")
-        shown["pooled"], shown["ranked"] = spanned("pooled", ".4f"), text("ranked", ".4f")
-        shown["interval unit"] = rows["interval_unit"].fillna("")
-    if "difference" in rows:
-        known = rows["p"].notna() | rows["difference"].isna()
-        shown["difference"], shown["p"] = spanned("difference", "+.4f"), text("p", ".2g").where(known, "n/a")
-    for column, form in (("minutes", ".1f"), ("parameters", ",.0f"), ("images_per_second", ",.0f")):
-        if column in rows:
-            shown[column.replace("images_per_second", "images/s")] = text(column, form)
-    known = list(rows.columns)
-    for column in known[known.index("differs") + 1 : known.index("note")]:
-        shown[column] = rows[column].map(lambda value: "" if pd.isna(value) else str(value))
-    shown["note"] = rows["note"]
-    return shown
+def _difference(column: str, difference: Difference) -> dict[str, Any]:
+    return _with_interval(column, difference.value, difference.low, difference.high, difference.undefined)
 
 
-def _difference(column: str, made: Difference) -> dict[str, Any]:
-    ends = {column: made.value, f"{column}_low": made.low, f"{column}_high": made.high}
-    return ends | _reason(column, made.undefined)
+def _with_interval(column: str, value: float, low: float | None, high: float | None, undefined: str) -> dict[str, Any]:
+    reason = {f"undefined_{column}": undefined} if undefined else {}
+    return {column: value, f"{column}_low": low, f"{column}_high": high} | reason
 
 
-def _reason(column: str, undefined: str) -> dict[str, str]:
-    return {f"undefined_{column}": undefined} if undefined else {}
+def _interval(difference: Difference) -> str:
+    return interval_text(difference.low, difference.high, difference.undefined, "+.4f")
 
 
-def _ends(made: Difference) -> str:
-    return interval_text(made.low, made.high, made.undefined, "+.4f")
-
-
-def _fall(plain: Entry, apart: Entry) -> float:
-    return apart.metrics["pooled"]["value"] - plain.metrics["pooled"]["value"]
-
-
-def _chance(p: float) -> str:
+def _p_text(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"

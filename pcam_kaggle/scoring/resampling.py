@@ -1,5 +1,6 @@
-"""What tests of significance count as independent observations: patches, or the groups that the folds keep together."""
+"""The unit that intervals and tests resample: patches, or the groups of patches that the folds keep together."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,19 @@ from numpy.typing import NDArray
 from pcam_kaggle import UserError
 from pcam_kaggle.data.csv_io import read_numbers, read_slides
 from pcam_kaggle.data.folds import groups
-from pcam_kaggle.scoring.metrics import Unit
+from pcam_kaggle.scoring.bootstrap import Codes, bootstrap_interval, bootstrap_test
+from pcam_kaggle.scoring.delong import delong_difference, delong_interval
+from pcam_kaggle.scoring.metrics import Difference, Estimate, Floats, Labels, Unit
 
 UNITS: dict[str, Unit] = {"stratified": "patch", "slides": "slide", "stain": "stain group"}
 
 
 def unit_of(scheme: str) -> Unit:
-    """Return the unit of runs on the folds called `scheme`, as `slides_5_42`; raises UserError where that is no fold scheme."""
+    """Return the unit of the fold scheme `scheme`, such as `slides_5_42`.
+
+    Raises:
+        UserError: It is not a fold scheme.
+    """
     kind = scheme.partition("_")[0]
     if kind not in UNITS:
         raise UserError(f"{scheme!r} is not a fold scheme; its name must begin with {', '.join(UNITS)}")
@@ -23,35 +30,66 @@ def unit_of(scheme: str) -> Unit:
 
 
 def resampling(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
-    """Return the groups (id, wsi) to resample for `oof` (id, fold), None for the patches themselves, and what they are called.
+    """Return the groups to resample for the patches of `oof`, and what a group is called.
 
-    They are the slides of the map `slides` where it is given, else what `scheme` keeps together, from its file in `folder`.
-    Raises UserError where that file is missing or has other folds than `oof`, and where the map names none of its patches.
+    Args:
+        scheme: The fold scheme of `oof`. It defines the groups unless `slides` is given.
+        oof: Columns id, fold.
+        folder: The folder of the fold files.
+        slides: A slide map (id, wsi), which replaces the groups of the fold file.
+
+    Returns:
+        A table of id, wsi, or None to resample patches; and the unit.
+
+    Raises:
+        UserError: The fold file is missing or has other folds than `oof`, or the map has none of the patches.
     """
     if slides:
         found = read_slides(slides)
         if not oof["id"].isin(found["id"]).any():
-            raise UserError(f"--slides {slides}: names none of the {len(oof):,} patches; give the map of this data set")
+            raise UserError(f"--slides {slides}: has none of the {len(oof):,} patches; pass the slide map of this data set")
         return found, "slide"
     unit, file = unit_of(scheme), folder / f"{scheme}.csv"
     if unit == "patch":
         return None, unit
-    needed = f"intervals and tests need the {unit}s in it; restore it, or give a slide map with --slides"
+    needed = f"intervals and tests need its {unit}s; restore it, or pass a slide map with --slides"
     if not file.is_file():
         raise UserError(f"{file}: missing; {needed}")
-    drawn, table = read_numbers(file, ["fold"]).set_index("id")["fold"], groups(file)
-    if table is None or not np.array_equal(drawn.reindex(oof["id"]), oof["fold"]):
+    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], groups(file)
+    if table is None or not np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
         raise UserError(f"{file}: not the folds of these runs; {needed}")
     return table, unit
 
 
-def clusters(ids: pd.Series, slides: pd.DataFrame | None, scheme: str) -> NDArray[np.int64] | None:
-    """Return the codes (n,), from 0, of the groups that `slides` (id, wsi) give `ids`, None where it is None.
+def cluster_codes(ids: pd.Series, table: pd.DataFrame | None, scheme: str) -> NDArray[np.int64] | None:
+    """Return the codes (n,), from 0, of the groups of `ids` in `table` (id, wsi), or None where `table` is None.
 
-    A patch that the map lacks is a group of its own. Raises ValueError where `scheme` has groups and none are given.
+    A patch that `table` lacks is a group of its own.
+
+    Raises:
+        ValueError: `scheme` has groups and `table` is None.
     """
-    if slides is None:
+    if table is None:
         if unit_of(scheme) != "patch":
-            raise ValueError(f"folds {scheme}: patches of one {unit_of(scheme)} are not independent, so its groups are needed")
+            raise ValueError(f"folds {scheme}: patches of one {unit_of(scheme)} are not independent; pass its groups")
         return None
-    return pd.factorize(ids.map(slides.set_index("id")["wsi"]).fillna(ids))[0]
+    return pd.factorize(ids.map(table.set_index("id")["wsi"]).fillna(ids))[0]
+
+
+def interval(labels: Labels, scores: Floats, clusters: Codes | None, unit: Unit = "slide") -> Estimate:
+    """Return the AUC of `scores` (n,) with its 95 % interval: bootstrap over `clusters` (n,), DeLong's where they are None."""
+    if clusters is None:
+        return delong_interval(labels, scores)
+    return bootstrap_interval(labels, clusters, scores, unit=unit)
+
+
+def paired_test(
+    labels: Labels, baseline: Floats, clusters: Codes | None, unit: Unit = "slide"
+) -> Callable[[Floats], Difference]:
+    """Return the function that tests AUC(scores) - AUC(baseline), both (n,) on the same patches.
+
+    By bootstrap over `clusters` (n,), any integer codes; by DeLong's test over patches where they are None.
+    """
+    if clusters is None:
+        return lambda scores: delong_difference(labels, scores, baseline)
+    return bootstrap_test(labels, clusters, baseline, unit)
