@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pcam_kaggle.data.stain import DENSITY, STAINS
-from pcam_kaggle.training.augment import Shift, StainJitter, Symmetry, augmentation, centre, mixup
+from pcam_kaggle.training.augment import ShiftedCrop, SquareSymmetry, StainJitter, augmentation, center_crop, mixup
 
 NO_SHIFT_NO_COLOUR = (0, 0.0, 0.0, 0.0)
 
@@ -39,7 +39,7 @@ def test_the_shift_is_the_crops_that_albumentations_draws(side: int, shift: int)
     patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     reach = side + 2 * shift
     padded = A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)
-    ours, theirs = A.Compose([Shift(side, shift)]), A.Compose([padded, A.RandomCrop(side, side)])
+    ours, theirs = A.Compose([ShiftedCrop(side, shift)]), A.Compose([padded, A.RandomCrop(side, side)])
     for transform in (ours, theirs):
         transform.set_random_seed(3)
     assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
@@ -55,7 +55,7 @@ def test_all_eight_symmetries_and_no_other() -> None:
 
 def test_the_symmetry_is_the_one_that_albumentations_draws() -> None:
     patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    ours, theirs = Symmetry(p=1.0), A.D4(p=1.0)
+    ours, theirs = SquareSymmetry(p=1.0), A.D4(p=1.0)
     for transform in (ours, theirs):
         transform.set_random_seed(3)
     assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
@@ -95,9 +95,9 @@ def test_stain_jitter_of_nothing_is_nothing() -> None:
 
 def test_evaluation_sees_the_centre() -> None:
     patches = np.stack([marked(), marked()])
-    assert centre(patches, 32).shape == (2, 32, 32, 3)
-    assert not centre(patches, 32).any()
-    assert centre(patches, 34).any()
+    assert center_crop(patches, 32).shape == (2, 32, 32, 3)
+    assert not center_crop(patches, 32).any()
+    assert center_crop(patches, 34).any()
 
 
 def test_mixup_mixes_pixels_and_targets_by_one_share() -> None:

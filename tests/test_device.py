@@ -14,8 +14,8 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import EXPERIMENTS
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training import device
-from pcam_kaggle.training.device import Backend, choose, precisions
+from pcam_kaggle.training import device, processes
+from pcam_kaggle.training.device import Backend, choose_backend, precisions
 
 SMALL = Config(n_blocks=2, width=8, side=32)
 
@@ -49,15 +49,15 @@ def test_what_the_processor_has_units_for_is_used_unless_another_is_clearly_fast
         # In the first turn the machine has other work.
         yield from itertools.chain([2 * seconds["fp32"]], itertools.repeat(slower * seconds[backend.precision]))
 
-    monkeypatch.setattr(device, "_steps", steps)
-    assert choose(small, 32, 16, "auto", "auto") == Backend("cpu", chosen, "channels_last")
+    monkeypatch.setattr(device, "_timed_steps", steps)
+    assert choose_backend(small, 32, 16, "auto", "auto") == Backend("cpu", chosen, "channels_last")
 
 
 def test_a_step_is_taken_with_each_backend_that_the_device_admits() -> None:
     for precision in precisions("cpu"):
-        [seconds] = itertools.islice(device._steps(Backend("cpu", precision, "contiguous"), small, 32, 4), 1)
+        [seconds] = itertools.islice(device._timed_steps(Backend("cpu", precision, "contiguous"), small, 32, 4), 1)
         assert seconds > 0
-    assert choose(small, 32, 16, "fp32", "auto").precision == "fp32"
+    assert choose_backend(small, 32, 16, "fp32", "auto").precision == "fp32"
 
 
 @pytest.mark.parametrize(("capability", "first"), [((6, 0), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
@@ -69,11 +69,11 @@ def test_a_gpu_starts_from_its_own_units(capability: tuple[int, int], first: str
 
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "find_device", lambda: kind)
+    monkeypatch.setattr(processes, "find_device", lambda: kind)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        device.spare_cores()
+        processes.limit_threads()
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
@@ -87,9 +87,9 @@ def test_loaders_share_the_cores_of_the_processes_that_train(
     cores: int, gpus: int, folds: int, local: int, loaders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
-    monkeypatch.setattr(device, "gpus", lambda: gpus)
+    monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert device.loader_processes(folds) == loaders
+    assert processes.loader_processes(folds) == loaders
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
@@ -97,7 +97,7 @@ def test_only_cores_that_this_process_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert device.loader_processes(1) == 1
+        assert processes.loader_processes(1) == 1
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -105,7 +105,7 @@ def test_only_cores_that_this_process_may_use_are_counted() -> None:
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no scheduling classes")
 def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
     """A process of the idle class, or of the lowest priority, gets nothing on a busy machine."""
-    code = "import os\nfrom pcam_kaggle.engine import _lower_priority\n_lower_priority(0)\n"
+    code = "import os\nfrom pcam_kaggle.training.loader import _lower_priority\n_lower_priority(0)\n"
     code += "print(os.sched_getscheduler(0) == os.SCHED_BATCH, os.nice(0))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert shown[0] == "True"
@@ -117,9 +117,9 @@ def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("not implemented\nfor this dtype")
         yield
 
-    monkeypatch.setattr(device, "_steps", refuse)
+    monkeypatch.setattr(device, "_timed_steps", refuse)
     with pytest.raises(UserError, match=r"^cpu: no precision works for this net \(not implemented for this dtype\)$"):
-        choose(small, 32, 16, "auto", "auto")
+        choose_backend(small, 32, 16, "auto", "auto")
 
 
 def test_what_a_device_refuses_after_a_first_step_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +129,8 @@ def test_what_a_device_refuses_after_a_first_step_is_not_chosen(monkeypatch: pyt
         yield 0.1
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(device, "_steps", steps)
-    assert choose(small, 32, 16, "auto", "auto").precision == "fp32"
+    monkeypatch.setattr(device, "_timed_steps", steps)
+    assert choose_backend(small, 32, 16, "auto", "auto").precision == "fp32"
 
 
 def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:

@@ -18,10 +18,12 @@ from pcam_kaggle.data.csv_io import read_labels
 from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.models.factory import create, create_optimizer
+from pcam_kaggle.models.factory import create
 from pcam_kaggle.report.grad_cam import grad_cam
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import Learner, TrainBatches, adapt_norms, predict_logits, train_epoch
+from pcam_kaggle.training.engine import Learner, adapt_norms, predict_logits, train_epoch
+from pcam_kaggle.training.loader import TrainBatches
+from pcam_kaggle.training.optim import create_optimizer
 
 
 class OnCpu(Tensor):

@@ -1,4 +1,4 @@
-"""No net's prediction of a patch owes anything to that patch's label, nor its weights to the patches it is scored on."""
+"""Out-of-fold predictions are free of leaks: labels and pixels of a fold do not change the net that predicts it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.factory import create
+from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.device import Backend
@@ -32,7 +34,7 @@ SCHEME = Scheme(3, 42, "stratified")
 
 @pytest.fixture
 def once(tiny: Config) -> Config:
-    """Return a config of one epoch: among one there is none to choose by the validation AUC."""
+    """Return a config of one epoch, so that the validation AUC selects no epoch."""
     return replace(tiny, epochs=1)
 
 
@@ -58,7 +60,7 @@ def test_weights_do_not_see_the_labels_of_their_fold(data: Data, once: Config, t
     turned = folds.table.assign(label=folds.table["label"].where(~inside, 1 - folds.table["label"]))
     for name, table in (("as_is", folds.table), ("turned", turned)):
         for fold in (0, 1):
-            list(fold_epochs(tmp_path / name / f"fold_{fold}", once, store, table, fold, CPU))
+            list(fold_epochs(Fold(tmp_path / name, fold), once, store, table, CPU))
     nets = {name: [weights(tmp_path / name / f"fold_{fold}") for fold in (0, 1)] for name in ("as_is", "turned")}
     assert same(nets["as_is"][1], nets["turned"][1])
     assert not same(nets["as_is"][0], nets["turned"][0])
@@ -66,30 +68,30 @@ def test_weights_do_not_see_the_labels_of_their_fold(data: Data, once: Config, t
 
 def test_weights_do_not_see_the_pixels_of_their_fold_nor_the_test_set(data: Data, once: Config, tmp_path: Path) -> None:
     store, folds = packed(data, tmp_path)
-    list(fold_epochs(tmp_path / "as_is", once, store, folds.table, 1, CPU))
+    list(fold_epochs(Fold(tmp_path / "as_is", 1), once, store, folds.table, CPU))
     valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
     patches = np.load(store.folder / "patches.npy", mmap_mode="r+")
     patches[np.concatenate([valid, store.rows("test", store.ids("test"))])] ^= 255
     patches.flush()
-    list(fold_epochs(tmp_path / "inverted", once, PatchStore(store.folder), folds.table, 1, CPU))
-    assert same(weights(tmp_path / "as_is"), weights(tmp_path / "inverted"))
+    list(fold_epochs(Fold(tmp_path / "inverted", 1), once, PatchStore(store.folder), folds.table, CPU))
+    assert same(weights(tmp_path / "as_is" / "fold_1"), weights(tmp_path / "inverted" / "fold_1"))
 
 
 def test_each_row_comes_from_the_one_net_that_did_not_see_it(data: Data, once: Config, tmp_path: Path) -> None:
     store, folds = packed(data, tmp_path)
-    train(tmp_path / "run", "tiny", once, store, folds, [0, 1, 2])
+    train(Run(tmp_path / "run"), "tiny", once, store, folds, [0, 1, 2])
     for fold in range(3):
-        # A net that says nothing but which fold it is of.
+        # A net whose logit is the number of its fold plus one.
         content = checkpoint.load(tmp_path / "run" / f"fold_{fold}" / "best.pt")
         last = max(key for key in content["net"] if key.startswith("head") and key.endswith("bias"))
         content["net"] = {key: torch.zeros_like(value) for key, value in content["net"].items()}
         content["net"][last] += fold + 1.0
         checkpoint.save(tmp_path / "run" / f"fold_{fold}" / "best.pt", content)
-    predict(tmp_path / "run", once, store, folds, [0, 1, 2])
+    predict(Run(tmp_path / "run"), once, store, folds, [0, 1, 2])
     oof = pd.concat([pd.read_csv(tmp_path / "run" / f"fold_{fold}" / "oof.csv").assign(by=fold) for fold in range(3)])
     assert sorted(oof["id"]) == sorted(folds.table["id"])
-    said = np.log(oof["probability"] / (1 - oof["probability"])).round().astype(int) - 1
-    assert oof.assign(said=said).merge(folds.table, on="id").eval("said == fold and by == fold").all()
+    logits = np.log(oof["probability"] / (1 - oof["probability"])).round().astype(int) - 1
+    assert oof.assign(logit=logits).merge(folds.table, on="id").eval("logit == fold and by == fold").all()
 
 
 def test_labels_of_the_sample_submission_are_nowhere(data: Data, once: Config, tmp_path: Path) -> None:
@@ -98,12 +100,13 @@ def test_labels_of_the_sample_submission_are_nowhere(data: Data, once: Config, t
         pd.read_csv(data.sample).assign(label=label).to_csv(data.sample, index=False)
         work = tmp_path / str(label)
         store, folds = packed(data, work)
-        train(work / "run", "tiny", once, store, folds, [0])
-        predict(work / "run", once, store, folds, [0])
+        train(Run(work / "run"), "tiny", once, store, folds, [0])
+        predict(Run(work / "run"), once, store, folds, [0])
         written.append([(work / "run" / "fold_0" / name).read_bytes() for name in ("oof.csv", "test.csv")])
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_what_can_only_be_memorised_is_not_known_out_of_fold(data: Data, tiny: Config, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     noise = Data(tmp_path / "noise")
@@ -116,8 +119,8 @@ def test_what_can_only_be_memorised_is_not_known_out_of_fold(data: Data, tiny: C
         table.to_csv(noise.labels if split == "train" else noise.sample, index=False)
     config = replace(tiny, width=16, epochs=25, shift=0, stain_jitter=0.0, color_jitter=0.0, dropout=0.0, head="flatten")
     store, folds = packed(noise, tmp_path)
-    train(tmp_path / "run", "tiny", config, store, folds, [0, 1, 2])
-    predict(tmp_path / "run", config, store, folds, [0, 1, 2])
+    train(Run(tmp_path / "run"), "tiny", config, store, folds, [0, 1, 2])
+    predict(Run(tmp_path / "run"), config, store, folds, [0, 1, 2])
     seen = folds.table[folds.table["fold"] != 0]
     net = create(config)
     net.load_state_dict(checkpoint.load(tmp_path / "run" / "fold_0" / "last.pt")["net"])
@@ -134,6 +137,7 @@ def assert_chance(run: Path) -> None:
     assert pooled["low"] < 0.5 < pooled["high"]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
     data = Data(tmp_path / "demo")
     make_demo(data)
@@ -143,6 +147,6 @@ def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
         experiment(QUICK).config, width=16, max_width=32, side=48, n_blocks=3, n_splits=3, epochs=2, precision="fp32"
     )
     store, folds = packed(data, tmp_path)
-    train(tmp_path / "run", QUICK, config, store, folds, [0, 1, 2])
-    predict(tmp_path / "run", config, store, folds, [0, 1, 2])
+    train(Run(tmp_path / "run"), QUICK, config, store, folds, [0, 1, 2])
+    predict(Run(tmp_path / "run"), config, store, folds, [0, 1, 2])
     assert_chance(tmp_path / "run")

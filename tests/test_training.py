@@ -1,4 +1,4 @@
-"""Training: the same whatever the workers, whole after an interruption, and its best net gives the score it stored."""
+"""Training: independent of the number of workers, resumed exactly, and its best net reproduces the stored score."""
 
 import os
 import platform
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from pcam_kaggle import UserError
+from pcam_kaggle.config.logs import configure_logging
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import read_json, write_csv
 from pcam_kaggle.data.csv_io import read_labels
@@ -27,16 +27,22 @@ from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
-from pcam_kaggle.models.factory import create, import_timm
-from pcam_kaggle.runs.run import check_run, open_run, read_environments, read_log, trained
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.pretrained import import_timm
+from pcam_kaggle.runs import provenance
+from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.training import budget, device, engine
-from pcam_kaggle.training import train as room
-from pcam_kaggle.training.budget import Budget
+from pcam_kaggle.training import budget, device, engine, loader, processes, session
+from pcam_kaggle.training import train as training
+from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import TrainBatches, average_weight, batches, follow, learning_rate, predict_logits
+from pcam_kaggle.training.engine import predict_logits
+from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.predict import predict
-from pcam_kaggle.training.train import _forecast, fold_epochs, load_best
+from pcam_kaggle.training.schedule import average_weight, learning_rate, update_average
+from pcam_kaggle.training.train import fold_epochs
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -60,17 +66,17 @@ def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0
     return TrainBatches(store, store.rows("train", table["id"].to_numpy()), table["label"].to_numpy(), config, fold)
 
 
-def train_fold(*arguments: Any) -> list[dict[str, float]]:
-    """Train a fold to its end."""
-    return list(fold_epochs(*arguments))
+def train_fold(fold: Fold, config: Config, store: PatchStore, folds: Folds) -> None:
+    """Train `fold` to its end on the CPU."""
+    list(fold_epochs(fold, config, store, folds.table, CPU))
 
 
 def test_validation_patches_are_never_trained_on(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(room, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
-    train_fold(tmp_path / "fold_1", tiny, store, folds.table, 1, CPU)
+    monkeypatch.setattr(training, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
+    train_fold(Fold(tmp_path, 1), tiny, store, folds)
     trained = set(store.ids("train")[seen[0].rows])
     valid = set(folds.table["id"][folds.table["fold"] == 1])
     assert not trained & valid
@@ -78,10 +84,10 @@ def test_validation_patches_are_never_trained_on(
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
-def test_batches_are_the_datas_own_for_any_number_of_workers(
+def test_batches_are_the_same_for_any_number_of_workers(
     cpus: int, store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(loader.os, "cpu_count", lambda: cpus)
     data = train_batches(store, folds, replace(tiny, epochs=6))
     count = 0
     for index, (patches, targets) in enumerate(batches(data, 2, 2), 2 * data.steps):
@@ -94,19 +100,19 @@ def test_batches_are_the_datas_own_for_any_number_of_workers(
     assert count == 4 * (24 // 8)
 
 
-def test_a_killed_worker_is_one_error_and_the_fold_goes_on(
+def test_a_killed_worker_is_one_error_and_the_fold_resumes(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(TrainBatches, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(UserError, match=r"^fold 1: a process that augments was killed") as caught:
-            room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+        with pytest.raises(UserError, match=r"^fold 1: a loader process was killed") as caught:
+            training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
     assert "\n" not in str(caught.value)
-    room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+    training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
     assert len(pd.read_csv(tmp_path / "run" / "fold_1" / "log.csv")) == tiny.epochs
 
 
-def test_a_mistake_in_a_worker_is_not_told_as_a_killed_process(
+def test_a_bug_in_a_worker_is_not_reported_as_a_killed_process(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mistaken(self: TrainBatches, index: int) -> None:
@@ -114,7 +120,7 @@ def test_a_mistake_in_a_worker_is_not_told_as_a_killed_process(
 
     monkeypatch.setattr(TrainBatches, "__getitem__", mistaken)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
-        room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+        training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
 
 
 def out_of_a_gpus_memory(*_: object) -> float:
@@ -128,7 +134,7 @@ def out_of_memory(*_: object) -> float:
 
 
 @pytest.mark.parametrize("epoch", [out_of_a_gpus_memory, out_of_memory])
-def test_a_batch_that_memory_does_not_hold_is_one_error(
+def test_a_batch_too_large_for_memory_is_one_error(
     epoch: Callable[..., float],
     store: PatchStore,
     folds: Folds,
@@ -136,9 +142,9 @@ def test_a_batch_that_memory_does_not_hold_is_one_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "train_epoch", epoch)
-    with pytest.raises(UserError, match=r"^batch_size=8: the device's memory does not hold it; use a smaller one$"):
-        room.train(tmp_path / "run", "tiny", tiny, store, folds, [1])
+    monkeypatch.setattr(training, "train_epoch", epoch)
+    with pytest.raises(UserError, match=r"^batch_size=8: too large for the device's memory; use a smaller one$"):
+        training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
 
 
 def test_shared_memory_that_is_too_small_is_one_error(
@@ -176,11 +182,11 @@ def test_folds_and_seeds_draw_differently(store: PatchStore, folds: Folds, tiny:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     optimizer: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(tiny, epochs=3, optimizer=optimizer, width=16)
-    train_fold(tmp_path / "whole", config, store, folds.table, 0, CPU)
+    train_fold(Fold(tmp_path / "whole", 0), config, store, folds)
 
     class Stop(Exception):
         pass
@@ -191,25 +197,36 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         return engine.train_epoch(learner, source, steps, epoch, config)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(room, "train_epoch", stop_in_the_second_epoch)
-        train_fold(tmp_path / "stopped", config, store, folds.table, 0, CPU)
-    assert len(pd.read_csv(tmp_path / "stopped" / "log.csv")) == 1
-    train_fold(tmp_path / "stopped", config, store, folds.table, 0, CPU)
+        patch.setattr(training, "train_epoch", stop_in_the_second_epoch)
+        train_fold(Fold(tmp_path / "stopped", 0), config, store, folds)
+    assert len(pd.read_csv(tmp_path / "stopped" / "fold_0" / "log.csv")) == 1
+    train_fold(Fold(tmp_path / "stopped", 0), config, store, folds)
     for name in ("best.pt", "last.pt"):
-        whole, stopped = (checkpoint.load(tmp_path / run / name)["net"] for run in ("whole", "stopped"))
+        whole, stopped = (checkpoint.load(tmp_path / run / "fold_0" / name)["net"] for run in ("whole", "stopped"))
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
-    logs = [pd.read_csv(tmp_path / run / "log.csv")[["epoch", "lr", "train_loss", "valid_auc"]] for run in ("whole", "stopped")]
+    logs = [Fold(tmp_path / run, 0).log()[["epoch", "train_loss", "valid_auc"]] for run in ("whole", "stopped")]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
-def test_folds_on_two_devices_are_those_of_one(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_folds_on_two_devices_equal_those_on_one(
+    store: PatchStore,
+    folds: Folds,
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(tiny, epochs=1)
+    configure_logging()
+    lines = []
     for run, devices in (("one", 1), ("two", 2)):
-        monkeypatch.setattr(device, "gpus", lambda devices=devices: devices)
-        room.train(tmp_path / run, "tiny", config, store, folds, [0, 1, 2])
-        predict(tmp_path / run, config, store, folds, [0, 1, 2])
+        monkeypatch.setattr(processes, "gpu_count", lambda devices=devices: devices)
+        training.train(Run(tmp_path / run), "tiny", config, store, folds, [0, 1, 2])
+        predict(Run(tmp_path / run), config, store, folds, [0, 1, 2])
+        lines.append(sorted(line.partition(":")[0] for line in capfd.readouterr().out.splitlines()))
+    assert lines[0] == lines[1]
+    assert "fold 2, epoch  1 of 1" in lines[1]
     for name in ("oof.csv", "test.csv"):
         for fold in range(3):
             assert (tmp_path / "one" / f"fold_{fold}" / name).read_bytes() == (
@@ -218,12 +235,12 @@ def test_folds_on_two_devices_are_those_of_one(
 
 
 def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "gpus", lambda: 2)
+    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"^fold 1$"):
-        device.spread(_refuse, [0, 1])
+        processes.spread_over_gpus(_refuse, [0, 1])
 
 
-def test_what_a_killed_process_has_started_ends_with_it(tmp_path: Path) -> None:
+def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "orphans.py").write_text(ORPHANS)
     environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{tmp_path}"}
     with subprocess.Popen([sys.executable, "orphans.py"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as parent:
@@ -243,22 +260,22 @@ def test_what_a_killed_process_has_started_ends_with_it(tmp_path: Path) -> None:
 ORPHANS = """
 import os, time
 from pathlib import Path
-from pcam_kaggle.training import device
+from pcam_kaggle.training import processes
 
 def work(share):
     Path(str(os.getpid())).touch()
     time.sleep(600)
 
 if __name__ == "__main__":
-    device.gpus = lambda: 2
-    device.spread(work, [0, 1])
+    processes.gpu_count = lambda: 2
+    processes.spread_over_gpus(work, [0, 1])
 """
 
 
 def test_a_gpus_process_that_is_killed_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "gpus", lambda: 2)
-    with pytest.raises(UserError, match=r"^a process of a GPU was killed"):
-        device.spread(_die, [0, 1])
+    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^a GPU's process was killed"):
+        processes.spread_over_gpus(_die, [0, 1])
 
 
 def _die(share: list[int]) -> None:
@@ -284,7 +301,7 @@ def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(caught.value)
 
 
-def test_training_ends_with_the_budget_and_goes_on_from_there(
+def test_training_ends_with_the_budget_and_resumes(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Clock:
@@ -297,17 +314,18 @@ def test_training_ends_with_the_budget_and_goes_on_from_there(
             return 1e6 if logged_epochs(tmp_path / "run") < self.epochs else -1.0
 
     def logged_epochs(run: Path) -> int:
-        return sum(len(read_log(run / f"fold_{fold}")) for fold in range(3))
+        return sum(len(Run(run).fold(fold).log()) for fold in range(3))
 
     config = replace(tiny, epochs=2)
-    room.train(tmp_path / "run", "tiny", config, store, folds, [0, 1, 2], Clock(3))
-    said = capsys.readouterr().out
-    assert [trained(tmp_path / "run" / f"fold_{fold}") for fold in range(3)] == [True, False, False]
+    configure_logging()
+    training.train(Run(tmp_path / "run"), "tiny", config, store, folds, [0, 1, 2], Clock(3))
+    printed = capsys.readouterr().out
+    assert [Run(tmp_path / "run").fold(fold).is_trained for fold in range(3)] == [True, False, False]
     assert logged_epochs(tmp_path / "run") == 3
-    assert "the time is over, in fold 1" in said
-    assert "folds 0, 1, 2 need" in said
-    room.train(tmp_path / "run", "tiny", config, store, folds, [1, 2])
-    room.train(tmp_path / "whole", "tiny", config, store, folds, [0, 1, 2])
+    assert "out of time in fold 1" in printed
+    assert "folds 0, 1, 2 need" in printed
+    training.train(Run(tmp_path / "run"), "tiny", config, store, folds, [1, 2])
+    training.train(Run(tmp_path / "whole"), "tiny", config, store, folds, [0, 1, 2])
     for fold in range(3):
         whole, stopped = (checkpoint.load(tmp_path / run / f"fold_{fold}" / "best.pt")["net"] for run in ("whole", "run"))
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
@@ -323,27 +341,27 @@ def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch)
         ([3, 10, 10, 10], "4 of them will"),
         ([99], "none of them will"),
     ):
-        assert fit in _forecast(list(range(len(left))), left, 90, 60, hour)
+        assert fit in Forecast(list(range(len(left))), left, 2.0, 90, 30).summary(hour.left())
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
-def test_a_stop_between_two_files_is_made_good(
+def test_an_interruption_between_two_files_is_repaired(
     broken: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
 ) -> None:
     config = replace(tiny, epochs=1)
-    train_fold(tmp_path / "fold", config, store, folds.table, 0, CPU)
-    before = {name: (tmp_path / "fold" / name).read_bytes() for name in ("log.csv", "metrics.json")}
+    train_fold(Fold(tmp_path, 0), config, store, folds)
+    before = {name: (tmp_path / "fold_0" / name).read_bytes() for name in ("log.csv", "metrics.json")}
     for name in (broken, "metrics.json"):
-        (tmp_path / "fold" / name).unlink()
-    train_fold(tmp_path / "fold", config, store, folds.table, 0, CPU)
-    assert {name: (tmp_path / "fold" / name).read_bytes() for name in before} == before
-    assert checkpoint.load(tmp_path / "fold" / "best.pt")["epoch"] == 1
+        (tmp_path / "fold_0" / name).unlink()
+    train_fold(Fold(tmp_path, 0), config, store, folds)
+    assert {name: (tmp_path / "fold_0" / name).read_bytes() for name in before} == before
+    assert checkpoint.load(tmp_path / "fold_0" / "best.pt")["epoch"] == 1
 
 
 def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    train_fold(tmp_path / "fold_2", tiny, store, folds.table, 2, CPU)
+    train_fold(Fold(tmp_path, 2), tiny, store, folds)
     valid = folds.table[folds.table["fold"] == 2]
-    net = load_best(tmp_path / "fold_2", tiny, CPU)
+    net = load_best(Fold(tmp_path, 2), tiny, CPU)
     rows = store.rows("train", valid["id"].to_numpy())
     logits = predict_logits(net, store, rows, tiny, CPU, 1, "test")[0].double().numpy()
     stored = read_json(tmp_path / "fold_2" / "metrics.json")["valid_auc"]
@@ -353,7 +371,7 @@ def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tin
 
 def test_tensorboard_sees_the_log(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train_fold(tmp_path / "fold_0", tiny, store, folds.table, 0, CPU)
+    train_fold(Fold(tmp_path, 0), tiny, store, folds)
     seen = events.EventAccumulator(str(tmp_path / "fold_0" / "events")).Reload()
     log = pd.read_csv(tmp_path / "fold_0" / "log.csv")
     for name in ("valid_auc", "train_loss", "lr"):
@@ -362,15 +380,15 @@ def test_tensorboard_sees_the_log(store: PatchStore, folds: Folds, tiny: Config,
         np.testing.assert_allclose([point.value for point in points], log[name], rtol=1e-6)
 
 
-def test_another_config_does_not_go_on_in_the_same_folder(
+def test_another_config_does_not_resume_in_the_same_folder(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
 ) -> None:
-    open_run(tmp_path / "run", "tiny", tiny, store, folds)
+    Run(tmp_path / "run").open("tiny", tiny, store, folds)
     with pytest.raises(UserError, match=r"lr \(0.002 → 0.1\)"):
-        check_run(tmp_path / "run", replace(tiny, lr=0.1), store, folds)
+        Run(tmp_path / "run").check(replace(tiny, lr=0.1), store, folds)
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
+def test_a_loss_that_is_not_finite_stops_with_the_losses_before(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(config: Config, weights: bool) -> torch.nn.Module:
@@ -378,18 +396,18 @@ def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
         torch.nn.init.constant_(net.head[-1].bias, torch.inf)
         return net
 
-    monkeypatch.setattr(room, "create", broken)
+    monkeypatch.setattr(training, "create", broken)
     with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is .* smaller lr"):
-        train_fold(tmp_path / "fold_0", tiny, store, folds.table, 0, CPU)
+        train_fold(Fold(tmp_path, 0), tiny, store, folds)
     assert not list((tmp_path / "fold_0").glob("*.pt"))
 
 
 def test_validation_logits_that_are_not_finite_are_one_line(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "predict_logits", lambda net, store, rows, *_: torch.full((1, len(rows)), torch.nan))
+    monkeypatch.setattr(training, "predict_logits", lambda net, store, rows, *_: torch.full((1, len(rows)), torch.nan))
     with pytest.raises(UserError, match="fold 1: a validation logit is not finite"):
-        next(fold_epochs(tmp_path / "fold_1", tiny, store, folds.table, 1, CPU))
+        next(fold_epochs(Fold(tmp_path, 1), tiny, store, folds.table, CPU))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
@@ -420,7 +438,7 @@ def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
     config = replace(Config(), average_epochs=2.0)
     net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     torch.nn.init.constant_(net.weight, 3.0)
-    follow(average, net, average_weight(config, 10, 0))
+    update_average(average, net, average_weight(config, 10, 0))
     assert torch.equal(average.weight, net.weight)
     assert average_weight(config, 10, 10_000) == pytest.approx(1 / 20)
     assert average_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
@@ -429,33 +447,34 @@ def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
 def test_averaging_includes_the_norms_statistics() -> None:
     net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     net(torch.randn(8, 2) + 5)
-    follow(average, net, 0.5)
+    update_average(average, net, 0.5)
     torch.testing.assert_close(average.running_mean, net.running_mean / 2)
     assert average.num_batches_tracked == net.num_batches_tracked == 1
 
 
 def test_a_net_without_norms_is_averaged_too() -> None:
     net, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    follow(average, net, 1.0)
+    update_average(average, net, 1.0)
     assert torch.equal(average.weight, net.weight)
 
 
-def test_a_damaged_checkpoint_is_said(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.pt", {"net": {"weight": torch.zeros(100)}})
     content = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
 
 
 def test_the_head_warms_up_alone(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     config = replace(tiny, model="timm:resnet10t", head_epochs=1, epochs=2, layer_decay=0.5, average_epochs=0.0)
-    torch.manual_seed(room._seed(config, 0, 0))
+    torch.manual_seed(training._seed(config, 0, 0))
     fresh = dict(create(config).named_parameters())
 
     def changed(epochs: int) -> set[str]:
-        train_fold(tmp_path / str(epochs), replace(config, epochs=epochs), store, folds.table, 0, CPU)
-        after = checkpoint.load(tmp_path / str(epochs) / "last.pt")["net"]
+        fold = Fold(tmp_path / str(epochs), 0)
+        train_fold(fold, replace(config, epochs=epochs), store, folds)
+        after = checkpoint.load(fold.last_checkpoint)["net"]
         return {name for name, value in fresh.items() if not torch.equal(value, after[name])}
 
     assert changed(1) == {"net.fc.weight", "net.fc.bias"}
@@ -474,9 +493,9 @@ def test_layers_learn_at_rates_that_fall_towards_the_input(
             rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
             return super().step(*arguments)
 
-    monkeypatch.setattr(room.torch.optim, "AdamW", Watched)
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
     config = replace(tiny, model="timm:resnet10t", layer_decay=0.8, epochs=1)
-    train_fold(tmp_path / "fold_0", config, store, folds.table, 0, CPU)
+    train_fold(Fold(tmp_path, 0), config, store, folds)
     assert len(rates[0]) > 4
     expected = [learning_rate(config, (step + 1) / len(rates)) for step in range(len(rates))]
     np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
@@ -487,13 +506,13 @@ def test_a_teachers_answers_are_learnt_for_its_own_fold(
 ) -> None:
     config = replace(tiny, teacher="old", epochs=1)
     with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
-        train_fold(tmp_path / "new" / "fold_1", config, store, folds.table, 1, CPU)
+        train_fold(Fold(tmp_path / "new", 1), config, store, folds)
     (tmp_path / "old" / "fold_1").mkdir(parents=True)
     answers = pd.DataFrame({"id": store.ids("test")[::-1], "probability": np.linspace(0.1, 0.7, 7)})
     answers.to_csv(tmp_path / "old" / "fold_1" / "test.csv", index=False)
     seen = []
-    monkeypatch.setattr(room, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
-    train_fold(tmp_path / "new" / "fold_1", config, store, folds.table, 1, CPU)
+    monkeypatch.setattr(training, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
+    train_fold(Fold(tmp_path / "new", 1), config, store, folds)
     learnt = dict(zip(seen[0].rows, seen[0].targets, strict=True))
     for name, probability in answers.itertuples(index=False):
         assert learnt[store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
@@ -504,21 +523,21 @@ def test_a_teachers_answers_are_learnt_for_its_own_fold(
 def test_a_student_does_not_resume_with_another_teacher(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     teacher, student = tmp_path / "old", tmp_path / "new"
     config = replace(tiny, teacher="old")
-    open_run(teacher, "tiny", tiny, store, folds)
+    Run(teacher).open("tiny", tiny, store, folds)
     answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
     for fold in range(3):
         write_csv(teacher / f"fold_{fold}" / "test.csv", answers)
-    room.train(student, "tiny", config, store, folds, [1])
-    next(fold_epochs(student / "fold_0", config, store, folds.table, 0, CPU))
+    training.train(Run(student), "tiny", config, store, folds, [1])
+    next(fold_epochs(Fold(student, 0), config, store, folds.table, CPU))
     write_csv(teacher / "fold_2" / "test.csv", answers.assign(probability=0.5))
-    room.train(student, "tiny", config, store, folds, [2])
+    training.train(Run(student), "tiny", config, store, folds, [2])
     write_csv(teacher / "fold_0" / "test.csv", answers.assign(probability=0.5))
     with pytest.raises(UserError, match="other predictions of its teacher old"):
-        room.train(student, "tiny", config, store, folds, [0])
+        training.train(Run(student), "tiny", config, store, folds, [0])
     write_csv(teacher / "fold_0" / "test.csv", answers)
-    room.train(student, "tiny", config, store, folds, [0])
+    training.train(Run(student), "tiny", config, store, folds, [0])
     shutil.rmtree(teacher)
-    check_run(student, config, store, folds)
+    Run(student).check(config, store, folds)
 
 
 def test_a_student_whose_teacher_was_not_recorded_does_not_resume(
@@ -526,52 +545,52 @@ def test_a_student_whose_teacher_was_not_recorded_does_not_resume(
 ) -> None:
     answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
     write_csv(tmp_path / "old" / "fold_1" / "test.csv", answers)
-    fold = tmp_path / "new" / "fold_1"
-    next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, 1, CPU))
-    (fold / "teacher.json").unlink()
+    fold = Fold(tmp_path / "new", 1)
+    next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, CPU))
+    (fold.folder / "teacher.json").unlink()
     with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
-        next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, 1, CPU))
+        next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, CPU))
 
 
 def test_folds_of_a_run_start_from_the_same_weights(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     timm, file, run = import_timm(), tmp_path / "weights.pth", tmp_path / "run"
     config = replace(tiny, model="timm:mobilenetv3_small_050", weights=str(file), epochs=1, warmup_epochs=0)
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
-    room.train(run, "tiny", config, store, folds, [0])
+    training.train(Run(run), "tiny", config, store, folds, [0])
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
     with pytest.raises(UserError, match="its other folds started from other weights"):
-        room.train(run, "tiny", config, store, folds, [1])
+        training.train(Run(run), "tiny", config, store, folds, [1])
     file.unlink()
-    room.train(run, "tiny", config, store, folds, [0])
+    training.train(Run(run), "tiny", config, store, folds, [0])
 
 
 def test_every_session_that_works_on_a_run_is_recorded(
     store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(room, "find_device", lambda: "cuda")
-    monkeypatch.setattr(room, "spare_cores", lambda: None)
-    monkeypatch.setattr(room, "choose", lambda *_: Backend("cuda", "fp16", "channels_last"))
-    monkeypatch.setattr(room, "device_name", lambda kind: f"a {kind}")
-    on_gpu = room.run_backend(run, tiny, store)
+    monkeypatch.setattr(session, "find_device", lambda: "cuda")
+    monkeypatch.setattr(session, "limit_threads", lambda: None)
+    monkeypatch.setattr(session, "choose_backend", lambda *_: Backend("cuda", "fp16", "channels_last"))
+    monkeypatch.setattr(session, "device_name", lambda kind: f"a {kind}")
+    on_gpu = session.open_session(Run(run), tiny, store)
     monkeypatch.undo()
-    room.train(run, "tiny", tiny, store, folds, [0])
-    room.train(run, "tiny", tiny, store, folds, [1])
-    first, second = read_environments(run)
+    training.train(Run(run), "tiny", tiny, store, folds, [0])
+    training.train(Run(run), "tiny", tiny, store, folds, [1])
+    first, second = Run(run).environments()
     assert (first["device"], first["backend"]["precision"]) == ("a cuda", on_gpu.precision)
     assert second["backend"]["kind"] == "cpu"
-    monkeypatch.setattr(room, "session_start", lambda: "another day")
-    room.train(run, "tiny", tiny, store, folds, [2])
-    assert [entry["started"] for entry in read_environments(run)][-1] == "another day"
-    assert len(read_environments(run)) == 3
+    monkeypatch.setattr(provenance, "session_start", lambda: "another day")
+    training.train(Run(run), "tiny", tiny, store, folds, [2])
+    assert [entry["started"] for entry in Run(run).environments()][-1] == "another day"
+    assert len(Run(run).environments()) == 3
 
 
 def test_an_environment_of_one_session_is_read_as_a_list(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu"}}')
-    assert read_environments(tmp_path) == [{"backend": {"kind": "cpu"}}]
+    assert Run(tmp_path).environments() == [{"backend": {"kind": "cpu"}}]
     (tmp_path / "environment.json").write_text('[{"device": 3}]')
-    with pytest.raises(UserError, match=r"environment.json: not what this version writes"):
-        read_environments(tmp_path)
+    with pytest.raises(UserError, match=r"environment.json: not in the format of this version"):
+        Run(tmp_path).environments()
 
 
 @pytest.mark.parametrize("symmetry", ["none", "d4"])
@@ -579,7 +598,7 @@ def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny:
     config = replace(tiny, symmetry=symmetry, width=16, max_width=32)
     net = create(config)
     rows = store.rows("train", store.ids("train"))
-    images = CPU.images(torch.from_numpy(engine.centre(store.images(rows), config.side)))
+    images = CPU.images(torch.from_numpy(engine.center_crop(store.images(rows), config.side)))
     before = {name: value.clone() for name, value in net.named_parameters()}
     engine.adapt_norms(net, store, rows, config, CPU)
     stem = net.eval().streams[0].stem
@@ -593,9 +612,9 @@ def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny:
 
 def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
     other = Folds(folds.table, folds.manifest | {"csv_sha256": "0" * 64})
-    open_run(tmp_path / "old", "tiny", tiny, store, other)
+    Run(tmp_path / "old").open("tiny", tiny, store, other)
     with pytest.raises(UserError, match="the teacher has other folds"):
-        room.train(tmp_path / "new", "tiny", replace(tiny, teacher="old"), store, folds, [0])
+        training.train(Run(tmp_path / "new"), "tiny", replace(tiny, teacher="old"), store, folds, [0])
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="not a path"):
         replace(tiny, teacher="../old")
@@ -617,5 +636,12 @@ print(given_back > 1000, held < 100)
 """
     # Huge pages are faulted in by the hundred, and would hide what is given back.
     small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=small_pages).stdout
-    assert said == "True True\n"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=small_pages).stdout
+    assert printed == "True True\n"
+
+
+def test_an_unknown_backend_names_the_file_that_has_it(store: PatchStore, tiny: Config, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.add_environment({"backend": {"kind": "cpu", "precision": "fp8", "memory_format": "contiguous"}})
+    with pytest.raises(UserError, match=r"environment\.json"):
+        session.open_session(run, tiny, store)

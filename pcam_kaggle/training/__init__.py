@@ -1,4 +1,4 @@
-"""How a net is trained and predicts: loops, optimizer, augmentation, devices and processes.
+"""Training and prediction: loops over batches, augmentation, devices and processes.
 
-What is trained belongs to `models`, where it is stored to `runs`.
+Nets are defined in `models`, the files of a run in `runs`.
 """

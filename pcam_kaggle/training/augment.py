@@ -1,4 +1,7 @@
-"""What may change in a patch without changing its label, on uint8 images."""
+"""Augmentation: random changes of a uint8 RGB patch that keep its label.
+
+The label says whether the centre square of 32 px has tumour tissue, so the centre moves by a few pixels at most.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +15,10 @@ from pcam_kaggle.data.stain import Image, Images, change, restain
 
 Targets = NDArray[np.float32]
 
+# Largest offset of a stain's optical density, relative to the strength of the jitter.
+STAIN_OFFSET = 0.4
+
+# The elements of the dihedral group D4, by the names that albumentations gives them.
 SYMMETRIES: dict[str, Callable[[Image], Image]] = {
     "e": lambda image: image,
     "r90": lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
@@ -24,41 +31,79 @@ SYMMETRIES: dict[str, Callable[[Image], Image]] = {
 }
 
 
-class Shift(A.ImageOnlyTransform):
-    """Crop a square of `side` px, its centre moved by at most `reach` px on each axis; beyond the edge lies the reflection.
+def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float, degrade: float) -> A.Compose:
+    """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
 
-    The same draws and the same pixels as albumentations' CenterCrop, padded, and then RandomCrop, in a quarter of the time.
+    Args:
+        side: Side of the crop in pixels.
+        shift: Largest shift of the crop on each axis, in pixels.
+        stain_jitter: Strength of `StainJitter`, in [0, 1).
+        color_jitter: Half width of the random factors of brightness, contrast and saturation, in [0, 1).
+        degrade: Probability of a blur, and independently of a JPEG compression.
+    """
+    factors = (1 - color_jitter, 1 + color_jitter)
+    return A.Compose(
+        [
+            ShiftedCrop(side, shift),
+            SquareSymmetry(p=1.0),
+            StainJitter(stain_jitter),
+            A.ColorJitter(brightness=factors, contrast=factors, saturation=factors, hue=(0.0, 0.0), p=1.0),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=degrade),
+            A.ImageCompression(quality_range=(40, 95), p=degrade),
+        ],
+        # With a single image there are no shapes to compare.
+        is_check_shapes=False,
+    )
+
+
+class ShiftedCrop(A.ImageOnlyTransform):
+    """Crop a square around a randomly shifted centre; pixels outside the image are reflected.
+
+    The draws and the pixels are those of albumentations' CenterCrop, padded, followed by RandomCrop, in a quarter of the time.
+
+    Args:
+        side: Side of the crop in pixels.
+        max_shift: Largest shift on each axis, in pixels.
+        p: Probability of the transform.
     """
 
-    def __init__(self, side: int, reach: int, p: float = 1.0) -> None:
+    def __init__(self, side: int, max_shift: int, p: float = 1.0) -> None:
         super().__init__(p=p)
-        self.side, self.reach = side, reach
+        self.side, self.max_shift = side, max_shift
 
     def get_params(self) -> dict[str, int]:
-        """Draw the move down and to the right, from 0 to twice the reach."""
-        down, right = (int((2 * self.reach + 1) * self.py_random.random()) for _ in range(2))
+        """Draw the position of the crop down and to the right, from 0 to 2 `max_shift`; `max_shift` is the centre."""
+        down, right = (int((2 * self.max_shift + 1) * self.py_random.random()) for _ in range(2))
         return {"down": down, "right": right}
 
     def apply(self, img: Image, down: int, right: int, **params: Any) -> Image:
-        """Return the square of `img` that was drawn."""
-        around = cv2.copyMakeBorder(img, *[self.reach] * 4, cv2.BORDER_REFLECT_101)
+        """Return the crop (side, side, 3) of `img` (h, w, 3) at the drawn position."""
+        shift = self.max_shift
+        padded = cv2.copyMakeBorder(img, shift, shift, shift, shift, cv2.BORDER_REFLECT_101)
         top, left = (img.shape[0] - self.side) // 2 + down, (img.shape[1] - self.side) // 2 + right
-        return around[top : top + self.side, left : left + self.side]
+        return padded[top : top + self.side, left : left + self.side]
 
 
-class Symmetry(A.D4):
-    """albumentations' D4, the same draws and the same pixels, copied by OpenCV in a third of the time of numpy's strides."""
+class SquareSymmetry(A.D4):
+    """Rotate and reflect by one of the eight symmetries of the square.
+
+    The draws and the pixels are those of albumentations' D4; OpenCV copies the pixels in a third of the time.
+    """
 
     def apply(self, img: Image, group_element: str, **params: Any) -> Image:
-        """Return `img` under the symmetry that was drawn."""
+        """Return `img` under the drawn symmetry."""
         return SYMMETRIES[group_element](img)
 
 
 class StainJitter(A.ImageOnlyTransform):
-    """Multiply each stain's density by a random factor and add a random offset (Tellez et al. 2018, section III-B).
+    """Scale and shift the optical density of each stain at random (Tellez et al. 2018, section III-B).
 
-    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength` of an optical density. Unmixing, change and mixing
-    are one affine map of the optical density. uint8 RGB in and out, any size.
+    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`. Separating the stains, changing and recombining them is
+    one affine map of the optical density.
+
+    Args:
+        strength: In [0, 1).
+        p: Probability of the transform.
     """
 
     def __init__(self, strength: float, p: float = 1.0) -> None:
@@ -66,52 +111,36 @@ class StainJitter(A.ImageOnlyTransform):
         self.strength = strength
 
     def get_params(self) -> dict[str, Any]:
-        """Draw the factor and the offset of each stain."""
+        """Draw a factor and an offset per stain; return their affine map, float64 (3, 4)."""
         factors = 1 + self.strength * self.random_generator.uniform(-1, 1, 3)
-        offsets = 0.4 * self.strength * self.random_generator.uniform(-1, 1, 3)
+        offsets = STAIN_OFFSET * self.strength * self.random_generator.uniform(-1, 1, 3)
         return {"affine": change(factors, offsets)}
 
     def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
-        """Return `img` with the drawn map applied to its optical density."""
+        """Return `img` (h, w, 3) with the drawn map applied to its optical density."""
         return restain(img, affine)
 
 
-def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float, degrade: float) -> A.Compose:
-    """Return the random augmentation of one train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
-
-    The centre moves by at most `shift` px on each axis, then one of the square's eight symmetries, then stain and colour,
-    then, each with the chance `degrade`, a blur and a JPEG's losses. Beyond the patch's edge lies its reflection.
-    """
-    return A.Compose(
-        [
-            Shift(side, shift),
-            Symmetry(p=1.0),
-            StainJitter(stain_jitter),
-            A.ColorJitter(
-                brightness=(1 - color_jitter, 1 + color_jitter),
-                contrast=(1 - color_jitter, 1 + color_jitter),
-                saturation=(1 - color_jitter, 1 + color_jitter),
-                hue=(0.0, 0.0),
-                p=1.0,
-            ),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=degrade),
-            A.ImageCompression(quality_range=(40, 95), p=degrade),
-        ],
-        # There is nothing beside the image whose shape could differ.
-        is_check_shapes=False,
-    )
-
-
 def mixup(images: Images, targets: Targets, alpha: float, rng: np.random.Generator) -> tuple[Images, Targets]:
-    """Return `images` (n, h, w, 3) and `targets` (n,) mixed pairwise by a share from Beta(alpha, alpha) (Zhang et al. 2018)."""
+    """Mix each patch of a batch with another one (Zhang et al. 2018).
+
+    Args:
+        images: uint8 (n, h, w, 3).
+        targets: float32 (n,).
+        alpha: Both parameters of the beta distribution of the batch's mixing weight; 0 mixes nothing.
+        rng: Source of the weight and of the pairs.
+
+    Returns:
+        Images and targets of the same shapes and dtypes.
+    """
     if not alpha:
         return images, targets
-    share, partners = np.float32(rng.beta(alpha, alpha)), rng.permutation(len(images))
-    mixed = cv2.addWeighted(images.reshape(-1), float(share), images[partners].reshape(-1), float(1 - share), 0)
-    return mixed.reshape(images.shape), share * targets + (1 - share) * targets[partners]
+    weight, partners = np.float32(rng.beta(alpha, alpha)), rng.permutation(len(images))
+    mixed = cv2.addWeighted(images.reshape(-1), float(weight), images[partners].reshape(-1), float(1 - weight), 0)
+    return mixed.reshape(images.shape), weight * targets + (1 - weight) * targets[partners]
 
 
-def centre(images: Images, side: int) -> Images:
-    """Return the centre square of `side` px of `images` (…, height, width, 3): what evaluation sees."""
+def center_crop(images: Images, side: int) -> Images:
+    """Return the centre squares (..., side, side, 3) of `images` (..., h, w, 3), on which the net predicts."""
     top, left = (images.shape[-3] - side) // 2, (images.shape[-2] - side) // 2
     return images[..., top : top + side, left : left + side, :]

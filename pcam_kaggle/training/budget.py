@@ -1,15 +1,21 @@
-"""The time that a session has, and what of it is left."""
+"""The time that a session has, and the time that its folds need."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
 
-FOR_ENDING = 120.0
+# Seconds reserved for the blend and the submission.
+RESERVED = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The moment at which everything must be written, in seconds of the system's monotonic clock; without one, never."""
+    """The time by which everything must be written.
+
+    Attributes:
+        end: In seconds of the system's monotonic clock; infinite without a limit.
+    """
 
     end: float = math.inf
 
@@ -19,8 +25,48 @@ class Budget:
         return cls(time.monotonic() + 3600 * hours)
 
     def left(self) -> float:
-        """Return the seconds left, less two minutes for the blend and the submission; below 0 when it is time to end."""
-        return self.end - FOR_ENDING - time.monotonic()
+        """Return the seconds left for training and prediction, negative when none are left."""
+        return self.end - RESERVED - time.monotonic()
 
 
 ENDLESS = Budget()
+
+
+@dataclass(slots=True)
+class Forecast:
+    """The time that the folds of one process still need, from the slowest epoch so far.
+
+    Attributes:
+        folds: Numbers of the folds, in the order of their training.
+        epochs_left: Epochs left to train of each fold.
+        validations: Duration of a fold's predictions, in durations of a validation.
+        epoch_seconds: Longest duration of an epoch, its validation included; 0 before the first one.
+        valid_seconds: Longest duration of a validation.
+    """
+
+    folds: list[int]
+    epochs_left: list[int]
+    validations: float
+    epoch_seconds: float = 0.0
+    valid_seconds: float = 0.0
+
+    def add_epoch(self, index: int, seconds: float, valid_seconds: float) -> None:
+        """Count an epoch of the fold at `index`, with its durations."""
+        self.epochs_left[index] -= 1
+        self.epoch_seconds = max(self.epoch_seconds, seconds)
+        self.valid_seconds = max(self.valid_seconds, valid_seconds)
+
+    def seconds_to_stop(self, index: int) -> float:
+        """Return the seconds for one more epoch of the fold at `index`, and for the predictions of all folds up to it."""
+        return self.epoch_seconds + self.validations * self.valid_seconds * (index + 1)
+
+    def summary(self, seconds_left: float) -> str:
+        """Return a sentence on how many of the folds will be finished in `seconds_left`."""
+        prediction = self.validations * self.valid_seconds
+        needed = list(itertools.accumulate(epochs * self.epoch_seconds + prediction for epochs in self.epochs_left))
+        finished = sum(seconds <= seconds_left for seconds in needed)
+        return (
+            f"an epoch takes {self.epoch_seconds:.0f} s, a fold's predictions {prediction:.0f} s; folds "
+            f"{', '.join(map(str, self.folds))} need {needed[-1] / 60:.0f} min, {finished or 'none'} of them will be finished "
+            f"in the {seconds_left / 60:.0f} min left"
+        )

@@ -1,68 +1,79 @@
-"""Predictions of each fold's net: out of fold for its validation patches, and for the test set."""
+"""Predictions of each fold's net for its validation patches (out of fold, OOF) and for the test set."""
 
+import logging
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch import nn
 
+from pcam_kaggle.config.logs import fold_context
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256, locked, write_csv, write_json
-from pcam_kaggle.data.csv_io import PREDICTIONS
+from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.runs.run import sources
+from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import tta
-from pcam_kaggle.training.device import Backend, spread
-from pcam_kaggle.training.distributed import agreed, in_turn, rank, size
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.distributed import broadcast, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
-from pcam_kaggle.training.train import load_best, run_backend
+from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.processes import spread_over_gpus
+from pcam_kaggle.training.session import open_session
+
+log = logging.getLogger(__name__)
 
 
-def predict(run: Path, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
-    """Write `oof.csv` (id, label, probability) and `test.csv` (id, probability) for the trained folds in `chosen`.
+def predict(run: Run, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
+    """Predict the validation part and the test set with the net of each trained fold, and write the predictions.
 
-    Probabilities are the average over the config's views. `predictions.json` holds the hashes of both tables and of what
-    they were made of. Of several processes of one world each takes its share of the folds.
+    Probabilities are averaged over the config's views. Each rank predicts a share of the folds.
 
-    Raises UserError where another process works in `run`.
+    Args:
+        run: The run.
+        config: Config of the run.
+        store: The packed patches.
+        folds: The folds of the labelled patches.
+        chosen: Numbers of the folds to predict.
+
+    Raises:
+        UserError: Another process works in `run`, or a checkpoint is missing or damaged.
     """
-    with locked(run) if rank() == 0 else nullcontext():
-        with in_turn():
-            backend = run_backend(run, config, store)
-        spread(partial(_predict_share, run, config, store, folds.table, backend), chosen[rank() :: size()])
-        agreed(None)
+    with locked(run.folder) if rank() == 0 else nullcontext():
+        with one_rank_at_a_time():
+            backend = open_session(run, config, store)
+        spread_over_gpus(partial(_predict_share, run, config, store, folds.table, backend), chosen[rank() :: world_size()])
+        broadcast(None)
 
 
 def _predict_share(
-    run: Path, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, share: list[int]
+    run: Run, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, share: list[int]
 ) -> None:
-    for fold in share:
-        folder = run / f"fold_{fold}"
-        net = load_best(folder, config, backend)
-        valid = table[(table["fold"] == fold) & table["id"].isin(store.ids("train"))]
-        start = time.perf_counter()
-        oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
-        test = _probabilities(net, store, "test", store.ids("test"), config, backend)
-        write_csv(folder / "oof.csv", oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]])
-        write_csv(folder / "test.csv", test)
-        files = {name: file_sha256(folder / name) for name in PREDICTIONS}
-        seconds = time.perf_counter() - start
-        made = {
-            "sources": sources(folder, store),
-            "files": files,
-            "images_per_second": round((len(oof) + len(test)) / seconds, 1),
-        }
-        write_json(folder / "predictions.json", made)
-        print(f"predict: fold {fold}, {len(oof):,} out of fold, {len(test):,} test", flush=True)
+    for number in share:
+        with fold_context(number):
+            _predict_fold(run.fold(number), config, store, table, backend)
+
+
+def _predict_fold(fold: Fold, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend) -> None:
+    net = load_best(fold, config, backend)
+    valid = table[(table["fold"] == fold.number) & table["id"].isin(store.ids("train"))]
+    start = time.perf_counter()
+    oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
+    test = _probabilities(net, store, "test", store.ids("test"), config, backend)
+    rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
+    oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
+    fold.write_predictions(oof, test, store, rate)
+    log.info(f"predict: fold {fold.number}, {len(oof):,} out of fold, {len(test):,} test")
 
 
 def _probabilities(
-    net: nn.Module, store: PatchStore, split: str, ids: np.ndarray, config: Config, backend: Backend
+    net: nn.Module, store: PatchStore, split: str, ids: NDArray[np.object_], config: Config, backend: Backend
 ) -> pd.DataFrame:
+    """Return the columns id and probability for `ids` of `split`."""
     rows = store.rows(split, ids)
     if config.norm == "test":
         adapt_norms(net, store, rows, config, backend)

@@ -1,4 +1,4 @@
-"""A fold's log as TensorBoard events, for those who have that viewer."""
+"""TensorBoard events of a fold's training."""
 
 from pathlib import Path
 from types import TracebackType
@@ -6,9 +6,11 @@ from typing import Self
 
 
 class Scalars:
-    """A writer of one fold's scalars into folder `folder`, which does nothing where `tensorboard` is not installed.
+    """Writes a fold's log as TensorBoard events; does nothing if `tensorboard` is not installed.
 
-    Events from epoch `first` on that an earlier, stopped run wrote are hidden.
+    Args:
+        folder: Folder of the events.
+        first: Epoch from which on events of an interrupted run are hidden, from 1.
     """
 
     def __init__(self, folder: Path, first: int) -> None:

@@ -1,14 +1,21 @@
-"""The views of test-time augmentation: the symmetries of the square."""
+"""Test-time augmentation (TTA) by the symmetries of the square."""
 
 import torch
 from torch import Tensor
 
 
 def views(images: Tensor, count: int) -> list[Tensor]:
-    """Return `count` (1, 4 or 8) views of `images` (n, channels, side, side), the images themselves first.
+    """Return the views of a batch, the images themselves first.
 
-    Four views are the rotations by quarter turns; eight add the rotations of the mirror image. The tumour rule, any
-    tumour pixel in the centre square, holds for a view as for the patch.
+    Four views are the rotations by quarter turns; eight add the rotations of the mirror image. All views have the label of
+    the patch, since each maps the centre square to itself.
+
+    Args:
+        images: (n, channels, side, side).
+        count: 1, 4 or 8.
+
+    Returns:
+        `count` tensors of the shape of `images`.
     """
     turns = {1: 1, 4: 4, 8: 4}[count]
     faces = [images, images.flip(3)] if count == 8 else [images]
@@ -16,6 +23,14 @@ def views(images: Tensor, count: int) -> list[Tensor]:
 
 
 def average(logits: Tensor, mean: str) -> Tensor:
-    """Return probabilities (n,), float64, from `logits` (views, n): the mean of `logits` or of `probabilities`."""
+    """Average the views of each patch.
+
+    Args:
+        logits: (views, n).
+        mean: What is averaged, `logits` or `probabilities`.
+
+    Returns:
+        Probabilities, float64 (n,).
+    """
     logits = logits.double()
     return logits.mean(0).sigmoid() if mean == "logits" else logits.sigmoid().mean(0)

@@ -12,29 +12,29 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY
 
 import pcam_kaggle
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.training.engine import TrainBatches
-from tests.conftest import TINY
+from pcam_kaggle.training.loader import TrainBatches
 
 RUN = Path("runs") / "bottleneck"
 
 
 SHARED_STEP = """
 import torch
-from pcam_kaggle.training.distributed import average_gradients, joined, rank, size
+from pcam_kaggle.training.distributed import average_gradients, process_group, rank, world_size
 
 torch.manual_seed(0)
 net, images = torch.nn.Linear(5, 1), torch.randn(8, 5)
-with joined():
+with process_group():
     whole = torch.autograd.grad(net(images).square().mean(), list(net.parameters()))
-    net(images[rank() :: size()]).square().mean().backward()
+    net(images[rank() :: world_size()]).square().mean().backward()
     average_gradients(net)
-    assert size() == 2
+    assert world_size() == 2
     assert all(torch.allclose(parameter.grad, to, atol=1e-6) for parameter, to in zip(net.parameters(), whole))
 """
 
@@ -59,10 +59,10 @@ def torchrun(processes: int) -> tuple[str, ...]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what `process` said, once it has ended well."""
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
+    """Return what `process` printed, once it has ended well."""
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
 
 
 def a_worker_of(launcher: int) -> int:
@@ -94,10 +94,11 @@ def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does_and_a_lost_worker_changes_nothing(data: Data, tmp_path: Path) -> None:
     whole, lost = tmp_path / "whole", tmp_path / "lost"
-    said = ended(launch(data, whole, torchrun(2)))
-    assert said.count("submission: ") == 1
+    printed = ended(launch(data, whole, torchrun(2)))
+    assert printed.count("submission: ") == 1
     oof, labels = pd.read_csv(whole / RUN / "oof.csv"), pd.read_csv(data.labels)
     assert sorted(oof["id"]) == sorted(labels["id"])
 
@@ -107,7 +108,7 @@ def test_two_processes_end_where_one_does_and_a_lost_worker_changes_nothing(data
             assert process.poll() is None
             time.sleep(0.01)
         os.kill(a_worker_of(process.pid), signal.SIGKILL)
-        assert "(kept)" in ended(process)
+        assert "(up to date)" in ended(process)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

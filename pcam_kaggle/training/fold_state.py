@@ -1,0 +1,76 @@
+"""The state of a fold's training on disk: checkpoints and log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import reading
+from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import Learner
+
+# A row of log.csv: epoch, lr, train_loss, valid_auc, seconds, valid_seconds and images_per_second.
+Row = dict[str, float]
+
+
+def best_row(rows: list[Row]) -> Row:
+    """Return the row of the epoch with the highest validation AUC, the first of equals."""
+    return max(rows, key=lambda row: row["valid_auc"])
+
+
+def save_epoch(fold: Fold, learner: Learner, rows: list[Row]) -> None:
+    """Write the state after the last epoch of `rows` to the fold's folder."""
+    checkpoint.save(fold.last_checkpoint, _state(learner, rows))
+    update_files(fold, learner, rows)
+
+
+def update_files(fold: Fold, learner: Learner, rows: list[Row]) -> None:
+    """Update best checkpoint and log to the epoch of the last checkpoint, also after an interruption between these writes."""
+    best = fold.best_checkpoint
+    if best_row(rows) is rows[-1]:
+        content = {"net": learner.average.state_dict(), "epoch": len(rows), "valid_auc": rows[-1]["valid_auc"]}
+        checkpoint.save(best, content)
+    elif checkpoint.load(best, "epoch")["epoch"] != best_row(rows)["epoch"]:
+        raise UserError(f"{best}: not the best epoch of last.pt; delete {fold.folder} to train the fold again")
+    fold.write_log(rows)
+
+
+def resume(learner: Learner, last: Path) -> list[Row]:
+    """Load a checkpoint into `learner`; return the log, a row per finished epoch.
+
+    Raises:
+        UserError: `last` is missing, damaged or of another net.
+    """
+    state = checkpoint.load(last, "net", "average", "optimizer", "scaler", "log")
+    with reading(last, checkpoint.ANEW):
+        learner.net.load_state_dict(state["net"])
+        learner.average.load_state_dict(state["average"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and learner.scaler.is_enabled():
+            learner.scaler.load_state_dict(state["scaler"])
+    return checkpoint.read_log(last, state)
+
+
+def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
+    """Return the net of `fold` with its best weights, in evaluation mode on the backend."""
+    content = checkpoint.load(fold.best_checkpoint, "net")
+    net = create(config, weights=False)
+    with reading(fold.best_checkpoint, checkpoint.ANEW):
+        net.load_state_dict(content["net"])
+    return backend.place(net).eval()
+
+
+def _state(learner: Learner, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "net": learner.net.state_dict(),
+        "average": learner.average.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "log": json.dumps(rows),
+    }

@@ -1,0 +1,150 @@
+"""Train batches: drawn, augmented in loader processes and handed over in shared memory."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.process import release_memory
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.stain import mix_stains
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.training.augment import augmentation, mixup
+from pcam_kaggle.training.distributed import rank, world_size
+
+# Batches that a loader process prepares ahead.
+PREFETCH = 3
+LOADER_NICE = 5
+
+
+class TrainBatches(Dataset):
+    """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
+
+    Order and augmentation depend on (seed, fold, epoch, batch) alone, so neither the number of loader processes nor an
+    interruption changes them. An item is uint8 patches (count, side, side, 3) and float32 targets (count,). Where several
+    ranks train the fold, it is this rank's part of the batch, which has the same size for all ranks; up to
+    `world_size` - 1 patches of a batch are left out.
+
+    Args:
+        store: The packed patches.
+        rows: Rows of the train patches in `store`, shape (n,).
+        labels: 0, 1 or, for a teacher's predictions, a probability, shape (n,).
+        config: Source of batch size, augmentation and seed.
+        fold: Number of the fold, from 0.
+    """
+
+    def __init__(
+        self, store: PatchStore, rows: NDArray[np.int64], labels: NDArray[np.float64], config: Config, fold: int
+    ) -> None:
+        self.store, self.rows, self.config, self.fold = store, rows, config, fold
+        self.targets = (labels * (1 - 2 * config.label_smoothing) + config.label_smoothing).astype(np.float32)
+        self.steps = max(1, len(rows) // config.batch_size)
+        self.count = min(config.batch_size, len(rows)) // world_size()
+        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
+
+    def __len__(self) -> int:
+        return self.steps * self.config.epochs
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Return uninitialised tensors of a batch's shapes and dtypes."""
+        shape = (self.count, self.config.side, self.config.side, 3)
+        return torch.empty(shape, dtype=torch.uint8), torch.empty(self.count)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        epoch, batch = divmod(index, self.steps)
+        order = _order(self.config.seed, self.fold, epoch, len(self.rows))
+        chosen = order[batch * self.config.batch_size + rank() * self.count :][: self.count]
+        rng = np.random.default_rng((self.config.seed, self.fold, epoch, batch * world_size() + rank()))
+        self.augment.set_random_seed(int(rng.integers(2**32)))
+        originals = mix_stains(self.store.images(self.rows[chosen]), self.config.stain_mix, rng)
+        patches = np.stack([self.augment(image=patch)["image"] for patch in originals])
+        patches, targets = mixup(patches, self.targets[chosen], self.config.mixup, rng)
+        return torch.from_numpy(patches), torch.from_numpy(targets)
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Return the order of `count` patches in `epoch`, shape (count,); cached for all batches of the epoch."""
+    return np.random.default_rng((seed, fold, epoch)).permutation(count)
+
+
+class _SharedBatches(Dataset):
+    """The batches of `data`, written into `count` slots of shared memory in rotation; an item is the number of its slot.
+
+    A batch sent between processes would be mapped anew by each of them, which costs a twentieth of a step on a CPU.
+    """
+
+    def __init__(self, data: TrainBatches, count: int) -> None:
+        self.data = data
+        try:
+            self.slots = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+        except RuntimeError:
+            raise UserError(
+                f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
+                "make it larger (docker run --shm-size 1g)"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> int:
+        slot = index % len(self.slots)
+        for target, part in zip(self.slots[slot], self.data[index], strict=True):
+            target.copy_(part)
+        return slot
+
+
+def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of `data`, augmented in processes that live through all epochs.
+
+    Args:
+        data: The batches of all epochs.
+        first_epoch: Epoch to start from, from 0.
+        workers: Number of loader processes, at least 1.
+
+    Yields:
+        Patches and targets as `TrainBatches` describes them, valid until the next batch is requested.
+
+    Raises:
+        UserError: Shared memory has no room for the batches in flight.
+    """
+    # One slot more than the batches in flight, for the batch that the net reads.
+    shared = _SharedBatches(data, PREFETCH * workers + 1)
+    # A forked worker inherits OpenCV's pool without its threads, and would wait for them forever.
+    cv2.setNumThreads(0)
+    release_memory()
+    loader = DataLoader(
+        shared,
+        batch_size=None,
+        sampler=range(first_epoch * data.steps, len(data)),
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_lower_priority,
+        # Without a generator the loader draws from the global stream, which dropout draws from.
+        generator=torch.Generator(),
+    )
+    for slot in loader:
+        patches, targets = shared.slots[slot]
+        # A GPU copies asynchronously from pinned memory only, possibly after the slot has been overwritten.
+        yield (patches.pin_memory(), targets.pin_memory()) if torch.cuda.is_available() else (patches, targets)
+
+
+def _lower_priority(worker: int) -> None:
+    """Let the threads of a training step run before this worker, without starving it beside other programs.
+
+    A worker that takes a core from a step delays all threads of the step, since they wait for one another. As a batch process
+    it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time on a busy
+    machine.
+    """
+    # Windows has neither call, macOS lacks the second.
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(LOADER_NICE)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,0 +1,63 @@
+"""Learning rate and moving average of the weights over the course of a training."""
+
+import math
+
+import torch
+from torch import nn
+
+from pcam_kaggle.config.schema import Config
+
+# The average's weight after t steps is at least AVERAGE_START / (AVERAGE_START + t).
+AVERAGE_START = 9
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """Return the learning rate after a number of epochs.
+
+    `cosine` rises linearly from 0 over the warm-up, then falls as half a cosine to 1 % (Loshchilov & Hutter 2017).
+    `onecycle` rises as half a cosine from 4 % over the first 30 %, then falls as half a cosine to 0.01 % (Smith & Topin
+    2019).
+
+    Args:
+        config: Source of `schedule`, `lr`, `epochs` and `warmup_epochs`.
+        progress: Epochs trained so far, a fraction of one included; 0 to `config.epochs`.
+    """
+
+    def half_cosine(start: float, end: float, part: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * min(1.0, part))) / 2
+
+    if config.schedule == "onecycle":
+        rise = 0.3 * config.epochs
+        if progress < rise:
+            return config.lr * half_cosine(0.04, 1.0, progress / rise)
+        return config.lr * half_cosine(1.0, 1e-4, (progress - rise) / (config.epochs - rise))
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    return config.lr * half_cosine(
+        1.0, 0.01, (progress - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
+    )
+
+
+def average_weight(config: Config, steps: int, taken: int) -> float:
+    """Return the weight of the newest weights in their moving average, in (0, 1].
+
+    It is one over the horizon in steps, and larger at the start, where the average would otherwise stay near the initial
+    weights.
+
+    Args:
+        config: Source of `average_epochs`, the horizon in epochs.
+        steps: Steps per epoch.
+        taken: Steps taken before this one.
+    """
+    return max(1 / max(1.0, config.average_epochs * steps), AVERAGE_START / (AVERAGE_START + taken))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, weight: float) -> None:
+    """Move the parameters and buffers of `average` towards those of `net` by `weight`, in (0, 1]; integers are copied."""
+    pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([to for to, _ in floats], [new for _, new in floats], weight)
+    for to, new in pairs:
+        if not to.is_floating_point():
+            to.copy_(new)

@@ -1,0 +1,47 @@
+"""The start of a session: what this process computes on, recorded with the run."""
+
+import dataclasses
+import logging
+
+from pcam_kaggle.config.process import hold_memory
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import reading
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.runs.provenance import session_environment
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device
+from pcam_kaggle.training.distributed import rank
+from pcam_kaggle.training.processes import limit_threads
+
+log = logging.getLogger(__name__)
+
+
+def open_session(run: Run, config: Config, store: PatchStore) -> Backend:
+    """Prepare this process for training or prediction, and add the session to the run's environment.json.
+
+    Args:
+        run: The run.
+        config: Config of the run.
+        store: The packed patches, whose hashes are recorded.
+
+    Returns:
+        The backend of the run's last session on this kind of device, otherwise the one that `choose_backend` selects.
+
+    Raises:
+        UserError: The device cannot compute, or environment.json is damaged.
+    """
+    hold_memory()
+    limit_threads()
+    kind = find_device()
+    used = [entry["backend"] for entry in run.environments() if entry["backend"]["kind"] == kind]
+    with reading(run.environment_file):
+        backend = Backend(**used[-1]) if used else None
+    if backend is None:
+        backend = choose_backend(
+            lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
+        )
+    log.debug("%s: backend %s, %s", run.name, backend, "as before" if used else "chosen now")
+    if rank() == 0:
+        run.add_environment(session_environment(dataclasses.asdict(backend), device_name(backend.kind), store))
+    return backend
