@@ -1,4 +1,4 @@
-"""Kaggle's real client against a server of our own: what arrives is verified before anything is unpacked."""
+"""Kaggle's real client against a local server: downloads are verified before anything is unpacked."""
 
 import contextlib
 import io
@@ -23,7 +23,8 @@ from conftest import Outcome
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.data.layout import COMPETITION, Data, find_data
-from pcam_kaggle.kaggle.client import PARTS, RULES, ArchiveError, unpack
+from pcam_kaggle.kaggle.archive import PARTS, ArchiveError, unpack
+from pcam_kaggle.kaggle.client import RULES
 
 SECRET = "0123456789abcdef" * 2
 ARCHIVE = f"/{COMPETITION}.zip"
@@ -33,10 +34,10 @@ Reply = dict[str, Any] | int | tuple[int, dict[str, Any]] | None
 
 
 class Kaggle(ThreadingHTTPServer):
-    """Answers the client as Kaggle does: a redirect to the archive or a status, and `replies` to what is asked by name.
+    """A server that answers like Kaggle: a redirect to the archive or a status, and `replies` by the name of the request.
 
-    A reply is JSON, a status, a status with JSON, or None for a connection that is cut; `files` can be downloaded, `put` was
-    uploaded. The archive can be resumed; `halfway` is called once, in the middle of it, and the connection ends there.
+    A reply is JSON, a status, a status with JSON, or None to close the connection; `files` can be downloaded, `put` is the
+    last upload. A download of the archive can be resumed; `halfway` is called once, in its middle, and closes the connection.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Kaggle(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request; it comes through a proxy's mouth, so its path is a whole address."""
+    """A handler of requests, which come as to a proxy: their path is a full URL."""
 
     server: Kaggle
 
@@ -121,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
 def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
     """Start the server and point the client at it; nothing leaves the machine."""
     server = Kaggle()
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     (tmp_path / "config").mkdir()
     for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
@@ -182,16 +183,16 @@ def test_the_competition_is_downloaded_once(
     kaggle: Kaggle, data: Data, home: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kaggle.archive = zipped(data.root)
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert_complete(target, data)
     assert find_data(None, home, tmp_path) == Data(target)
     asked = len(kaggle.asked)
     assert any("DownloadDataFiles" in path for path in kaggle.asked)
-    # A call that was killed after its last rename leaves the hidden folder.
+    # A process that is killed after its last rename leaves the hidden folder behind.
     (target / ".download").mkdir()
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert len(kaggle.asked) == asked
-    assert "(kept)" in capsys.readouterr().out
+    assert "(up to date)" in capsys.readouterr().out
     assert_complete(target, data)
 
 
@@ -207,20 +208,27 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, home: Pa
             if partial.is_file() and partial.stat().st_size >= 1 << 20:
                 break
             time.sleep(0.01)
+        (client,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         if stopped == "program":
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         else:
-            (client,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             os.kill(int(client), signal.SIGINT)
-        time.sleep(0.5)
+        # The rest is sent once the client has ended.
+        status = Path(f"/proc/{client}/stat")
+        for _ in range(2000):
+            if not status.exists() or ") Z " in status.read_text():
+                break
+            time.sleep(0.01)
 
+    # A shell starts its background jobs with SIGINT ignored, and their processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kaggle.halfway = interrupt
-    assert main(["data", "--work", str(home)]) == 130
+    assert main(["kaggle", "download", "--work", str(home)]) == 130
     size = partial.stat().st_size
     assert size >= 1 << 20
     assert not Data(target).labels.exists()
     kaggle.sent = 0
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert kaggle.sent == len(kaggle.archive) - size
     assert_complete(target, data)
 
@@ -243,10 +251,10 @@ def test_an_interrupted_install_is_completed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", interrupted)
-        assert main(["data", "--work", str(home)]) == 130
+        assert main(["kaggle", "download", "--work", str(home)]) == 130
     assert not Data(target).labels.exists()
     asked = len(kaggle.asked)
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert len(kaggle.asked) == asked
     assert_complete(target, data)
     assert (target / "patch_id_wsi.csv").read_text() == "id,wsi\n"
@@ -258,7 +266,7 @@ def test_an_interrupted_unpacking_needs_no_second_download(
     kaggle.archive = zipped(data.root)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-        assert main(["data", "--work", str(home)]) == 2
+        assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert "make room" in one_line(capsys)
     asked = len(kaggle.asked)
     extract, done = zipfile.ZipFile.extract, []
@@ -271,10 +279,10 @@ def test_an_interrupted_unpacking_needs_no_second_download(
 
     with monkeypatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "extract", failing)
-        assert main(["data", "--work", str(home)]) == 2
+        assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert "No space left" in one_line(capsys)
     assert [path.name for path in (target / ".download").iterdir() if path.name != "partial"] == [f"{COMPETITION}.zip"]
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert len(kaggle.asked) == asked
     assert_complete(target, data)
 
@@ -292,11 +300,11 @@ def test_parts_that_vanish_during_an_install_are_unpacked_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", interrupted)
-        assert main(["data", "--work", str(home)]) == 130
+        assert main(["kaggle", "download", "--work", str(home)]) == 130
     for path in (target / "test", target / "sample_submission.csv"):
         assert path.exists()
         path.rename(home / path.name)
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert_complete(target, data)
 
 
@@ -305,7 +313,7 @@ def test_an_existing_part_is_refused_before_the_download(
     kaggle: Kaggle, home: Path, target: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (target / name).mkdir(parents=True)
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     err = one_line(capsys)
     assert f"{target / name}: exists already" in err
     assert "move it away" in err
@@ -320,12 +328,12 @@ def test_another_existing_file_is_not_overwritten(
     kaggle.archive = zipped(data.root)
     target.mkdir(parents=True)
     (target / "dataset.json").write_text("own")
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert f"{target / 'dataset.json'}: exists already" in one_line(capsys)
     assert sorted(path.name for path in target.iterdir()) == [".download", "dataset.json"]
     asked = len(kaggle.asked)
     (target / "dataset.json").rename(home / "own.json")
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert len(kaggle.asked) == asked
     assert_complete(target, data)
 
@@ -336,16 +344,16 @@ def test_only_a_folder_can_be_the_target(
     kaggle.archive = zipped(data.root)
     target.parent.mkdir(parents=True)
     target.write_text("a file")
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert f"{target}: is a file or a broken link" in one_line(capsys)
     assert target.read_text() == "a file"
     target.unlink()
     target.symlink_to(home / "disk")
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert f"{target}: is a file or a broken link" in one_line(capsys)
     assert kaggle.asked == []
     (home / "disk").mkdir()
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert_complete(home / "disk", data)
 
 
@@ -357,13 +365,13 @@ def test_a_damaged_archive_is_downloaded_again(
     changed[len(changed) // 2] ^= 255
     for content in (whole[: len(whole) // 2], bytes(changed)):
         kaggle.archive = content
-        assert main(["data", "--work", str(home)]) == 2
+        assert main(["kaggle", "download", "--work", str(home)]) == 2
         err = one_line(capsys)
         assert "damaged" in err
         assert "downloads it again" in err
         assert list(target.iterdir()) == []
     kaggle.archive = whole
-    assert main(["data", "--work", str(home)]) == 0
+    assert main(["kaggle", "download", "--work", str(home)]) == 0
     assert_complete(target, data)
 
 
@@ -386,7 +394,7 @@ def test_on_a_terminal_a_failure_is_one_line_after_the_progress(
         terminal, end = os.openpty()
         with os.fdopen(end, "w") as stderr, monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", stderr)
-            assert main(["data", "--work", str(home)]) == (0 if status == 302 else 2)
+            assert main(["kaggle", "download", "--work", str(home)]) == (0 if status == 302 else 2)
         shown = read_terminal(terminal)
         assert expected in shown
         assert len([line for line in shown.split("\n") if line.strip()]) == 1
@@ -398,7 +406,7 @@ def test_no_member_leads_out_of_the_archive(name: str, data: Data, tmp_path: Pat
     archive.write_bytes(zipped(data.root))
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr(name, "id,label\n")
-    with pytest.raises(ArchiveError, match=r"lead out of it: 1 "):
+    with pytest.raises(ArchiveError, match=r"outside of it: 1 "):
         unpack(archive, tmp_path / "unpacked" / "here")
     assert not (tmp_path / "unpacked").exists()
 
@@ -412,12 +420,12 @@ def test_an_archive_that_lies_is_refused(data: Data, tmp_path: Path, monkeypatch
     # The directory's offset, six bytes before the end, leads to before the file.
     nowhere = whole[:-6] + (int.from_bytes(whole[-6:-2], "little") + 1000).to_bytes(4, "little") + whole[-2:]
     for content, expected in (
-        (buffer.getvalue(), r"twice: 7 .* and 2 more"),
+        (buffer.getvalue(), r"duplicate members: 7 .* and 2 more"),
         (nowhere, "damaged"),
         (whole, "would unpack to"),
     ):
         (tmp_path / "liar.zip").write_bytes(content)
-        monkeypatch.setattr("pcam_kaggle.kaggle.client.MOST_BYTES", 1000 if content is whole else 10**9)
+        monkeypatch.setattr("pcam_kaggle.kaggle.archive.MOST_BYTES", 1000 if content is whole else 10**9)
         with pytest.raises(ArchiveError, match=expected) as error:
             unpack(tmp_path / "liar.zip", tmp_path / "unpacked")
         assert len(error.value.details) == (7 if content == buffer.getvalue() else 0)
@@ -437,7 +445,7 @@ STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumbe
 
 def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["SaveKernel"] = STARTED
-    assert main(["kernel", "push", "-e", "quick", "--hours", "2", "--goes-on"]) == 0
+    assert main(["kaggle", "push", "-e", "quick", "--hours", "2", "--resume"]) == 0
     sent = kaggle.bodies["SaveKernel"]
     assert sent["slug"] == f"someone/{KERNEL}"
     assert sent["kernelDataSources"] == [f"someone/{KERNEL}"]
@@ -470,11 +478,11 @@ def assert_recipe(capsys: pytest.CaptureFixture[str], recipe: str) -> str:
 
 
 COMMANDS = {
-    "DownloadDataFiles": ["data"],
-    "ListSubmissions": ["leaderboard"],
-    "SaveKernel": ["kernel", "push"],
-    "GetKernelSessionStatus": ["kernel", "status"],
-    "ListKernelSessionOutput": ["kernel", "output"],
+    "DownloadDataFiles": ["kaggle", "download"],
+    "ListSubmissions": ["kaggle", "leaderboard"],
+    "SaveKernel": ["kaggle", "push"],
+    "GetKernelSessionStatus": ["kaggle", "status"],
+    "ListKernelSessionOutput": ["kaggle", "output"],
 }
 RULES_FIRST = {"code": 403, "message": "You must accept this competition's rules before you'll be able to download files."}
 
@@ -536,14 +544,15 @@ def test_what_kaggle_says_of_other_failures_is_shown(
 def test_sources_that_kaggle_left_out_are_an_error(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unknown = [f"someone/weights-{number}" for number in range(7)]
     kaggle.replies["SaveKernel"] = STARTED | {"invalidDatasetSources": unknown, "invalidCompetitionSources": [COMPETITION]}
-    assert main(["kernel", "push", "--work", str(home)]) == 2
+    assert main(["kaggle", "push", "--work", str(home)]) == 2
     err = one_line(capsys)
     assert "left out 8 of the sources" in err
     assert "someone/weights-4 and 3 more" in err
     assert STARTED["url"] in err
 
 
-@pytest.mark.parametrize("command", [["data"], ["kernel", "push"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["kaggle", "download"], ["kaggle", "push"]])
 @pytest.mark.parametrize("credentials", ["legacy", "token"])
 @pytest.mark.parametrize("proxy", [True, False])
 def test_a_server_that_cannot_be_reached_is_no_matter_of_credentials(
@@ -568,13 +577,13 @@ def test_a_server_that_cannot_be_reached_is_no_matter_of_credentials(
     assert ("proxy" in err) == proxy
 
 
-@pytest.mark.parametrize("command", [["kernel", "push"], ["kernel", "status"], ["data"], ["leaderboard"]])
+@pytest.mark.parametrize("command", ["push", "status", "download", "leaderboard"])
 def test_missing_credentials_are_one_line(
-    kaggle: Kaggle, command: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kaggle: Kaggle, command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("KAGGLE_KEY")
-    assert main([*command, "--work", str(home)]) == 2
+    assert main(["kaggle", command, "--work", str(home)]) == 2
     assert_recipe(capsys, TOKEN)
     assert kaggle.asked == []
 
@@ -591,7 +600,7 @@ def test_a_token_is_enough(
     else:
         monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     kaggle.replies |= {"IntrospectToken": {"active": True, "username": "somebody"}, "SaveKernel": STARTED}
-    assert main(["kernel", "push"]) == 0
+    assert main(["kaggle", "push"]) == 0
     assert kaggle.bodies["SaveKernel"]["slug"] == f"somebody/{KERNEL}"
     assert kaggle.credentials == {"Bearer"}
     assert "successfully pushed" in capsys.readouterr().out
@@ -605,7 +614,7 @@ def test_a_bad_token_is_told_as_bad_credentials(
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     kaggle.replies["IntrospectToken"] = reply
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert_recipe(capsys, TOKEN)
 
 
@@ -614,14 +623,14 @@ def test_a_failure_of_kaggle_on_login_is_not_told_as_bad_credentials(
 ) -> None:
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     kaggle.replies["IntrospectToken"] = 503
-    assert main(["data", "--work", str(home)]) == 2
+    assert main(["kaggle", "download", "--work", str(home)]) == 2
     assert_recipe(capsys, LATER)
 
 
 @pytest.mark.parametrize("reply", [{"submissions": []}, {}])
 def test_no_submissions_are_no_error(kaggle: Kaggle, reply: Reply, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["ListSubmissions"] = reply
-    assert main(["leaderboard", "--work", str(home)]) == 0
+    assert main(["kaggle", "leaderboard", "--work", str(home)]) == 0
     assert "scores of none" in capsys.readouterr().out
 
 
@@ -629,23 +638,22 @@ def test_a_table_of_scores_in_another_form_is_an_error(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pcam_kaggle.kaggle.client._ask", lambda *_: "reference;score\n1;0.5\n")
-    assert main(["leaderboard", "--work", str(home)]) == 2
+    assert main(["kaggle", "leaderboard", "--work", str(home)]) == 2
     assert "1;0.5" in one_line(capsys)
 
 
 def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies |= {"GetKernelSessionStatus": {"status": "COMPLETE"}, "ListKernelSessionOutput": {"log": "fold 0"}}
-    assert main(["kernel", "status"]) == 0
+    assert main(["kaggle", "status"]) == 0
     assert "COMPLETE" in capsys.readouterr().out
-    assert main(["kernel", "logs"]) == 0
+    assert main(["kaggle", "logs"]) == 0
     assert "fold 0" in capsys.readouterr().out
 
 
 @pytest.fixture
-def session(pcam: Callable[..., Outcome], tmp_path: Path) -> Path:
+def session(finished_run: Path, tmp_path: Path) -> Path:
     """Return the folder that a session on Kaggle has saved: a run of three folds."""
-    assert pcam("pipeline").status == 0
-    return (tmp_path / "work").rename(tmp_path / "session")
+    return finished_run.rename(tmp_path / "session")
 
 
 def saved(kaggle: Kaggle, session: Path) -> None:
@@ -660,7 +668,7 @@ def test_what_a_session_made_comes_home(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)
-    assert main(["kernel", "output", "--work", str(home)]) == 0
+    assert main(["kaggle", "output", "--work", str(home)]) == 0
     assert "make submit EXPERIMENT=bottleneck" in capsys.readouterr().out
     for path in session.rglob("*"):
         if path.is_file() and path.parts[len(session.parts)] in ("runs", "submissions") and path.parent.name != "events":
@@ -673,7 +681,7 @@ def test_what_a_session_made_comes_home(
     capsys.readouterr()
     again = pcam("pipeline")
     assert again.status == 0, again.err
-    assert "(kept)" in next(line for line in again.out.splitlines() if line.startswith("train"))
+    assert "(up to date)" in next(line for line in again.out.splitlines() if line.startswith("train"))
     assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == (
         session / "submissions" / "bottleneck.csv"
     ).read_bytes()
@@ -687,7 +695,7 @@ def test_a_damaged_output_does_not_come_home(
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     saved(kaggle, session)
     capsys.readouterr()
-    assert main(["kernel", "output", "--work", str(home)]) == 2
+    assert main(["kaggle", "output", "--work", str(home)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0] in err
@@ -698,12 +706,12 @@ def test_another_config_does_not_come_home(
     kaggle: Kaggle, session: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)
-    assert main(["kernel", "output", "--work", str(home)]) == 0
+    assert main(["kaggle", "output", "--work", str(home)]) == 0
     config = home / "runs" / "bottleneck" / "config.json"
     config.write_text(config.read_text().replace('"seed": 42', '"seed": 43'))
     before = config.read_bytes()
     capsys.readouterr()
-    assert main(["kernel", "output", "--work", str(home)]) == 2
+    assert main(["kaggle", "output", "--work", str(home)]) == 2
     assert "another config" in capsys.readouterr().err
     assert config.read_bytes() == before
 
@@ -717,7 +725,7 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
         "StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")},
         "CreateSubmission": {"message": f"Successfully submitted to {COMPETITION}"},
     }
-    assert main(["submit", "--work", str(session)]) == 0
+    assert main(["kaggle", "submit", "--work", str(session)]) == 0
     assert kaggle.put == file.read_bytes()
     description = kaggle.bodies["CreateSubmission"]["submissionDescription"]
     made = json.loads(file.with_suffix(".json").read_text())
@@ -728,26 +736,26 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
         {"ref": 1, "fileName": "bottleneck.csv", "description": description, "publicScore": "0.9512", "privateScore": ""},
     ]
     kaggle.replies["ListSubmissions"] = {"submissions": rows}
-    assert main(["leaderboard", "--work", str(session)]) == 0
+    assert main(["kaggle", "leaderboard", "--work", str(session)]) == 0
     made = json.loads(file.with_suffix(".json").read_text())
     assert (made["public_score"], made["private_score"]) == (0.9512, None)
     rows[1]["privateScore"] = "0.9401"
-    assert main(["leaderboard", "--work", str(session)]) == 0
+    assert main(["kaggle", "leaderboard", "--work", str(session)]) == 0
     assert json.loads(file.with_suffix(".json").read_text())["private_score"] == 0.9401
     assert "0.9401" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "printed"),
     [({"message": "Submission not allowed: limit reached"}, "limit reached"), (400, "400"), (None, "onnection")],
 )
 def test_a_submission_that_kaggle_refuses_is_one_line(
-    kaggle: Kaggle, session: Path, reply: dict[str, Any] | int | None, said: str, capsys: pytest.CaptureFixture[str]
+    kaggle: Kaggle, session: Path, reply: dict[str, Any] | int | None, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kaggle.replies |= {"StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")}, "CreateSubmission": reply}
     capsys.readouterr()
-    assert main(["submit", "--work", str(session)]) == 2
-    assert said in one_line(capsys)
+    assert main(["kaggle", "submit", "--work", str(session)]) == 2
+    assert printed in one_line(capsys)
 
 
 def test_what_was_changed_since_its_validation_is_not_sent(
@@ -756,6 +764,6 @@ def test_what_was_changed_since_its_validation_is_not_sent(
     with (session / "submissions" / "bottleneck.csv").open("a") as file:
         file.write("x,0.5\n")
     capsys.readouterr()
-    assert main(["submit", "--work", str(session)]) == 2
+    assert main(["kaggle", "submit", "--work", str(session)]) == 2
     assert "has changed" in capsys.readouterr().err
     assert kaggle.asked == []

@@ -1,4 +1,4 @@
-"""The platform: its client, the notebook, submissions and their scores.
+"""The platform: its client, the competition's archive, the notebook, submissions and their scores.
 
-Everything else works without an account.
+Nothing outside of this package talks to Kaggle.
 """

@@ -1,4 +1,4 @@
-"""The file that Kaggle takes, and beside it what it was made of."""
+"""The file that Kaggle takes, and beside it what it was made from."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
-from pcam_kaggle.data.csv_io import read_numbers, read_sample
+from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, sha256, write_csv, write_json
+from pcam_kaggle.data.csv_io import read_sample
 from pcam_kaggle.runs.provenance import commit, versions
+from pcam_kaggle.runs.run import Run
 
-PROVENANCE: dict[str, type] = {
+SCORE: dict[str, type] = {
     "members": dict,
     "method": str,
     "pooled": dict,
@@ -21,29 +22,48 @@ PROVENANCE: dict[str, type] = {
 }
 
 
-def submit(run: Path, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
-    """Write the blend in folder `run` as the submission `target` and a JSON beside it; return it and whether it is new.
+def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
+    """Write the blended test predictions of `run` as a submission, and a JSON file with their provenance beside it.
 
-    Columns id and label, a probability; exactly the ids of `sample` in its order. Raises UserError where ids differ, where a
-    value is not in [0, 1] or all are the same, and where `target` holds another submission.
+    Args:
+        run: A blended run.
+        sample: The competition's sample submission.
+        target: The CSV file to write.
+
+    Returns:
+        Columns id and label (a probability), with exactly the ids of `sample` in their order, and whether they are new.
+
+    Raises:
+        UserError: Ids differ, a value is not in [0, 1], all values are the same, or `target` is another submission.
     """
-    metrics = read_json(run / "metrics.json", **PROVENANCE, test_sha256=str)
-    if file_sha256(run / "test.csv") != metrics["test_sha256"]:
-        raise UserError(f"{run / 'test.csv'}: has changed since it was blended; run `python -m pcam_kaggle blend`")
-    table = submission(read_numbers(run / "test.csv", ["probability"]), read_sample(sample)["id"], run / "test.csv", sample)
+    test, metrics = run.test(), run.blend_metrics(**SCORE)
+    table = submission(test, read_sample(sample)["id"], run.folder, sample)
     digest = sha256(csv_bytes(table))
     beside = target.with_suffix(".json")
     if target.exists() and file_sha256(target) != digest:
-        raise UserError(f"{target}: holds another submission, which is kept; use --name for a new one, or delete it")
+        raise UserError(f"{target}: holds another submission, which is not replaced; use --name for a new one, or delete it")
     if target.exists() and beside.exists():
         return table, False
-    write_json(beside, {"sha256": digest, **_provenance(run, metrics)})
+    write_json(beside, {"sha256": digest, **_provenance(run.name, metrics)})
     write_csv(target, table)
     return table, True
 
 
 def submission(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -> pd.DataFrame:
-    """Return `test` (id, probability) as id, label in the order of `ids`; raises UserError as `submit` does."""
+    """Return the predictions `test` in the form of a submission.
+
+    Args:
+        test: Columns id and probability.
+        ids: The ids of the sample submission.
+        source: Where `test` comes from, for messages.
+        sample: Where `ids` come from, for messages.
+
+    Returns:
+        Columns id and label, in the order of `ids`.
+
+    Raises:
+        UserError: As `write_submission`.
+    """
     values = test.set_index("id")["probability"]
     missing, extra = ids[~ids.isin(values.index)], values.index[~values.index.isin(ids)]
     if len(missing):
@@ -66,9 +86,9 @@ def submission(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -
     return table
 
 
-def _provenance(run: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def _provenance(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
-        "run": run.name,
+        "run": name,
         "members": metrics["members"],
         "method": metrics["method"],
         "oof_auc": metrics["pooled"],

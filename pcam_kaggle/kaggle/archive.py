@@ -1,0 +1,138 @@
+"""The competition's archive: downloaded, verified and unpacked; each step resumes."""
+
+import errno
+import os
+import shutil
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from pcam_kaggle import UserError, examples
+from pcam_kaggle.config.logs import progress
+from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.data.layout import COMPETITION, Data
+from pcam_kaggle.kaggle.client import download_archive
+
+# Contents of the competition's archive.
+PARTS = ("test/", "train/", "sample_submission.csv", "train_labels.csv")
+# Twice the size of the competition's files.
+MOST_BYTES = 16 * 10**9
+# Errors for impossible offsets and names, which only a damaged archive has.
+DAMAGE = (errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
+class ArchiveError(UserError):
+    """The archive is damaged or not the competition's, and has to be downloaded again."""
+
+
+def download(data: Data) -> bool:
+    """Download, verify and unpack the competition into the folder of `data`; an interrupted call is resumed.
+
+    Unfinished work is in its hidden folder `.download`, on the same file system: a partial download, which the client resumes,
+    then the archive, then the verified files. These are moved to their places with train_labels.csv last: its presence means
+    that the data are complete. Other files in the folder of `data` are not touched.
+
+    Returns:
+        False if the data were complete already.
+
+    Raises:
+        UserError: The client is missing or fails, the archive is damaged (it is then deleted) or does not fit on the disk, or
+            a file or folder that the archive contains exists already, which is checked before the download.
+    """
+    waiting = data.root / ".download"
+    if data.labels.is_file():
+        shutil.rmtree(waiting, ignore_errors=True)
+        return False
+    if os.path.lexists(data.root) and not data.root.is_dir():
+        raise UserError(f"{data.root}: is a file or a broken link; move it away")
+    with locked(data.root):
+        unpacked = waiting / "unpacked"
+        if not _installable(unpacked, data):
+            shutil.rmtree(unpacked, ignore_errors=True)
+            _refuse_existing(data.root / part for part in PARTS)
+            _fetch(waiting, unpacked)
+        parts = sorted(unpacked.iterdir(), key=lambda part: (part.name == data.labels.name, part.name))
+        _refuse_existing(data.root / part.name for part in parts)
+        for part in parts:
+            part.rename(data.root / part.name)
+        shutil.rmtree(waiting)
+    return True
+
+
+def _installable(unpacked: Path, data: Data) -> bool:
+    """Return whether `unpacked`, with what an earlier call moved from there, is the complete competition."""
+    return (unpacked / data.labels.name).is_file() and all(
+        (unpacked / part).exists() or (data.root / part).exists() for part in PARTS
+    )
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    existing = [str(path) for path in paths if os.path.lexists(path)]
+    if existing:
+        raise UserError(f"{examples(existing)}: exists already and was not downloaded by this program; move it away", existing)
+
+
+def _fetch(waiting: Path, unpacked: Path) -> None:
+    """Download the archive if necessary, and unpack it; the folder `unpacked` exists once all files are verified."""
+    archive, partial, unpacking = waiting / f"{COMPETITION}.zip", waiting / "partial", waiting / "unpacking"
+    if not archive.is_file():
+        download_archive(partial).rename(archive)
+    shutil.rmtree(unpacking, ignore_errors=True)
+    try:
+        unpack(archive, unpacking)
+        unpacking.rename(unpacked)
+    except ArchiveError as error:
+        shutil.rmtree(waiting)
+        raise UserError(f"{error}; it is deleted, and the next call downloads it again", error.details) from None
+    finally:
+        shutil.rmtree(unpacking, ignore_errors=True)
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack the ZIP `archive` into the new folder `target`, whose parent exists, verifying checksums.
+
+    Raises:
+        ArchiveError: The archive is damaged, has a member outside of `target` or twice, is far larger than the competition, or
+            lacks one of its parts.
+        UserError: The disk is full or fails.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            names = file.namelist()
+            size = sum(member.file_size for member in file.infolist())
+            _verify(archive.name, names, size)
+            free = shutil.disk_usage(target.parent).free
+            if size > free:
+                raise UserError(
+                    f"{target.parent}: {archive.name} needs {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; make room "
+                    "and run the command again, which does not download it again"
+                )
+            for name in progress(names, "unpack"):
+                file.extract(name, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ArchiveError(f"{archive.name}: damaged ({error})") from None
+    except OSError as error:
+        if error.errno in DAMAGE:
+            raise ArchiveError(f"{archive.name}: damaged ({error.strerror})") from None
+        raise UserError(
+            f"{archive}: cannot be unpacked ({error.strerror or error}); fix that and run the command again"
+        ) from None
+
+
+def _verify(archive: str, names: list[str], size: int) -> None:
+    """Raise ArchiveError unless the members `names`, `size` bytes in total, can be the competition's."""
+    if size > MOST_BYTES:
+        raise ArchiveError(f"{archive}: would unpack to {size / 1e9:,.0f} GB, so it is not the competition's")
+    paths = {name: PurePosixPath(name) for name in names}
+    outside = [repr(name) for name, path in paths.items() if path.is_absolute() or ".." in path.parts or "\\" in name]
+    if outside:
+        raise ArchiveError(f"{archive}: members outside of it: {len(outside):,} ({examples(outside)})", outside)
+    repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ArchiveError(f"{archive}: duplicate members: {len(repeated):,} ({examples(repeated)})", repeated)
+    present = {*names, *(f"{path.parts[0]}/" for path in paths.values() if len(path.parts) > 1)}
+    missing = [part for part in PARTS if part not in present]
+    if missing:
+        raise ArchiveError(f"{archive}: lacks {examples(missing)}, so it is not the competition's")
