@@ -1,25 +1,24 @@
-"""The report: one file, whole, with every figure, in a real browser; and the map of what a net looked at."""
+"""The report: one self-contained file with all figures, checked in a browser; and Grad-CAM."""
 
 import html
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Outcome
+from conftest import run_quietly, run_tiny
 from torch import Tensor, nn
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.report.curves import Reference, learning, precision_recall, roc
-from pcam_kaggle.report.figures import calibration_error, correlation, cv_against_lb, histogram, reliability, slide_aucs
+from pcam_kaggle.report.figures import calibration_error, correlation, cv_versus_lb, histogram, reliability, slide_aucs
 from pcam_kaggle.report.grad_cam import feature_module, grad_cam
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
@@ -28,20 +27,20 @@ MOST_BYTES = 3_000_000
 FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
     *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
-    *("AUC of other by slide", "Heat map of the correlation between runs", "Kaggle's scores against the OOF AUC"),
+    *("AUC of other by slide", "Correlation between runs", "Kaggle scores versus OOF AUC"),
 ]
 
 
-@pytest.fixture
-def workspace(data: object, pcam: Callable[..., Outcome], tmp_path: Path) -> Workspace:
-    """Return a workspace with slides, two finished runs, one of one fold, one damaged, and a ledger with scores."""
-    ids = pd.read_csv(tmp_path / "data" / "train_labels.csv")["id"]
+@pytest.fixture(scope="module")
+def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the data and the workspace of `workspace`, which no test may change."""
+    root = tmp_path_factory.mktemp("reported")
+    data, work = Data(shutil.copytree(shared_data.root, root / "data")), root / "work"
+    ids = pd.read_csv(data.labels)["id"]
     slides = pd.DataFrame({"id": ids, "wsi": [f"slide_{n // 4}" for n in range(len(ids))]})
-    slides.to_csv(tmp_path / "data" / "patch_id_wsi.csv", index=False)
+    slides.to_csv(data.root / "patch_id_wsi.csv", index=False)
     for arguments in ([], ["--set", "lr=0.01", "--name", "other"], ["--name", "half", "--folds", "0"]):
-        outcome = pcam("pipeline", *arguments)
-        assert outcome.status == 0, outcome.err
-    work = tmp_path / "work"
+        run_quietly(data, work, *arguments)
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
     (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
     scores = {
@@ -51,7 +50,14 @@ def workspace(data: object, pcam: Callable[..., Outcome], tmp_path: Path) -> Wor
         "private_score": [np.nan, 0.6],
     }
     pd.DataFrame(scores).to_csv(work / "submissions" / "ledger.csv", index=False)
-    return Workspace(work, work / "store")
+    return root
+
+
+@pytest.fixture
+def workspace(shared_reported: Path, tmp_path: Path) -> Workspace:
+    """Return a workspace with slides, two finished runs, one of one fold, one damaged, and a ledger with scores."""
+    shutil.copytree(shared_reported, tmp_path, dirs_exist_ok=True)
+    return Workspace(tmp_path / "work", tmp_path / "work" / "store")
 
 
 def made(workspace: Workspace, *names: str, slides: Path | None = None) -> str:
@@ -63,13 +69,13 @@ def made(workspace: Workspace, *names: str, slides: Path | None = None) -> str:
 
 
 def alternatives(page: str) -> list[str]:
-    """Return the text alternative of every figure in `page`, each of which must have one."""
+    """Return the text alternatives of all figures in `page`; each figure must have one."""
     found = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
     assert len(found) == page.count("<svg")
     return [html.unescape(text) for text in found]
 
 
-def test_the_report_holds_every_figure_and_nothing_from_outside(workspace: Workspace) -> None:
+def test_the_report_has_all_figures_and_no_external_references(workspace: Workspace) -> None:
     page = made(workspace)
     assert len(page.encode()) < MOST_BYTES
     texts = alternatives(page)
@@ -89,20 +95,21 @@ def test_the_report_holds_every_figure_and_nothing_from_outside(workspace: Works
     assert used <= set(ids)
     assert "aria-sort" in page
     assert "Left out" not in page
+    assert "Not available" not in page
 
 
-def test_what_can_not_be_scored_stands_in_the_table_with_its_reason(workspace: Workspace) -> None:
+def test_runs_that_cannot_be_scored_are_listed_with_the_reason(workspace: Workspace) -> None:
     page = made(workspace)
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("</tr>")]
-    assert any(row.startswith("half unfinished: folds 1, 2 are to be trained") for row in rows)
-    assert any(row.startswith("broken damaged: oof.csv") for row in rows)
+    assert any(row.startswith("half unfinished: folds 1, 2 lack predictions") for row in rows)
+    assert any(re.match(r"broken damaged: \S*oof\.csv: not what metrics\.json describes", row) for row in rows)
     assert page.index("<li>") < page.index("<table>")
 
 
-def test_what_is_lacking_is_said(workspace: Workspace) -> None:
+def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     page = made(workspace, "bottleneck")
-    assert "takes two runs" in page
+    assert "needs two runs" in page
     (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
     (workspace.submissions / "ledger.csv").write_text("name\n")
     for file in workspace.folds.iterdir():
@@ -113,21 +120,21 @@ def test_what_is_lacking_is_said(workspace: Workspace) -> None:
     apart = workspace.root / "map.csv"
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
-    for reason in ("no such checkpoint", "ledger.csv can&#39;t be read", "knows slides"):
+    for reason in ("no such checkpoint", "ledger.csv can&#39;t be read", "no slides with patches of both labels"):
         assert reason in page
     shutil.rmtree(workspace.store)
     assert "no patch store" in made(workspace, "bottleneck", slides=apart)
 
 
-def test_a_blend_has_no_net_to_look_into(pcam: Callable[..., Outcome], workspace: Workspace) -> None:
-    outcome = pcam("blend", "bottleneck", "other", "--name", "both")
-    assert outcome.status == 0, outcome.err
+def test_a_blend_has_no_grad_cam(workspace: Workspace) -> None:
+    data = Data(workspace.root.with_name("data"))
+    assert run_tiny(data, workspace.root, "blend", "bottleneck", "other", "--name", "both") == 0
     page = made(workspace, "both")
     assert "both is a blend, which has no net of its own" in page
     assert "a blend trains nothing" in page
 
 
-def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
+def test_names_are_escaped(tmp_path: Path) -> None:
     oof = pd.DataFrame({"id": list("abcd"), "label": [0, 1, 0, 1], "fold": [0, 0, 1, 1], "probability": [0.1, 0.9, 0.6, 0.4]})
     estimate = {"value": 0.5, "low": 0.0, "high": 1.0}
     metrics = {"fold_auc": [1.0, 0.0], "mean": 0.5, "sd": 0.7, "pooled": estimate, "ranked": estimate}
@@ -138,9 +145,10 @@ def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
     assert any('<script>"&' in text for text in alternatives(page))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_it_without_an_error(workspace: Workspace, width: int, dark: bool, tmp_path: Path) -> None:
+def test_a_browser_renders_the_report_without_errors(workspace: Workspace, width: int, dark: bool, tmp_path: Path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium here")
@@ -199,9 +207,9 @@ def test_figures_of_all_patches_are_small() -> None:
     assert "-1.000" in plots[-1].svg
 
 
-def test_what_has_no_rank_correlation_is_not_a_number() -> None:
+def test_an_undefined_rank_correlation_is_not_printed_as_nan() -> None:
     ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": 0.5, "public_score": [0.2, 0.1, 0.3, 0.4], "private_score": np.nan})
-    assert cv_against_lb(ledger).caption.endswith("Spearman's rank correlation n/a (all scores equal).")
+    assert cv_versus_lb(ledger).caption.endswith("Spearman's rank correlation n/a (all scores equal).")
     values = np.stack([np.arange(9.0), -np.arange(9.0), np.ones(9)])
     some, none = correlation(["a", "b", "constant"], values), correlation(["a", "constant"], values[::2])
     assert "-1.000 to -1.000;" in some.caption
@@ -217,20 +225,20 @@ def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
     assert calibration_error(1 - labels, probabilities) == pytest.approx(0.6)
 
 
-def test_slides_of_one_label_are_left_out() -> None:
+def test_slides_with_one_label_are_excluded() -> None:
     oof = pd.DataFrame({"id": list("abcdef"), "label": [0, 1, 0, 1, 0, 0], "probability": [0.1, 0.9, 0.6, 0.4, 0.5, 0.5]})
     slides = pd.DataFrame({"id": list("abcdef"), "wsi": ["one", "one", "two", "two", "three", "three"]})
     plot = slide_aucs("run", oof, slides)
     assert plot
     assert "2 slides, median 0.5000" in plot.caption
-    assert "lowest 0.0000 (two); left out for having one label only: 1." in plot.caption
+    assert "lowest 0.0000 (two); excluded, with one label only: 1." in plot.caption
     assert slide_aucs("run", oof, slides.iloc[4:]) is None
 
 
-def test_the_ledger_is_ranked_from_four_submissions_on() -> None:
+def test_rank_correlation_needs_four_submissions() -> None:
     ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": [0.1, 0.2, 0.3, 0.4], "public_score": [0.2, 0.1, 0.3, 0.4]})
     ledger["private_score"] = [np.nan, 0.1, 0.2, 0.3]
-    caption = cv_against_lb(ledger).caption
+    caption = cv_versus_lb(ledger).caption
     assert caption == "Public: 4 submissions, Spearman's rank correlation 0.80; private: 3 submissions."
 
 
@@ -240,7 +248,7 @@ def test_a_learning_curve_names_its_best_epoch() -> None:
 
 
 class Darkness(nn.Module):
-    """A net whose logit is how much of an image is dark; a second channel answers to what is bright and is not read."""
+    """A net whose logit is the mean darkness of the image; a second channel for brightness has zero weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +265,7 @@ class Darkness(nn.Module):
 
 
 @pytest.mark.parametrize(("top", "left"), [(8, 40), (32, 16), (48, 48)])
-def test_the_map_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
+def test_grad_cam_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
     images = torch.ones(1, 3, 64, 64)
     images[..., top : top + 8, left : left + 8] = 0
     heat = grad_cam(Darkness().eval(), images, torch.ones(1))[0]
@@ -270,7 +278,7 @@ def test_the_map_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
     assert not grad_cam(Darkness().eval(), images, -torch.ones(1)).any()
 
 
-def test_the_map_leaves_the_net_as_it_was(tiny: Config) -> None:
+def test_grad_cam_does_not_change_the_net(tiny: Config) -> None:
     net = BottleneckCNN(tiny.n_blocks, tiny.width, side=tiny.side, hidden=tiny.hidden).eval()
     images = torch.rand(3, 3, 32, 32)
     before = net(images)

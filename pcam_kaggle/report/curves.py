@@ -1,25 +1,22 @@
-"""The curves of a run: ROC and precision-recall with their range over folds, and what training made of it by epoch."""
+"""Curves of a run: ROC and precision-recall with their range over folds, and learning curves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-from pcam_kaggle.report.svg import FIRST, GREY, HEIGHT, STYLE, WIDTH, Plot, make_plot, panel
-from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.report.svg import GREY, HEIGHT, PRIMARY, STYLE, WIDTH, Plot, make_plot, panel
+from pcam_kaggle.scoring.metrics import Floats, Labels, auc
 
-Floats = NDArray[np.float64]
-Labels = NDArray[np.integer]
 POINTS = 200
 
 
 class Reference(NamedTuple):
-    """The baseline's OOF table, drawn in grey behind another run's."""
+    """The name and the OOF table of the baseline, drawn in grey next to another run."""
 
     name: str
     oof: pd.DataFrame
@@ -27,7 +24,7 @@ class Reference(NamedTuple):
 
 @mpl.rc_context(STYLE)
 def roc(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
-    """Return the ROC curve of `oof` (label, fold, probability): mean over folds of the true positive rate, and its range."""
+    """Return the ROC curve of `oof` (label, fold, probability): mean and range over folds of the true positive rate."""
     grid = np.linspace(0, 1, POINTS) ** 2
 
     def curve(labels: Labels, scores: Floats) -> Floats:
@@ -35,17 +32,17 @@ def roc(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plo
         return np.concatenate([[0.0], np.interp(grid[1:], false, true)])
 
     area = auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
-    said = f"{name}: pooled AUC {area:.4f}."
-    axis = ("False positive rate", "True positive rate", "lower right")
-    return _banded(f"ROC curve of {name}", said, grid, curve, axis, oof, reference)
+    caption = f"{name}: pooled AUC {area:.4f}."
+    axes = ("False positive rate", "True positive rate")
+    return _mean_and_range(f"ROC curve of {name}", caption, grid, curve, axes, oof, reference)
 
 
 @mpl.rc_context(STYLE)
 def precision_recall(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
-    """Return the precision-recall curve of `oof` (label, fold, probability): mean over folds of the precision, and its range.
+    """Return the precision-recall curve of `oof` (label, fold, probability): mean and range over folds of the precision.
 
-    Precision at a recall is that of the highest threshold which reaches it; between thresholds nothing is interpolated, since
-    no classifier lies on such a line (Davis & Goadrich 2006).
+    The precision at a recall is that of the highest threshold that reaches it. Linear interpolation between thresholds would be
+    too optimistic (Davis & Goadrich 2006).
     """
     grid = 1 - np.linspace(1, 0, POINTS) ** 2
 
@@ -55,43 +52,42 @@ def precision_recall(name: str, oof: pd.DataFrame, reference: Reference | None =
         return precision[np.searchsorted(recall, grid - 1e-12)]
 
     average = average_precision_score(oof["label"], oof["probability"])
-    said = f"{name}: pooled average precision {average:.4f}, by chance {oof['label'].mean():.2f}."
-    return _banded(
-        f"Precision-recall curve of {name}", said, grid, curve, ("Recall", "Precision", "lower left"), oof, reference
-    )
+    caption = f"{name}: pooled average precision {average:.4f}, chance level {oof['label'].mean():.2f}."
+    axes = ("Recall", "Precision")
+    return _mean_and_range(f"Precision-recall curve of {name}", caption, grid, curve, axes, oof, reference)
 
 
 @mpl.rc_context(STYLE)
-def learning(name: str, logs: dict[int, pd.DataFrame]) -> Plot:
-    """Return valid AUC and train loss by epoch; `logs` holds per fold a table of epoch, train_loss and valid_auc."""
+def learning(name: str, logs: Mapping[int, pd.DataFrame]) -> Plot:
+    """Return validation AUC and training loss by epoch; `logs` has a table of epoch, train_loss, valid_auc for each fold."""
     figure = Figure((WIDTH, HEIGHT + 0.5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    for ax, column, label in zip(axes, ("valid_auc", "train_loss"), ("Valid AUC", "Train loss"), strict=True):
+    for ax, column, label in zip(axes, ("valid_auc", "train_loss"), ("Validation AUC", "Training loss"), strict=True):
         for log in logs.values():
-            ax.plot(log["epoch"], log[column], color=FIRST, alpha=0.45, linewidth=1, marker=".", markersize=3)
+            ax.plot(log["epoch"], log[column], color=PRIMARY, alpha=0.45, linewidth=1, marker=".", markersize=3)
         mean = pd.concat(logs.values()).groupby("epoch")[column].mean()
-        ax.plot(mean.index, mean, color=FIRST, linewidth=2)
+        ax.plot(mean.index, mean, color=PRIMARY, linewidth=2)
         ax.set_ylabel(label)
     axes[1].set_xlabel("Epoch")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
-    last = pd.concat(logs.values()).groupby("epoch")["valid_auc"].mean()
-    said = (
-        f"{name}: {len(logs)} fold{'s' if len(logs) > 1 else ''}, thin, and their mean, bold; mean valid AUC is highest "
-        f"({last.max():.4f}) after epoch {last.idxmax():.0f}."
+    best = pd.concat(logs.values()).groupby("epoch")["valid_auc"].mean()
+    caption = (
+        f"{name}: {len(logs)} fold{'s' if len(logs) > 1 else ''} (thin) and their mean (bold). The mean validation AUC peaks "
+        f"({best.max():.4f}) after epoch {best.idxmax():.0f}."
     )
-    return make_plot(figure, f"Learning curves of {name}", said)
+    return make_plot(figure, f"Learning curves of {name}", caption)
 
 
-def _banded(
+def _mean_and_range(
     title: str,
     caption: str,
     grid: Floats,
     curve: Callable[[Labels, Floats], Floats],
-    axis: tuple[str, str, str],
+    axes: tuple[str, str],
     oof: pd.DataFrame,
     reference: Reference | None,
 ) -> Plot:
-    """Return a figure of `curve` over `grid`: mean and range over the folds of `oof`, and the mean of `reference` in grey."""
+    """Plot `curve` on `grid`: mean and range over the folds of `oof`, and the mean over the folds of `reference`."""
 
     def folds(table: pd.DataFrame) -> Floats:
         parts = (part for _, part in table.groupby("fold"))
@@ -99,10 +95,10 @@ def _banded(
 
     figure, ax = panel()
     curves = folds(oof)
-    ax.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=FIRST, alpha=0.25, linewidth=0)
-    ax.plot(grid, curves.mean(axis=0), color=FIRST, linewidth=1.5)
+    ax.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
+    ax.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
     if reference:
         ax.plot(grid, folds(reference.oof).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
-        caption += f" Grey, dashed: {reference.name}."
-    ax.set(xlabel=axis[0], ylabel=axis[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        caption += f" Grey and dashed: {reference.name}."
+    ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     return make_plot(figure, title, caption)

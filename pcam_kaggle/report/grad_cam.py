@@ -1,4 +1,4 @@
-"""What a net looked at: Grad-CAM on its last feature map that still tells places apart."""
+"""Grad-CAM on the last feature map of a net with a useful resolution."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,52 +7,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# On a patch of 96 px a map of 3 x 3 says hardly more than left, middle or right.
-LEAST_SIDE = 4
+# On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
+MIN_SIDE = 4
 
 
 def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
-    """Return where `net` found what speaks for its answer: float32 (n, h, w) in [0, 1], for images (n, 3, h, w).
+    """Compute gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2).
 
-    Gradient-weighted class activation mapping (Selvaraju et al. 2017, equations 1 and 2) for the logit times `signs` (n,):
-    1 asks what speaks for tumour, -1 what speaks against it. Each map is divided by its maximum; one that is zero
-    everywhere stays so. The net must be in evaluation mode and return logits (n,).
+    Args:
+        net: A net in evaluation mode that returns logits (n,).
+        images: (n, 3, h, w).
+        signs: (n,), 1 to explain the class tumour, -1 to explain the class no tumour.
 
-    Raises ValueError where no module of the net returns a map of more than one position.
+    Returns:
+        Maps, float32 (n, h, w) in [0, 1], each divided by its maximum unless it is zero everywhere.
+
+    Raises:
+        ValueError: No module of the net returns a map of more than one position.
     """
     module = feature_module(net, images[:1])
-    kept: list[Tensor] = []
+    features: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        # A copy goes on, since the next layer may write into what it is given.
-        return kept[-1].clone()
+    def record(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        features.append(output.detach().requires_grad_())
+        # A copy, since the next layer may be in-place.
+        return features[-1].clone()
 
-    with torch.enable_grad(), _hooked([module], keep):
+    with torch.enable_grad(), _hooked([module], record):
         logits = net(images)
-        (gradient,) = torch.autograd.grad((logits * signs).sum(), kept[-1])
-    maps = (gradient.mean((2, 3), keepdim=True) * kept[-1].detach()).sum(1, keepdim=True).relu().float()
+        (gradient,) = torch.autograd.grad((logits * signs).sum(), features[-1])
+    maps = (gradient.mean((2, 3), keepdim=True) * features[-1].detach()).sum(1, keepdim=True).relu().float()
     maps = nn.functional.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return the module of `net` that is the last to return a map (n, channels, h, w) of at least 4 x 4 positions.
+    """Return the last module of `net` whose output is a map (n, channels, h, w) of at least 4 x 4 positions.
 
-    Where none does, the last with more than one position. Raises ValueError where there is none either.
+    Without one, return the last module with more than one position.
+
+    Raises:
+        ValueError: There is no such module.
     """
-    seen: list[tuple[int, nn.Module]] = []
+    outputs: list[tuple[int, nn.Module]] = []
 
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4:
-            seen.append((min(output.shape[2:]), module))
+            outputs.append((min(output.shape[2:]), module))
 
-    with torch.no_grad(), _hooked([module for module in net.modules() if module is not net], note):
+    with torch.no_grad(), _hooked([module for module in net.modules() if module is not net], record):
         net(images)
-    for least in (LEAST_SIDE, 2):
-        fitting = [module for side, module in seen if side >= least]
-        if fitting:
-            return fitting[-1]
+    for minimum in (MIN_SIDE, 2):
+        candidates = [module for side, module in outputs if side >= minimum]
+        if candidates:
+            return candidates[-1]
     raise ValueError("no module of the net returns a map of more than one position")
 
 

@@ -1,7 +1,6 @@
-"""The patches that a run is most wrong about, and what its nets looked at in them."""
+"""The patches with the largest errors of a run, with their Grad-CAM maps."""
 
 import base64
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,19 +13,20 @@ from numpy.typing import NDArray
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report.grad_cam import grad_cam
-from pcam_kaggle.training.augment import centre
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.augment import center_crop
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.train import load_best
+from pcam_kaggle.training.fold_state import load_best
 
 LABELLED_SIDE = 32
-WRONG_PER_LABEL = 6
-ENLARGED = 2
-HEAT = 0.6
+MISTAKES_PER_LABEL = 6
+SCALE = 2
+HEAT_OPACITY = 0.6
 JPEG_QUALITY = 85
 
 
 class Mistake(NamedTuple):
-    """A patch, as it is and under what the net looked at: JPEGs as data URIs."""
+    """A misclassified patch: `patch` and `overlay`, the patch under its Grad-CAM map, are JPEGs as data URIs."""
 
     id: str
     label: int
@@ -36,43 +36,51 @@ class Mistake(NamedTuple):
     overlay: str
 
 
-def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Path, store: PatchStore) -> list[Mistake]:
-    """Return the 6 patches with tumour that `oof` scores lowest, then the 6 without that it scores highest, worst first.
+def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: PatchStore) -> list[Mistake]:
+    """Return the 6 lowest-scored patches with tumour, then the 6 highest-scored without, worst first.
 
-    `oof` has id, label, fold, probability; `fields` are those of the config that the nets in folder `run` were trained with.
-    The map of each is of the plain patch under its own fold's net. Raises UserError where a checkpoint or a patch is missing.
+    The map of a patch comes from the net of its own fold, without TTA.
+
+    Args:
+        oof: Columns id, label, fold, probability.
+        fields: The fields of the run's config.
+        run: The run.
+        store: Has the train patches.
+
+    Raises:
+        UserError: A checkpoint or a patch is missing.
     """
     config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
     by_score = oof.sort_values(["probability", "id"])
-    missed = by_score[by_score["label"] == 1].head(WRONG_PER_LABEL)
-    raised = by_score[by_score["label"] == 0].tail(WRONG_PER_LABEL)[::-1]
-    chosen = pd.concat([missed, raised], ignore_index=True)
+    false_negatives = by_score[by_score["label"] == 1].head(MISTAKES_PER_LABEL)
+    false_positives = by_score[by_score["label"] == 0].tail(MISTAKES_PER_LABEL)[::-1]
+    chosen = pd.concat([false_negatives, false_positives], ignore_index=True)
     patches = store.images(store.rows("train", chosen["id"].to_numpy()))
     heat = np.zeros(patches.shape[:3], np.float32)
     for fold, part in chosen.groupby("fold"):
-        net = load_best(run / f"fold_{fold}", config, backend)
+        net = load_best(run.fold(fold), config, backend)
         inside = part.index.to_numpy()
-        images = backend.images(torch.from_numpy(centre(patches[inside], config.side)))
+        images = backend.images(torch.from_numpy(center_crop(patches[inside], config.side)))
         signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in part["probability"]])
         margin = (patches.shape[1] - config.side) // 2
-        seen = slice(margin, margin + config.side)
-        heat[inside, seen, seen] = grad_cam(net, images, signs).numpy()
+        crop = slice(margin, margin + config.side)
+        heat[inside, crop, crop] = grad_cam(net, images, signs).numpy()
     return [
-        Mistake(row.id, row.label, row.fold, row.probability, _jpeg(patch), _jpeg(patch, warmth))
-        for row, patch, warmth in zip(chosen.itertuples(), patches, heat, strict=True)
+        Mistake(row.id, row.label, row.fold, row.probability, _jpeg(patch), _jpeg(patch, heat_map))
+        for row, patch, heat_map in zip(chosen.itertuples(), patches, heat, strict=True)
     ]
 
 
 def _jpeg(patch: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> str:
-    """Return `patch` (96, 96, 3), under `heat` (96, 96) in [0, 1] if given, enlarged and with its centre square drawn in."""
+    """Return `patch` (96, 96, 3), enlarged, with the labelled centre marked and `heat` (96, 96) in [0, 1] overlaid if given."""
     image = patch.astype(np.float32)
     if heat is not None:
-        weight = HEAT * heat[..., None]
+        weight = HEAT_OPACITY * heat[..., None]
         image = (1 - weight) * image + weight * 255 * colormaps["viridis"](heat)[..., :3]
-    side = ENLARGED * len(patch)
+    side = SCALE * len(patch)
     picture = cv2.resize(image.clip(0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
-    start = (side - ENLARGED * LABELLED_SIDE) // 2
-    end = start + ENLARGED * LABELLED_SIDE - 1
+    start = (side - SCALE * LABELLED_SIDE) // 2
+    end = start + SCALE * LABELLED_SIDE - 1
     cv2.rectangle(picture, (start, start), (end, end), (0, 0, 0), 3)
     cv2.rectangle(picture, (start, start), (end, end), (255, 255, 255), 1)
     _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

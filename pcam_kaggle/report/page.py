@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that opens by double click: words, table, figures, and the patches it is most wrong about."""
+"""A comparison as one self-contained HTML file: conclusions, table, figures, and the largest errors of the baseline."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +12,25 @@ from pcam_kaggle.data.atomic_io import write
 from pcam_kaggle.data.folds import groups
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.kaggle.ledger import NAME as LEDGER
+from pcam_kaggle.kaggle.ledger import LEDGER_FILE
 from pcam_kaggle.report import curves, figures
 from pcam_kaggle.report.mistakes import LABELLED_SIDE, Mistake, most_wrong
 from pcam_kaggle.report.svg import Plot
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.compare import Comparison, Entry
-from pcam_kaggle.scoring.render import caption, shown_columns, table, verdicts
+from pcam_kaggle.scoring.render import caption, comparison_table, conclusions, display_table
 from pcam_kaggle.scoring.resampling import unit_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SCORES = ["public_score", "private_score"]
+FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 
 
 @dataclass(slots=True)
 class Section:
-    """A headed part of the report; `text` says what is seen, or why nothing is."""
+    """A section of the report; `text` describes its content, or gives the reason why there is none."""
 
-    name: str
+    anchor: str
     title: str
     text: str
     plots: list[Plot] = field(default_factory=list)
@@ -36,61 +38,67 @@ class Section:
 
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
-    """Write `comparison` to `target`, one HTML file without a link to any other, whole or not at all.
+    """Write `comparison` to the HTML file `target`, atomically and without references to other files.
 
-    What is lacking, a store, a checkpoint, slides or Kaggle's scores, is said in its section.
+    A section whose input is missing (patch store, checkpoints, slides, Kaggle scores) gives the reason instead.
     """
-    base, rows = comparison.base, table(comparison)
-    assert base.oof is not None
+    baseline, rows = comparison.baseline, comparison_table(comparison)
+    assert baseline.oof is not None
     by_name = {entry.name: entry for entry in comparison.entries}
-    ordered = [by_name[name] for name in rows["run"]]
-    shown = shown_columns(rows)
+    entries = [by_name[name] for name in rows["run"]]
+    shown = display_table(rows)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
+    patches = f"{len(baseline.oof):,} patches, {baseline.oof['label'].mean():.1%} with tumour"
     text = page.render(
-        base=base.name,
-        alone=len(ordered) == 1,
-        about=f"{len(base.oof):,} patches, {base.oof['label'].mean():.1%} with tumour, in {base.oof['fold'].nunique()} folds",
+        heading=f"Run {baseline.name}" if len(entries) == 1 else f"Runs compared with {baseline.name}",
+        baseline=baseline.name,
+        about=f"{patches}, in {baseline.oof['fold'].nunique()} folds",
         caption=caption(comparison),
-        sentences=verdicts(comparison),
+        sentences=conclusions(comparison),
         columns=shown.columns[:-1].tolist(),
         cells=shown.to_numpy().tolist(),
         sections=[
-            *_curves(ordered, base),
-            _learning(ordered, workspace),
-            *_probabilities(ordered),
-            _slides(ordered, comparison, workspace),
-            _mistakes(base, workspace),
-            _correlation(ordered, base),
-            _ledger(workspace),
+            _roc(entries, baseline),
+            _precision_recall(entries, baseline),
+            _learning(entries, workspace),
+            _histograms(entries),
+            _reliability(entries),
+            _slide_aucs(entries, comparison, workspace),
+            _mistakes(baseline, workspace),
+            _correlation(entries, baseline),
+            _leaderboard(workspace),
         ],
     )
     write(target, lambda file: file.write(text.encode()))
 
 
-def _curves(entries: list[Entry], base: Entry) -> list[Section]:
-    roc = Section("roc", "ROC curves", "The line is the mean over folds, the band spans the lowest to the highest.")
-    recall = Section("precision-recall", "Precision-recall curves", roc.text)
-    assert base.oof is not None
-    for entry in entries:
-        if entry.oof is not None and not entry.problem:
-            reference = curves.Reference(base.name, base.oof) if entry.pooled else None
-            roc.plots.append(curves.roc(entry.name, entry.oof, reference))
-            recall.plots.append(curves.precision_recall(entry.name, entry.oof, reference))
-    return [roc, recall]
+def _scored(entries: list[Entry]) -> list[tuple[Entry, pd.DataFrame]]:
+    """Return the entries that can be scored, with their OOF tables."""
+    return [(entry, entry.oof) for entry in entries if entry.oof is not None and not entry.problem]
+
+
+def _reference(entry: Entry, baseline: Entry) -> curves.Reference | None:
+    """Return the baseline as a reference curve for `entry`, or None where the two are not paired."""
+    assert baseline.oof is not None
+    return curves.Reference(baseline.name, baseline.oof) if entry.pooled else None
+
+
+def _roc(entries: list[Entry], baseline: Entry) -> Section:
+    plots = [curves.roc(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
+    return Section("roc", "ROC curves", FOLD_RANGE, plots)
+
+
+def _precision_recall(entries: list[Entry], baseline: Entry) -> Section:
+    plots = [curves.precision_recall(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
+    return Section("precision-recall", "Precision-recall curves", FOLD_RANGE, plots)
 
 
 def _learning(entries: list[Entry], workspace: Workspace) -> Section:
-    section = Section("learning", "Learning curves", "Per epoch, as each fold's log.csv holds them.")
+    section = Section("learning", "Learning curves", "Per epoch, from each fold's log.")
     for entry in entries:
-        logs = {}
-        for file in sorted(workspace.run(entry.name).glob("fold_*/log.csv")):
-            try:
-                log = pd.read_csv(file)[["epoch", "train_loss", "valid_auc"]].astype(float)
-            except (OSError, ValueError, KeyError):
-                continue
-            logs[file.parent.name] = log
+        logs = Run(workspace.run(entry.name)).logs()
         if logs:
             section.plots.append(curves.learning(entry.name, logs))
     if not section.plots:
@@ -98,62 +106,56 @@ def _learning(entries: list[Entry], workspace: Workspace) -> Section:
     return section
 
 
-def _probabilities(entries: list[Entry]) -> list[Section]:
-    histograms = Section("histogram", "OOF probabilities by label", "Where the two overlap, patches are mistaken.")
-    reliability = Section(
-        "reliability",
-        "Reliability",
-        "A calibrated net's points lie on the diagonal; the AUC does not depend on it, a threshold does.",
-    )
-    for entry in entries:
-        if entry.oof is not None and not entry.problem:
-            histograms.plots.append(figures.histogram(entry.name, entry.oof))
-            reliability.plots.append(figures.reliability(entry.name, entry.oof))
-    return [histograms, reliability]
+def _histograms(entries: list[Entry]) -> Section:
+    plots = [figures.histogram(entry.name, oof) for entry, oof in _scored(entries)]
+    return Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", plots)
 
 
-def _slides(entries: list[Entry], comparison: Comparison, workspace: Workspace) -> Section:
-    section = Section(
-        "slides", "AUC by slide", "Out of fold, within each slide, or stain group, that has patches of both labels."
-    )
-    for entry in entries:
-        if entry.oof is None or entry.problem:
-            continue
-        if entry.apart:
+def _reliability(entries: list[Entry]) -> Section:
+    text = "The points of a calibrated model are on the diagonal. Calibration affects thresholds, not the AUC."
+    plots = [figures.reliability(entry.name, oof) for entry, oof in _scored(entries)]
+    return Section("reliability", "Calibration", text, plots)
+
+
+def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspace) -> Section:
+    text = "Out of fold, within each slide or stain group that has patches of both labels."
+    section = Section("slides", "AUC by slide", text)
+    for entry, oof in _scored(entries):
+        if entry.unpaired_reason:
             slides, unit = groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
         else:
-            slides, unit = comparison.slides, comparison.unit
-        plot = None if slides is None else figures.slide_aucs(entry.name, entry.oof, slides, unit)
+            slides, unit = comparison.groups, comparison.unit
+        plot = None if slides is None else figures.slide_aucs(entry.name, oof, slides, unit)
         section.plots += [plot] if plot else []
     if not section.plots:
-        section.text = "Left out: no fold file of these runs knows slides that have patches of both labels."
+        section.text = "Not available: the fold files of these runs have no slides with patches of both labels."
     return section
 
 
-def _correlation(entries: list[Entry], base: Entry) -> Section:
-    section = Section("correlation", "Correlation between runs", "What blending lives on: runs that are good and differ.")
-    paired = [entry for entry in entries if entry is base or entry.pooled]
+def _correlation(entries: list[Entry], baseline: Entry) -> Section:
+    section = Section("correlation", "Correlation between runs", "A blend gains most from runs that are accurate and differ.")
+    paired = [entry for entry in entries if entry is baseline or entry.pooled]
     if len(paired) < 2:
-        section.text = "Left out: it takes two runs that are scored on the same patches and folds."
+        section.text = "Not available: needs two runs that are scored on the same patches and folds."
         return section
     probabilities = np.stack([entry.oof["probability"].to_numpy() for entry in paired if entry.oof is not None])
     section.plots.append(figures.correlation([entry.name for entry in paired], probabilities))
     return section
 
 
-def _ledger(workspace: Workspace) -> Section:
-    section = Section("ledger", "CV against LB", "Whether a better OOF AUC is a better score on Kaggle.")
-    file = workspace.submissions / LEDGER
+def _leaderboard(workspace: Workspace) -> Section:
+    section = Section("leaderboard", "CV versus LB", "Does a better OOF AUC mean a better score on Kaggle?")
+    file = workspace.submissions / LEDGER_FILE
     try:
         ledger = pd.read_csv(file, dtype={"name": str}).astype(dict.fromkeys(["oof_auc", *SCORES], float))
         if ledger[SCORES].notna().any(axis=None):
-            section.plots.append(figures.cv_against_lb(ledger))
+            section.plots.append(figures.cv_versus_lb(ledger))
         else:
-            section.text = "Left out: no score of Kaggle is known yet."
+            section.text = "Not available: no Kaggle scores are recorded."
     except FileNotFoundError:
-        section.text = "Left out: no submission has been written yet."
+        section.text = "Not available: there are no submissions."
     except (OSError, ValueError, KeyError):
-        section.text = f"Left out: {file.name} can't be read; write it again."
+        section.text = f"Not available: {file.name} can't be read; write it again with `python -m pcam_kaggle kaggle ledger`."
     return section
 
 
@@ -161,16 +163,16 @@ def _mistakes(base: Entry, workspace: Workspace) -> Section:
     section = Section(
         "mistakes",
         "Where it is most wrong",
-        f"{base.name}: the patches with tumour that it scores lowest, and those without that it scores highest. The square "
-        f"is the centre of {LABELLED_SIDE} px that the label speaks of. Beside each, by Grad-CAM, what spoke for the answer of "
-        "the net that did not train on it, the brighter the more.",
+        f"{base.name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The "
+        f"square marks the centre of {LABELLED_SIDE} px that decides the label. Next to each patch is its Grad-CAM map, from "
+        "the net that was not trained on the patch: bright regions contributed most to the prediction.",
     )
     assert base.oof is not None
     try:
         if not base.config:
             raise UserError(f"{base.name} is a blend, which has no net of its own")
-        section.mistakes = most_wrong(base.oof, base.config, workspace.run(base.name), PatchStore(workspace.store))
+        section.mistakes = most_wrong(base.oof, base.config, Run(workspace.run(base.name)), PatchStore(workspace.store))
     except (UserError, OSError, TypeError, ValueError, RuntimeError) as error:
-        # Whatever an old checkpoint or a net without maps fails with, the rest of the report stands without it.
+        # An old checkpoint, or a net without feature maps, must not prevent the rest of the report.
         section.text = f"Left out: {' '.join(str(error).split())[:300]}."
     return section

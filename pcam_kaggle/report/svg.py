@@ -1,21 +1,24 @@
-"""A matplotlib figure as an `<svg>` element of a page: the page's font and colours, in light and dark, and its own ids."""
+"""Matplotlib figures as inline `<svg>` elements with the fonts and colours of the page, in light and dark mode."""
 
 import hashlib
 import html
 import io
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that matplotlib writes and the page replaces: text and axes by its own text colour, series by its variables.
-INK, FIRST, SECOND, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
-PAGE_COLOURS = {INK: "currentColor", FIRST: "var(--first)", SECOND: "var(--second)", GREY: "var(--grey)"}
-# Inches of 96 px: one panel fits a phone, so that its text is not scaled.
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Placeholders, which `make_plot` replaces with the text colour and the CSS variables of the page.
+TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
+PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
+# Inches of 96 px. A panel fits a phone without scaling its text.
 WIDTH, HEIGHT = 3.7, 3.1
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -28,12 +31,16 @@ STYLE = {
     "ytick.minor.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
 }
 
 
 class Plot(NamedTuple):
-    """An `<svg>` element with its text alternative, and the sentence to stand below it."""
+    """An `<svg>` element with a text alternative, and the caption below it."""
 
     svg: str
     caption: str
@@ -46,7 +53,7 @@ def panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def make_plot(figure: Figure, title: str, caption: str) -> Plot:
-    """Return `figure`, made under `STYLE`; no other in the page may have the same `title`, which keeps their ids apart."""
+    """Return `figure`, drawn with `STYLE`, as a plot; `title` must be unique in the page, since the ids derive from it."""
     prefix = f"f{hashlib.sha256(title.encode()).hexdigest()[:8]}-"
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": title}):
@@ -57,7 +64,7 @@ def make_plot(figure: Figure, title: str, caption: str) -> Plot:
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="|\bhref="#|\burl\(#', lambda found: found.group() + prefix, svg)
     svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
-    # Hundredths of a point are finer than any screen, and a third of the bytes.
+    # Two decimals of a point are enough for any screen and reduce the size by two thirds.
     svg = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg)
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour, variable)
