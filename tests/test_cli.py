@@ -1,4 +1,4 @@
-"""The command line: what is set before torch is imported, which data it works on, and what it prints of an error."""
+"""The command line: environment variables set before torch is imported, choice of the data, and error messages."""
 
 import os
 import shlex
@@ -14,8 +14,9 @@ from conftest import Outcome
 
 from pcam_kaggle import UserError
 from pcam_kaggle.cli import commands
-from pcam_kaggle.cli import main as cli
 from pcam_kaggle.cli.main import main
+from pcam_kaggle.cli.parser import COMMANDS as PARSED
+from pcam_kaggle.cli.parser import METHODS, Command
 from pcam_kaggle.config.process import ENVIRONMENT
 from pcam_kaggle.data.atomic_io import read_json
 from pcam_kaggle.data.layout import Data
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter that has none of our variables set but those in `environment`."""
+    """Run `code` in a new interpreter in which only those of our variables are set that are in `environment`."""
     clean = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     line = [sys.executable, "-c", code]
     return subprocess.run(line, env=clean | environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -48,18 +49,19 @@ def test_help_and_wrong_arguments_import_nothing_slow(arguments: list[str]) -> N
 
 
 def test_choices_are_those_that_the_blend_knows() -> None:
-    assert get_args(Method) == cli.METHODS
+    assert get_args(Method) == METHODS
 
 
 def test_every_command_that_is_parsed_is_carried_out() -> None:
-    choices = next(action.choices for action in cli.parser()._actions if action.choices)
-    assert list(choices) == list(commands.COMMANDS)
+    def paths(commands: tuple[Command, ...]) -> list[str]:
+        return [" ".join([each.name, *rest.split()]) for each in commands for rest in (paths(each.commands) or [""])]
+
+    assert paths(PARSED) == list(commands.COMMANDS)
 
 
 @pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty(tmp_path: Path) -> Path:
     """Return an empty working folder, without any data of the competition."""
-    monkeypatch.delenv("PCAM_DATA", raising=False)
     return tmp_path
 
 
@@ -114,11 +116,9 @@ def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome])
 
 
 def test_runs_of_the_demo_are_not_compared_in_silence(
-    pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("PCAM_DATA", raising=False)
-    assert pcam("pipeline").status == 0
-    (tmp_path / "work").rename(tmp_path / "demo")
+    finished_run.rename(tmp_path / "demo")
     capsys.readouterr()
     assert main(["compare", "--format", "json", "--work", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -129,10 +129,8 @@ def test_runs_of_the_demo_are_not_compared_in_silence(
 
 
 def test_runs_are_blended_without_the_data_that_they_were_trained_on(
-    pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pcam("pipeline").status == 0
-    monkeypatch.delenv("PCAM_DATA", raising=False)
     assert main(["blend", "bottleneck", "--name", "alone", "--work", str(tmp_path / "work")]) == 0, capsys.readouterr().err
     assert (tmp_path / "work" / "runs" / "alone" / "metrics.json").exists()
     assert not (tmp_path / "work" / "demo").exists()
@@ -145,12 +143,12 @@ def test_debug_prints_where_an_error_was_raised(
     monkeypatch.setenv("PCAM_DEBUG", variable)
     blocked = tmp_path / "file"
     blocked.touch()
-    assert main(["ledger", "--work", str(blocked), *option]) == 2
+    assert main(["kaggle", "ledger", "--work", str(blocked), *option]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert lines[-1].startswith("error: ")
     monkeypatch.setenv("PCAM_DEBUG", "0")
-    assert main(["ledger", "--work", str(blocked)]) == 2
+    assert main(["kaggle", "ledger", "--work", str(blocked)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -190,7 +188,7 @@ def test_a_long_list_goes_to_a_file(
 
 @pytest.mark.parametrize("folder", ["/a folder/x", "/it's mine", '/a "b"'])
 def test_make_passes_a_folder_as_one_word(folder: str) -> None:
-    # As from a shell, not as a part of the make that may run the tests.
+    # Without the variables of the make that may run the tests.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     line = ["make", "-n", "submission", f"DATA={folder}"]
     done = subprocess.run(line, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
@@ -198,8 +196,9 @@ def test_make_passes_a_folder_as_one_word(folder: str) -> None:
     assert words[words.index("--data") + 1] == folder
 
 
+@pytest.mark.slow
 def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:
-    """As on Windows: no fcntl, no nice, no scheduling classes; a training ends all the same."""
+    """Training works without fcntl, nice and scheduling classes, as on Windows."""
     options = ["pipeline", "--demo", "--work", str(tmp_path), "--hours", "1"]
     fields = ["width=4", "n_blocks=2", "side=32", "hidden=8", "epochs=1", "warmup_epochs=0", "n_splits=2", "precision=fp32"]
     options += [part for field in fields for part in ("--set", field)]

@@ -1,4 +1,4 @@
-"""A disk that is full, and a person who has enough: one line, nothing damaged, and the same command goes on."""
+"""A full disk and Ctrl-C: a one-line message, no damaged file, and the same command resumes."""
 
 import os
 import signal
@@ -35,14 +35,14 @@ def command(stage: str, data: Data, work: Path) -> list[str]:
     return [sys.executable, "-m", "pcam_kaggle", stage, "--data", str(data.root), "--work", str(work), *fields]
 
 
-def said(stage: str, data: Data, work: Path) -> tuple[int, list[str]]:
+def run_stage(stage: str, data: Data, work: Path) -> tuple[int, list[str]]:
     """Return the exit status of a stage and the lines of its errors."""
     done = subprocess.run(command(stage, data, work), capture_output=True, text=True, check=False)
     return done.returncode, done.stderr.splitlines()
 
 
 def fill(disk: Path, left: int) -> Path:
-    """Leave `left` bytes of room on `disk`, by a file that is returned."""
+    """Fill `disk` up to `left` free bytes with a file; return the file."""
     filler = disk / "filler"
     room = os.statvfs(disk)
     with filler.open("wb") as file:
@@ -50,38 +50,40 @@ def fill(disk: Path, left: int) -> Path:
     return filler
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(small_disk: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_run_resume(small_disk: Path, tmp_path: Path) -> None:
     data = Data(tmp_path / "data")
     make_demo(data)
     work = small_disk / "work"
     for stage, left in (("prepare", 2**20), ("folds", 0), ("train", 2**18), ("predict", 0), ("blend", 0), ("submission", 0)):
         filler = fill(small_disk, left)
         kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-        status, lines = said(stage, data, work)
+        status, lines = run_stage(stage, data, work)
         assert (stage, status, len(lines)) == (stage, 2, 1), lines
         assert "No space left" in lines[0] or "GB are free" in lines[0]
         assert str(small_disk) in lines[0]
         assert all(path.read_bytes() == content for path, content in kept.items())
         assert not list(small_disk.rglob("*.part"))
         filler.unlink()
-        assert said(stage, data, work) == (0, [])
+        assert run_stage(stage, data, work) == (0, [])
     alone = tmp_path / "alone"
-    assert said("pipeline", data, alone)[0] == 0
+    assert run_stage("pipeline", data, alone)[0] == 0
     target = Path("submissions") / "bottleneck.csv"
     assert (work / target).read_bytes() == (alone / target).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prepare", "train"])
 def test_an_interrupt_is_one_line(stage: str, tmp_path: Path) -> None:
     data = Data(tmp_path / "data")
     make_demo(data)
     work = tmp_path / "work"
     for before in ("prepare", "folds")[: 2 if stage == "train" else 0]:
-        assert said(before, data, work)[0] == 0
+        assert run_stage(before, data, work)[0] == 0
     # A shell starts its background jobs with SIGINT ignored, and their processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [*command(stage, data, work), "--set", "epochs=1000"]
-    # As a terminal does: the whole group of processes is told.
+    # Like a terminal, which signals the whole process group.
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
         if stage == "train":
             log = work / "runs" / "bottleneck" / "fold_0" / "log.csv"

@@ -1,4 +1,4 @@
-"""The command line: what can be typed, and what each command does.
+"""The command line: the parser and the function of each command.
 
 Nothing that the notebook on Kaggle needs belongs here.
 """

@@ -1,17 +1,19 @@
 """What each command of the command line does."""
 
 import argparse
+import logging
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import DEFAULT, DEMO, experiment
+from pcam_kaggle.config.table import render_config
 from pcam_kaggle.data.atomic_io import locked, read_json
-from pcam_kaggle.data.csv_io import PLAIN_NAME
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.layout import (
     COMPETITION,
@@ -23,28 +25,107 @@ from pcam_kaggle.data.layout import (
     find_workspace,
     runs_workspace,
 )
-from pcam_kaggle.kaggle.client import download, logs, output, owner, push, scores, send, status
-from pcam_kaggle.kaggle.ledger import NAME as LEDGER
-from pcam_kaggle.kaggle.ledger import describe, record, take_scores, write_ledger
-from pcam_kaggle.pipeline.job import Job
-from pcam_kaggle.pipeline.stages import STAGES, run_all
-from pcam_kaggle.runs.import_run import take_over
-from pcam_kaggle.scoring.compare import compare_runs
+from pcam_kaggle.kaggle.archive import download
+from pcam_kaggle.kaggle.client import logs, output, owner, push, scores, status, submit_file
+from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, record, record_scores, write_ledger
+from pcam_kaggle.pipeline.job import Job, make_job
+from pcam_kaggle.pipeline.run_all import run_all
+from pcam_kaggle.pipeline.stages import STAGES
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.scoring.compare import Comparison, compare_runs
 from pcam_kaggle.scoring.render import render
-from pcam_kaggle.training.budget import ENDLESS, Budget
-from pcam_kaggle.training.distributed import in_turn, joined
+from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
-ORDER = [*STAGES]
+log = logging.getLogger(__name__)
 
 
-def _run_data(options: argparse.Namespace) -> None:
-    data = Data(find_workspace(options.work).root / "data" / COMPETITION)
-    print(f"data: {data.root}" if download(data) else f"data: {data.root} (kept)")
-    print("next: make submission")
+def _run_pipeline(options: argparse.Namespace) -> None:
+    with process_group():
+        run_all(_job(options))
+
+
+def _run_stage(options: argparse.Namespace) -> None:
+    with process_group():
+        job = _job(options)
+        STAGES[options.command](job)
+        order = [*STAGES]
+        rest = order[order.index(options.command) + 1 :]
+        if rest:
+            log.info("next: python -m pcam_kaggle %s%s", rest[0], _repeated(options, job, rest[0]))
+        elif job.demo:
+            log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
+        else:
+            log.info("next: submit %s to Kaggle", job.submission())
+
+
+def _job(options: argparse.Namespace) -> Job:
+    """Return the job that `options` ask for; the demo's patches are written once everything else is validated."""
+    with one_rank_at_a_time():
+        workspace = find_workspace(options.work)
+        data = None if options.demo else find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
+        members = tuple(getattr(options, "members", ()))
+        if data is None and not options.demo and not members:
+            _refuse_options_without_data(options)
+        is_demo = data is None
+        if data is None:
+            # Runs are blended without the data that they were trained on.
+            real_runs = runs_workspace(workspace) if members and not options.demo else demo_workspace(workspace)
+            is_demo, workspace = real_runs != workspace, real_runs
+            data = demo_data(workspace)
+        job = make_job(
+            data,
+            workspace,
+            options.experiment or (DEMO if is_demo else DEFAULT),
+            [*options.set, *([f"groups={options.groups}"] if options.groups else [])],
+            name=options.name or "",
+            folds=getattr(options, "folds", None),
+            slides=options.slides,
+            ids=getattr(options, "ids", None),
+            skip_damaged=getattr(options, "skip_damaged", False),
+            members=members,
+            method=getattr(options, "method", "mean"),
+            hours=getattr(options, "hours", None),
+            demo=is_demo,
+        )
+        if is_demo:
+            reason = "" if options.demo else ", since no data of the competition was found"
+            log.info("This is the synthetic demo in %s%s.", workspace.root, reason)
+        if is_demo and not members:
+            make_demo(data)
+        return job
+
+
+def _refuse_options_without_data(options: argparse.Namespace) -> None:
+    """Raise UserError on an option that means real data, where the demo would run instead."""
+    given = [f"-e {options.experiment}"] if options.experiment else []
+    given += [f"--set {assignment}" for assignment in options.set]
+    given += [f"--{name} {value}" for name in ("groups", "slides") if (value := getattr(options, name))]
+    if given:
+        raise UserError(
+            f"{given[0]}: no data of the competition found; name its folder with --data (make: DATA=), or add --demo (make: "
+            "ARGS=--demo) for the synthetic demo"
+        )
+
+
+def _repeated(options: argparse.Namespace, job: Job, stage: str) -> str:
+    """Return the given options that also apply to `stage`, quoted for the shell."""
+    given = {
+        "--data": options.data,
+        "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
+        "-e": options.experiment,
+        "--name": job.name if job.name != job.experiment else None,
+        "--slides": options.slides,
+        "--groups": options.groups,
+        "--folds": ",".join(map(str, job.chosen)) if job.chosen and stage != "submission" else None,
+    }
+    parts = ["--demo"] if options.demo else []
+    parts += [part for key, value in given.items() if value for part in (key, str(value))]
+    parts += [part for assignment in options.set for part in ("--set", assignment)]
+    return "".join(f" {shlex.quote(part)}" for part in parts)
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    comparison = compare_runs(_runs(options), options.runs, options.baseline, options.slides)
+    _, comparison = _comparison(options)
     print(render(comparison, options.format), end="")
 
 
@@ -52,20 +133,97 @@ def _run_report(options: argparse.Namespace) -> None:
     # matplotlib takes a second to import, which no other command has to wait for.
     from pcam_kaggle.report.page import write_report
 
-    workspace = _runs(options)
-    comparison = compare_runs(workspace, options.runs, options.baseline, options.slides)
+    workspace, comparison = _comparison(options)
     target = workspace.root / "reports" / f"{'-'.join(options.runs) or 'runs'}.html"
     write_report(comparison, workspace, target)
-    print(f"report: {target}\nnext: open it in a browser")
+    log.info("report: %s", target)
+    log.info("next: open it in a browser")
 
 
-def _runs(options: argparse.Namespace) -> Workspace:
-    """Return the workspace whose runs are compared, and say so if they are the demo's; standard output stays the tables'."""
+def _comparison(options: argparse.Namespace) -> tuple[Workspace, Comparison]:
+    """Return the compared runs and their workspace; if they are the demo's, standard error says so."""
     real = find_workspace(options.work)
     found = runs_workspace(real)
     if found != real and (found.root / "runs").is_dir():
-        print(f"{real.root}: has no runs; these are the synthetic demo's, in {found.root}", file=sys.stderr)
-    return found
+        log.warning("%s: has no runs; these are the synthetic demo's, in %s", real.root, found.root)
+    return found, compare_runs(found, options.runs, options.baseline, options.slides)
+
+
+def _run_config(options: argparse.Namespace) -> None:
+    chosen = experiment(options.experiment or DEFAULT)
+    print(render_config(replace(chosen, config=chosen.changed(options.set))), end="")
+
+
+def _run_download(options: argparse.Namespace) -> None:
+    data = Data(find_workspace(options.work).root / "data" / COMPETITION)
+    log.info("data: %s%s", data.root, "" if download(data) else " (up to date)")
+    log.info("next: make submission")
+
+
+def _run_build(options: argparse.Namespace) -> None:
+    notebook = _notebook()
+    log.info("kernel: %s", notebook.build(notebook.ROOT))
+    log.info("next: make kernel-push")
+
+
+def _run_push(options: argparse.Namespace) -> None:
+    notebook = _notebook()
+    settings = notebook.Settings(options.experiment or DEFAULT, tuple(options.set), options.hours)
+    with tempfile.TemporaryDirectory() as folder:
+        notebook.pack(notebook.ROOT, owner(), settings, options.resume, Path(folder))
+        log.info("%s", push(Path(folder)))
+    log.info("next: make kernel-status, and when it is complete make kernel-output")
+
+
+def _run_status(options: argparse.Namespace) -> None:
+    print(status(_kernel()))
+
+
+def _run_logs(options: argparse.Namespace) -> None:
+    print(logs(_kernel()))
+
+
+def _run_output(options: argparse.Namespace) -> None:
+    workspace = find_workspace(options.work)
+    with tempfile.TemporaryDirectory() as folder:
+        output(_kernel(), Path(folder))
+        imported = ", ".join(import_runs(Path(folder), workspace))
+        written = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
+    log.info("kernel: %s imported into %s", imported or "nothing new", workspace.root / "runs")
+    submits = " or ".join(f"make submit EXPERIMENT={name}" for name in written)
+    log.info("next: %s", f"make compare, or {submits}" if written else "make kernel-push")
+
+
+def _kernel() -> str:
+    """Return the kernel's id, owner/slug."""
+    notebook = _notebook()
+    return f"{owner()}/{read_json(notebook.ROOT / notebook.METADATA, id=str)['id'].rpartition('/')[2]}"
+
+
+def _notebook() -> ModuleType:
+    """Return the module that builds the notebook; it needs nbformat, which only development installs."""
+    try:
+        from pcam_kaggle.kaggle import notebook
+    except ModuleNotFoundError as error:
+        raise UserError(f"kernel: {error.name} is missing; use a clone, in which `make kernel-push` installs it") from None
+    return notebook
+
+
+def _run_submit(options: argparse.Namespace) -> None:
+    file, description = describe(find_workspace(options.work).submissions, options.name)
+    submit_file(file, description)
+    log.info("submit: %s, %s", file, description)
+    log.info("next: make leaderboard, when Kaggle has scored it")
+
+
+def _run_leaderboard(options: argparse.Namespace) -> None:
+    submissions = find_workspace(options.work).submissions
+    scored = scores()
+    with locked(submissions):
+        recorded = record_scores(submissions, scored)
+        ledger = write_ledger(submissions)
+    print(ledger.drop(columns="commit").to_string(index=False))
+    log.info("leaderboard: scores of %s recorded in %s", ", ".join(recorded) or "none", submissions / LEDGER_FILE)
 
 
 def _run_ledger(options: argparse.Namespace) -> None:
@@ -75,153 +233,23 @@ def _run_ledger(options: argparse.Namespace) -> None:
             record(submissions, options.name, options.public, options.private)
         ledger = write_ledger(submissions)
     print(ledger.drop(columns="commit").to_string(index=False))
-    print(f"ledger: {submissions / LEDGER}")
-    print("next: python -m pcam_kaggle ledger NAME --public 0.9 --private 0.9 records scores")
-
-
-def _run_submit(options: argparse.Namespace) -> None:
-    file, description = describe(find_workspace(options.work).submissions, options.name)
-    send(file, description)
-    print(f"submit: {file}, {description}\nnext: make leaderboard, when Kaggle has scored it")
-
-
-def _run_leaderboard(options: argparse.Namespace) -> None:
-    submissions = find_workspace(options.work).submissions
-    scored = scores()
-    with locked(submissions):
-        taken = take_scores(submissions, scored)
-        ledger = write_ledger(submissions)
-    print(ledger.drop(columns="commit").to_string(index=False))
-    print(f"leaderboard: scores of {', '.join(taken) or 'none'} recorded in {submissions / LEDGER}")
-
-
-def _run_kernel(options: argparse.Namespace) -> None:
-    try:
-        # nbformat belongs to development, and no other command needs it.
-        from pcam_kaggle.kaggle.notebook import METADATA, ROOT, Settings, build, pack
-    except ModuleNotFoundError as error:
-        raise UserError(f"kernel: {error.name} is missing; use a clone, in which `make kernel-push` installs it") from None
-
-    if options.action == "build":
-        print(f"kernel: {build(ROOT)}\nnext: make kernel-push")
-        return
-    if options.action == "push":
-        settings = Settings(options.experiment, tuple(options.set), options.hours)
-        with tempfile.TemporaryDirectory() as folder:
-            pack(ROOT, owner(), settings, options.goes_on, Path(folder))
-            print(f"{push(Path(folder))}\nnext: make kernel-status, and when it is complete make kernel-output")
-        return
-    kernel = f"{owner()}/{read_json(ROOT / METADATA, id=str)['id'].rpartition('/')[2]}"
-    if options.action == "output":
-        workspace = find_workspace(options.work)
-        with tempfile.TemporaryDirectory() as folder:
-            output(kernel, Path(folder))
-            taken = ", ".join(take_over(Path(folder), workspace))
-            sent = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER]
-        print(f"kernel: {taken or 'nothing new'} taken into {workspace.root / 'runs'}")
-        print(f"next: make compare, or make submit EXPERIMENT={' or '.join(sent)}" if sent else "next: make kernel-push")
-    else:
-        print({"status": status, "logs": logs}[options.action](kernel))
-
-
-def _run_job(options: argparse.Namespace) -> None:
-    with joined():
-        _run_stages(options)
-
-
-def _run_stages(options: argparse.Namespace) -> None:
-    with in_turn():
-        job = _job(options)
-    if options.command == "pipeline":
-        run_all(job)
-        return
-    STAGES[options.command](job)
-    rest = ORDER[ORDER.index(options.command) + 1 :]
-    print(
-        f"next: python -m pcam_kaggle {rest[0]}{_repeated(options, job, rest[0])}"
-        if rest
-        else f"next: submit {job.target()} to Kaggle"
-    )
-
-
-def _repeated(options: argparse.Namespace, job: Job, after: str) -> str:
-    """Return the options that the stage `after` needs as well, as they are written."""
-    given = {
-        "--data": options.data if not options.demo and options.data != os.environ.get("PCAM_DATA") else None,
-        "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
-        "-e": options.experiment,
-        "--name": job.name if job.name != job.experiment else None,
-        "--slides": options.slides,
-        "--groups": options.groups,
-        "--folds": ",".join(map(str, job.chosen)) if job.chosen and after != "submission" else None,
-    }
-    parts = ["--demo"] if options.demo else []
-    parts += [part for key, value in given.items() if value for part in (key, str(value))]
-    parts += [part for assignment in options.set for part in ("--set", assignment)]
-    return "".join(f" {shlex.quote(part)}" for part in parts)
-
-
-def _job(options: argparse.Namespace) -> Job:
-    """Return the job that `options` ask for; the demo's patches are written once all else is known to be right."""
-    real = find_workspace(options.work)
-    found = None if options.demo else find_data(options.data, real.root)
-    given = [f"-e {options.experiment}"] if options.experiment else []
-    given += [f"--set {assignment}" for assignment in options.set]
-    given += [f"--{name} {value}" for name in ("groups", "slides") if (value := getattr(options, name))]
-    members = tuple(getattr(options, "members", ()))
-    if found is None and given and not options.demo and not members:
-        raise UserError(
-            f"{given[0]}: no data of the competition found; name its folder with --data (make: DATA=), or add --demo (make: "
-            "ARGS=--demo) for the synthetic demo"
-        )
-    # Runs are blended without the data that they were trained on.
-    without_data = runs_workspace(real) if members and not options.demo else demo_workspace(real)
-    workspace = real if found else without_data
-    demo = workspace != real
-    named = options.experiment or (DEMO if demo else DEFAULT)
-    chosen = experiment(named)
-    assignments = [*options.set, *([f"groups={options.groups}"] if options.groups else [])]
-    name = options.name or ("-".join(members) if members else named)
-    for text in (name, *members):
-        if not PLAIN_NAME.fullmatch(text):
-            raise UserError(f"{text!r} is no plain file name; use letters, digits, points, dashes and underscores")
-    if options.slides and not options.slides.is_file():
-        raise UserError(f"--slides {options.slides}: no such file")
-    hours = getattr(options, "hours", None)
-    job = Job(
-        data=found or demo_data(workspace),
-        workspace=workspace,
-        demo=demo,
-        experiment=named,
-        config=chosen.changed(assignments),
-        name=name,
-        chosen=getattr(options, "folds", None),
-        slides=options.slides,
-        ids=getattr(options, "ids", None),
-        skip_damaged=getattr(options, "skip_damaged", False),
-        members=members,
-        trains=chosen.members,
-        method=getattr(options, "method", "mean"),
-        budget=Budget.of_hours(hours) if hours else ENDLESS,
-    )
-    # The folds of runs that are blended are theirs, not this config's.
-    if not members:
-        job.folds()
-    if demo:
-        why = "" if options.demo else ", since no data of the competition was found"
-        print(f"This is the synthetic demo in {workspace.root}{why}.", flush=True)
-    if demo and not members:
-        make_demo(job.data)
-    return job
+    log.info("ledger: %s", submissions / LEDGER_FILE)
+    log.info("next: python -m pcam_kaggle kaggle ledger NAME --public 0.9 --private 0.9 records scores")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    **dict.fromkeys([*STAGES, "pipeline"], _run_job),
+    **dict.fromkeys(STAGES, _run_stage),
+    "pipeline": _run_pipeline,
     "compare": _run_compare,
     "report": _run_report,
-    "ledger": _run_ledger,
-    "submit": _run_submit,
-    "leaderboard": _run_leaderboard,
-    "kernel": _run_kernel,
-    "data": _run_data,
+    "config": _run_config,
+    "kaggle download": _run_download,
+    "kaggle build": _run_build,
+    "kaggle push": _run_push,
+    "kaggle status": _run_status,
+    "kaggle logs": _run_logs,
+    "kaggle output": _run_output,
+    "kaggle submit": _run_submit,
+    "kaggle leaderboard": _run_leaderboard,
+    "kaggle ledger": _run_ledger,
 }

@@ -1,26 +1,44 @@
-"""What is to be done: an experiment on some data, into some folders, within some time."""
+"""A job: an experiment on some data, into some folders, within some time. Made here for the command line and for Kaggle."""
 
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import experiment
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, reading
+from pcam_kaggle.data.csv_io import PLAIN_NAME
 from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.prepare import Ids
-from pcam_kaggle.runs.import_run import take_over
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Method
 from pcam_kaggle.training.budget import ENDLESS, Budget
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the stages work on; `name` is the run's, `chosen` the folds to train, None for all.
+    """What the stages work on.
 
-    `trains` are the members of an experiment that is a blend; `members` the runs that the blend stage is given. Training ends
-    with the `budget`, and the blend is then of the folds that are finished.
+    Attributes:
+        data: The competition's files.
+        workspace: Where results are written.
+        demo: Whether the data are the synthetic demo's.
+        experiment: Name of the experiment.
+        config: Its config, with the user's changes.
+        name: Name of the run and of its submission.
+        chosen: Folds to work on, None for all.
+        slides: CSV of id,wsi that takes the place of the one beside the labels.
+        ids: How ids are made, None for what `dataset.json` says.
+        skip_damaged: Whether damaged train patches are skipped.
+        members: Runs that the blend stage is given.
+        trains: Experiments to train, of an experiment that is a blend.
+        method: How predictions are blended.
+        budget: Time at whose end training stops; the blend is then of the folds that are finished.
     """
 
     data: Data
@@ -39,16 +57,19 @@ class Job:
     budget: Budget = ENDLESS
 
     @property
-    def run(self) -> Path:
-        """Folder of the run."""
-        return self.workspace.run(self.name)
+    def run(self) -> Run:
+        """The job's run."""
+        return Run(self.workspace.run(self.name))
 
-    def target(self) -> Path:
-        """Return the file of the submission; that of a blend which lacks folds has a name of its own."""
-        file = self.run / "metrics.json"
-        made = read_json(file, folds=list, missing_folds=list)
-        with reading(file):
-            part = f"-folds-{'-'.join(f'{fold:d}' for fold in made['folds'])}" if made["missing_folds"] else ""
+    @property
+    def folds(self) -> list[int]:
+        """Numbers of the folds to work on, sorted."""
+        return list(range(self.config.n_splits)) if self.chosen is None else sorted(set(self.chosen))
+
+    def submission(self) -> Path:
+        """Return the file of the submission; the name of one that lacks folds lists those it has."""
+        made = self.run.blend_metrics(folds=list, missing_folds=list)
+        part = f"-folds-{'-'.join(map(str, made['folds']))}" if made["missing_folds"] else ""
         return self.workspace.submissions / f"{self.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def parts(self) -> list["Job"]:
@@ -56,45 +77,99 @@ class Job:
         parts = [replace(self, experiment=name, config=experiment(name).config, name=name, trains=()) for name in self.trains]
         return parts or [self]
 
-    def folds(self) -> list[int]:
-        """Return the folds to work on; raises UserError on one that the config does not have."""
-        n_splits = self.config.n_splits
-        for fold in self.chosen or ():
-            if not 0 <= fold < n_splits:
-                raise UserError(f"--folds {fold}: there are folds 0 to {n_splits - 1}")
-        return list(range(n_splits)) if self.chosen is None else sorted(set(self.chosen))
+
+def make_job(
+    data: Data,
+    workspace: Workspace,
+    experiment_name: str,
+    changes: Sequence[str] = (),
+    *,
+    name: str = "",
+    folds: tuple[int, ...] | None = None,
+    slides: Path | None = None,
+    ids: Ids | None = None,
+    skip_damaged: bool = False,
+    members: tuple[str, ...] = (),
+    method: Method = "mean",
+    hours: float | None = None,
+    demo: bool = False,
+) -> Job:
+    """Return the job of an experiment with `changes` (`key=value`) to its config.
+
+    Args:
+        data: The competition's files.
+        workspace: Where results are written.
+        experiment_name: Name of the experiment.
+        changes: Assignments to fields of its config.
+        name: Name of the run; by default the experiment's, or that of the members.
+        folds: Folds to work on, None for all.
+        slides: CSV of id,wsi.
+        ids: How ids are made.
+        skip_damaged: Whether damaged train patches are skipped.
+        members: Runs to blend.
+        method: How predictions are blended.
+        hours: Time for the job, None for no limit.
+        demo: Whether the data are the synthetic demo's.
+
+    Raises:
+        UserError: There is no such experiment, field, fold or file, or a name can't be a file name.
+    """
+    chosen = experiment(experiment_name)
+    name = name or "-".join(members) or experiment_name
+    for text in (name, *members):
+        if not PLAIN_NAME.fullmatch(text):
+            raise UserError(f"{text!r} is not a plain file name; use letters, digits, points, dashes and underscores")
+    if slides and not slides.is_file():
+        raise UserError(f"--slides {slides}: no such file")
+    config = chosen.changed(list(changes))
+    # The folds of runs that are blended are theirs, not this config's.
+    unknown = [fold for fold in folds or () if not 0 <= fold < config.n_splits and not members]
+    if unknown:
+        raise UserError(f"--folds {unknown[0]}: there are folds 0 to {config.n_splits - 1}")
+    return Job(
+        data=data,
+        workspace=workspace,
+        demo=demo,
+        experiment=experiment_name,
+        config=config,
+        name=name,
+        chosen=folds,
+        slides=slides,
+        ids=ids,
+        skip_damaged=skip_damaged,
+        members=members,
+        trains=chosen.members,
+        method=method,
+        budget=Budget.of_hours(hours) if hours else ENDLESS,
+    )
 
 
-def kernel_job(name: str, changes: list[str], hours: float) -> Job:
-    """Return the job of a Kaggle kernel: experiment `name` with `changes` to its config, to end within `hours`.
+def kernel_job(experiment_name: str, changes: list[str], hours: float) -> Job:
+    """Return the job of a Kaggle kernel, after importing the runs in attached outputs of the same kernel.
 
-    What earlier outputs of the kernel, attached as inputs, hold of it is taken over.
+    Args:
+        experiment_name: Name of the experiment.
+        changes: Assignments (`key=value`) to fields of its config.
+        hours: Time after which the session must have ended.
 
-    Raises UserError where the competition's data or a net's weights are not attached, and where an output is damaged.
+    Raises:
+        UserError: The competition's data or a net's weights are not attached, an output is damaged, or there is no GPU that
+            this build of torch can use.
     """
     workspace = find_workspace(None)
     data = find_data(None, workspace.root)
     if data is None:
         raise UserError("the competition's data are not attached: Add Input, Competitions, Histopathologic Cancer Detection")
     for source in attached():
-        taken = take_over(source, workspace)
-        print(f"{source}: goes on with {', '.join(taken)}" if taken else f"{source}: attached")
-    chosen = experiment(name)
-    job = Job(
-        data=data,
-        workspace=workspace,
-        demo=False,
-        experiment=name,
-        config=chosen.changed(changes),
-        name=re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([name, *changes])),
-        trains=chosen.members,
-        budget=Budget.of_hours(hours),
-    )
-    # A GPU or weights that are not there are better missed now than after an hour's preparation.
+        imported = import_runs(source, workspace)
+        log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([experiment_name, *changes]))
+    job = make_job(data, workspace, experiment_name, changes, name=name, hours=hours)
+    # A missing GPU or missing weights are better reported now than after an hour of preparation.
     from pcam_kaggle.models.factory import create
     from pcam_kaggle.training.device import device_name, find_device
 
-    print(f"{job.name} on {device_name(find_device())}, from {data.root}")
+    log.info("%s on %s, from %s", job.name, device_name(find_device()), data.root)
     for part in job.parts():
         create(part.config)
     return job

@@ -1,0 +1,147 @@
+"""The parser: all commands and their options, each option defined once."""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from pcam_kaggle.config.experiments import DEFAULT, EXPERIMENTS
+
+METHODS = ("mean", "rank", "climb")
+FORMATS = ("text", "md", "csv", "json")
+
+
+class Option(NamedTuple):
+    """An option or argument as argparse takes it."""
+
+    flags: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """A command with its options, or a group of commands; a nested tuple holds mutually exclusive options."""
+
+    name: str
+    purpose: str
+    options: tuple[Option | tuple[Option, ...], ...] = ()
+    commands: tuple["Command", ...] = ()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and exit with status 2."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def option(*flags: str, **settings: Any) -> Option:
+    """Return the option with these flags and settings of `ArgumentParser.add_argument`."""
+    return Option(flags, settings)
+
+
+def _folds(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 0,2")
+    return tuple(sorted(set(map(int, text.split(",")))))
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not 0 < hours < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours")
+    return hours
+
+
+WORK = option("--work", help="folder to write in [PCAM_WORK, or the current one]")
+DEBUG = option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]")
+VERBOSE = option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold")
+QUIET = option("-q", "--quiet", action="store_true", help="print warnings and errors only")
+COMMON = (WORK, DEBUG, (VERBOSE, QUIET))
+
+DATA = option("--data", help="the competition's folder [PCAM_DATA]")
+DEMO = option("--demo", action="store_true", help="work on the synthetic demo, in demo/")
+EXPERIMENT = option("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
+NAME = option("--name", help="name of the run and of its submission [the experiment's]")
+SET = option("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
+SLIDES = option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
+GROUPS = option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups=")
+IDS = option("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
+SKIP_DAMAGED = option("--skip-damaged", action="store_true", help="skip damaged train patches")
+FOLDS = option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+HOURS = option("--hours", type=_hours, help="stop in time, with the folds that are finished [no limit]")
+MEMBERS = option("members", nargs="*", help="runs to blend [the experiment's folds]")
+METHOD = option("--method", choices=METHODS, default="mean", help="how to average [mean]")
+RUNS = option("runs", nargs="*", help="runs to compare [all]")
+BASELINE = option("--baseline", help="run to compare the others with [the best]")
+SLIDES_OF_RUNS = option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
+FORMAT = option("--format", choices=FORMATS, default="text", help="what to print [text]")
+SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
+RESUME = option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
+SUBMITTED = option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
+SCORED = option("name", nargs="?", help="the submission that was scored")
+PUBLIC = option("--public", type=float, help="its public score")
+PRIVATE = option("--private", type=float, help="its private score")
+
+JOB = ((DATA, DEMO), EXPERIMENT, NAME, SET, SLIDES, GROUPS)
+COMMANDS = (
+    Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
+    Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
+    Command("train", "train a net per fold, into runs/<name>/", (*JOB, FOLDS, HOURS)),
+    Command("predict", "predict out of fold and the test set", (*JOB, FOLDS)),
+    Command("blend", "average the folds of one experiment or of several, print the OOF AUC", (*JOB, FOLDS, MEMBERS, METHOD)),
+    Command("submission", "write submissions/<name>.csv for Kaggle", JOB),
+    Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)),
+    Command(
+        "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)
+    ),
+    Command("report", "the same with figures, as one HTML file in reports/", (RUNS, BASELINE, SLIDES_OF_RUNS)),
+    Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
+    Command(
+        "kaggle",
+        "the competition's data, the kernel, submissions and scores",
+        commands=(
+            Command("download", "download, verify and unpack the competition's data"),
+            Command("build", "write the notebook that Kaggle runs"),
+            Command("push", "push it, in the name of the client's credentials", (EXPERIMENT, SET, SESSION_HOURS, RESUME)),
+            Command("status", "print the kernel's status"),
+            Command("logs", "print the kernel's log"),
+            Command("output", "download the kernel's output and import its runs"),
+            Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
+            Command("leaderboard", "record Kaggle's scores of all submissions"),
+            Command("ledger", "list the submissions, and record a score by hand", (SCORED, PUBLIC, PRIVATE)),
+        ),
+    ),
+)
+
+
+def parser() -> Parser:
+    """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle push`."""
+    top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
+    _add_commands(top, COMMANDS, "")
+    return top
+
+
+def _add_commands(parent: Parser, commands: tuple[Command, ...], path: str) -> None:
+    group = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
+    for command in commands:
+        added = group.add_parser(command.name, help=command.purpose, description=command.purpose)
+        name = f"{path} {command.name}".strip()
+        if command.commands:
+            _add_commands(added, command.commands, name)
+        else:
+            added.set_defaults(command=name)
+            for each in (*command.options, *COMMON):
+                _add_option(added, each)
+
+
+def _add_option(parent: Any, added: Option | tuple[Option, ...]) -> None:
+    if isinstance(added, Option):
+        parent.add_argument(*added.flags, **added.settings)
+        return
+    group = parent.add_mutually_exclusive_group()
+    for each in added:
+        _add_option(group, each)
