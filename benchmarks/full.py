@@ -1,9 +1,11 @@
-"""The competition's full size on synthetic patches: what each stage takes, and how that grows from a tenth of it.
+"""Seconds and peak memory of each stage at the competition's full size, on synthetic patches, and at a tenth of it.
 
-`python -m benchmarks.full`: makes 220,025 train and 57,458 test patches, 8 GB, and a store of as much, in the folder for
-temporary files; both are removed afterwards.
+`python -m benchmarks.full [SHARE]` writes 220,025 train and 57,458 test patches, 8 GB, and a store of the same size into the
+folder for temporary files, and removes both afterwards. With SHARE it takes a SHARE-th of them and only prints the table. The
+net is the smallest possible, so that the rest is what is measured.
 """
 
+import sys
 import tempfile
 from hashlib import sha1
 from pathlib import Path
@@ -12,24 +14,23 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from benchmarks.bench import Bench, say
-from benchmarks.results import TEST_PATCHES, TRAIN_PATCHES, keep, page
+from benchmarks.measures import TRAIN_PATCHES
+from benchmarks.results import RESULTS, markdown, provenance, replace_block
+from benchmarks.turns import Bench
 from pcam_kaggle.data.atomic_io import write_csv
 from pcam_kaggle.data.demo import draw_patch, tumour_place
 from pcam_kaggle.data.layout import Data
 
-SIZES = {"train": TRAIN_PATCHES, "test": TEST_PATCHES}
-DRAWN = 500
-SLIDES = 216
-# The smallest net there is: what is measured is everything else.
+SIZES = {"train": TRAIN_PATCHES, "test": 57_458}
+DRAWN, SLIDES = 500, 216
 NET = ("n_blocks=1", "width=4", "side=32", "hidden=8", "epochs=1", "tta=1", "precision=fp32", "memory_format=channels_last")
-STAGES = ("prepare", "folds", "train", "predict", "blend", "submission")
+STAGES = ("prepare", "folds", "train", "predict", "blend", "submission", "compare")
 
 
 def make(data: Data, share: int) -> None:
-    """Write one `share`-th of the full size into `data`, as the competition's files are, and a slide map.
+    """Write one `share`-th of the full size into `data` in the competition's layout, with a slide map.
 
-    A patch is one of 500 drawn ones, with its number in its corner so that no two are the same.
+    Patches repeat 500 drawn ones, each with its number in the corner so that no two are equal.
     """
     rng = np.random.default_rng(0)
     drawn = [draw_patch(rng, np.random.default_rng(slide % 10), tumour_place(rng)) for slide in range(DRAWN)]
@@ -40,34 +41,37 @@ def make(data: Data, share: int) -> None:
         for number in range(size // share):
             patch = drawn[number % DRAWN][0].copy()
             patch[0, :2, :] = np.frombuffer(np.int64(number * 2 + (split == "test")).tobytes(), np.uint8)[:6].reshape(2, 3)
-            name = sha1(patch, usedforsecurity=False).hexdigest()
+            name = sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
             Image.fromarray(patch).save(data.patches(split) / f"{name}.tif")
-            rows.append((name, positive[number % DRAWN], f"slide_{number % SLIDES}"))
+            rows.append((name, positive[number % DRAWN] if split == "train" else 0, f"slide_{number % SLIDES}"))
         table = pd.DataFrame(rows, columns=["id", "label", "wsi"])
-        write_csv(data.labels if split == "train" else data.sample, table[["id", "label"]].assign(**_unlabelled(split)))
+        write_csv(data.table(split), table[["id", "label"]])
         if split == "train":
             write_csv(data.root / "patch_id_wsi.csv", table[["id", "wsi"]])
 
 
-def _unlabelled(split: str) -> dict[str, int]:
-    return {"label": 0} if split == "test" else {}
-
-
-def measured(share: int) -> dict[str, list[float]]:
+def measured(share: int) -> dict[str, tuple[float, float]]:
     """Return seconds and peak bytes of each stage at one `share`-th of the full size."""
     with tempfile.TemporaryDirectory() as folder:
         data, work = Data(Path(folder) / "data"), Path(folder) / "work"
         make(data, share)
-        say(f"one in {share}: the patches are written")
         bench = Bench(data.root, work)
         changes = [part for option in NET for part in ("--set", option)]
-        seen = {}
-        for stage in (*STAGES, "compare"):
-            seen[stage] = list(bench.command(work, stage, *(changes if stage != "compare" else ())))
-            say(f"one in {share}, {stage}: {seen[stage][0]:.1f} s, {seen[stage][1] / 1e9:.2f} GB")
-    return seen
+        return {stage: bench.command(work, stage, *(changes if stage != "compare" else ())) for stage in STAGES}
+
+
+def main(share: int = 1) -> str:
+    """Return the table of one `share`-th of the full size beside a tenth of that."""
+    tenth, full = measured(10 * share), measured(share)
+    lines = [
+        (stage, f"{tenth[stage][0]:.1f}", f"{seconds:.1f}", f"{tenth[stage][1] / 1e9:.2f}", f"{peak / 1e9:.2f}")
+        for stage, (seconds, peak) in full.items()
+    ]
+    return f"{provenance()}\n\n{markdown(('stage', 's, a tenth', 's, full size', 'GB, a tenth', 'GB, full size'), lines)}"
 
 
 if __name__ == "__main__":
-    keep("full", {"tenth": measured(10), "full": measured(1)})
-    say(page())
+    if len(sys.argv) > 1:
+        print(main(int(sys.argv[1])))
+    else:
+        replace_block(RESULTS, "full", main())

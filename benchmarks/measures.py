@@ -1,214 +1,197 @@
-"""What `benchmarks.bench` measures, each in a process of its own: `python -m benchmarks.measures NAME '{"argument": …}'`.
+"""The measured processes of `benchmarks.bench`: `python -m benchmarks.measures NAME '{"argument": …}'` prints values as JSON.
 
-A process takes a turn for each line that it is given, and prints what it saw as a line of JSON. So many processes can take
-turns on one machine; and what one side sets for its process, an allocator or a number of threads, the other does not inherit.
+Each measure is a process of its own, so that none inherits the allocator or the number of threads of another.
 """
 
 import contextlib
 import itertools
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+import cv2
 import numpy as np
 import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
 
+from benchmarks.peers import PEERS, WORKERS, Patches, Task, plain_loop, predict
+from benchmarks.turns import gpu_utilization
 from pcam_kaggle.config.experiments import experiment
+from pcam_kaggle.config.process import hold_memory
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import write_csv
 from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.training import tta
+from pcam_kaggle.training.device import Backend, choose_backend
+from pcam_kaggle.training.engine import PREDICT_BATCH, Learner, predict_logits, train_epoch
+from pcam_kaggle.training.loader import TrainBatches, batches
+from pcam_kaggle.training.optim import create_optimizer
+from pcam_kaggle.training.processes import limit_threads, loader_processes
 
-if TYPE_CHECKING:
-    from pcam_kaggle.training.device import Backend
-
-# Steps before the clock runs, and for how long it then does.
-WARM_UP, SECONDS = 8, 2
-# Epochs enough for any number of turns.
+# Steps before the clock starts.
+WARM_UP = 8
 ENDLESS = 1000
+TRAIN_PATCHES = 220_025
+VIEWS = 8
 
 
-def report(seen: dict[str, Any]) -> None:
-    """Print what this turn has `seen`, and wait for the next one; ends the process where there is none."""
-    # Frameworks print too.
-    print(json.dumps(seen), file=sys.__stdout__, flush=True)
-    wait()
+def report(values: dict[str, Any]) -> NoReturn:
+    """Print the `values` and exit."""
+    # Standard output is redirected, because frameworks print too.
+    print(json.dumps(values), file=sys.__stdout__, flush=True)
+    sys.exit()
 
 
-def wait() -> None:
-    """Wait for the turn that is next; ends the process where there is none."""
-    if not sys.stdin.readline():
-        sys.exit()
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The competition's folder, a store of its patches, and whether a short measurement is enough."""
+
+    data: Data
+    store: Path
+    quick: bool
+
+    @property
+    def seconds(self) -> float:
+        """How long the clock of a training runs."""
+        return 0.1 if self.quick else 3.0
+
+    @property
+    def predicted(self) -> int:
+        """How many patches a prediction has."""
+        return 16 if self.quick else 256
+
+    def train_labels(self) -> pd.DataFrame:
+        """Return four fifths of the labelled ids, the share that one of five folds trains on."""
+        labels = pd.read_csv(self.data.labels, dtype={"id": str})
+        return labels[: len(labels) * 4 // 5]
 
 
-def training(data: str, work: str, name: str, with_limit: bool = True) -> None:
-    """Report the backend of our training, then images/s: `rate`, and `limit`, of the same steps on one batch in memory.
-
-    That is the limit since nothing is read, augmented or handed over.
-    """
-    import torch
-
-    from pcam_kaggle.data.store import PatchStore
-    from pcam_kaggle.models.factory import create, create_optimizer
-    from pcam_kaggle.training.device import loader_processes
-    from pcam_kaggle.training.engine import Learner, TrainBatches, batches, train_epoch
-
-    config = experiment(name).config
+def training(given: Source, name: str) -> None:
+    """Report our images/s, the backend, and the limit: images/s of the same steps on one batch in memory."""
+    config, labels, store = experiment(name).config, given.train_labels(), PatchStore(given.store)
     backend = _backend(config)
-    report({"backend": str(backend)})
-    labels = _fold(Data(Path(data)))[0]
-    store = PatchStore(Path(work) / "store")
-    endless = replace(config, epochs=ENDLESS)
-    source = TrainBatches(store, store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64), endless, 0)
+    rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
+    source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
     net = backend.place(create(config, weights=False))
     learner = Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
 
-    def images_per_second(given: Iterator[tuple[torch.Tensor, torch.Tensor]], warm_up: int) -> float:
-        pace = _rate(lambda: train_epoch(learner, given, warm_up, 0, config), warm_up)
-        steps = math.ceil(SECONDS * pace)
-        return _rate(lambda: train_epoch(learner, given, steps, 0, config), steps * config.batch_size)
+    def images_per_second(stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        train_epoch(learner, stream, WARM_UP, 0, config)
+        # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
+        pace = _rate(lambda: train_epoch(learner, stream, WARM_UP, 0, config), WARM_UP)
+        steps = math.ceil(given.seconds * pace)
+        return _rate(lambda: train_epoch(learner, stream, steps, 0, config), steps * config.batch_size)
 
-    resident = itertools.repeat(tuple(part.to(backend.kind) for part in source[0]))
+    images, image_labels = source[0]
+    resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))
     augmented = batches(source, 0, loader_processes(1))
-    while True:
-        # Two steps are enough to tell the pace where no loader has a stock.
-        limit = {"limit": images_per_second(resident, 2)} if with_limit else {}
-        # While the others took their turns the loader filled its stock; after twice as many batches it is as at any time.
-        report({"rate": images_per_second(augmented, 2 * WARM_UP), **limit})
+    limit = images_per_second(resident)
+    with gpu_utilization(backend.kind) as busy:
+        rate = images_per_second(augmented)
+    report({"rate": rate, "limit": limit, "backend": str(backend), **({"gpu_busy": float(np.median(busy))} if busy else {})})
 
 
-def peer_training(data: str, name: str, peer: str, precision: str, channels_last: bool) -> None:
+def peer_training(given: Source, name: str, peer: str, precision: str, channels_last: bool) -> None:
     """Report the images/s of `peer`'s training."""
-    from benchmarks.peers import PEERS, Task
-    from benchmarks.results import TRAIN_PATCHES
-
-    config = experiment(name).config
-    labels = _fold(Data(Path(data)))[0]
-    # An epoch as long as the competition's, by repeating: else fastai would start its loader's processes every few turns.
+    config, labels = experiment(name).config, given.train_labels()
+    # Patches are repeated to the length of the competition's epoch, so that no peer restarts its loader.
     ids, targets = (np.resize(labels[column], TRAIN_PATCHES) for column in ("id", "label"))
     moments: list[float] = []
 
     def on_step() -> None:
         moments.append(time.perf_counter())
-        timed = moments[WARM_UP - 1 :]
-        if timed and timed[-1] - timed[0] >= SECONDS:
+        timed = moments[2 * WARM_UP - 1 :]
+        if timed and timed[-1] - timed[0] >= given.seconds:
             report({"rate": (len(timed) - 1) * config.batch_size / (timed[-1] - timed[0])})
-            moments.clear()
 
-    PEERS[peer](Task(Data(Path(data)), config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
+    PEERS[peer](Task(given.data, config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
 
 
-def peer_pipeline(data: str, name: str, peer: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
-    """Train, predict and average all folds by `peer`, as a kernel of one file would; report the OOF AUC."""
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedKFold
-
-    from benchmarks.peers import PEERS, Task
-
-    folder, config = Data(Path(data)), experiment(name).config
-    labels = pd.read_csv(folder.labels, dtype={"id": str})
-    sample = pd.read_csv(folder.sample, dtype={"id": str})
+def loop_pipeline(given: Source, name: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
+    """Train, predict and average all folds by the plain loop, as a single-file kernel would; report the OOF AUC."""
+    config = experiment(name).config
+    labels, sample = (pd.read_csv(table, dtype={"id": str}) for table in (given.data.labels, given.data.sample))
+    ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
     oof, test = np.zeros(len(labels)), np.zeros(len(sample))
-    splits = StratifiedKFold(n_splits, shuffle=True, random_state=42).split(labels, labels["label"])
-    for train, valid in splits:
-        ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
-        task = Task(folder, config, ids[train], targets[train], epochs, precision, channels_last)
-        predict = PEERS[peer](task, lambda: None)
-        oof[valid] = predict("train", ids[valid])
-        test += predict("test", sample["id"].to_numpy(object)) / n_splits
+    for train, valid in StratifiedKFold(n_splits, shuffle=True, random_state=42).split(ids, targets):
+        task = Task(given.data, config, ids[train], targets[train], epochs, precision, channels_last)
+        net = plain_loop(task, lambda: None)
+        oof[valid] = predict(net, task, "train", ids[valid])
+        test += predict(net, task, "test", sample["id"].to_numpy(object)) / n_splits
     with tempfile.TemporaryDirectory() as target:
         write_csv(Path(target) / "oof.csv", labels.assign(probability=oof))
         write_csv(Path(target) / "submission.csv", sample[["id"]].assign(label=test))
-    report({"auc": float(roc_auc_score(labels["label"], oof))})
+    report({"auc": float(roc_auc_score(targets, oof))})
 
 
-def prediction(data: str, work: str, name: str, views: int, count: int) -> None:
-    """Report the patches/s of our prediction under `views` views, and of the net alone on one batch in memory, the `limit`."""
-    import torch
-
-    from pcam_kaggle.data.store import PatchStore
-    from pcam_kaggle.models.factory import create
-    from pcam_kaggle.training import tta
-    from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits
-
-    config = experiment(name).config
+def prediction(given: Source, name: str) -> None:
+    """Report the patches/s of our prediction, and the limit: those of the net alone on one batch in memory."""
+    config, store = experiment(name).config, PatchStore(given.store)
     backend = _backend(config)
     net = backend.place(create(config, weights=False)).eval()
-    store = PatchStore(Path(work) / "store")
-    rows = store.rows("train", store.ids("train")[:count])
+    rows = store.rows("train", store.ids("train")[: given.predicted])
     resident = backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH])))
+    repeats = math.ceil(len(rows) / PREDICT_BATCH)
 
     def limit() -> None:
         with torch.inference_mode(), backend.autocast():
-            for _ in range(count // PREDICT_BATCH):
-                for view in tta.views(resident, views):
-                    net(view)
+            for view in (view for _ in range(repeats) for view in tta.views(resident, VIEWS)):
+                net(view)
 
-    while True:
-        bare = _rate(limit, count)
-        ours = _rate(lambda: predict_logits(net, store, rows, config, backend, views, "predict"), count)
-        report({"rate": ours, "limit": bare})
+    rate = _warm_rate(lambda: predict_logits(net, store, rows, config, backend, VIEWS, "predict"), len(rows))
+    report({"rate": rate, "limit": _warm_rate(limit, repeats * len(resident))})
 
 
-def ttach_prediction(data: str, name: str, precision: str, channels_last: bool, count: int) -> None:
-    """Report the patches/s of ttach's wrapper under its eight views of the same symmetries, over TIFs read by cv2."""
-    import torch
+def ttach_prediction(given: Source, name: str, precision: str, channels_last: bool) -> None:
+    """Report the patches/s of ttach's wrapper under the same eight views, over TIFs read by cv2 in two loader processes."""
     import ttach
 
-    from benchmarks.peers import FORMATS, Patches
-    from pcam_kaggle.models.factory import create
-
-    config, folder = experiment(name).config, Data(Path(data))
-    ids = pd.read_csv(folder.labels, dtype={"id": str})["id"].to_numpy(object)[:count]
-    net = create(config, weights=False).eval().to(memory_format=FORMATS[channels_last])
-    column = torch.nn.Sequential(net, torch.nn.Unflatten(0, (-1, 1)))
+    config, ids = experiment(name).config, given.train_labels()["id"].to_numpy(object)[: given.predicted]
+    task = Task(given.data, config, ids, np.zeros(len(ids), np.float32), 1, precision, channels_last)
+    column = torch.nn.Sequential(task.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
     wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
-    loader = torch.utils.data.DataLoader(
-        Patches(folder, "train", ids, config), batch_size=64, num_workers=2, persistent_workers=True
-    )
+    patches = Patches(task.data, "train", ids, config)
+    loader = torch.utils.data.DataLoader(patches, batch_size=64, num_workers=WORKERS, persistent_workers=True)
 
     def run() -> None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), task.autocast():
             for images in loader:
-                wrapper(images.contiguous(memory_format=FORMATS[channels_last]))
+                wrapper(task.placed(images))
 
-    while True:
-        report({"rate": _rate(run, count)})
+    report({"rate": _warm_rate(run, len(ids))})
 
 
-def preparation(data: str, kind: str) -> None:
+def preparation(given: Source, kind: str) -> None:
     """Report the patches/s of our `prepare` (kind `ours`), of reading every byte, or of cv2's decoding in two processes."""
-    from pcam_kaggle.data.prepare import prepare
+    files = [file for split in ("train", "test") for file in sorted(given.data.patches(split).iterdir())]
 
-    folder = Data(Path(data))
-    files = sorted(folder.patches("train").iterdir()) + sorted(folder.patches("test").iterdir())
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as target:
+            prepare(given.data, Path(target) / "store")
 
-    def reading() -> None:
-        for file in files:
-            file.read_bytes()
-
-    def decoding() -> None:
+    def decode() -> None:
         with Pool(2) as pool:
             pool.map(_decode, [files[half::2] for half in range(2)])
 
-    with tempfile.TemporaryDirectory() as target:
-        works = {"ours": lambda: prepare(folder, Path(target) / "store"), "bytes": reading, "cv2": decoding}
-        while True:
-            shutil.rmtree(Path(target) / "store", ignore_errors=True)
-            report({"rate": _rate(works[kind], len(files))})
+    works = {"ours": ours, "bytes": lambda: [file.read_bytes() for file in files], "cv2": decode}
+    report({"rate": _warm_rate(works[kind], len(files))})
 
 
 def _decode(files: list[Path]) -> None:
-    import cv2
 
     cv2.setNumThreads(0)
     for file in files:
@@ -222,30 +205,26 @@ def _rate(work: Callable[[], object], count: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def _backend(config: Config) -> "Backend":
-    """Return what our command line computes on."""
-    from pcam_kaggle.config.process import hold_memory
-    from pcam_kaggle.models.factory import create
-    from pcam_kaggle.training.device import choose, spare_cores
+def _warm_rate(work: Callable[[], object], count: int) -> float:
+    """Return the median of three rates of `work`, after a first call that is slower."""
+    work()
+    return float(np.median([_rate(work, count) for _ in range(3)]))
 
+
+def _backend(config: Config) -> Backend:
+    """Return the backend that our command line chooses, with its process settings."""
     hold_memory()
-    spare_cores()
+    limit_threads()
     net = partial(create, config, weights=False)
-    return choose(net, config.side, config.batch_size, config.precision, config.memory_format)
-
-
-def _fold(data: Data) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return four fifths of the labelled ids to train on, and the rest."""
-    labels = pd.read_csv(data.labels, dtype={"id": str})
-    cut = len(labels) * 4 // 5
-    return labels[:cut], labels[cut:]
+    return choose_backend(net, config.side, config.batch_size, config.precision, config.memory_format)
 
 
 MEASURES: dict[str, Callable[..., None]] = {
-    work.__name__: work for work in (training, peer_training, peer_pipeline, prediction, ttach_prediction, preparation)
+    work.__name__: work for work in (training, peer_training, loop_pipeline, prediction, ttach_prediction, preparation)
 }
 
 if __name__ == "__main__":
-    wait()
     with contextlib.redirect_stdout(sys.stderr):
-        MEASURES[sys.argv[1]](**json.loads(sys.argv[2]))
+        arguments = json.loads(sys.argv[2])
+        source = Source(Data(Path(arguments.pop("data"))), Path(arguments.pop("work")) / "store", arguments.pop("quick"))
+        MEASURES[sys.argv[1]](source, **arguments)

@@ -1,14 +1,12 @@
-"""What people train this net by: a loop of their own, Lightning, fastai, timm's task; each as documented, for two cores.
+"""The same training by common implementations: the loop of PyTorch's tutorials and PyTorch Lightning.
 
-All read TIFs by cv2 in a `Dataset`, augment as we do and take the same steps: the same net, optimizer, loss and clipping, two
-loader processes that live through all epochs (fastai's through one), nothing logged or saved. None averages weights, which
-spares them a little. All have one cycle of the learning rate, which each of them offers.
+All read TIFs with cv2 in a `Dataset`, augment as we do, and train the same net with the same optimizer, loss, clipping and
+batch size, two persistent loader processes and one cycle of the learning rate. Nothing is logged, saved or validated.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 
 import cv2
 import numpy as np
@@ -19,29 +17,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.layout import Data
-from pcam_kaggle.models.factory import create, create_optimizer, import_timm
-from pcam_kaggle.training.augment import augmentation, centre
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.pretrained import import_timm
+from pcam_kaggle.training.augment import augmentation, center_crop
+from pcam_kaggle.training.optim import create_optimizer
 
 WORKERS = 2
-PREDICT_BATCH = 256
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
-
-Predict = Callable[[str, NDArray[np.object_]], NDArray[np.float32]]
 
 
 class Patches(Dataset):
-    """Patches of one split, read by cv2: float32 (3, side, side) in [0, 1], with their labels where there are some.
-
-    Those with labels are augmented.
-    """
+    """Patches of one split, read by cv2: float32 (3, side, side) in [0, 1]; augmented, with labels, if `labels` are given."""
 
     def __init__(
         self, folder: Data, split: str, ids: NDArray[np.object_], config: Config, labels: NDArray[np.float32] | None = None
     ) -> None:
-        self.folder, self.split, self.ids, self.config, self.labels = folder.patches(split), split, ids, config, labels
+        self.folder, self.ids, self.config, self.labels = folder.patches(split), ids, config, labels
         self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
-        # The loader's processes are the parallel ones.
+        # Loader processes already run in parallel.
         cv2.setNumThreads(0)
 
     def __len__(self) -> int:
@@ -50,7 +43,7 @@ class Patches(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, np.float32] | Tensor:
         patch = cv2.imread(str(self.folder / f"{self.ids[index]}.tif"), cv2.IMREAD_COLOR_RGB)
         if self.labels is None:
-            return _image(centre(patch, self.config.side))
+            return _image(center_crop(patch, self.config.side))
         return _image(self.augment(image=patch)["image"]), self.labels[index]
 
 
@@ -60,7 +53,7 @@ def _image(patch: NDArray[np.uint8]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to train, on which patches, for how many epochs; in which arithmetic and memory format."""
+    """What to train, on which patches, for how many epochs, in which precision and memory format."""
 
     data: Data
     config: Config
@@ -70,74 +63,61 @@ class Task:
     precision: str
     channels_last: bool
 
-    def net(self) -> nn.Module:
-        """Return the net, the same for all."""
-        torch.manual_seed(self.config.seed)
-        return create(self.config, weights=False)
-
-    def train_patches(self) -> Patches:
-        """Return the patches to train on."""
-        return Patches(self.data, "train", self.ids, self.config, self.labels)
-
-    def total(self) -> int:
-        """Return the number of steps."""
+    @property
+    def steps(self) -> int:
         return self.epochs * (len(self.ids) // self.config.batch_size)
 
+    def net(self) -> nn.Module:
+        torch.manual_seed(self.config.seed)
+        return create(self.config, weights=False).to(memory_format=FORMATS[self.channels_last])
+
     def loader(self) -> DataLoader:
-        """Return the plain DataLoader of the patches to train on."""
-        return DataLoader(
-            self.train_patches(),
-            self.config.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=WORKERS,
-            persistent_workers=True,
-        )
+        patches = Patches(self.data, "train", self.ids, self.config, self.labels)
+        size = self.config.batch_size
+        return DataLoader(patches, size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
 
-    def valid_loader(self, split: str, ids: NDArray[np.object_]) -> DataLoader:
-        """Return the plain DataLoader of patches to predict."""
-        return DataLoader(Patches(self.data, split, ids, self.config), PREDICT_BATCH, num_workers=WORKERS)
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.lr, self.steps + 1, cycle_momentum=False)
 
+    def placed(self, images: Tensor) -> Tensor:
+        return images.to(memory_format=FORMATS[self.channels_last])
 
-Peer = Callable[[Task, Callable[[], None]], Predict]
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, task: Task) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Return torch's own schedule."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, task.config.lr, task.total() + 1, cycle_momentum=False)
+OnStep = Callable[[], None]
 
 
-def for_steps(loader: DataLoader, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `steps` batches of `loader`, epoch after epoch."""
-    left = count(steps, -1)
-    while True:
-        for batch in loader:
-            if not next(left):
-                return
-            yield batch
-
-
-def plain_loop(task: Task, on_step: Callable[[], None]) -> Predict:
-    """Train by the loop of PyTorch's tutorials."""
-    net = task.net().to(memory_format=FORMATS[task.channels_last])
-    optimizer, criterion = create_optimizer(net, task.config), nn.BCEWithLogitsLoss()
-    scheduler = one_cycle(optimizer, task)
+def plain_loop(task: Task, on_step: OnStep) -> nn.Module:
+    """Train by the loop of PyTorch's tutorials; return the net."""
+    net, criterion = task.net(), nn.BCEWithLogitsLoss()
+    optimizer = create_optimizer(net, task.config)
+    scheduler = task.schedule(optimizer)
     net.train()
-    for images, targets in for_steps(task.loader(), task.total()):
-        placed = images.to(memory_format=FORMATS[task.channels_last])
-        with torch.autocast("cpu", DTYPES[task.precision], enabled=task.precision != "fp32"):
-            loss = criterion(net(placed).float(), targets)
+    loader = task.loader()
+    for images, targets in (batch for _ in range(task.epochs) for batch in loader):
+        with task.autocast():
+            loss = criterion(net(task.placed(images)).float(), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), task.config.clip_norm)
         optimizer.step()
         scheduler.step()
         on_step()
-    return _predict_by(net, task)
+    return net
 
 
-def lightning(task: Task, on_step: Callable[[], None]) -> Predict:
-    """Train by PyTorch Lightning's Trainer, without logger, checkpoints, bars and sanity checks."""
+def predict(net: nn.Module, task: Task, split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
+    """Return the probabilities (n,) of `ids`, one view."""
+    net.eval()
+    loader = DataLoader(Patches(task.data, split, ids, task.config), batch_size=256, num_workers=WORKERS)
+    with torch.inference_mode(), task.autocast():
+        return torch.cat([net(task.placed(images)).float() for images in loader]).sigmoid().numpy()
+
+
+def lightning(task: Task, on_step: OnStep) -> None:
+    """Train by PyTorch Lightning's Trainer, without logger, checkpoints, progress bar and sanity checks."""
     import_timm()
     from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -150,24 +130,20 @@ def lightning(task: Task, on_step: Callable[[], None]) -> Predict:
 
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, targets = batch
-            logits = self.net(images.to(memory_format=FORMATS[task.channels_last]))
-            return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
-
-        def predict_step(self, images: Tensor) -> Tensor:
-            return self.net(images.to(memory_format=FORMATS[task.channels_last])).float().sigmoid()
+            return nn.functional.binary_cross_entropy_with_logits(self.net(task.placed(images)).float(), targets)
 
         def configure_optimizers(self) -> dict:
             optimizer = create_optimizer(self.net, task.config)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle(optimizer, task), "interval": "step"}}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": task.schedule(optimizer), "interval": "step"}}
 
     class Steps(Callback):
-        def on_train_batch_end(self, *of_batch: object) -> None:
+        def on_train_batch_end(self, *_: object) -> None:
             on_step()
 
     trainer = Trainer(
         accelerator="cpu",
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
-        max_steps=task.total(),
+        max_steps=task.steps,
         gradient_clip_val=task.config.clip_norm,
         callbacks=[Steps()],
         logger=False,
@@ -176,121 +152,7 @@ def lightning(task: Task, on_step: Callable[[], None]) -> Predict:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    module = Module().to(memory_format=FORMATS[task.channels_last])
-    trainer.fit(module, task.loader())
-
-    def predict(split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
-        return torch.cat(trainer.predict(module, task.valid_loader(split, ids))).numpy()
-
-    return predict
+    trainer.fit(Module(), task.loader())
 
 
-def fastai(task: Task, on_step: Callable[[], None]) -> Predict:
-    """Train by fastai's Learner and its one cycle; its own mixed precision is for CUDA alone."""
-    import_timm()
-    from fastai.callback.channelslast import ChannelsLast
-    from fastai.callback.core import Callback, CancelValidException
-    from fastai.callback.schedule import Learner
-    from fastai.callback.training import GradientClip
-    from fastai.data.core import DataLoaders
-    from fastai.data.load import DataLoader as FastLoader
-    from fastai.optimizer import OptimWrapper
-
-    class Autocast(Callback):
-        def before_batch(self) -> None:
-            self.context = torch.autocast("cpu", DTYPES[task.precision])
-            self.context.__enter__()
-
-        def after_pred(self) -> None:
-            self.context.__exit__(None, None, None)
-            self.learn.pred = self.pred.float()
-
-    class Steps(Callback):
-        def after_batch(self) -> None:
-            if self.training:
-                on_step()
-
-        def before_validate(self) -> None:
-            raise CancelValidException
-
-    net, loader = task.net(), {"num_workers": WORKERS, "device": torch.device("cpu"), "persistent_workers": True}
-    patches = FastLoader(task.train_patches(), bs=task.config.batch_size, shuffle=True, drop_last=True, **loader)
-    # It wants a second one, to validate on, and is then not let.
-    loaders = DataLoaders(patches, patches, device=torch.device("cpu"))
-    learner = Learner(
-        loaders,
-        net,
-        loss_func=nn.BCEWithLogitsLoss(),
-        opt_func=lambda groups, **_: OptimWrapper(opt=create_optimizer(net, task.config)),
-        cbs=[
-            GradientClip(task.config.clip_norm),
-            Steps(),
-            *([ChannelsLast()] if task.channels_last else []),
-            *([Autocast()] if task.precision == "bf16" else []),
-        ],
-    )
-    with learner.no_bar(), learner.no_logging():
-        learner.fit_one_cycle(task.epochs, task.config.lr, moms=(0.95, 0.95, 0.95))
-    learner.remove_cb(Steps)
-
-    def predict(split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
-        # A batch is a tuple to fastai, of inputs and then targets, of which there are none here.
-        patches = Patches(task.data, split, ids, task.config)
-        loader = FastLoader(patches, bs=PREDICT_BATCH, num_workers=WORKERS, after_batch=lambda images: (images,))
-        with learner.no_bar(), learner.no_logging():
-            return learner.get_preds(dl=loader, act=torch.sigmoid)[0].numpy()
-
-    return predict
-
-
-def timm(task: Task, on_step: Callable[[], None]) -> Predict:
-    """Train by what timm's train.py is made of: its loader, its task, its clipping, its meter."""
-    import_timm()
-    from timm.data import create_loader
-    from timm.task import ClassificationTask
-    from timm.utils import AverageMeter, dispatch_clip_grad
-
-    device = torch.device("cpu")
-    net = task.net().to(memory_format=FORMATS[task.channels_last])
-    loader = create_loader(
-        task.train_patches(),
-        (3, task.config.side, task.config.side),
-        task.config.batch_size,
-        is_training=True,
-        num_workers=WORKERS,
-        device=device,
-        use_prefetcher=False,
-        persistent_workers=True,
-    )
-    optimizer = create_optimizer(net, task.config)
-    scheduler, losses = one_cycle(optimizer, task), AverageMeter()
-    trained = ClassificationTask(net, nn.BCEWithLogitsLoss(), device=device, verbose=False)
-    trained.train()
-    for images, targets in for_steps(loader, task.total()):
-        placed = images.to(memory_format=FORMATS[task.channels_last])
-        with torch.autocast("cpu", DTYPES[task.precision], enabled=task.precision != "fp32"):
-            loss = trained(placed, targets)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        dispatch_clip_grad(net.parameters(), task.config.clip_norm)
-        optimizer.step()
-        scheduler.step()
-        losses.update(loss.item(), len(images))
-        on_step()
-    return _predict_by(net, task)
-
-
-def _predict_by(net: nn.Module, task: Task) -> Predict:
-    """Return the prediction that people write around a net."""
-
-    def predict(split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
-        net.eval()
-        with torch.inference_mode(), torch.autocast("cpu", DTYPES[task.precision], enabled=task.precision != "fp32"):
-            batches = task.valid_loader(split, ids)
-            logits = [net(images.to(memory_format=FORMATS[task.channels_last])).float() for images in batches]
-        return torch.cat(logits).sigmoid().numpy()
-
-    return predict
-
-
-PEERS: dict[str, Peer] = {"loop": plain_loop, "lightning": lightning, "fastai": fastai, "timm": timm}
+PEERS: dict[str, Callable[[Task, OnStep], object]] = {"loop": plain_loop, "lightning": lightning}

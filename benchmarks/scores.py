@@ -1,12 +1,11 @@
-"""What each experiment and each trial scores out of fold: trains what is missing, writes SCORES.md.
+"""Out-of-fold scores of every experiment and trial: trains what has no record, writes the tables of SCORES.md.
 
-`python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder. A row is measured from its run's
-files in runs/ and taken down in scores/; rows that are named, and else those without a record, are trained where their
-runs are not finished.
+`python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder. The cost of a row is recorded in
+scores/records.json, its out-of-fold probabilities in scores/oof.npz (float32, NaN where the row predicts no patch). All scores
+are computed from these two files, without training.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import sys
@@ -17,28 +16,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.results import markdown, replace_block
 from pcam_kaggle import UserError
-from pcam_kaggle.cli import main as cli
+from pcam_kaggle.cli.main import main as run_command
 from pcam_kaggle.config.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, write, write_json
+from pcam_kaggle.data.atomic_io import read_json, write
 from pcam_kaggle.data.csv_io import read_numbers
 from pcam_kaggle.data.layout import find_data, find_workspace
-from pcam_kaggle.runs.run import read_environments
-from pcam_kaggle.scoring.metrics import auc, auc_difference, auc_interval
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
 HERE = Path(__file__).parent
-RECORD = HERE / "scores" / "records.json"
-OOF = HERE / "scores" / "oof.csv"
-TEXT = HERE / "scores" / "text.md"
+PAGE = HERE / "SCORES.md"
+RECORDS = HERE / "scores" / "records.json"
+OOF = HERE / "scores" / "oof.npz"
+ID_LENGTH = 16
+# Columns (uint8) beside those of the rows: label, fold under each scheme, and group of similar stain.
+FACTS = ("label", "stratified_5_42", "stain_5_42", "stain_group")
 SPEEDS = ("train_images_per_second", "predict_images_per_second")
-ALL = tuple(range(5))
-PART = (0, 1)
+ALL, PART = (0, 1, 2, 3, 4), (0, 1)
+Records = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A run to score: an experiment with `changes` to its config, on `folds`, held against the row called `base`."""
+    """A run to score: an experiment with `changes` to its config, on `folds`, compared with the row called `base`."""
 
     experiment: str
     base: str
@@ -47,16 +51,21 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
         return "-".join([self.experiment, *(change.removeprefix("groups=").replace("=", "_") for change in self.changes)])
+
+    @property
+    def scheme(self) -> str:
+        return "stain_5_42" if "groups=stain" in self.changes else "stratified_5_42"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return experiment(self.experiment).members
 
 
 NAMES = (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
 NAMED = (
     *(Row(name, BASELINE) for name in NAMES),
-    Row("bottleneck", BASELINE, ("tta=1",)),
-    Row("bottleneck", BASELINE, ("epochs=10",)),
-    Row("bottleneck", BASELINE, ("epochs=10", "tta=1")),
+    *(Row("bottleneck", BASELINE, changes) for changes in (("tta=1",), ("epochs=10",), ("epochs=10", "tta=1"))),
 )
 TRIED = ("groups=stain", "lr=0.002")
 TRIAL_BASE = Row(QUICK, f"{QUICK}-stain-lr_0.002", TRIED, PART)
@@ -64,63 +73,59 @@ STAIN = tuple(Row(name, TRIAL_BASE.name, ("groups=stain",), PART) for name in (Q
 TRIALS = tuple(
     Row(QUICK, TRIAL_BASE.name, (*TRIED, change), PART)
     for change in (
-        "optimizer=adamw",
-        "epochs=10",
-        "stain_jitter=0.15",
-        "stain_mix=0.5",
-        "degrade=0.3",
-        "mixup=0.2",
-        "norm=test",
+        *("optimizer=adamw", "epochs=10", "stain_jitter=0.15", "stain_mix=0.5", "degrade=0.3", "mixup=0.2", "norm=test"),
         f"teacher={TRIAL_BASE.name}",
     )
 )
 ROWS = {row.name: row for row in (*NAMED, *STAIN, TRIAL_BASE, *TRIALS)}
 
 
+def load() -> tuple[Records, pd.DataFrame]:
+    """Return the records, and a table by the first 16 digits of the id: `FACTS`, and a column of probabilities per row."""
+    with np.load(OOF) as arrays:
+        table = pd.DataFrame({name: arrays[name] for name in FACTS}, index=arrays["id"].astype(str))
+        for name in set(arrays.files) - {"id", *FACTS}:
+            table[name] = arrays[name].astype(np.float64)
+    return json.loads(RECORDS.read_text()), table
+
+
+def save(records: Records, table: pd.DataFrame) -> None:
+    """Store `records`, one line each, and the `table` that `load` returns."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
+    write(RECORDS, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+    arrays: dict[str, Any] = {"id": table.index.to_numpy(f"S{ID_LENGTH}")}
+    arrays |= {name: table[name].to_numpy(np.uint8) for name in FACTS}
+    arrays |= {name: table[name].to_numpy(np.float32) for name in sorted(records)}
+    write(OOF, lambda file: np.savez_compressed(file, **arrays))
+
+
 def make(row: Row) -> None:
-    """Run the stages of `row` that are not finished; raises UserError without data, and where a stage fails, which says why."""
+    """Run the stages of `row` that are not finished.
+
+    Raises:
+        UserError: If there is no data, or a stage fails; the stage prints the reason.
+    """
     if find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root) is None:
-        raise UserError(f"{row.name}: has no record, and to train it the competition's patches are needed; set PCAM_DATA")
+        raise UserError(f"{row.name}: has no record, and training it needs the competition's patches; set PCAM_DATA")
     options = ["-e", row.experiment, "--name", row.name, *(part for change in row.changes for part in ("--set", change))]
     folds = ["--folds", ",".join(map(str, row.folds))]
     for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds]):
-        if cli.main([*stage, *options]):
-            raise UserError(f"{row.name}: no figures")
+        if run_command([*stage, *options]):
+            raise UserError(f"{row.name}: not scored, because {stage[0]} failed")
 
 
-def harvest(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
-    """Take down in `records` and in a column of `oof`, which is returned, what the finished run of `row` left."""
+def harvest(row: Row, records: Records, table: pd.DataFrame) -> None:
+    """Add the record of the finished run of `row` to `records`, and its probabilities to `table`."""
     run = find_workspace(None).run(row.name)
-    tables = [read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds]
-    column = pd.concat(tables).set_index("id")["probability"]
-    first, config = (
-        dataclasses.asdict(Config()),
-        dataclasses.asdict(experiment(row.experiment).config.changed(list(row.changes))),
-    )
-    changed = {key: value for key, value in config.items() if value != first[key]}
-    records[row.name] = {**_costs(run, row.folds), "config": changed, "members": []}
-    return oof.drop(columns=row.name, errors="ignore").join(column.rename(row.name), how="outer")
-
-
-def mix(row: Row, oof: pd.DataFrame, records: dict[str, Any]) -> pd.DataFrame:
-    """Take down in `records` and in a column of `oof`, which is returned, the mean of the rows that `row` blends."""
-    members = experiment(row.experiment).members
-    made = [records[name] for name in members]
+    found = pd.concat([read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds])
+    column = found.set_index(found["id"].str[:ID_LENGTH])["probability"]
+    if set(column.index) != set(table.index[table[row.scheme].isin(row.folds)]):
+        raise UserError(f"{run}: predicts other patches than the folds {row.scheme} of scores/oof.npz; use the same data set")
+    metrics = [read_json(run / f"fold_{fold}" / "metrics.json") for fold in row.folds]
+    predictions = [read_json(run / f"fold_{fold}" / "predictions.json") for fold in row.folds]
+    made, defaults = Run(run).environments()[-1], dataclasses.asdict(Config())
+    config = dataclasses.asdict(experiment(row.experiment).config.changed(list(row.changes)))
     records[row.name] = {
-        **{key: sum(each[key] for each in made) for key in ("parameters", "macs")},
-        **{key: round(1 / sum(1 / each[key] for each in made), 1) for key in SPEEDS},
-        "minutes": round(sum(each["minutes"] for each in made), 1),
-        "config": {},
-        "members": list(members),
-    }
-    return oof.assign(**{row.name: oof[list(members)].mean(axis=1)})
-
-
-def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
-    metrics = [read_json(run / f"fold_{fold}" / "metrics.json") for fold in folds]
-    predictions = [read_json(run / f"fold_{fold}" / "predictions.json") for fold in folds]
-    made = read_environments(run)[-1]
-    return {
         "parameters": metrics[0]["parameters"],
         "macs": metrics[0]["macs"],
         **{
@@ -128,107 +133,102 @@ def _costs(run: Path, folds: tuple[int, ...]) -> dict[str, Any]:
             for key, part in zip(SPEEDS, (metrics, predictions), strict=True)
         },
         "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
+        "config": {key: value for key, value in config.items() if value != defaults[key]},
         "backend": f"{made['device']}, {made['backend']['precision']}",
         "commit": made["commit"],
     }
+    table[row.name] = column.reindex(table.index)
 
 
-def score(row: Row, oof: pd.DataFrame) -> dict[str, Any]:
-    """Return the AUC of `row` per fold and pooled, and its paired difference to its base's on the same patches."""
-    table = read_numbers(find_workspace(None).folds / f"{scheme(row)}.csv", ["label", "fold"]).set_index("id").astype(int)
-    table = table.join(oof[[row.name]].dropna(), how="inner")
-    labels, values = table["label"].to_numpy(), table[row.name].to_numpy()
-    scored = {
-        "fold_auc": [auc(part["label"].to_numpy(), part[row.name].to_numpy()) for _, part in table.groupby("fold")],
-        "pooled": list(auc_interval(labels, values)[:3]),
+def blended(records: Records, table: pd.DataFrame) -> tuple[Records, pd.DataFrame]:
+    """Return both with the rows that blend others: the mean of their probabilities, the sum of their costs."""
+    records, table = dict(records), table.copy()
+    for row in (row for row in NAMED if row.members and all(name in records for name in row.members)):
+        made = [records[name] for name in row.members]
+        records[row.name] = {
+            **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
+            **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
+        }
+        table[row.name] = table[list(row.members)].mean(axis=1)
+    return records, table
+
+
+def score(row: Row, table: pd.DataFrame) -> dict[str, Any]:
+    """Return the AUC of `row` per fold and pooled, and its paired difference from its base.
+
+    What is resampled is what the folds keep together: patches, or groups of similar stain.
+    """
+    known = table.dropna(subset=row.name)
+    unit = unit_of(row.scheme)
+    labels, values = known["label"].to_numpy(int), known[row.name].to_numpy()
+    groups = None if unit == "patch" else known["stain_group"].to_numpy()
+    pooled = interval(labels, values, groups, unit)
+    scored: dict[str, Any] = {
+        "folds": [auc(part["label"].to_numpy(int), part[row.name].to_numpy()) for _, part in known.groupby(row.scheme)],
+        "pooled": pooled[:3],
     }
-    if row.base in oof and row.base != row.name:
-        both = table.join(oof[[row.base]].dropna().rename(columns={row.base: "base"}), how="inner")
-        scored["difference"] = list(auc_difference(*(both[each].to_numpy() for each in ("label", row.name, "base")))[:3])
+    if row.base != row.name and row.base in known:
+        scored["difference"] = paired_test(labels, known[row.base].to_numpy(), groups, unit)(values)[:3]
     return scored
 
 
-def scheme(row: Row) -> str:
-    """Return the name of the folds of `row`."""
-    return "stain_5_42" if "groups=stain" in row.changes else "stratified_5_42"
-
-
-def table(rows: tuple[Row, ...], records: dict[str, Any]) -> str:
-    """Return a Markdown table of those of `rows` that are in `records`, highest pooled AUC first."""
-    known = sorted((row for row in rows if row.name in records), key=lambda row: -records[row.name]["pooled"][0])
-    lines = [
-        ("run", "pooled, 95 % interval", "minus base", "folds", "parameters", "MACs", "images/s", "minutes", "config"),
-        ("---",) * 9,
-    ]
-    for row in known:
+def score_table(rows: tuple[Row, ...], records: Records, table: pd.DataFrame) -> str:
+    """Return a Markdown table of those of `rows` that have records, highest pooled AUC first."""
+    scores = {row: score(row, table) for row in rows if row.name in records}
+    lines = []
+    for row, scored in sorted(scores.items(), key=lambda item: -item[1]["pooled"][0]):
         record = records[row.name]
-        config = " ".join(f"{key}={value}" for key, value in record["config"].items())
-        speeds = f"{record['train_images_per_second']:.0f}, {record['predict_images_per_second']:.0f}"
+        config = " ".join(f"{key}={value}" for key, value in record.get("config", {}).items())
         lines.append(
             (
                 f"`{row.name}`",
-                "{:.4f} [{:.4f}, {:.4f}]".format(*record["pooled"]),
-                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*record["difference"]) if "difference" in record else "",
-                " ".join(f"{value:.4f}" for value in record["fold_auc"]),
+                "{:.4f} [{:.4f}, {:.4f}]".format(*scored["pooled"]),
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*scored["difference"]) if "difference" in scored else "",
+                " ".join(f"{value:.4f}" for value in scored["folds"]),
                 f"{record['parameters']:,}",
                 f"{record['macs'] / 1e6:.0f} M",
-                speeds,
+                ", ".join(f"{record[key]:.0f}" for key in SPEEDS),
                 f"{record['minutes']:.1f}",
-                " ".join(row.changes) or " + ".join(record["members"]) or config,
+                " ".join(row.changes) or " + ".join(row.members) or config,
             )
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head = ("run", "pooled, 95 % interval", "minus base", "folds", "parameters", "MACs", "images/s", "minutes", "config")
+    return markdown(head, lines)
 
 
-def stain_table(records: dict[str, Any]) -> str:
-    """Return a Markdown table of the AUC over the same number of patches in folds by label and in folds by stain."""
-    lines = [("experiment", "mean of folds 0 and 1, by label", "by stain", "falls by"), ("---",) * 4]
+def stain_table(records: Records, table: pd.DataFrame) -> str:
+    """Return a Markdown table of the mean AUC of folds 0 and 1, stratified by label and grouped by stain."""
+    lines = []
     for row in (row for row in STAIN if row.name in records and row.experiment in records):
-        plain, stain = (float(np.mean(records[name]["fold_auc"][:2])) for name in (row.experiment, row.name))
-        lines.append((f"`{row.experiment}`", f"{plain:.4f}", f"{stain:.4f}", f"{plain - stain:.4f}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        label, stain = (float(np.mean(score(ROWS[name], table)["folds"][:2])) for name in (row.experiment, row.name))
+        lines.append((f"`{row.experiment}`", f"{label:.4f}", f"{stain:.4f}", f"{label - stain:.4f}"))
+    return markdown(("experiment", "folds by label", "folds by stain", "difference"), lines)
 
 
-def page(records: dict[str, Any]) -> str:
-    """Write SCORES.md from `records` and return it."""
-    text = TEXT.read_text().format(
-        named=table(NAMED, records), trials=table((TRIAL_BASE, STAIN[0], *TRIALS), records), stain=stain_table(records)
-    )
-    write(HERE / "SCORES.md", lambda file: file.write(text.encode()))
-    return text
+def write_page(records: Records, table: pd.DataFrame) -> None:
+    """Write the tables of SCORES.md."""
+    records, table = blended(records, table)
+    replace_block(PAGE, "experiments", score_table(NAMED, records, table))
+    replace_block(PAGE, "trials", score_table((TRIAL_BASE, STAIN[0], *TRIALS), records, table))
+    replace_block(PAGE, "stain", stain_table(records, table))
 
 
 def main(names: list[str]) -> None:
-    """Print SCORES.md as it stands, then bring the rows called `names`, or all without a record, up to date, and print it anew.
+    """Train and record the rows called `names`, or all without a record, one after the other, then write SCORES.md.
 
-    What is finished stays where it is stopped. Raises UserError on a name that is no row's, and as `make`.
+    Raises:
+        UserError: If a name is not one of a row, or training fails as in `make`.
     """
-    unknown = set(names) - set(ROWS)
-    if unknown:
-        raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose of {', '.join(ROWS)}")
-    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    oof = pd.read_csv(OOF, dtype={"id": str}, index_col="id") if OOF.exists() else pd.DataFrame(index=pd.Index([], name="id"))
-    print(page(records))
-    for name in _in_order(names or [name for name in ROWS if name not in records], records):
-        if experiment(ROWS[name].experiment).members:
-            oof = mix(ROWS[name], oof, records)
-        else:
-            make(ROWS[name])
-            oof = harvest(ROWS[name], oof, records)
-        shared = [row for row in ROWS.values() if row.name in records and scheme(row) == scheme(ROWS[name])]
-        for known in shared:
-            records[known.name] |= score(known, oof)
-        oof.to_csv(OOF, float_format="%.6g", lineterminator="\n")
-        write_json(RECORD, records)
-        print(page(records))
-
-
-def _in_order(names: list[str], records: dict[str, Any]) -> list[str]:
-    """Return `names` with what they need before them: the members of a blend that have no record."""
-    needed = [
-        [*(member for member in experiment(ROWS[name].experiment).members if member not in records), name] for name in names
-    ]
-    return list(dict.fromkeys(itertools.chain.from_iterable(needed)))
+    if unknown := set(names) - set(ROWS):
+        raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose from {', '.join(ROWS)}")
+    records, table = load()
+    for row in (ROWS[name] for name in names or [name for name in ROWS if name not in records]):
+        if not row.members:
+            make(row)
+            harvest(row, records, table)
+            save(records, table)
+    write_page(records, table)
+    print(PAGE.read_text())
 
 
 if __name__ == "__main__":

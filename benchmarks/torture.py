@@ -1,7 +1,6 @@
-"""Runs killed at random moments: each must go on and end in the very submission of one that was left alone.
+"""Runs killed at random moments: each must resume and be bit-identical to an uninterrupted run.
 
-`python -m benchmarks.torture [KILLS]`, on 240 real patches where PCAM_DATA names the competition's folder, else on synthetic
-ones.
+`python -m benchmarks.torture [KILLS]`, on 240 real patches if PCAM_DATA names the competition's folder, otherwise on the demo.
 """
 
 import os
@@ -23,7 +22,7 @@ from pcam_kaggle.pipeline.stages import STAGES
 
 KILLS = 30
 TRAIN, TEST = 240, 60
-# Small enough for seconds, with all that a checkpoint has to bring back: a schedule, an average, dropout, Muon's momentum.
+# Takes seconds, and has every state that a checkpoint must restore: schedule, weight average, dropout, momentum of Muon.
 CONFIG = (
     *("width=16", "max_width=32", "n_blocks=2", "side=32", "hidden=8", "batch_size=16", "epochs=4", "n_splits=3", "tta=4"),
     *("average_epochs=1", "optimizer=muon", "precision=fp32", "memory_format=channels_last"),
@@ -31,14 +30,14 @@ CONFIG = (
 RESULTS = (Path("submissions") / "bottleneck.csv", Path("runs") / "bottleneck" / "oof.csv")
 
 
-def some_patches(folder: Path) -> Data:
-    """Return a small set in `folder`: links to real patches of the set that PCAM_DATA names, or the demo."""
+def small_data(folder: Path) -> Data:
+    """Return a small data set in `folder`: links to patches of PCAM_DATA, or the demo."""
     small = Data(folder)
-    named = os.environ.get("PCAM_DATA")
-    if not named:
+    root = os.environ.get("PCAM_DATA")
+    if not root:
         make_demo(small)
         return small
-    source = Data(Path(named).resolve())
+    source = Data(Path(root).resolve())
     for split, table, count in (("train", "labels", TRAIN), ("test", "sample", TEST)):
         rows = pd.read_csv(getattr(source, table), dtype={"id": str}).head(count)
         write_csv(getattr(small, table), rows)
@@ -49,26 +48,27 @@ def some_patches(folder: Path) -> Data:
 
 
 def command(stage: str, data: Data, work: Path) -> list[str]:
-    """Return the command line that runs `stage`."""
+    """Return the command that runs `stage`."""
     changes = [part for change in CONFIG for part in ("--set", change)]
     return [sys.executable, "-m", "pcam_kaggle", stage, "--data", str(data.root), "--work", str(work), *changes]
 
 
 def torture(folder: Path, kills: int, seed: int = 0) -> Iterator[str]:
-    """Yield a line for each of `kills` runs in `folder`, killed in one stage after the other at a moment that is drawn.
+    """Yield a line for each of `kills` runs in `folder`, killed at a random moment of one stage after the other.
 
-    Raises RuntimeError where a run does not go on, or ends in other bytes than the one that was left alone.
+    Raises:
+        RuntimeError: If a run does not resume, or its results differ from those of the uninterrupted run.
     """
-    data = some_patches(folder / "data")
+    data = small_data(folder / "data")
     rng = np.random.default_rng(seed)
-    before, whole = {}, folder / "whole"
-    whole.mkdir()
+    before, uninterrupted = {}, folder / "uninterrupted"
+    uninterrupted.mkdir()
     seconds = {}
     for stage in STAGES:
         before[stage] = folder / f"before_{stage}"
-        shutil.copytree(whole, before[stage])
+        shutil.copytree(uninterrupted, before[stage])
         start = time.perf_counter()
-        subprocess.run(command(stage, data, whole), check=True, capture_output=True)
+        subprocess.run(command(stage, data, uninterrupted), check=True, capture_output=True)
         seconds[stage] = time.perf_counter() - start
     for number in range(kills):
         stage = list(STAGES)[number % len(STAGES)]
@@ -80,19 +80,21 @@ def torture(folder: Path, kills: int, seed: int = 0) -> Iterator[str]:
                 process.wait(moment)
             except subprocess.TimeoutExpired:
                 process.kill()
-        died = process.returncode < 0
-        again = subprocess.run(command("pipeline", data, work), check=False, capture_output=True, text=True)
-        differ = [
-            str(name) for name in RESULTS if again.returncode or (work / name).read_bytes() != (whole / name).read_bytes()
+        killed = process.returncode < 0
+        resumed = subprocess.run(command("pipeline", data, work), check=False, capture_output=True, text=True)
+        differing = [
+            str(name)
+            for name in RESULTS
+            if resumed.returncode or (work / name).read_bytes() != (uninterrupted / name).read_bytes()
         ]
-        if differ:
-            raise RuntimeError(f"{stage}, killed after {moment:.2f} s: {', '.join(differ)} differ; {again.stderr}")
-        yield f"{stage} {'killed' if died else 'had ended'} after {moment:.2f} s: the same bytes"
+        if differing:
+            raise RuntimeError(f"{stage}, killed after {moment:.2f} s: {', '.join(differing)} differ; {resumed.stderr}")
+        yield f"{stage} {'killed' if killed else 'ended'} after {moment:.2f} s: identical results"
         shutil.rmtree(work)
 
 
 def main(kills: int) -> None:
-    """Print what became of each run."""
+    """Print the outcome of each run."""
     with tempfile.TemporaryDirectory() as folder:
         for number, line in enumerate(torture(Path(folder), kills), 1):
             print(f"{number:>3} of {kills}: {line}", flush=True)
