@@ -14,7 +14,6 @@ from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))
 SHOWN = [
-    "introduction",
     "settings-text",
     "settings",
     "prepare-text",
