@@ -8,6 +8,8 @@ VENV := .venv
 IMAGE := .venv-kaggle
 PCAM := $(VENV)/bin/python -m pcam_kaggle
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# One torch thread per worker: two workers share the cores of a laptop.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # One word for the shell, whatever spaces and quotes the value has.
 quoted = '$(subst ','\'',$(1))'
 WITH_DATA = $(if $(DATA),PCAM_DATA=$(call quoted,$(DATA)))
@@ -16,7 +18,7 @@ OPTIONS = $(if $(DATA),--data $(call quoted,$(DATA))) $(if $(EXPERIMENT),-e $(ca
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
-	leaderboard test coverage mutants torture fuzz bench bench-full data lint clean
+	leaderboard test test-all coverage mutants torture fuzz bench bench-full data lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +28,7 @@ help: ## list the targets
 	@echo "TORCHRUN='…'      several processes on one fold: TORCHRUN='--standalone --nproc-per-node 2 --max-restarts 3'"
 	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
 
-# torchrun's workers would share one store over all restarts, and find in it the addresses of the dead.
+# Otherwise torchrun's workers share one store over all restarts, which still holds the addresses of dead processes.
 submission: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE = 1
 submission: $(VENV)/run.stamp ## everything from patches to submissions/<name>.csv; without data, the synthetic demo
 	@$(if $(TORCHRUN),$(VENV)/bin/python -m torch.distributed.run $(TORCHRUN) -m pcam_kaggle,$(PCAM)) pipeline $(OPTIONS)
@@ -37,39 +39,42 @@ compare: $(VENV)/run.stamp ## compare all runs, out of fold
 report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 	@$(PCAM) report $(ARGS)
 
-scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: every experiment and trial out of fold; trains what has no record
+scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: OOF scores of every experiment and trial; trains rows without a record
 	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
 kernel: $(VENV)/dev.stamp ## notebooks/pcam_submission.ipynb, the package as one notebook
-	@$(PCAM) kernel build
+	@$(PCAM) kaggle build
 
-kernel-push: $(VENV)/dev.stamp ## push it with Kaggle's client, in the name of its credentials
-	@$(PCAM) kernel push $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
+kernel-push: $(VENV)/dev.stamp ## push it to Kaggle with the client's credentials
+	@$(PCAM) kaggle push $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
-kernel-status: $(VENV)/dev.stamp ## how the kernel stands
-	@$(PCAM) kernel status
+kernel-status: $(VENV)/dev.stamp ## print the kernel's status
+	@$(PCAM) kaggle status
 
-kernel-logs: $(VENV)/dev.stamp ## what it printed
-	@$(PCAM) kernel logs
+kernel-logs: $(VENV)/dev.stamp ## print the kernel's log
+	@$(PCAM) kaggle logs
 
-kernel-output: $(VENV)/dev.stamp ## take what it made into runs/, to compare and to blend
-	@$(PCAM) kernel output
+kernel-output: $(VENV)/dev.stamp ## download its output and import its runs, to compare and to blend
+	@$(PCAM) kaggle output
 
-submit: $(VENV)/dev.stamp ## send submissions/<EXPERIMENT>.csv to Kaggle, with its OOF AUC as description
-	@$(PCAM) submit $(if $(EXPERIMENT),$(call quoted,$(EXPERIMENT))) $(ARGS)
+submit: $(VENV)/dev.stamp ## submit submissions/<EXPERIMENT>.csv to Kaggle, with its OOF AUC as description
+	@$(PCAM) kaggle submit $(if $(EXPERIMENT),$(call quoted,$(EXPERIMENT))) $(ARGS)
 
 leaderboard: $(VENV)/dev.stamp ## record Kaggle's scores of what was submitted
-	@$(PCAM) leaderboard
+	@$(PCAM) kaggle leaderboard
 
 kernel-test: $(VENV)/dev.stamp $(IMAGE)/image.stamp ## run it as Kaggle does, on the versions of Kaggle's image
-	@PCAM_KAGGLE_PYTHON=$(call quoted,$(CURDIR)/$(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_kernel.py
+	@PCAM_KAGGLE_PYTHON=$(call quoted,$(CURDIR)/$(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_notebook_kernel.py
 
-test: $(VENV)/dev.stamp ## all tests; those on real patches where PCAM_DATA is set
-	@$(VENV)/bin/python -m pytest
+test: $(VENV)/dev.stamp ## all tests but the slow ones, on two cores in under three minutes
+	@$(PYTEST)
 
-coverage: $(VENV)/dev.stamp ## the same, and the lines of pcam_kaggle that they run
+test-all: $(VENV)/dev.stamp ## all tests; those on real patches run if PCAM_DATA is set
+	@$(PYTEST) -m ''
+
+coverage: $(VENV)/dev.stamp ## run all tests in one process and report the line coverage of pcam_kaggle
 	@$(VENV)/bin/coverage erase
-	@$(VENV)/bin/coverage run -m pytest
+	@$(VENV)/bin/coverage run -m pytest -m ''
 	@$(VENV)/bin/coverage combine --quiet
 	@$(VENV)/bin/coverage report --skip-covered
 
@@ -78,24 +83,25 @@ mutants: $(VENV)/dev.stamp ## change folds, blend, metrics, submission and tta i
 	@$(VENV)/bin/mutmut run
 	@$(VENV)/bin/mutmut results
 
-torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must resume and end bit-identical
+torture: $(VENV)/run.stamp ## kill 30 runs at random moments; each must resume and be bit-identical to an uninterrupted run
 	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.torture $(ARGS)
 
-fuzz: $(VENV)/dev.stamp ## change 500 inputs; each must end in one line, or in the very same result
+fuzz: $(VENV)/dev.stamp ## damage 500 input files; each must end in a one-line error or in an unchanged result
 	@$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
-bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against what people use and against the limit; needs data, up to 40 minutes
+bench: $(VENV)/bench.stamp ## benchmarks/RESULTS.md: speed against common implementations and the limit; needs data, about 15 minutes
 	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
-bench-full: $(VENV)/dev.stamp ## its last section: every stage at the competition's full size, on 277,483 synthetic patches
+bench-full: $(VENV)/dev.stamp ## its last table: every stage at the competition's full size, on 277,483 synthetic patches
 	@$(VENV)/bin/python -m benchmarks.full
 
 data: $(VENV)/dev.stamp ## download, verify and unpack the competition with Kaggle's client
-	@$(PCAM) data
+	@$(PCAM) kaggle download
 
-lint: $(VENV)/dev.stamp ## ruff, check and format
+lint: $(VENV)/dev.stamp ## ruff (check and format) and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 
 clean: ## delete the environment and the demo, nothing else
 	rm -rf $(VENV) $(IMAGE) demo

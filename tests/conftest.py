@@ -1,8 +1,11 @@
-"""Small sets in the competition's layout, and the command line as a test calls it."""
+"""Small data sets in the competition's layout, a finished run, and the command line as a test calls it."""
 
+import contextlib
 import hashlib
+import io
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +20,12 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.layout import Data
 
-# Tests hold bytes, which a GPU does not repeat, and make believe in two GPUs where there may be one.
+# Tests compare bytes, which a GPU does not reproduce, and simulate two GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# The real patches, where there are any. Tests do not see the variables themselves.
+REAL_DATA = os.environ.get("PCAM_DATA")
+VARIABLES = ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG")
 
 TINY = [
     *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "warmup_epochs=0.5", "average_epochs=0.5"),
@@ -27,7 +34,7 @@ TINY = [
 
 
 class Outcome(NamedTuple):
-    """What a command left: its exit status, its standard output and error."""
+    """The exit status, standard output and standard error of a command."""
 
     status: int
     out: str
@@ -35,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
-    """Write an RGB patch as the competition does: uncompressed, the pixels last."""
+    """Write an RGB patch in the competition's format: uncompressed, the pixels at the end."""
     Image.fromarray(patch).save(path)
 
 
@@ -44,10 +51,22 @@ def sha1(patch: NDArray[np.uint8]) -> str:
     return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Data:
-    """Return 36 train and 7 test patches whose ids are their SHA-1s; a positive one is darker."""
-    made = Data(tmp_path / "data")
+def run_tiny(data: Data, work: Path, command: str, *arguments: str) -> int:
+    """Run a command on `data` in the workspace `work` with the tiny config; return its exit status."""
+    fields = [part for field in TINY for part in ("--set", field)]
+    return main([command, "--data", str(data.root), "--work", str(work), *fields, *arguments])
+
+
+def run_quietly(data: Data, work: Path, *arguments: str) -> None:
+    """Run the pipeline as `run_tiny` does, for fixtures that outlive a test and can't use capsys."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert run_tiny(data, work, "pipeline", *arguments) == 0
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Return the patches of `data`, which no test may change."""
+    made = Data(tmp_path_factory.mktemp("shared") / "data")
     rng = np.random.default_rng(0)
     for split, count in (("train", 36), ("test", 7)):
         made.patches(split).mkdir(parents=True)
@@ -62,6 +81,26 @@ def data(tmp_path: Path) -> Data:
     return made
 
 
+@pytest.fixture(scope="session")
+def shared_work(shared_data: Data) -> Path:
+    """Return the workspace of `finished_run`, which no test may change."""
+    work = shared_data.root.with_name("work")
+    run_quietly(shared_data, work)
+    return work
+
+
+@pytest.fixture
+def data(shared_data: Data, tmp_path: Path) -> Data:
+    """Return 36 train and 7 test patches whose ids are their SHA-1s; a positive one is darker."""
+    return Data(shutil.copytree(shared_data.root, tmp_path / "data"))
+
+
+@pytest.fixture
+def finished_run(data: Data, shared_work: Path, tmp_path: Path) -> Path:
+    """Return the workspace of `pcam` after `pcam("pipeline")`: a run of three folds and its submission."""
+    return shutil.copytree(shared_work, tmp_path / "work")
+
+
 @pytest.fixture
 def tiny() -> Config:
     """Return a net and a training that take a second."""
@@ -70,12 +109,11 @@ def tiny() -> Config:
 
 @pytest.fixture
 def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Return the command line, working on `data` in a folder of its own, with the tiny config."""
+    """Return the command line, working on `data` in the workspace `tmp_path / "work"`, with the tiny config."""
 
     def call(command: str, *arguments: str) -> Outcome:
-        fields = [part for field in TINY for part in ("--set", field)]
         capsys.readouterr()
-        status = main([command, "--data", str(data.root), "--work", str(tmp_path / "work"), *fields, *arguments])
+        status = run_tiny(data, tmp_path / "work", command, *arguments)
         return Outcome(status, *capsys.readouterr())
 
     return call
@@ -83,13 +121,17 @@ def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call
 
 @pytest.fixture(scope="session")
 def real() -> Data:
-    """Return the real patches that PCAM_DATA points to, or skip."""
-    folder = os.environ.get("PCAM_DATA")
-    if not folder:
+    """Return the real patches in the folder PCAM_DATA, or skip the test."""
+    if not REAL_DATA:
         pytest.skip("PCAM_DATA is not set")
-    return Data(Path(folder))
+    return Data(Path(REAL_DATA))
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
+    # In a context of its own: a test that undoes its patches does not undo this.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        yield

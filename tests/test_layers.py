@@ -1,4 +1,4 @@
-"""Imports between the sub-packages point one way."""
+"""Imports between the sub-packages point one way, and one sub-package knows the files of a run."""
 
 from pathlib import Path
 
@@ -8,11 +8,12 @@ import pcam_kaggle
 from pcam_kaggle.kaggle.notebook import imported_modules
 
 PACKAGE = Path(pcam_kaggle.__file__).parent
-LAYERS = (
-    *({"config"}, {"data"}, {"models"}, {"runs"}, {"scoring"}, {"training"}, {"kaggle"}, {"report"}, {"pipeline"}, {"cli"}),
-    {"__main__"},
+LAYERS = ("config", "data", "models", "runs", "scoring", "training", "kaggle", "report", "pipeline", "cli", "__main__")
+LAYER = {name: number for number, name in enumerate(LAYERS)}
+RUN_FILES = (
+    *("metrics.json", "log.csv", "predictions.json", "best.pt", "last.pt", "oof.csv", "test.csv"),
+    *("environment.json", "teacher.json"),
 )
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
 @pytest.mark.parametrize("name", LAYER)
@@ -26,3 +27,13 @@ def test_imports_point_down(name: str) -> None:
 def test_every_entry_of_the_package_has_a_layer() -> None:
     entries = {path.stem for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__")}
     assert entries == set(LAYER)
+
+
+def test_only_runs_spells_the_names_of_files_in_a_run_folder() -> None:
+    literals = ('/ f"fold_', *(f'"{name}"' for name in RUN_FILES))
+    sources = {
+        path.relative_to(PACKAGE): path.read_text(encoding="utf-8")
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] != "runs"
+    }
+    assert not [(str(path), literal) for path, source in sources.items() for literal in literals if literal in source]

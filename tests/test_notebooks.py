@@ -1,4 +1,4 @@
-"""Notebooks are kept without outputs, and run from top to bottom."""
+"""Notebooks are stored without outputs, and run from top to bottom."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +20,20 @@ def test_no_output_is_kept(path: Path) -> None:
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
-def test_the_look_at_a_run_runs(pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pcam("pipeline").status == 0
+@pytest.mark.slow
+def test_inspect_run_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
-    notebook = nbformat.read(FOLDER / "look.ipynb", as_version=4)
+    notebook = nbformat.read(FOLDER / "inspect_run.ipynb", as_version=4)
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
 
 
-def test_the_comparison_runs(pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pcam("pipeline").status == 0
+@pytest.mark.slow
+def test_the_comparison_runs(
+    pcam: Callable[..., Outcome], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
     monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
     notebook = nbformat.read(FOLDER / "compare.ipynb", as_version=4)
@@ -41,6 +43,7 @@ def test_the_comparison_runs(pcam: Callable[..., Outcome], tmp_path: Path, monke
     assert "difference" in text
 
 
+@pytest.mark.slow
 def test_the_exploration_runs_and_names_what_is_damaged(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = min(data.patches("train").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:1000])
