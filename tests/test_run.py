@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from pcam_kaggle import UserError
+from pcam_kaggle.config.logs import configure_logging
 from pcam_kaggle.data.atomic_io import write_json
 from pcam_kaggle.runs.run import Run
 
@@ -42,7 +43,8 @@ def test_changed_predictions_of_a_blend_are_refused(name: str, tmp_path: Path) -
         getattr(run, name)()
 
 
-def test_damaged_logs_and_stray_folders_are_left_out(tmp_path: Path) -> None:
+def test_damaged_logs_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
     run = Run(tmp_path)
     row = dict.fromkeys(("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"), 1.0)
     for number in (0, 2):
@@ -50,3 +52,4 @@ def test_damaged_logs_and_stray_folders_are_left_out(tmp_path: Path) -> None:
     (run.fold(2).folder / "log.csv").write_text("damaged")
     (tmp_path / "fold_0_old").mkdir()
     assert {number: len(log) for number, log in run.logs().items()} == {0: 2}
+    assert "fold_2/log.csv: not a training log" in capsys.readouterr().err

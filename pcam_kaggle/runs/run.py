@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pcam_kaggle.data.csv_io import check_oof, read_numbers
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.fold import Fold
+
+log = logging.getLogger(__name__)
 
 BLEND_FILES = ("oof.csv", "test.csv", "metrics.json")
 
@@ -76,16 +79,17 @@ class Run:
         return [self.fold(number) for number in range(n_splits)]
 
     def logs(self) -> dict[int, pd.DataFrame]:
-        """Return the readable training logs by fold number; a blend has none, and damaged ones are left out."""
+        """Return the readable training logs by fold number; a blend has none, and damaged ones are left out with a warning."""
         names = [folder.name.removeprefix("fold_") for folder in self.folder.glob("fold_[0-9]*") if folder.is_dir()]
         logs = {}
         for number in sorted(int(name) for name in names if name.isdecimal()):
             try:
-                log = self.fold(number).log()
-            except UserError:
+                table = self.fold(number).log()
+            except UserError as error:
+                log.warning("left out: %s", error)
                 continue
-            if len(log):
-                logs[number] = log
+            if len(table):
+                logs[number] = table
         return logs
 
     def made_from(self) -> dict[str, Any]:
