@@ -208,7 +208,9 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, home: Pa
             if partial.is_file() and partial.stat().st_size >= 1 << 20:
                 break
             time.sleep(0.01)
-        (client,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        # Other tests may have left a child, such as multiprocessing's resource tracker.
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        (client,) = [child for child in children if b"kaggle" in Path(f"/proc/{child}/cmdline").read_bytes()]
         if stopped == "program":
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         else:

@@ -1,6 +1,8 @@
 """The report: one self-contained file with all figures, checked in a browser; and Grad-CAM."""
 
+import contextlib
 import html
+import io
 import re
 import shutil
 import subprocess
@@ -14,13 +16,15 @@ from conftest import run_quietly, run_tiny
 from torch import Tensor, nn
 
 from pcam_kaggle import UserError
+from pcam_kaggle.cli.main import main
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.report.curves import Reference, learning, precision_recall, roc
-from pcam_kaggle.report.figures import calibration_error, correlation, cv_versus_lb, histogram, reliability, slide_aucs
+from pcam_kaggle.report.figures import correlation, cv_versus_lb, histogram, reliability, slide_aucs
 from pcam_kaggle.report.grad_cam import feature_module, grad_cam
 from pcam_kaggle.report.page import write_report
+from pcam_kaggle.scoring.calibration import calibration_error
 from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
 
 MOST_BYTES = 3_000_000
@@ -41,6 +45,11 @@ def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory)
     slides.to_csv(data.root / "patch_id_wsi.csv", index=False)
     for arguments in ([], ["--set", "lr=0.01", "--name", "other"], ["--name", "half", "--folds", "0"]):
         run_quietly(data, work, *arguments)
+    labelled = pd.read_csv(data.sample).assign(label=[n % 2 for n in range(len(pd.read_csv(data.sample)))])
+    labelled.to_csv(root / "labels.csv", index=False)
+    patches = ["--patches", str(data.patches("test")), "--labels", str(root / "labels.csv"), "--name", "others"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches, "--perturb"]) == 0
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
     (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
     scores = {
@@ -94,6 +103,8 @@ def test_the_report_has_all_figures_and_no_external_references(workspace: Worksp
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
     assert used <= set(ids)
     assert "aria-sort" in page
+    assert "<h3>Scores on others</h3>" in page
+    assert "<h3>others under corruptions</h3>" in page
     assert "Left out" not in page
     assert "Not available" not in page
 

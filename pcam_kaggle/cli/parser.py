@@ -79,6 +79,12 @@ RUNS = option("runs", nargs="*", help="runs to compare [all]")
 BASELINE = option("--baseline", help="run to compare the others with [the best]")
 SLIDES_OF_RUNS = option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
 FORMAT = option("--format", choices=FORMATS, default="text", help="what to print [text]")
+EVALUATED = option("runs", nargs="+", help="runs to evaluate")
+PATCHES = option("--patches", type=Path, required=True, help="folder of <id>.tif")
+LABELS = option("--labels", type=Path, required=True, help="CSV of id,label")
+SET_NAME = option("--name", help="name of this set of patches [that of the folder that holds the labels]")
+SLIDES_OF_PATCHES = option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]")
+PERTURB = option("--perturb", action="store_true", help="repeat it under a list of corruptions")
 SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
 RESUME = option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
 SUBMITTED = option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
@@ -97,6 +103,11 @@ COMMANDS = (
     Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)),
     Command(
         "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)
+    ),
+    Command(
+        "evaluate",
+        "score runs on labelled patches of other slides",
+        (EVALUATED, PATCHES, LABELS, IDS, SLIDES_OF_PATCHES, SET_NAME, FOLDS, PERTURB, BASELINE, FORMAT),
     ),
     Command("report", "the same with figures, as one HTML file in reports/", (RUNS, BASELINE, SLIDES_OF_RUNS)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),

@@ -63,6 +63,10 @@ class Workspace:
         """Return the folder of the run `name`."""
         return self.root / "runs" / name
 
+    def evaluation(self, name: str) -> Path:
+        """Return the folder of the evaluation on the set of labelled patches `name`."""
+        return self.root / "evaluations" / name
+
     @property
     def submissions(self) -> Path:
         """Submission files and the ledger of their scores."""

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from pcam_kaggle import EXAMPLES, UserError, examples
-from pcam_kaggle.data.layout import Data
 
 TIF = (".tif", ".tiff")
 OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -53,13 +52,12 @@ class Problem:
         return f"{self.split}/{self.file}: {self.reason}; {self.advice}"
 
 
-def read_split(data: Data, name: str, ids: list[str]) -> Split:
-    """Return split `name` of `data`, whose table lists `ids`.
+def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
+    """Return the split called `name` in `folder`, whose `table` lists `ids`.
 
     Raises:
-        UserError: The folder of the split is missing.
+        UserError: The folder is missing.
     """
-    folder = data.patches(name)
     try:
         with os.scandir(folder) as entries:
             visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -70,16 +68,13 @@ def read_split(data: Data, name: str, ids: list[str]) -> Split:
     tifs = [entry for entry in visible if _has_suffix(entry, TIF)]
     others = [entry for entry in visible if not _has_suffix(entry, TIF)]
     files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
-    return Split(name, folder, data.table(name), sorted(ids), tifs, others, files)
+    return Split(name, folder, table, sorted(ids), tifs, others, files)
 
 
 def listing_problems(split: Split) -> Iterator[Problem]:
     """Yield the patches of `split` that lack a file or a row of the table, and those with several files."""
+    yield from missing_files(split)
     known = set(split.ids)
-    for name in split.ids:
-        if name not in split.files:
-            reason = f"missing, though listed in {split.table.name}"
-            yield Problem(split.name, name, f"{name}.tif", reason, "copy the file again or drop the row")
     for name, file in split.files.items():
         if name not in known:
             reason = f"not listed in {split.table.name}"
@@ -90,6 +85,14 @@ def listing_problems(split: Split) -> Iterator[Problem]:
             if entry.name != first:
                 reason = "there are two files of this id"
                 yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {first}")
+
+
+def missing_files(split: Split) -> Iterator[Problem]:
+    """Yield the patches that the table of `split` lists and its folder lacks."""
+    for name in split.ids:
+        if name not in split.files:
+            reason = f"missing, though listed in {split.table.name}"
+            yield Problem(split.name, name, f"{name}.tif", reason, "copy the file again or drop the row")
 
 
 def id_problems(split: Split) -> Iterator[Problem]:

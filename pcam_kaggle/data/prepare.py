@@ -90,7 +90,7 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     ids = ids or declared_ids(data)
     labels = read_labels(data.labels)
     listed = {"train": labels["id"].tolist(), "test": read_sample(data.sample)["id"].tolist()}
-    splits = {name: read_split(data, name, listed[name]) for name in ("train", "test")}
+    splits = {name: read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")}
     for split in splits.values():
         check_listing(split)
     signature = _signature(data, splits, ids, skip_damaged)

@@ -7,9 +7,9 @@ from matplotlib import colormaps
 from scipy import stats
 
 from pcam_kaggle.report.svg import GREY, HEIGHT, PRIMARY, SECONDARY, STYLE, WIDTH, Plot, make_plot, panel
-from pcam_kaggle.scoring.metrics import Floats, Labels, Unit, auc, midranks
+from pcam_kaggle.scoring.calibration import calibration_bins, calibration_error
+from pcam_kaggle.scoring.metrics import Floats, Unit, auc, midranks
 
-BINS = 15
 MAX_NAMED_SLIDES = 30
 MIN_RANKED_SUBMISSIONS = 4
 
@@ -32,18 +32,12 @@ def histogram(name: str, oof: pd.DataFrame) -> Plot:
     return make_plot(figure, f"Histogram of OOF probabilities of {name} by label", caption)
 
 
-def calibration_error(labels: Labels, probabilities: Floats) -> float:
-    """Return the expected calibration error of `probabilities` (n,) in 15 bins of equal width (Guo et al. 2017, equation 3)."""
-    bins = _calibration(labels, probabilities)
-    return float((bins["size"] * (bins["label"] - bins["probability"]).abs()).sum() / bins["size"].sum())
-
-
 @mpl.rc_context(STYLE)
 def reliability(name: str, oof: pd.DataFrame) -> Plot:
     """Return the reliability diagram of `oof` (label, probability): fraction of positives by mean probability, in 15 bins."""
     figure, ax = panel()
     labels, values = oof["label"].to_numpy(), oof["probability"].to_numpy()
-    bins = _calibration(labels, values)
+    bins = calibration_bins(labels, values)
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
     # 95 % range of the fraction of positives of a calibrated model, by the normal approximation.
     mean = bins["probability"]
@@ -151,10 +145,3 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
 
 def _number(value: float) -> str:
     return "n/a" if np.isnan(value) else f"{value:.3f}"
-
-
-def _calibration(labels: Labels, probabilities: Floats) -> pd.DataFrame:
-    """Return one row per non-empty bin of equal width: mean label, mean probability, size."""
-    table = pd.DataFrame({"label": labels, "probability": probabilities})
-    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    return table.groupby(bins).agg(label=("label", "mean"), probability=("probability", "mean"), size=("label", "size"))

@@ -16,14 +16,26 @@ from pcam_kaggle.kaggle.ledger import LEDGER_FILE
 from pcam_kaggle.report import curves, figures
 from pcam_kaggle.report.mistakes import LABELLED_SIDE, Mistake, most_wrong
 from pcam_kaggle.report.svg import Plot
+from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.compare import Comparison, Entry
+from pcam_kaggle.scoring.evaluation_table import caption as evaluation_caption
+from pcam_kaggle.scoring.evaluation_table import perturbation_table, score_table
 from pcam_kaggle.scoring.render import caption, comparison_table, conclusions, display_table
 from pcam_kaggle.scoring.resampling import unit_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SCORES = ["public_score", "private_score"]
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of the report: its title, the names of its columns, and its cells by row, all as text."""
+
+    title: str
+    columns: list[str]
+    cells: list[list[str]]
 
 
 @dataclass(slots=True)
@@ -35,6 +47,7 @@ class Section:
     text: str
     plots: list[Plot] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
@@ -66,6 +79,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
             _histograms(entries),
             _reliability(entries),
             _slide_aucs(entries, comparison, workspace),
+            _evaluations(workspace),
             _mistakes(baseline, workspace),
             _correlation(entries, baseline),
             _leaderboard(workspace),
@@ -129,6 +143,27 @@ def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspa
         section.plots += [plot] if plot else []
     if not section.plots:
         section.text = "Not available: the fold files of these runs have no slides with patches of both labels."
+    return section
+
+
+def _evaluations(workspace: Workspace) -> Section:
+    section = Section("evaluations", "Other labelled patches", "")
+    captions = []
+    for folder in sorted(workspace.evaluation("").glob("*/")):
+        try:
+            result = Evaluation(folder).result()
+            tables = (
+                (f"Scores on {folder.name}", score_table(result)),
+                (f"{folder.name} under corruptions", perturbation_table(result)),
+            )
+            captions.append(f"{folder.name}: {evaluation_caption(result)}")
+        except (UserError, LookupError, TypeError, ValueError) as error:
+            captions.append(f"Left out: {' '.join(str(error).split())[:300]}.")
+            continue
+        section.tables += [
+            Table(title, table.columns.tolist(), table.to_numpy().tolist()) for title, table in tables if len(table)
+        ]
+    section.text = " ".join(captions) or "Not available: no run was evaluated on other labelled patches (`pcam evaluate`)."
     return section
 
 

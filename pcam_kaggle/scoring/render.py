@@ -27,8 +27,8 @@ def describe_difference(entry: Entry, baseline: Entry) -> str:
         better, worse = (entry, baseline) if difference.value > 0 else (baseline, entry)
         low, high = sorted([abs(difference.low), abs(difference.high)])
         gain = f"{abs(difference.value):.4f} {interval_text(low, high, '')}"
-        return f"{better.name} is better than {worse.name} by {gain}, {_p_text(entry.corrected_p)} ({unit})."
-    numbers = f"{difference.value:+.4f} {_interval(difference)}, {_p_text(entry.corrected_p)}; {unit}"
+        return f"{better.name} is better than {worse.name} by {gain}, {p_text(entry.corrected_p)} ({unit})."
+    numbers = f"{difference.value:+.4f} {_interval(difference)}, {p_text(entry.corrected_p)}; {unit}"
     sentence = f"{entry.name} compared with {baseline.name}: no significant difference ({numbers})."
     if not difference.value:
         return sentence
@@ -132,7 +132,7 @@ def render(comparison: Comparison, form: str) -> str:
         return json.dumps({"unit": comparison.unit, "runs": records, "words": sentences}, indent=2, ensure_ascii=False) + "\n"
     tables = [shown for shown in (display_table(rows), fold_differences(comparison)) if len(shown)]
     if form == "md":
-        return "\n".join([*map(_markdown, tables), f"{caption(comparison)}\n", *(f"- {each}" for each in sentences)]) + "\n"
+        return "\n".join([*map(markdown, tables), f"{caption(comparison)}\n", *(f"- {each}" for each in sentences)]) + "\n"
     return (
         "\n\n".join([*(shown.to_string(index=False) for shown in tables), "\n".join([caption(comparison), *sentences])]) + "\n"
     )
@@ -187,7 +187,8 @@ def _with_intervals(rows: pd.DataFrame, column: str, form: str) -> pd.Series:
     return pd.Series(texts, rows.index, dtype=object)
 
 
-def _markdown(shown: pd.DataFrame) -> str:
+def markdown(shown: pd.DataFrame) -> str:
+    """Return a table of text as Markdown."""
     lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -205,5 +206,6 @@ def _interval(difference: Difference) -> str:
     return interval_text(difference.low, difference.high, difference.undefined, "+.4f")
 
 
-def _p_text(p: float) -> str:
+def p_text(p: float) -> str:
+    """Return a p-value as text."""
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"

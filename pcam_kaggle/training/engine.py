@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import progress
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.training import tta
 from pcam_kaggle.training.augment import center_crop
 from pcam_kaggle.training.device import Backend
@@ -97,15 +97,15 @@ def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
         )
 
 
-def adapt_norms(net: nn.Module, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
+def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
     """Replace the batch norms' statistics by those of the patches to predict (Schneider et al. 2020).
 
     No label is read. Each batch of patches has the same weight.
 
     Args:
         net: Net whose `BatchNorm2d` modules change.
-        store: The packed patches.
-        rows: Rows of the patches in `store`, shape (n,).
+        patches: The patches.
+        rows: Rows of those to predict, shape (n,).
         config: Source of `side`.
         backend: Device, precision and memory format.
     """
@@ -118,12 +118,12 @@ def adapt_norms(net: nn.Module, store: PatchStore, rows: NDArray[np.int64], conf
         for count, start in enumerate(starts, 1):
             for norm in norms:
                 norm.momentum = 1 / count
-            net(backend.images(_center_patches(store, rows[start : start + PREDICT_BATCH], config)))
+            net(backend.images(_center_patches(patches, rows[start : start + PREDICT_BATCH], config)))
 
 
 def predict_logits(
     net: nn.Module,
-    store: PatchStore,
+    patches: Patches,
     rows: NDArray[np.int64],
     config: Config,
     backend: Backend,
@@ -134,8 +134,8 @@ def predict_logits(
 
     Args:
         net: Net on the device of `backend`, set to evaluation mode.
-        store: The packed patches.
-        rows: Rows of the patches in `store`, shape (n,).
+        patches: The patches.
+        rows: Rows of those to predict, shape (n,).
         config: Source of `side`.
         backend: Device, precision and memory format.
         n_views: Views per patch: 1, 4 or 8.
@@ -149,10 +149,10 @@ def predict_logits(
     starts = range(0, len(rows), PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
         for start in progress(starts, description):
-            images = backend.images(_center_patches(store, rows[start : start + PREDICT_BATCH], config))
+            images = backend.images(_center_patches(patches, rows[start : start + PREDICT_BATCH], config))
             logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views)]).cpu())
     return torch.cat(logits, dim=1)
 
 
-def _center_patches(store: PatchStore, rows: NDArray[np.int64], config: Config) -> Tensor:
-    return torch.from_numpy(center_crop(store.images(rows), config.side))
+def _center_patches(patches: Patches, rows: NDArray[np.int64], config: Config) -> Tensor:
+    return torch.from_numpy(center_crop(patches.images(rows), config.side))

@@ -14,6 +14,7 @@ from pcam_kaggle.config.logs import fold_context
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.data.folds import Folds
+from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
@@ -61,21 +62,38 @@ def _predict_share(
 def _predict_fold(fold: Fold, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend) -> None:
     net = load_best(fold, config, backend)
     valid = table[(table["fold"] == fold.number) & table["id"].isin(store.ids("train"))]
+
+    def predicted(split: str, ids: NDArray[np.object_]) -> pd.DataFrame:
+        rows = store.rows(split, ids)
+        return pd.DataFrame(
+            {"id": ids, "probability": predict_probabilities(net, store, rows, config, backend, f"predict {split}")}
+        )
+
     start = time.perf_counter()
-    oof = _probabilities(net, store, "train", valid["id"].to_numpy(), config, backend)
-    test = _probabilities(net, store, "test", store.ids("test"), config, backend)
+    oof, test = predicted("train", valid["id"].to_numpy()), predicted("test", store.ids("test"))
     rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
     oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
     fold.write_predictions(oof, test, store, rate)
     log.info(f"predict: fold {fold.number}, {len(oof):,} out of fold, {len(test):,} test")
 
 
-def _probabilities(
-    net: nn.Module, store: PatchStore, split: str, ids: NDArray[np.object_], config: Config, backend: Backend
-) -> pd.DataFrame:
-    """Return the columns id and probability for `ids` of `split`."""
-    rows = store.rows(split, ids)
+def predict_probabilities(
+    net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, description: str
+) -> NDArray[np.float64]:
+    """Return the probabilities of patches as `config` asks for: averaged over its views, with its batch norm statistics.
+
+    Args:
+        net: Net on the device of `backend`.
+        patches: The patches.
+        rows: Rows of those to predict, shape (n,).
+        config: Source of `side`, `tta`, `tta_mean` and `norm`.
+        backend: Device, precision and memory format.
+        description: Text before the progress bar.
+
+    Returns:
+        Probabilities (n,).
+    """
     if config.norm == "test":
-        adapt_norms(net, store, rows, config, backend)
-    logits = predict_logits(net, store, rows, config, backend, config.tta, f"predict {split}")
-    return pd.DataFrame({"id": ids, "probability": tta.average(logits, config.tta_mean).numpy()})
+        adapt_norms(net, patches, rows, config, backend)
+    logits = predict_logits(net, patches, rows, config, backend, config.tta, description)
+    return tta.average(logits, config.tta_mean).numpy()

@@ -26,6 +26,25 @@ def open_session(run: Run, config: Config, store: PatchStore) -> Backend:
         store: The packed patches, whose hashes are recorded.
 
     Returns:
+        The backend of `find_backend`.
+
+    Raises:
+        UserError: As `find_backend`.
+    """
+    backend = find_backend(run, config)
+    if rank() == 0:
+        run.add_environment(session_environment(dataclasses.asdict(backend), device_name(backend.kind), store))
+    return backend
+
+
+def find_backend(run: Run, config: Config) -> Backend:
+    """Prepare this process for the nets of `run`; return what they compute on.
+
+    Args:
+        run: The run.
+        config: Config of the run.
+
+    Returns:
         The backend of the run's last session on this kind of device, otherwise the one that `choose_backend` selects.
 
     Raises:
@@ -42,6 +61,4 @@ def open_session(run: Run, config: Config, store: PatchStore) -> Backend:
             lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
         )
     log.debug("%s: backend %s, %s", run.name, backend, "as before" if used else "chosen now")
-    if rank() == 0:
-        run.add_environment(session_environment(dataclasses.asdict(backend), device_name(backend.kind), store))
     return backend
