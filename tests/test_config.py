@@ -263,6 +263,7 @@ def test_the_baseline_is_frozen() -> None:
         "seed": 42,
         "tta": 8,
         "tta_mean": "logits",
+        "chroma_blur": 0.0,
         "norm": "train",
     }
     assert asdict(EXPERIMENTS[BASELINE].config) == pinned

@@ -1,5 +1,6 @@
 """Out-of-fold predictions are free of leaks: labels and pixels of a fold do not change the net that predicts it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import sha1, write_tif
+from conftest import Outcome, sha1, write_tif
 
 from pcam_kaggle.config.experiments import QUICK, experiment
 from pcam_kaggle.config.schema import Config
@@ -150,3 +151,15 @@ def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
     train(Run(tmp_path / "run"), QUICK, config, store, folds, [0, 1, 2])
     predict(Run(tmp_path / "run"), config, store, folds, [0, 1, 2])
     assert_chance(tmp_path / "run")
+
+
+def test_chroma_blur_does_not_reach_training(pcam: Callable[..., Outcome], finished_run: Path) -> None:
+    """Nets must be trained on sharp colours: the filter helps because they have learnt what it takes away."""
+    assert pcam("train", "--set", "chroma_blur=1.5", "--name", "blurred").status == 0
+    sharp, blurred = (
+        checkpoint.load(finished_run / "runs" / name / "fold_0/last.pt", "net")["net"] for name in ("bottleneck", "blurred")
+    )
+    assert all(torch.equal(sharp[key], blurred[key]) for key in sharp)
+    assert pcam("predict", "--set", "chroma_blur=1.5", "--name", "blurred").status == 0
+    tables = [pd.read_csv(finished_run / "runs" / name / "fold_0/test.csv") for name in ("bottleneck", "blurred")]
+    assert (tables[0]["probability"] != tables[1]["probability"]).all()

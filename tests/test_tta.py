@@ -1,9 +1,13 @@
-"""The views are the square's symmetries, each once."""
+"""The views are the square's symmetries, each once, and the filter takes fine colour detail away and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 
 from pcam_kaggle.training import tta
+from pcam_kaggle.training.perturb import chroma_blur
+
+LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
@@ -42,3 +46,31 @@ def test_the_two_means() -> None:
     assert tta.average(logits, "logits").item() == pytest.approx(torch.tensor(0.5).double().sigmoid().item())
     assert tta.average(logits, "probabilities").item() == pytest.approx((0.880797078 + 0.268941421) / 2)
     assert tta.average(logits, "logits").dtype == torch.float64
+
+
+@pytest.fixture
+def patches() -> torch.Tensor:
+    """Two RGB patches in [0, 1] whose colours stay in the gamut when they are blurred."""
+    return torch.rand(2, 3, 32, 32) * 0.3 + 0.35
+
+
+def test_blurred_chroma_is_that_of_opencv(patches: torch.Tensor) -> None:
+    levels = (patches * 255).round()
+    ours = tta.blur_chroma(levels / 255, 1.5) * 255
+    theirs = [chroma_blur(image.permute(1, 2, 0).numpy().astype(np.uint8), 1.5) for image in levels]
+    # OpenCV rounds luma and colour differences to whole levels, and cuts the Gaussian off after three standard deviations.
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1), np.stack(theirs), atol=2.5)
+
+
+def test_blurred_chroma_keeps_luma_and_the_grey_of_a_patch(patches: torch.Tensor) -> None:
+    blurred = tta.blur_chroma(patches, 1.5)
+    torch.testing.assert_close((blurred * LUMA).sum(1), (patches * LUMA).sum(1))
+    assert (blurred - patches).abs().max() > 0.05
+    grey = patches[:, :1].expand(2, 3, 32, 32)
+    torch.testing.assert_close(tta.blur_chroma(grey, 1.5), grey)
+    assert torch.equal(tta.blur_chroma(patches, 0), patches)
+
+
+def test_blurring_chroma_commutes_with_the_views(patches: torch.Tensor) -> None:
+    for first, second in zip(tta.views(tta.blur_chroma(patches, 1.0), 8), tta.views(patches, 8), strict=True):
+        torch.testing.assert_close(first, tta.blur_chroma(second, 1.0))

@@ -125,6 +125,8 @@ class Config:
     """Views per patch in prediction: the patch, its rotations, or its rotations and reflections."""
     tta_mean: Literal["logits", "probabilities"] = "logits"
     """What is averaged over the views."""
+    chroma_blur: Annotated[Number, Field(ge=0, le=5)] = 0.0
+    """Gaussian blur of the colour differences in prediction, as its standard deviation in pixels; training reads them sharp."""
     norm: Literal["train", "test"] = "train"
     """Batch norm statistics in prediction: those of training, or those of the patches that are predicted."""
 

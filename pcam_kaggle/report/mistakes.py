@@ -14,8 +14,8 @@ from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report.grad_cam import grad_cam
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.augment import center_crop
 from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import net_input
 from pcam_kaggle.training.fold_state import load_best
 
 LABELLED_SIDE = 32
@@ -60,7 +60,7 @@ def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: Patch
     for fold, part in chosen.groupby("fold"):
         net = load_best(run.fold(fold), config, backend)
         inside = part.index.to_numpy()
-        images = backend.images(torch.from_numpy(center_crop(patches[inside], config.side)))
+        images = net_input(patches[inside], config, backend)
         signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in part["probability"]])
         margin = (patches.shape[1] - config.side) // 2
         crop = slice(margin, margin + config.side)

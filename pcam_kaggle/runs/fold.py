@@ -165,6 +165,10 @@ class Fold:
         }
         write_json(self.folder / "predictions.json", content)
 
+    def prediction_rate(self) -> float:
+        """Return the measured patches per second of the predictions, all views of a patch counting as one."""
+        return float(read_json(self.folder / "predictions.json", images_per_second=float)["images_per_second"])
+
     def teacher_predictions(self, teacher: str) -> pd.DataFrame:
         """Return the test predictions of the run `teacher` for this fold, and record their hash when the fold starts.
 

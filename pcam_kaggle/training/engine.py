@@ -106,7 +106,7 @@ def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], confi
         net: Net whose `BatchNorm2d` modules change.
         patches: The patches.
         rows: Rows of those to predict, shape (n,).
-        config: Source of `side`.
+        config: Source of `side` and `chroma_blur`.
         backend: Device, precision and memory format.
     """
     net.eval()
@@ -118,7 +118,7 @@ def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], confi
         for count, start in enumerate(starts, 1):
             for norm in norms:
                 norm.momentum = 1 / count
-            net(backend.images(_center_patches(patches, rows[start : start + PREDICT_BATCH], config)))
+            net(net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend))
 
 
 def predict_logits(
@@ -136,7 +136,7 @@ def predict_logits(
         net: Net on the device of `backend`, set to evaluation mode.
         patches: The patches.
         rows: Rows of those to predict, shape (n,).
-        config: Source of `side`.
+        config: Source of `side` and `chroma_blur`.
         backend: Device, precision and memory format.
         n_views: Views per patch: 1, 4 or 8.
         description: Text before the progress bar.
@@ -149,10 +149,21 @@ def predict_logits(
     starts = range(0, len(rows), PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
         for start in progress(starts, description):
-            images = backend.images(_center_patches(patches, rows[start : start + PREDICT_BATCH], config))
+            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
             logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views)]).cpu())
     return torch.cat(logits, dim=1)
 
 
-def _center_patches(patches: Patches, rows: NDArray[np.int64], config: Config) -> Tensor:
-    return torch.from_numpy(center_crop(patches.images(rows), config.side))
+def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:
+    """Return what a net predicts on: the patches' centre, without fine colour detail if the config says so.
+
+    Args:
+        patches: RGB uint8 (n, 96, 96, 3).
+        config: Source of `side` and `chroma_blur`.
+        backend: Device and memory format.
+
+    Returns:
+        float32 (n, 3, side, side) in [0, 1] on the device.
+    """
+    images = backend.images(torch.from_numpy(center_crop(patches, config.side)))
+    return tta.blur_chroma(images, config.chroma_blur)

@@ -9,7 +9,7 @@ import pandas as pd
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.config.logs import fold_context
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256, reading
+from pcam_kaggle.data.atomic_io import file_sha256
 from pcam_kaggle.data.csv_io import read_numbers
 from pcam_kaggle.data.labelled import LabelledPatches, Patches
 from pcam_kaggle.data.layout import Workspace
@@ -56,8 +56,10 @@ def predict_labelled(
         raise UserError(f"{run.folder}: {lacking} trained; run `python -m pcam_kaggle train`, or choose others with --folds")
     refuse_trained(run, patches, workspace)
     made = run.made_from()
-    with reading(run.folder / "config.json"):
+    try:
         config = Config(**made["config"])
+    except UserError as error:
+        raise UserError(f"{run.folder}: {error}; use the version that trained it") from None
     checkpoints = {str(fold.number): file_sha256(fold.best_checkpoint) for fold in folds}
     sources = {"patches_sha256": patches.sha256, "checkpoints": checkpoints}
     tables = {change: evaluation.predictions(run.name, change, sources) for change in (UNCHANGED, *changes)}

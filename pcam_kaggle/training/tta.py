@@ -1,7 +1,41 @@
-"""Test-time augmentation (TTA) by the symmetries of the square."""
+"""What happens to a patch at test time: fine colour detail is filtered, and symmetries augment it (TTA)."""
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+# Standard deviations at which the Gaussian of the filter ends.
+REACH = 3
+
+
+def blur_chroma(images: Tensor, sigma: float) -> Tensor:
+    """Return `images` with their colour differences blurred by a Gaussian, and their luma (ITU-R BT.601) unchanged.
+
+    Fine colour detail tells a net which slide a patch is from. Nets read it in training; without it in prediction they score
+    lower on slides that they know and higher on others.
+
+    Args:
+        images: RGB (n, 3, h, w) in [0, 1].
+        sigma: Standard deviation in pixels; 0 changes nothing.
+
+    Returns:
+        Images of the same shape and memory format, in [0, 1].
+    """
+    if not sigma:
+        return images
+    reach = math.ceil(REACH * sigma)
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (weights / weights.sum()).expand(3, 1, 1, -1)
+    # bf16 and fp16 would round colours.
+    with torch.autocast(images.device.type, enabled=False):
+        padded = pad(images, (reach,) * 4, mode="reflect")
+        blurred = conv2d(conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+        luma = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+        # A Gaussian is linear: blurring all of R, G, B and restoring the luma blurs the colour differences alone.
+        return (blurred + ((images - blurred) * luma).sum(1, keepdim=True)).clamp(0, 1)
 
 
 def views(images: Tensor, count: int) -> list[Tensor]:
