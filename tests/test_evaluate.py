@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
+from pcam_kaggle.data.atomic_io import file_sha256
 from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.stain import Image
 from pcam_kaggle.runs.run import Run
@@ -136,10 +137,65 @@ def test_predictions_are_reused_until_a_checkpoint_or_a_patch_changes(
     assert evaluate("bottleneck", *others.options).status == 0
     table = pd.read_csv(file)
     assert table["fold_0"].equals(table["fold_1"])
-    changed = np.zeros((96, 96, 3), np.uint8)
-    write_tif(others.patches / f"{table['id'][0]}.tif", changed)
-    assert evaluate("bottleneck", *others.options, "--ids", "names").status == 0
-    assert pd.read_csv(file)["fold_0"][0] != table["fold_0"][0]
+    config = finished_run / "runs/bottleneck/config.json"
+    config.write_text(config.read_text().replace('"tta": 4', '"tta": 1'))
+    assert evaluate("bottleneck", *others.options).status == 0
+    assert not pd.read_csv(file).equals(table)
+
+
+def test_results_of_other_patches_are_not_replaced(evaluate: Callable[..., Outcome], others: Others) -> None:
+    assert evaluate("bottleneck", *others.options).status == 0
+    others.table["label"] = 1 - others.table["label"]
+    others.save()
+    refused = evaluate("bottleneck", *others.options)
+    assert refused.status == 2
+    assert "choose another name with --name" in refused.err
+    assert evaluate("bottleneck", *others.options, "--name", "swapped").status == 0
+
+
+def test_folds_that_cannot_be_compared_are_named(
+    evaluate: Callable[..., Outcome], others: Others, pcam: Callable[..., Outcome], finished_run: Path
+) -> None:
+    assert pcam("train", "--folds", "1", "--set", "seed=7", "--name", "part").status == 0
+    for arguments, printed in (
+        (["part", "--folds", "0"], "fold 0 is not trained"),
+        (["bottleneck", "--folds", "7"], "bottleneck has folds 0 to 2"),
+        (["bottleneck", "part"], "other folds are trained in each run (bottleneck 0,1,2, part 1)"),
+        (["bottleneck", "unheard"], "no such run"),
+        (["bottleneck", "--baseline", "part"], "--baseline part: not among bottleneck"),
+    ):
+        outcome = evaluate(*arguments, *others.options)
+        assert outcome.status == 2
+        assert printed in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert evaluate("bottleneck", "part", "--folds", "1", *others.options).status == 0
+
+
+def test_test_patches_that_a_teacher_labelled_are_refused(
+    evaluate: Callable[..., Outcome], pcam: Callable[..., Outcome], data: Data, finished_run: Path, tmp_path: Path
+) -> None:
+    student = ["--set", "teacher=bottleneck", "--name", "student", "--folds", "1"]
+    assert pcam("train", *student).status == 0
+    ids = pd.read_csv(data.sample, dtype={"id": str})["id"]
+    pd.DataFrame({"id": ids, "label": np.arange(len(ids)) % 2}).to_csv(tmp_path / "labels.csv", index=False)
+    patches = ["--patches", str(data.patches("test")), "--labels", str(tmp_path / "labels.csv"), "--name", "test"]
+    outcome = evaluate("student", *patches)
+    assert outcome.status == 2
+    assert "student: was trained on 7 of these 7 patches" in outcome.err
+    assert not (finished_run / "runs/student/fold_0").exists()
+
+
+def test_a_run_on_named_patches_says_that_renamed_ones_go_unnoticed(
+    evaluate: Callable[..., Outcome], others: Others, finished_run: Path
+) -> None:
+    folds, config = finished_run / "folds/stratified_3_42.csv", finished_run / "runs/bottleneck/config.json"
+    before = file_sha256(folds)
+    table = pd.read_csv(folds)
+    table.assign(id=[f"patch_{n}" for n in range(len(table))]).to_csv(folds, index=False)
+    config.write_text(config.read_text().replace(before, file_sha256(folds)))
+    outcome = evaluate("bottleneck", *others.options)
+    assert outcome.status == 0
+    assert "train patches under other names are not recognised" in outcome.err
 
 
 def test_a_blend_is_the_weighted_mean_of_its_members(
@@ -157,9 +213,34 @@ def test_a_blend_is_the_weighted_mean_of_its_members(
     assert found["runs"][0]["mean"]["value"] == pytest.approx(roc_auc_score(labels, both.mean(axis=1)))
     assert found["runs"][0]["fold_auc"]["1"] == pytest.approx(roc_auc_score(labels, both["fold_1"]))
     assert [run["difference"] is None for run in found["runs"]] == [False, False, True]
+    tables = [Run(finished_run / "runs" / name).fold(1).predictions()[0].sort_values("id") for name in ("bottleneck", "seven")]
+    blended = (tables[0]["probability"].to_numpy() + tables[1]["probability"].to_numpy()) / 2
+    assert found["runs"][0]["oof_auc"]["1"] == pytest.approx(roc_auc_score(tables[0]["label"], blended))
     assert found["runs"][1]["difference"]["value"] == pytest.approx(
         found["runs"][1]["mean"]["value"] - found["runs"][2]["mean"]["value"]
     )
+
+
+def test_a_rank_blend_has_no_calibration(
+    evaluate: Callable[..., Outcome], others: Others, finished_run: Path, pcam: Callable[..., Outcome]
+) -> None:
+    assert pcam("pipeline", "--set", "seed=7", "--name", "seven").status == 0
+    assert pcam("blend", "bottleneck", "seven", "--name", "ranks", "--method", "rank").status == 0
+    found = result(evaluate("ranks", *others.options, "--format", "json"))
+    assert found["runs"][0]["calibration_error"] is None
+    columns = [
+        pd.read_csv(finished_run / f"evaluations/others/unchanged/{name}.csv")["fold_2"].rank()
+        for name in ("bottleneck", "seven")
+    ]
+    labels = pd.read_csv(finished_run / "evaluations/others/unchanged/seven.csv")["label"]
+    assert found["runs"][0]["fold_auc"]["2"] == pytest.approx(roc_auc_score(labels, sum(columns)))
+
+
+@pytest.mark.parametrize("form", ["text", "md", "csv"])
+def test_every_format_names_each_run(form: str, evaluate: Callable[..., Outcome], others: Others) -> None:
+    outcome = evaluate("bottleneck", *others.options, "--format", form)
+    assert outcome.status == 0, outcome.err
+    assert "bottleneck" in outcome.out
 
 
 def test_slides_are_the_unit_where_a_map_is_given(evaluate: Callable[..., Outcome], others: Others, tmp_path: Path) -> None:
@@ -169,10 +250,17 @@ def test_slides_are_the_unit_where_a_map_is_given(evaluate: Callable[..., Outcom
     assert (found["unit"], found["runs"][0]["mean"]["units"]) == ("slide", 3)
 
 
-def test_perturbations_are_scored_on_the_chosen_folds(evaluate: Callable[..., Outcome], others: Others) -> None:
+def test_perturbations_are_scored_on_the_chosen_folds(
+    evaluate: Callable[..., Outcome], others: Others, finished_run: Path
+) -> None:
     found = result(evaluate("bottleneck", *others.options, "--folds", "1", "--perturb", "--format", "json"))
     assert [*found["runs"][0]["changed"]] == [*PERTURBATIONS]
     assert [*found["runs"][0]["fold_auc"]] == ["1"]
+    unchanged = pd.read_csv(finished_run / "evaluations/others/unchanged/bottleneck.csv")
+    for change, area in found["runs"][0]["changed"].items():
+        table = pd.read_csv(finished_run / f"evaluations/others/{change}/bottleneck.csv")
+        assert (table["fold_1"] != unchanged["fold_1"]).any()
+        assert area == pytest.approx(roc_auc_score(table["label"], table["fold_1"]))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The pipeline through the command line, on a small set and on real patches."""
 
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -203,10 +204,17 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_pa
     pd.DataFrame({"id": ids, "wsi": [f"slide_{n % 12}" for n in range(len(ids))]}).to_csv(
         data.root / "patch_id_wsi.csv", index=False
     )
-    outcome = pcam("folds")
+    outcome = pcam("pipeline")
     assert outcome.status == 0, outcome.err
     assert "no mapped slide is in two folds" in outcome.out
     assert (tmp_path / "work" / "folds" / "slides_3_42.csv").exists()
+    assert "share slides" not in outcome.out
+
+
+def test_a_score_on_folds_by_label_says_that_they_share_slides(pcam: Command, finished_run: Path) -> None:
+    outcome = pcam("blend")
+    assert outcome.status == 0, outcome.err
+    assert "folds by label share slides" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -423,3 +431,16 @@ def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.
     second = pcam("pipeline", "--groups", "stain")
     assert second.out.splitlines()[-1].startswith("nothing to do: ")
     assert "stain and --slides contradict" in pcam("folds", "--groups", "stain", "--slides", __file__).err
+
+
+def test_a_run_made_before_a_field_was_added_has_its_default(pcam: Command, finished_run: Path) -> None:
+    file = finished_run / "runs" / "bottleneck" / "config.json"
+    made = read_json(file)
+    del made["config"]["chroma_blur"]
+    file.write_text(json.dumps(made))
+    outcome = pcam("pipeline")
+    assert outcome.status == 0, outcome.err
+    assert "nothing to do" in outcome.out
+    outcome = pcam("pipeline", "--set", "chroma_blur=1")
+    assert outcome.status == 2
+    assert "chroma_blur (0.0 → 1.0)" in outcome.err

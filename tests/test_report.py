@@ -109,6 +109,14 @@ def test_the_report_has_all_figures_and_no_external_references(workspace: Worksp
     assert "Not available" not in page
 
 
+@pytest.mark.parametrize("content", ["[]", '{"patches": 0, "patches_sha256": "", "runs": [{"fold_auc": []}]}'])
+def test_a_damaged_evaluation_is_left_out(content: str, workspace: Workspace) -> None:
+    (workspace.evaluation("others") / "result.json").write_text(content)
+    page = made(workspace, "bottleneck")
+    assert "Scores on others" not in page
+    assert "Left out: " in page
+
+
 def test_runs_that_cannot_be_scored_are_listed_with_the_reason(workspace: Workspace) -> None:
     page = made(workspace)
     body = page[page.index("<tbody>") : page.index("</tbody>")]

@@ -12,7 +12,6 @@ from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
 from pcam_kaggle.config.experiments import DEFAULT, DEMO, experiment
 from pcam_kaggle.config.table import render_config
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.labelled import read_labelled
 from pcam_kaggle.data.layout import (
     Workspace,
     demo_data,
@@ -21,7 +20,7 @@ from pcam_kaggle.data.layout import (
     find_workspace,
     runs_workspace,
 )
-from pcam_kaggle.pipeline.evaluate import evaluate, evaluation_of
+from pcam_kaggle.pipeline.evaluate import evaluate
 from pcam_kaggle.pipeline.job import Job, make_job
 from pcam_kaggle.pipeline.run_all import run_all
 from pcam_kaggle.pipeline.stages import STAGES
@@ -124,13 +123,13 @@ def _run_compare(options: argparse.Namespace) -> None:
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    workspace = runs_workspace(find_workspace(options.work))
-    evaluation = evaluation_of(workspace, options.name, options.labels)
     result = evaluate(
-        workspace,
-        [*dict.fromkeys(options.runs)],
-        read_labelled(options.patches, options.labels, options.ids or "sha1"),
-        evaluation,
+        runs_workspace(find_workspace(options.work)),
+        options.runs,
+        options.patches,
+        options.labels,
+        ids=options.ids,
+        set_name=options.name,
         baseline=options.baseline,
         slides=options.slides,
         folds=options.folds,

@@ -80,6 +80,7 @@ BASELINE = option("--baseline", help="run to compare the others with [the best]"
 SLIDES_OF_RUNS = option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
 FORMAT = option("--format", choices=FORMATS, default="text", help="what to print [text]")
 EVALUATED = option("runs", nargs="+", help="runs to evaluate")
+IDS_OF_PATCHES = option("--ids", choices=["sha1", "names"], default="sha1", help="how ids are made [sha1]")
 PATCHES = option("--patches", type=Path, required=True, help="folder of <id>.tif")
 LABELS = option("--labels", type=Path, required=True, help="CSV of id,label")
 SET_NAME = option("--name", help="name of this set of patches [that of the folder that holds the labels]")
@@ -107,7 +108,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "score runs on labelled patches of other slides",
-        (EVALUATED, PATCHES, LABELS, IDS, SLIDES_OF_PATCHES, SET_NAME, FOLDS, PERTURB, BASELINE, FORMAT),
+        (EVALUATED, PATCHES, LABELS, IDS_OF_PATCHES, SLIDES_OF_PATCHES, SET_NAME, FOLDS, PERTURB, BASELINE, FORMAT),
     ),
     Command("report", "the same with figures, as one HTML file in reports/", (RUNS, BASELINE, SLIDES_OF_RUNS)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),

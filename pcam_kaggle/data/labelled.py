@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pcam_kaggle import UserError, examples
+from pcam_kaggle.config.logs import progress
 from pcam_kaggle.data.atomic_io import sha256
 from pcam_kaggle.data.csv_io import read_labels
 from pcam_kaggle.data.listing import (
@@ -22,6 +23,7 @@ from pcam_kaggle.data.listing import (
     missing_files,
     raise_common_problem,
     read_split,
+    repeated_files,
 )
 from pcam_kaggle.data.prepare import Ids
 from pcam_kaggle.data.tif import Damaged, read_patch
@@ -72,16 +74,17 @@ def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatc
         UserError: A file is missing or damaged, or the folder or the table is not as described; `details` lists all patches.
     """
     table = read_labels(labels)
-    split = read_split(folder.name, folder, labels, table["id"].tolist())
+    split = read_split(folder.resolve().name, folder, labels, table["id"].tolist())
     check_listing(split)
-    problems = [*missing_files(split), *(id_problems(split) if ids == "sha1" else ())]
+    problems = [*missing_files(split), *repeated_files(split), *(id_problems(split) if ids == "sha1" else ())]
     raise_common_problem({split.name: split}, problems)
     pixels = np.empty((len(table), 96, 96, 3), np.uint8)
-    digests = [_read(split, name, pixels[row], ids, problems) for row, name in enumerate(table["id"])]
+    rows = progress(enumerate(table["id"]), "read", len(table))
+    digests = [_read(split, name, pixels[row], ids, problems) for row, name in rows]
     raise_common_problem({split.name: split}, problems)
     if problems:
         lines = list(map(str, problems))
-        raise UserError(f"{folder}: {len(problems):,} patches can't be used; fix them: {examples(lines)}", lines)
+        raise UserError(f"{folder}: patches that can't be used: {len(lines):,}; fix them: {examples(lines)}", lines)
     unlisted = len(split.files.keys() - set(split.ids))
     if unlisted:
         log.warning("%s: %s TIFs that %s does not list are ignored", folder, f"{unlisted:,}", labels.name)

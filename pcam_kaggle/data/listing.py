@@ -79,12 +79,16 @@ def listing_problems(split: Split) -> Iterator[Problem]:
         if name not in known:
             reason = f"not listed in {split.table.name}"
             yield Problem(split.name, name, file, reason, "add the row or remove the file")
-    if len(split.files) < len(split.tifs):
-        for entry in split.tifs:
-            first = split.files[_stem(entry.name)]
-            if entry.name != first:
-                reason = "there are two files of this id"
-                yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {first}")
+    yield from repeated_files(split)
+
+
+def repeated_files(split: Split) -> Iterator[Problem]:
+    """Yield the files of `split` beside which another file has the same id."""
+    for entry in split.tifs:
+        first = split.files[_stem(entry.name)]
+        if entry.name != first:
+            reason = "there are two files of this id"
+            yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {first}")
 
 
 def missing_files(split: Split) -> Iterator[Problem]:

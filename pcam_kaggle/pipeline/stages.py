@@ -149,6 +149,8 @@ def _score_lines(metrics: dict[str, Any]) -> list[str]:
         made = metrics[kind]
         interval = interval_text(made["low"], made["high"], made["undefined"])
         lines.append(f"{title}   {made['value']:.4f}, 95 % interval {interval} (unit: {made['unit']})")
+    if metrics["pooled"]["unit"] == "patch":
+        lines.append("folds by label share slides: on other slides, nets scored up to 0.03 lower (docs/scores.md)")
     if gain := metrics["gain_of_weights"]:
         if gain["undefined"]:
             verdict = "not known to be more than noise, so the mean is used"

@@ -157,7 +157,7 @@ def _evaluations(workspace: Workspace) -> Section:
                 (f"{folder.name} under corruptions", perturbation_table(result)),
             )
             captions.append(f"{folder.name}: {evaluation_caption(result)}")
-        except (UserError, LookupError, TypeError, ValueError) as error:
+        except (UserError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             captions.append(f"Left out: {' '.join(str(error).split())[:300]}.")
             continue
         section.tables += [

@@ -44,13 +44,18 @@ class Evaluation:
         write_csv(table, predicted)
         write_json(record, {"sources": sources, "csv_sha256": file_sha256(table)})
 
+    @property
+    def has_result(self) -> bool:
+        """Whether runs have been scored on the set."""
+        return (self.folder / "result.json").exists()
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the scores."""
         write_json(self.folder / "result.json", result)
 
     def result(self) -> dict[str, Any]:
         """Return the scores; raises UserError if there are none or the file is damaged."""
-        return read_json(self.folder / "result.json", patches=int, runs=list)
+        return read_json(self.folder / "result.json", patches=int, patches_sha256=str, runs=list)
 
     def _files(self, run: str, change: str) -> tuple[Path, Path]:
         return self.folder / change / f"{run}.csv", self.folder / change / f"{run}.json"

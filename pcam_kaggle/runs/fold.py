@@ -187,6 +187,10 @@ class Fold:
             write_json(record, {"teacher": teacher, "test_sha256": file_sha256(source)})
         return read_numbers(source, PREDICTIONS["test.csv"])
 
+    def teacher_ids(self, teacher: str) -> set[str]:
+        """Return the ids of the test patches that this fold was trained on with the predictions of the run `teacher`."""
+        return set(read_numbers(self._teacher_table(teacher), PREDICTIONS["test.csv"])["id"])
+
     def teacher_has_changed(self, teacher: str) -> bool:
         """Return whether this fold has started with other predictions of the run `teacher` than there are now."""
         source, record = self._teacher_table(teacher), self.folder / "teacher.json"

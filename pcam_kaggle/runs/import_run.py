@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.schema import Config
@@ -12,7 +13,7 @@ from pcam_kaggle.data.csv_io import PLAIN_NAME, read_numbers
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.models import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
-from pcam_kaggle.runs.run import BLEND_FILES, Run
+from pcam_kaggle.runs.run import BLEND_FILES, Run, with_defaults
 
 OLD = ".old"
 
@@ -88,8 +89,8 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
     if not run.is_experiment:
         return []
     file = run.folder / "config.json"
-    theirs = read_json(file, config=dict)
-    ours = read_json(target.folder / "config.json") if target.is_experiment else {}
+    theirs = _made_from(run)
+    ours = _made_from(target) if target.is_experiment else {}
     # The hash of pretrained weights is recorded when the first fold starts.
     if any(ours.get(key, value) != value for key, value in theirs.items()):
         raise UserError(
@@ -101,6 +102,11 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
         raise UserError(f"{file}: {error}; use the version that trained it") from None
     numbers = range(config.n_splits)
     return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
+
+
+def _made_from(run: Run) -> dict[str, Any]:
+    made = read_json(run.folder / "config.json", config=dict)
+    return made | {"config": with_defaults(made["config"])}
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.config.schema import FIELDS, Config
 from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, reading, sha256, write, write_csv, write_json
 from pcam_kaggle.data.csv_io import check_oof, read_numbers
 from pcam_kaggle.data.folds import Folds
@@ -118,7 +118,7 @@ class Run:
         wanted = _inputs(config, store, folds)
         made = read_json(file, **{key: type(value) for key, value in wanted.items()})
         differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
-        old = made["config"]
+        old = with_defaults(made["config"])
         differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
             differ.append(f"predictions of its teacher {config.teacher}")
@@ -233,6 +233,11 @@ class Run:
 
     def _blend_hashes(self) -> dict[str, str]:
         return {f"{name}_sha256": file_sha256(self.folder / f"{name}.csv") for name in ("oof", "test")}
+
+
+def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the config `fields` of a run with the defaults of fields that were added after it was made."""
+    return {name: field.default for name, field in FIELDS.items()} | fields
 
 
 def _inputs(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:

@@ -7,25 +7,67 @@ import pandas as pd
 
 from pcam_kaggle import UserError
 from pcam_kaggle.runs.evaluation import UNCHANGED
+from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.calibration import calibration_error
-from pcam_kaggle.scoring.metrics import Difference, Estimate, Unit, auc, holm, rank_within
+from pcam_kaggle.scoring.metrics import Difference, Estimate, Floats, Unit, auc, holm, rank_within
 from pcam_kaggle.scoring.resampling import cluster_codes, interval, paired_test
 
-# Predictions by perturbation: columns id, label, fold_<k>.
-Tables = dict[str, pd.DataFrame]
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A run as a weighted mean of experiments: of itself, or, if it is a blend, of its members.
+
+    Attributes:
+        name: The name of the run.
+        weights: The weight of each experiment's run by its name.
+        ranked: Whether ranks are averaged instead of probabilities.
+    """
+
+    name: str
+    weights: dict[str, float]
+    ranked: bool = False
+
+    @classmethod
+    def of(cls, run: Run) -> "Mixture":
+        """Return what `run` is made of; raises UserError if there is no such run."""
+        if run.is_experiment:
+            return cls(run.name, {run.name: 1.0})
+        if not run.has_score:
+            raise UserError(f"{run.folder}: no such run; train it, or name an existing one")
+        made = run.blend_metrics(members=dict, method=str)
+        return cls(run.name, made["members"], made["method"] == "rank")
+
+    def mean(self, values: dict[str, Floats]) -> Floats:
+        """Return the weighted mean (n,) of the probabilities (n,) of each experiment."""
+        if self.ranked:
+            values = {name: rank_within(np.zeros(len(each), np.int64), each) for name, each in values.items()}
+        return np.sum([weight * values[name] for name, weight in self.weights.items()], axis=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The predictions of an experiment's run.
+
+    Attributes:
+        tables: For `unchanged` and each perturbation: columns id, label and `fold_<k>`.
+        oof: By number, the out-of-fold table (id, label, probability; sorted by id) of each fold that has one.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    oof: dict[int, pd.DataFrame]
 
 
 @dataclass(slots=True)
 class Score:
-    """What a run, or a blend of runs, scores on a set of labelled patches.
+    """What a run scores on a set of labelled patches.
 
     Attributes:
         name: The name of the run.
-        fold_auc: AUC of the net of each fold, by its number; of a blend, of its members' nets of that fold.
+        fold_auc: AUC of the net of each fold, by its number; of a blend, of the mean of its members' nets of that fold.
         mean: AUC of the mean of these nets, with its 95 % interval.
-        calibration: Expected calibration error of that mean.
-        oof_auc: OOF AUC of the same folds, of those that have predictions.
+        calibration: Expected calibration error of that mean; None if it is a mean of ranks.
+        oof_auc: OOF AUC of those of these folds that have predictions.
         changed: AUC of the mean of the nets under each perturbation.
         difference: AUC of the mean of the nets minus that of the baseline; None for the baseline.
         corrected_p: p of `difference`, corrected for the number of runs; None where it is undefined.
@@ -34,7 +76,7 @@ class Score:
     name: str
     fold_auc: dict[int, float]
     mean: Estimate
-    calibration: float
+    calibration: float | None
     oof_auc: dict[int, float]
     changed: dict[str, float] = field(default_factory=dict)
     difference: Difference | None = None
@@ -71,77 +113,64 @@ class Scores:
     unit: Unit
 
 
-def blended(run: Run, tables: dict[str, Tables]) -> Tables:
-    """Return the predictions of the blend `run`: fold by fold, those of its members with its weights.
-
-    Args:
-        run: A blend.
-        tables: Predictions of each of its members.
-
-    Raises:
-        UserError: The members have no fold in common.
-    """
-    made = run.blend_metrics(members=dict, method=str)
-    members = {name: tables[name] for name in made["members"]}
-    first = next(iter(members.values()))[UNCHANGED]
-    folds = [column for column in first if all(column in each[UNCHANGED] for each in members.values())][2:]
-    if not folds:
-        raise UserError(f"{run.folder}: its members have no trained fold in common")
-    ranked = made["method"] == "rank"
-    result = {}
-    for change in next(iter(members.values())):
-        result[change] = first[["id", "label"]].copy()
-        for fold in folds:
-            columns = {name: each[change][fold].to_numpy() for name, each in members.items()}
-            if ranked:
-                columns = {name: rank_within(np.zeros(len(values), int), values) for name, values in columns.items()}
-            result[change][fold] = sum(made["members"][name] * values for name, values in columns.items())
-    return result
+def read_oof(folds: list[Fold]) -> dict[int, pd.DataFrame]:
+    """Return the out-of-fold table of each of `folds` that is predicted, by number; raises UserError if one is outdated."""
+    return {fold.number: fold.predictions()[0].sort_values("id") for fold in folds if fold.has_predictions}
 
 
-def score_runs(runs: list[Run], tables: dict[str, Tables], baseline: str | None, slides: pd.DataFrame | None) -> Scores:
+def score_runs(
+    mixtures: list[Mixture], predicted: dict[str, Predictions], baseline: str | None, slides: pd.DataFrame | None
+) -> Scores:
     """Score runs on the same patches and compare them with a baseline.
 
     Args:
-        runs: The runs.
-        tables: Predictions of each run by its name.
+        mixtures: The runs; their experiments have the same folds.
+        predicted: The predictions of each experiment.
         baseline: The name of the baseline; None for the run with the highest AUC.
         slides: A slide map (id, wsi) to resample; None to resample patches.
     """
-    table = tables[runs[0].name][UNCHANGED]
+    table = next(iter(predicted.values())).tables[UNCHANGED]
     labels = table["label"].to_numpy(int)
     unit: Unit = "patch" if slides is None else "slide"
     codes = cluster_codes(table["id"], slides, "stratified")
     scores = []
-    for run in runs:
-        nets = {change: each.filter(like="fold_") for change, each in tables[run.name].items()}
-        means = {change: each.mean(axis=1).to_numpy() for change, each in nets.items()}
-        unchanged = means.pop(UNCHANGED)
-        folds = {int(str(name).removeprefix("fold_")): values for name, values in nets[UNCHANGED].items()}
+    for mixture in mixtures:
+        members = {name: predicted[name] for name in mixture.weights}
+        nets = {
+            change: {
+                fold: mixture.mean({name: each.tables[change][fold].to_numpy() for name, each in members.items()})
+                for fold in changed.filter(like="fold_")
+            }
+            for change, changed in next(iter(members.values())).tables.items()
+        }
+        means = {change: np.mean([*each.values()], axis=0) for change, each in nets.items()}
+        ours = means.pop(UNCHANGED)
         score = Score(
-            run.name,
-            {number: auc(labels, values.to_numpy()) for number, values in folds.items()},
-            interval(labels, unchanged, codes, unit),
-            calibration_error(labels, unchanged),
-            {number: area for number, area in oof_aucs(run).items() if number in folds},
+            mixture.name,
+            {int(fold.removeprefix("fold_")): auc(labels, values) for fold, values in nets[UNCHANGED].items()},
+            interval(labels, ours, codes, unit),
+            None if mixture.ranked else calibration_error(labels, ours),
+            _oof_auc(mixture, {name: each.oof for name, each in members.items()}),
             {change: auc(labels, values) for change, values in means.items()},
         )
-        scores.append((score, unchanged))
-    base, theirs = next((each for each in scores if each[0].name == baseline), max(scores, key=lambda each: each[0].mean.value))
+        scores.append((score, ours))
+    best = max(scores, key=lambda each: each[0].mean.value)
+    base, theirs = next((each for each in scores if each[0].name == baseline), best)
     test = paired_test(labels, theirs, codes, unit)
-    others = [(score, ours) for score, ours in scores if score is not base]
-    for score, ours in others:
-        score.difference = test(ours)
-    corrected = holm(np.array([score.difference.p for score, _ in others if score.difference]))
-    for (score, _), p in zip(others, corrected.tolist(), strict=True):
+    for score, ours in scores:
+        score.difference = None if score is base else test(ours)
+    others = [score for score, _ in scores if score is not base]
+    corrected = holm(np.array([score.difference.p for score in others if score.difference]))
+    for score, p in zip(others, corrected.tolist(), strict=True):
         score.corrected_p = None if np.isnan(p) else p
     return Scores([score for score, _ in scores], base.name, len(labels), int(labels.sum()), unit)
 
 
-def oof_aucs(run: Run) -> dict[int, float]:
-    """Return the OOF AUC of each fold of `run`, an experiment's or a blend, that has predictions."""
-    if run.is_experiment:
-        parts = [fold.predictions()[0] for fold in run.folds() if fold.has_predictions]
-    else:
-        parts = [part for _, part in run.oof().groupby("fold")]
-    return {int(part["fold"].iloc[0]): auc(part["label"].to_numpy(), part["probability"].to_numpy()) for part in parts}
+def _oof_auc(mixture: Mixture, oof: dict[str, dict[int, pd.DataFrame]]) -> dict[int, float]:
+    """Return the OOF AUC of each fold that all experiments of `mixture` have predicted."""
+    first = next(iter(oof.values()))
+    areas = {}
+    for number in (number for number in first if all(number in tables for tables in oof.values())):
+        values = {name: tables[number]["probability"].to_numpy() for name, tables in oof.items()}
+        areas[number] = auc(first[number]["label"].to_numpy(), mixture.mean(values))
+    return areas

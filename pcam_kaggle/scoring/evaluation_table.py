@@ -14,10 +14,11 @@ from pcam_kaggle.scoring.render import markdown, p_text
 Result = dict[str, Any]
 
 
-def result_json(name: str, scores: Scores) -> Result:
-    """Return `scores` on the set of patches `name` for JSON; undefined numbers are None."""
+def result_json(name: str, patches_sha256: str, scores: Scores) -> Result:
+    """Return `scores` on the set of patches `name` with this hash for JSON; undefined numbers are None."""
     return {
         "name": name,
+        "patches_sha256": patches_sha256,
         "patches": scores.patches,
         "positives": scores.positives,
         "unit": scores.unit,
@@ -56,7 +57,7 @@ def _row(run: dict[str, Any], baseline: str) -> dict[str, str]:
         "mean of nets": f"{run['mean']['value']:.4f} {_interval(run['mean'], '.4f')}",
         "OOF": f"{np.mean(oof):.4f}" if oof else "n/a",
         "fall": "n/a" if run["fall"] is None else f"{run['fall']:+.4f}",
-        "calibration error": f"{run['calibration_error']:.4f}",
+        "calibration error": "n/a" if run["calibration_error"] is None else f"{run['calibration_error']:.4f}",
         f"minus {baseline}": "",
         "p": "",
     }
@@ -96,7 +97,9 @@ def render_evaluation(result: Result, form: str) -> str:
     if form == "json":
         return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     if form == "csv":
-        return pd.json_normalize(result["runs"]).to_csv(index=False)
+        shared = {key: result[key] for key in ("name", "patches", "positives", "unit", "baseline")}
+        rows = [shared | {key: value for key, value in run.items() if value is not None} for run in result["runs"]]
+        return pd.json_normalize(rows).to_csv(index=False)
     tables = [table for table in (score_table(result), perturbation_table(result)) if len(table)]
     texts = [markdown(table) if form == "md" else f"{table.to_string(index=False)}\n" for table in tables]
     return "\n".join([f"{result['name']}:\n", *texts, f"{caption(result)}\n"])

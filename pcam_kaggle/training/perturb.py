@@ -69,7 +69,7 @@ def stain_shift(image: Image, haematoxylin: float, eosin: float) -> Image:
     return restain(image, change(np.array([haematoxylin, eosin, 1.0]), np.zeros(3)))
 
 
-PERTURBATIONS: dict[str, Callable[[Image], Image]] = {
+PERTURBATIONS: dict[str, partial[Image]] = {
     "jpeg_75": partial(jpeg, quality=75),
     "brightness_0.8": partial(brightness, factor=0.8),
     "brightness_1.2": partial(brightness, factor=1.2),

@@ -11,17 +11,17 @@ REACH = 3
 
 
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
-    """Return `images` with their colour differences blurred by a Gaussian, and their luma (ITU-R BT.601) unchanged.
+    """Return `images` with their colour differences blurred by a Gaussian, and their luma (ITU-R BT.601) kept.
 
     Fine colour detail tells a net which slide a patch is from. Nets read it in training; without it in prediction they score
     lower on slides that they know and higher on others.
 
     Args:
         images: RGB (n, 3, h, w) in [0, 1].
-        sigma: Standard deviation in pixels; 0 changes nothing.
+        sigma: Standard deviation in pixels; 0 changes nothing. Pixels are mirrored at the border.
 
     Returns:
-        Images of the same shape and memory format, in [0, 1].
+        Images of the same shape. A colour that does not exist is clipped to [0, 1], which changes its luma.
     """
     if not sigma:
         return images
