@@ -39,7 +39,7 @@ compare: $(VENV)/run.stamp ## compare all runs, out of fold
 report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 	@$(PCAM) report $(ARGS)
 
-scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: OOF scores of every experiment and trial; trains rows without a record
+scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: scores of every experiment and trial; trains rows without a record
 	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
 kernel: $(VENV)/dev.stamp ## notebooks/pcam_submission.ipynb, the package as one notebook

@@ -1,8 +1,9 @@
-"""Out-of-fold scores of every experiment and trial: trains what has no record, writes the tables of SCORES.md.
+"""Scores of every experiment and trial: trains what has no record, writes the tables of SCORES.md.
 
-`python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder. The cost of a row is recorded in
-scores/records.json, its out-of-fold probabilities in scores/oof.npz (float32, NaN where the row predicts no patch). All scores
-are computed from these two files, without training.
+`python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder, and PCAM_UNSEEN a folder with `patches/`
+and `labels.csv` of other slides. The cost of a row is recorded in scores/records.json, its out-of-fold probabilities in
+scores/oof.npz (float32, NaN where the row predicts no patch), and those of its net of fold 0 for the patches of other slides in
+scores/unseen.npz. All scores are computed from these files, without training.
 """
 
 import dataclasses
@@ -15,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from benchmarks.results import markdown, replace_block
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main as run_command
 from pcam_kaggle.config.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, write
+from pcam_kaggle.data.atomic_io import write
 from pcam_kaggle.data.csv_io import read_numbers
 from pcam_kaggle.data.layout import find_data, find_workspace
+from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
@@ -32,6 +35,7 @@ HERE = Path(__file__).parent
 PAGE = HERE / "SCORES.md"
 RECORDS = HERE / "scores" / "records.json"
 OOF = HERE / "scores" / "oof.npz"
+UNSEEN = HERE / "scores" / "unseen.npz"
 ID_LENGTH = 16
 # Columns (uint8) beside those of the rows: label, fold under each scheme, and group of similar stain.
 FACTS = ("label", "stratified_5_42", "stain_5_42", "stain_group")
@@ -80,81 +84,113 @@ TRIALS = tuple(
 ROWS = {row.name: row for row in (*NAMED, *STAIN, TRIAL_BASE, *TRIALS)}
 
 
-def load() -> tuple[Records, pd.DataFrame]:
-    """Return the records, and a table by the first 16 digits of the id: `FACTS`, and a column of probabilities per row."""
-    with np.load(OOF) as arrays:
-        table = pd.DataFrame({name: arrays[name] for name in FACTS}, index=arrays["id"].astype(str))
-        for name in set(arrays.files) - {"id", *FACTS}:
-            table[name] = arrays[name].astype(np.float64)
-    return json.loads(RECORDS.read_text()), table
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What is recorded.
+
+    Attributes:
+        records: Cost and config of each row.
+        oof: By the first 16 digits of the id: `FACTS`, and a column of probabilities per row.
+        unseen: The same for the patches of other slides: `label`, and a column per row, by its net of fold 0.
+    """
+
+    records: Records
+    oof: pd.DataFrame
+    unseen: pd.DataFrame
 
 
-def save(records: Records, table: pd.DataFrame) -> None:
-    """Store `records`, one line each, and the `table` that `load` returns."""
+def load() -> Scored:
+    """Return the records and both tables."""
+    return Scored(json.loads(RECORDS.read_text()), _read_table(OOF, FACTS), _read_table(UNSEEN, ("label",)))
+
+
+def save(scored: Scored) -> None:
+    """Store the records, one line each, and both tables."""
+    records = scored.records
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
     write(RECORDS, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+    _write_table(OOF, scored.oof, FACTS)
+    _write_table(UNSEEN, scored.unseen, ("label",))
+
+
+def _read_table(file: Path, facts: tuple[str, ...]) -> pd.DataFrame:
+    with np.load(file) as arrays:
+        columns = {
+            name: arrays[name].astype(np.uint8 if name in facts else np.float64) for name in arrays.files if name != "id"
+        }
+        return pd.DataFrame(columns, index=arrays["id"].astype(str))
+
+
+def _write_table(file: Path, table: pd.DataFrame, facts: tuple[str, ...]) -> None:
     arrays: dict[str, Any] = {"id": table.index.to_numpy(f"S{ID_LENGTH}")}
-    arrays |= {name: table[name].to_numpy(np.uint8) for name in FACTS}
-    arrays |= {name: table[name].to_numpy(np.float32) for name in sorted(records)}
-    write(OOF, lambda file: np.savez_compressed(file, **arrays))
+    arrays |= {name: table[name].to_numpy(np.uint8) for name in facts}
+    arrays |= {name: table[name].to_numpy(np.float32) for name in sorted(set(table) - set(facts))}
+    write(file, lambda out: np.savez_compressed(out, **arrays))
 
 
 def make(row: Row) -> None:
     """Run the stages of `row` that are not finished.
 
     Raises:
-        UserError: If there is no data, or a stage fails; the stage prints the reason.
+        UserError: If there are no data, or a stage fails; the stage prints the reason.
     """
-    if find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root) is None:
-        raise UserError(f"{row.name}: has no record, and training it needs the competition's patches; set PCAM_DATA")
+    if find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root) is None or not os.environ.get("PCAM_UNSEEN"):
+        raise UserError(f"{row.name}: has no record, and training it needs patches; set PCAM_DATA and PCAM_UNSEEN")
     options = ["-e", row.experiment, "--name", row.name, *(part for change in row.changes for part in ("--set", change))]
     folds = ["--folds", ",".join(map(str, row.folds))]
-    for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds]):
-        if run_command([*stage, *options]):
+    unseen = Path(os.environ["PCAM_UNSEEN"])
+    patches = ["--patches", str(unseen / "patches"), "--labels", str(unseen / "labels.csv"), "--name", "unseen"]
+    stages = [[*stage, *options] for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds])]
+    for stage in (*stages, ["evaluate", row.name, "--folds", "0", *patches]):
+        if run_command(stage):
             raise UserError(f"{row.name}: not scored, because {stage[0]} failed")
 
 
-def harvest(row: Row, records: Records, table: pd.DataFrame) -> None:
-    """Add the record of the finished run of `row` to `records`, and its probabilities to `table`."""
-    run = find_workspace(None).run(row.name)
-    found = pd.concat([read_numbers(run / f"fold_{fold}" / "oof.csv", ["probability"]) for fold in row.folds])
+def harvest(row: Row, scored: Scored) -> None:
+    """Add the record of the finished run of `row` and its probabilities to `scored`."""
+    run = Run(find_workspace(None).run(row.name))
+    parts = [run.fold(number) for number in row.folds]
+    found = pd.concat([fold.predictions()[0] for fold in parts])
     column = found.set_index(found["id"].str[:ID_LENGTH])["probability"]
-    if set(column.index) != set(table.index[table[row.scheme].isin(row.folds)]):
-        raise UserError(f"{run}: predicts other patches than the folds {row.scheme} of scores/oof.npz; use the same data set")
-    metrics = [read_json(run / f"fold_{fold}" / "metrics.json") for fold in row.folds]
-    predictions = [read_json(run / f"fold_{fold}" / "predictions.json") for fold in row.folds]
-    made, defaults = Run(run).environments()[-1], dataclasses.asdict(Config())
+    if set(column.index) != set(scored.oof.index[scored.oof[row.scheme].isin(row.folds)]):
+        raise UserError(
+            f"{run.folder}: predicts other patches than the folds {row.scheme} of scores/oof.npz; use the same data set"
+        )
+    metrics = [fold.metrics() for fold in parts]
+    made, defaults = run.environments()[-1], dataclasses.asdict(Config())
     config = dataclasses.asdict(experiment(row.experiment).config.changed(list(row.changes)))
-    records[row.name] = {
+    scored.records[row.name] = {
         "parameters": metrics[0]["parameters"],
         "macs": metrics[0]["macs"],
-        **{
-            key: round(float(np.median([fold["images_per_second"] for fold in part])), 1)
-            for key, part in zip(SPEEDS, (metrics, predictions), strict=True)
-        },
+        "train_images_per_second": round(float(np.median([fold["images_per_second"] for fold in metrics])), 1),
+        "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in parts])), 1),
         "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
         "config": {key: value for key, value in config.items() if value != defaults[key]},
         "backend": f"{made['device']}, {made['backend']['precision']}",
         "commit": made["commit"],
     }
-    table[row.name] = column.reindex(table.index)
+    scored.oof[row.name] = column.reindex(scored.oof.index)
+    table = read_numbers(find_workspace(None).evaluation("unseen") / UNCHANGED / f"{row.name}.csv", ["fold_0"])
+    scored.unseen[row.name] = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"].reindex(scored.unseen.index)
 
 
-def blended(records: Records, table: pd.DataFrame) -> tuple[Records, pd.DataFrame]:
-    """Return both with the rows that blend others: the mean of their probabilities, the sum of their costs."""
-    records, table = dict(records), table.copy()
+def blended(scored: Scored) -> Scored:
+    """Return `scored` with the rows that blend others: the mean of their probabilities, the sum of their costs."""
+    records, oof, unseen = dict(scored.records), scored.oof.copy(), scored.unseen.copy()
     for row in (row for row in NAMED if row.members and all(name in records for name in row.members)):
-        made = [records[name] for name in row.members]
+        made, members = [records[name] for name in row.members], list(row.members)
         records[row.name] = {
             **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
             **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
         }
-        table[row.name] = table[list(row.members)].mean(axis=1)
-    return records, table
+        oof[row.name] = oof[members].mean(axis=1, skipna=False)
+        if all(name in unseen for name in members):
+            unseen[row.name] = unseen[members].mean(axis=1, skipna=False)
+    return Scored(records, oof, unseen)
 
 
 def score(row: Row, table: pd.DataFrame) -> dict[str, Any]:
-    """Return the AUC of `row` per fold and pooled, and its paired difference from its base.
+    """Return the OOF AUC of `row` per fold and pooled, and its paired difference from its base.
 
     What is resampled is what the folds keep together: patches, or groups of similar stain.
     """
@@ -205,9 +241,87 @@ def stain_table(records: Records, table: pd.DataFrame) -> str:
     return markdown(("experiment", "folds by label", "folds by stain", "difference"), lines)
 
 
-def write_page(records: Records, table: pd.DataFrame) -> None:
+def unseen_table(scored: Scored) -> str:
+    """Return a Markdown table of all rows with a score on other slides, best first: that score beside both kinds of OOF."""
+    lines = []
+    for name in sorted(set(scored.unseen) - {"label"}, key=lambda each: -_unseen(scored, each)[0]):
+        record = scored.records[name]
+        base = record.get("base", ROWS[name].base if name in ROWS else "")
+        stain = _stain(scored, name)
+        lines.append(
+            (
+                f"`{name}`",
+                "{:.4f} [{:.4f}, {:.4f}]".format(*_unseen(scored, name)),
+                "" if base in ("", name) else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_difference(scored.unseen, name, base)),
+                f"{_oof(scored, name):.4f}",
+                "" if base in ("", name) else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_difference(_fold_0(scored), name, base)),
+                "" if stain is None else f"{stain:.4f}",
+                f"{record['parameters']:,}",
+                f"{record['minutes'] / scored.oof.dropna(subset=name)['stratified_5_42'].nunique():.1f}",
+                record.get("change", "named experiment"),
+            )
+        )
+    head = (
+        "run",
+        "other slides, 95 % interval",
+        "minus base",
+        "OOF",
+        "minus base",
+        "OOF by stain",
+        "parameters",
+        "minutes",
+        "change",
+    )
+    return markdown(head, lines)
+
+
+def correlation_text(scored: Scored) -> str:
+    """Return how each kind of OOF AUC orders the rows, compared with their AUC on other slides."""
+    names = [name for name in scored.unseen if name != "label"]
+    parts = []
+    for kind, areas in (
+        ("folds by label", {name: _oof(scored, name) for name in names}),
+        ("folds by stain", {name: area for name in names if (area := _stain(scored, name)) is not None}),
+    ):
+        rank = spearmanr([*areas.values()], [_unseen(scored, name)[0] for name in areas]).statistic
+        parts.append(f"{rank:.2f} for {kind} ({len(areas)} rows)")
+    return f"Spearman's rank correlation of OOF AUC on fold 0 with the AUC on other slides: {', '.join(parts)}."
+
+
+def _fold_0(scored: Scored) -> pd.DataFrame:
+    return scored.oof[scored.oof["stratified_5_42"] == 0]
+
+
+def _oof(scored: Scored, name: str) -> float:
+    fold = _fold_0(scored)
+    return auc(fold["label"].to_numpy(int), fold[name].to_numpy())
+
+
+def _stain(scored: Scored, name: str) -> float | None:
+    """Return the OOF AUC on fold 0 of the folds by stain of the row with the config of `name`; None if there is none."""
+    row = ROWS.get(name)
+    twin = dataclasses.replace(row, changes=("groups=stain", *row.changes)).name if row else ""
+    if twin not in scored.oof:
+        return None
+    fold = scored.oof[scored.oof["stain_5_42"] == 0]
+    return auc(fold["label"].to_numpy(int), fold[twin].to_numpy())
+
+
+def _unseen(scored: Scored, name: str) -> tuple[float, float, float]:
+    return interval(scored.unseen["label"].to_numpy(int), scored.unseen[name].to_numpy(), None)[:3]
+
+
+def _difference(table: pd.DataFrame, name: str, base: str) -> tuple[float, float, float]:
+    test = paired_test(table["label"].to_numpy(int), table[base].to_numpy(), None)
+    return test(table[name].to_numpy())[:3]
+
+
+def write_page(scored: Scored) -> None:
     """Write the tables of SCORES.md."""
-    records, table = blended(records, table)
+    scored = blended(scored)
+    records, table = scored.records, scored.oof
+    replace_block(PAGE, "unseen", unseen_table(scored))
+    replace_block(PAGE, "correlation", correlation_text(scored))
     replace_block(PAGE, "experiments", score_table(NAMED, records, table))
     replace_block(PAGE, "trials", score_table((TRIAL_BASE, STAIN[0], *TRIALS), records, table))
     replace_block(PAGE, "stain", stain_table(records, table))
@@ -221,13 +335,13 @@ def main(names: list[str]) -> None:
     """
     if unknown := set(names) - set(ROWS):
         raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose from {', '.join(ROWS)}")
-    records, table = load()
-    for row in (ROWS[name] for name in names or [name for name in ROWS if name not in records]):
+    scored = load()
+    for row in (ROWS[name] for name in names or [name for name in ROWS if name not in scored.records]):
         if not row.members:
             make(row)
-            harvest(row, records, table)
-            save(records, table)
-    write_page(records, table)
+            harvest(row, scored)
+            save(scored)
+    write_page(scored)
     print(PAGE.read_text())
 
 

@@ -14,7 +14,7 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A set of labelled patches, and what runs make of it, in `folder`.
+    """The predictions and scores of runs on a set of labelled patches, in `folder`.
 
     - `<change>/<run>.csv`: id, label, and the probability by the net of each fold, `fold_<k>`, in [0, 1]; `change` is
       `unchanged` or the name of a perturbation
