@@ -38,7 +38,8 @@ OOF = HERE / "scores" / "oof.npz"
 UNSEEN = HERE / "scores" / "unseen.npz"
 ID_LENGTH = 16
 # Columns (uint8) beside those of the rows: label, fold under each scheme, and group of similar stain.
-FACTS = ("label", "stratified_5_42", "stain_5_42", "stain_group")
+BY_LABEL, BY_STAIN = "stratified_5_42", "stain_5_42"
+FACTS = ("label", BY_LABEL, BY_STAIN, "stain_group")
 SPEEDS = ("train_images_per_second", "predict_images_per_second")
 ALL, PART = (0, 1, 2, 3, 4), (0, 1)
 Records = dict[str, dict[str, Any]]
@@ -59,7 +60,7 @@ class Row:
 
     @property
     def scheme(self) -> str:
-        return "stain_5_42" if "groups=stain" in self.changes else "stratified_5_42"
+        return BY_STAIN if "groups=stain" in self.changes else BY_LABEL
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -141,7 +142,9 @@ def make(row: Row) -> None:
     unseen = Path(os.environ["PCAM_UNSEEN"])
     patches = ["--patches", str(unseen / "patches"), "--labels", str(unseen / "labels.csv"), "--name", "unseen"]
     stages = [[*stage, *options] for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds])]
-    for stage in (*stages, ["evaluate", row.name, "--folds", "0", *patches]):
+    if row.scheme == BY_LABEL:
+        stages.append(["evaluate", row.name, "--folds", "0", *patches])
+    for stage in stages:
         if run_command(stage):
             raise UserError(f"{row.name}: not scored, because {stage[0]} failed")
 
@@ -170,8 +173,13 @@ def harvest(row: Row, scored: Scored) -> None:
         "commit": made["commit"],
     }
     scored.oof[row.name] = column.reindex(scored.oof.index)
-    table = read_numbers(find_workspace(None).evaluation("unseen") / UNCHANGED / f"{row.name}.csv", ["fold_0"])
-    scored.unseen[row.name] = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"].reindex(scored.unseen.index)
+    if row.scheme == BY_LABEL:
+        file = find_workspace(None).evaluation("unseen") / UNCHANGED / f"{row.name}.csv"
+        table = read_numbers(file, ["fold_0"])
+        column = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"]
+        if set(column.index) != set(scored.unseen.index):
+            raise UserError(f"{file}: holds other patches than scores/unseen.npz; use the same set")
+        scored.unseen[row.name] = column.reindex(scored.unseen.index)
 
 
 def blended(scored: Scored) -> Scored:
@@ -257,7 +265,7 @@ def unseen_table(scored: Scored) -> str:
                 "" if base in ("", name) else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_difference(_fold_0(scored), name, base)),
                 "" if stain is None else f"{stain:.4f}",
                 f"{record['parameters']:,}",
-                f"{record['minutes'] / scored.oof.dropna(subset=name)['stratified_5_42'].nunique():.1f}",
+                f"{record['minutes'] / scored.oof.dropna(subset=name)[BY_LABEL].nunique():.1f}",
                 record.get("change", "named experiment"),
             )
         )
@@ -289,7 +297,7 @@ def correlation_text(scored: Scored) -> str:
 
 
 def _fold_0(scored: Scored) -> pd.DataFrame:
-    return scored.oof[scored.oof["stratified_5_42"] == 0]
+    return scored.oof[scored.oof[BY_LABEL] == 0]
 
 
 def _oof(scored: Scored, name: str) -> float:
@@ -303,7 +311,7 @@ def _stain(scored: Scored, name: str) -> float | None:
     twin = dataclasses.replace(row, changes=("groups=stain", *row.changes)).name if row else ""
     if twin not in scored.oof:
         return None
-    fold = scored.oof[scored.oof["stain_5_42"] == 0]
+    fold = scored.oof[scored.oof[BY_STAIN] == 0]
     return auc(fold["label"].to_numpy(int), fold[twin].to_numpy())
 
 
