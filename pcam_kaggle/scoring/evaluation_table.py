@@ -64,7 +64,8 @@ def _row(run: dict[str, Any], baseline: str) -> dict[str, str]:
     difference = run["difference"]
     if difference:
         row[f"minus {baseline}"] = f"{difference['value']:+.4f} {_interval(difference, '+.4f')}"
-        row["p"] = "n/a" if difference["corrected_p"] is None else p_text(difference["corrected_p"]).removeprefix("p = ")
+        p = difference["corrected_p"]
+        row["p"] = "n/a" if p is None else p_text(p).removeprefix("p ").removeprefix("= ")
     return row
 
 
