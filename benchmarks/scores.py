@@ -174,7 +174,7 @@ def harvest(row: Row, scored: Scored) -> None:
     }
     scored.oof[row.name] = column.reindex(scored.oof.index)
     if row.scheme == BY_LABEL:
-        file = find_workspace(None).evaluation("unseen") / UNCHANGED / f"{row.name}.csv"
+        file = find_workspace(None).evaluations / "unseen" / UNCHANGED / f"{row.name}.csv"
         table = read_numbers(file, ["fold_0"])
         column = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"]
         if set(column.index) != set(scored.unseen.index):

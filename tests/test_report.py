@@ -111,7 +111,7 @@ def test_the_report_has_all_figures_and_no_external_references(workspace: Worksp
 
 @pytest.mark.parametrize("content", ["[]", '{"patches": 0, "patches_sha256": "", "runs": [{"fold_auc": []}]}'])
 def test_a_damaged_evaluation_is_left_out(content: str, workspace: Workspace) -> None:
-    (workspace.evaluation("others") / "result.json").write_text(content)
+    (workspace.evaluations / "others" / "result.json").write_text(content)
     page = made(workspace, "bottleneck")
     assert "Scores on others" not in page
     assert "Left out: " in page

@@ -26,7 +26,7 @@ from pcam_kaggle.data.listing import (
     repeated_files,
 )
 from pcam_kaggle.data.prepare import Ids
-from pcam_kaggle.data.tif import Damaged, read_patch
+from pcam_kaggle.data.tif import SHAPE, Damaged, read_patch
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatc
     check_listing(split)
     problems = [*missing_files(split), *repeated_files(split), *(id_problems(split) if ids == "sha1" else ())]
     raise_common_problem({split.name: split}, problems)
-    pixels = np.empty((len(table), 96, 96, 3), np.uint8)
+    pixels = np.empty((len(table), *SHAPE), np.uint8)
     rows = progress(enumerate(table["id"]), "read", len(table))
     digests = [_read(split, name, pixels[row], ids, problems) for row, name in rows]
     raise_common_problem({split.name: split}, problems)

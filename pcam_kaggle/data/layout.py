@@ -63,9 +63,10 @@ class Workspace:
         """Return the folder of the run `name`."""
         return self.root / "runs" / name
 
-    def evaluation(self, name: str) -> Path:
-        """Return the folder of the evaluation on the set of labelled patches `name`."""
-        return self.root / "evaluations" / name
+    @property
+    def evaluations(self) -> Path:
+        """A folder per set of other labelled patches, with predictions and scores."""
+        return self.root / "evaluations"
 
     @property
     def submissions(self) -> Path:

@@ -91,7 +91,7 @@ def _evaluation(workspace: Workspace, name: str | None, labels: Path) -> Evaluat
     name = name or labels.resolve().parent.name
     if not PLAIN_NAME.fullmatch(name):
         raise UserError(f"{name!r} is not a plain file name; choose one with --name")
-    return Evaluation(workspace.evaluation(name))
+    return Evaluation(workspace.evaluations / name)
 
 
 def _check_slides(file: Path, slides: pd.DataFrame, patches: LabelledPatches) -> None:

@@ -149,7 +149,7 @@ def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspa
 def _evaluations(workspace: Workspace) -> Section:
     section = Section("evaluations", "Other labelled patches", "")
     captions = []
-    for folder in sorted(workspace.evaluation("").glob("*/")):
+    for folder in sorted(workspace.evaluations.glob("*/")):
         try:
             result = Evaluation(folder).result()
             tables = (
@@ -163,7 +163,10 @@ def _evaluations(workspace: Workspace) -> Section:
         section.tables += [
             Table(title, table.columns.tolist(), table.to_numpy().tolist()) for title, table in tables if len(table)
         ]
-    section.text = " ".join(captions) or "Not available: no run was evaluated on other labelled patches (`pcam evaluate`)."
+    section.text = (
+        " ".join(captions)
+        or "Not available: no run was evaluated on other labelled patches (`python -m pcam_kaggle evaluate`)."
+    )
     return section
 
 

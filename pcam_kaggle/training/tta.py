@@ -13,8 +13,8 @@ REACH = 3
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
     """Return `images` with their colour differences blurred by a Gaussian, and their luma (ITU-R BT.601) kept.
 
-    Fine colour detail tells a net which slide a patch is from. Nets read it in training; without it in prediction they score
-    lower on slides that they know and higher on others.
+    Fine colour detail tells a net which slide a patch is from. Ordinary nets read it in training; without it in prediction they
+    score lower on slides that they know and higher on others. Equivariant nets gain nothing.
 
     Args:
         images: RGB (n, 3, h, w) in [0, 1].
