@@ -47,27 +47,15 @@ class Config:
     side: Annotated[int, Field(ge=LEAST_SIDE, le=PATCH_SIDE)] = PATCH_SIDE
     """Side of the centre crop that the net reads, in pixels; even."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
-    """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a shortcut."""
+    """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a gate and a shortcut."""
     symmetry: Literal["none", "d4"] = "none"
     """Symmetry group of the convolutions; d4 (rotations and reflections) needs `head=pool` and widths as multiples of 32."""
-    centre: Annotated[int, Field(ge=0, le=PATCH_SIDE - 2)] = 0
-    """Side of the centre square that a second stream reads, in pixels; even, 32 to `side` - 2; 0 for a single stream."""
     n_blocks: Annotated[int, Field(ge=1, le=10)] = 4
     """Blocks after the stem; each doubles the channels, up to `max_width`, and halves the side of the feature maps."""
     width: Annotated[int, Field(ge=4, le=1024)] = 32
     """Channels of the stem; a multiple of 4."""
     max_width: Annotated[int, Field(ge=4, le=8192)] = 512
     """Largest number of channels; a multiple of 4."""
-    depth: Annotated[int, Field(ge=1, le=20)] = 1
-    """Number of bodies in each block."""
-    squeeze: Literal[1, 2, 4] = 4
-    """Ratio of the output channels to the inner channels of a bottleneck."""
-    excite: bool = True
-    """Whether a bottleneck has squeeze and excitation (Hu et al. 2018)."""
-    pool_first: bool = True
-    """Whether the stem pools before batch norm and ReLU; a third faster on a CPU."""
-    pool_inside: bool = True
-    """Whether a block pools before its channels widen instead of at its end; half the operations."""
     head: Literal["flatten", "pool"] = "pool"
     """Input of the fully connected layers: all positions, or mean and maximum over positions."""
     hidden: Annotated[int, Field(ge=1, le=65536)] = 128
@@ -75,18 +63,10 @@ class Config:
     dropout: Annotated[Number, Field(ge=0, le=0.99)] = 0.3
     """Dropout rate before each fully connected layer."""
 
-    shift: Annotated[int, Field(ge=0, le=4)] = 4
-    """Largest random translation in pixels; small, because only tumour in the centre square decides the label."""
     stain_jitter: Annotated[Number, Field(ge=0, le=0.99)] = 0.05
     """Largest relative change of the density of each stain."""
-    stain_mix: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    """Probability that a patch takes the stain of another patch of its batch."""
     color_jitter: Annotated[Number, Field(ge=0, le=0.99)] = 0.1
     """Largest relative change of brightness, contrast and saturation."""
-    degrade: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    """Probability of blur and, independently, of JPEG compression."""
-    mixup: Annotated[Number, Field(ge=0, le=10)] = 0.0
-    """Parameter alpha of mixup (Zhang et al. 2018); 0 for no mixup."""
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Passes over the train patches of a fold."""
@@ -98,37 +78,23 @@ class Config:
     """Peak learning rate."""
     layer_decay: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
     """Learning rate of a layer relative to that of the layer above it, for timm."""
-    head_epochs: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Epochs at the start that train only the head, for timm; at most `epochs`."""
-    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.05
-    """Decoupled weight decay of convolution and linear weights."""
-    schedule: Literal["cosine", "onecycle"] = "cosine"
-    """Learning rate schedule: linear warm-up and cosine, or one cycle (Smith & Topin 2019)."""
-    warmup_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 1.0
-    """Epochs of the cosine schedule's linear warm-up; at most `epochs`."""
-    clip_norm: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.0
-    """Largest gradient norm."""
     average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
     """Horizon of the exponential moving average of the weights, in epochs; 0 for no average."""
-    label_smoothing: Annotated[Number, Field(ge=0, le=0.49)] = 0.0
-    """Distance of the targets from 0 and 1."""
     teacher: str = ""
     """Run whose predictions of the test patches are trained on too; each fold uses the teacher's net of that fold."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training and prediction; auto: what the device supports in hardware, or is measured to be faster."""
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Memory layout of activations; auto: channels_last, or what is measured to be faster."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the initial weights, the order of patches and the augmentation."""
 
-    tta: Literal[1, 4, 8] = 8
+    tta: Literal[1, 4, 8] = 4
     """Views per patch in prediction: the patch, its rotations, or its rotations and reflections."""
-    tta_mean: Literal["logits", "probabilities"] = "logits"
-    """What is averaged over the views."""
+    tta_shift: Annotated[int, Field(ge=0, le=8)] = 2
+    """Diagonal shift of the views, each to another corner, in pixels; also what an equivariant net's views differ by."""
     chroma_blur: Annotated[Number, Field(ge=0, le=5)] = 0.0
     """Gaussian blur of the colour differences in prediction, as its standard deviation in pixels; training reads them sharp."""
-    norm: Literal["train", "test"] = "train"
-    """Batch norm statistics in prediction: those of training, or those of the patches that are predicted."""
+    norm: Literal["train", "test"] = "test"
+    """Batch norm statistics in prediction: those of training, or those of the patches that are predicted, without labels."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -145,21 +111,10 @@ class Config:
 
     def __post_init__(self) -> None:
         is_cnn = self.model == "cnn"
-        centre, widths = f"centre={self.centre}", f"width={self.width}, max_width={self.max_width}"
+        widths = f"width={self.width}, max_width={self.max_width}"
         conflicts = [
-            (self.centre > self.side - 2, f"{centre}: must be in [0, {self.side - 2}]"),
-            (self.head_epochs > self.epochs, f"head_epochs={self.head_epochs}: must be in [0, {self.epochs}]"),
-            (self.warmup_epochs > self.epochs, f"warmup_epochs={self.warmup_epochs}: must be in [0, {self.epochs}]"),
             (self.width % 4 or self.max_width % 4, f"{widths}: both must be multiples of 4"),
-            (
-                self.side % 2 or self.centre % 2,
-                f"side={self.side}, {centre}: must be even, so that a crop has the patch's centre",
-            ),
-            (0 < self.centre < LEAST_SIDE, f"{centre}: must be 0 or at least {LEAST_SIDE}, the square that decides the label"),
-            (
-                self.centre and self.n_blocks < 2,
-                f"{centre}: its stream has one block less than n_blocks={self.n_blocks}; use at least 2",
-            ),
+            (self.side % 2, f"side={self.side}: must be even, so that a crop has the patch's centre"),
             (
                 self.symmetry == "d4" and (self.width % 16 or self.max_width % 32 or self.head != "pool"),
                 f"symmetry=d4 with {widths}, head={self.head}: needs multiples of 16 and of 32, and head=pool",
@@ -168,8 +123,8 @@ class Config:
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
             (is_cnn and self.weights, f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME"),
             (
-                is_cnn and (self.layer_decay < 1 or self.head_epochs),
-                "layer_decay, head_epochs: only nets of timm have pretrained layers to spare; use model=timm:NAME",
+                is_cnn and self.layer_decay < 1,
+                f"layer_decay={self.layer_decay}: only nets of timm have pretrained layers to spare; use model=timm:NAME",
             ),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]

@@ -12,7 +12,7 @@ from pcam_kaggle.config.schema import FIELDS, Config, allowed
 
 COLUMNS = ("field", "value", "allowed", "meaning")
 # The first field of each group, in the order of the fields.
-GROUPS = {"groups": "folds", "model": "net", "shift": "augmentation", "epochs": "training", "tta": "prediction"}
+GROUPS = {"groups": "folds", "model": "net", "stain_jitter": "augmentation", "epochs": "training", "tta": "prediction"}
 ALLOWED_WIDTH = 21
 LEAST_MEANING_WIDTH = 24
 

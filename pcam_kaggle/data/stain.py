@@ -1,4 +1,4 @@
-"""Stains of a patch as optical densities: estimation, change, and mixing between patches."""
+"""Stains of a patch as optical densities: estimation and change."""
 
 from typing import Any
 
@@ -20,8 +20,6 @@ UNMIX = np.linalg.inv(STAINS)
 
 # Pixels of a lower mean density are glass (Macenko et al. 2009).
 GLASS_DENSITY = 0.15
-# Lower strengths of a stain are noise.
-MIN_STRENGTH = 0.05
 MIN_TISSUE_PIXELS = 32
 
 
@@ -45,32 +43,6 @@ def restain(image: Image, affine: NDArray[np.float64]) -> Image:
     """Return `image` (h, w, 3) with `affine` (3, 4) applied to the optical density of every pixel."""
     light = cv2.exp(cv2.transform(cv2.LUT(image, DENSITY), -affine.astype(np.float32)))
     return cv2.addWeighted(light, 256, light, 0, -1, dtype=cv2.CV_8U)
-
-
-def mix_stains(images: Images, chance: float, rng: np.random.Generator) -> Images:
-    """Move the strengths of haematoxylin and eosin of some images towards those of others of the batch.
-
-    After stain mix-up (Chang et al. 2021), with unchanged stain vectors. The strength of a stain is the 95th percentile of its
-    density over every fourth row and column.
-
-    Args:
-        images: RGB uint8 (n, h, w, 3).
-        chance: Probability that an image is changed, in [0, 1].
-        rng: Source of randomness.
-
-    Returns:
-        Images of the same shape; the strength of each stain is scaled by a factor in [0.5, 2].
-    """
-    changed = rng.random(len(images)) < chance
-    if not changed.any():
-        return images
-    density = DENSITY[images[:, ::4, ::4].reshape(len(images), -1, 3)]
-    strengths = np.percentile(density @ UNMIX, 95, axis=1).clip(MIN_STRENGTH)
-    share = np.where(changed, rng.random(len(images)), 0)[:, None]
-    mixed = (1 - share) * strengths + share * strengths[rng.permutation(len(images))]
-    factors = (mixed / strengths).clip(0.5, 2)
-    factors[:, 2] = 1  # The residual is not a stain.
-    return np.stack([restain(image, change(each, np.zeros(3))) for image, each in zip(images, factors, strict=True)])
 
 
 def stain_vectors(image: Image) -> NDArray[np.float64]:

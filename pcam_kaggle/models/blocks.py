@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pcam_kaggle.models.p4m import ORDER, GroupConv2d, GroupNorm2d, GroupPool
 
 POOL_SIZE = 2
+# Ratio of a bottleneck's channels to those of its inner convolutions.
+SQUEEZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +55,28 @@ LAYERS = {
 
 
 class Plain(nn.Module):
-    """3x3 convolution, max pooling if `pools`, batch norm, ReLU.
+    """3x3 convolution, batch norm, ReLU, max pooling.
 
-    Shape: (n, in_channels, h, w) to (n, channels, h, w), or to half the side if `pools`.
+    Shape: (n, in_channels, h, w) to (n, channels, h / 2, w / 2), rounded down.
     """
 
-    def __init__(self, in_channels: int, channels: int, pools: bool, layers: Layers) -> None:
+    def __init__(self, in_channels: int, channels: int, layers: Layers) -> None:
         super().__init__()
         self.conv1 = layers.conv(in_channels, channels, 3)
-        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
         self.bn1 = layers.norm(channels)
         self.act1 = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(POOL_SIZE)
+
+    @staticmethod
+    def stem(in_channels: int, channels: int, layers: Layers) -> nn.Sequential:
+        """Return the same for an image."""
+        return nn.Sequential(
+            layers.lift(in_channels, channels, 3), layers.norm(channels), nn.ReLU(inplace=True), nn.MaxPool2d(POOL_SIZE)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the body to feature maps `x`."""
-        return self.act1(self.bn1(self.pool(self.conv1(x))))
+        return self.pool(self.act1(self.bn1(self.conv1(x))))
 
 
 class SqueezeExcite(nn.Module):
@@ -92,32 +101,37 @@ class SqueezeExcite(nn.Module):
 class Bottleneck(nn.Module):
     """Bottleneck: 1x1 → 3x3 → 1x1 convolution with a shortcut (He et al. 2016, figure 5, right).
 
-    The inner convolutions have channels / `squeeze` filters. If it `pools`, max pooling comes before the last convolution and
-    at the start of the shortcut. With `excite` the result is gated before the shortcut is added. The scale of the last norm
+    The inner convolutions have a quarter of the channels. Max pooling comes before the last convolution and at the start of
+    the shortcut, where it halves the operations. The result is gated before the shortcut is added. The scale of the last norm
     starts at zero, so that the block starts as its shortcut (Goyal et al. 2017, section 5.1).
 
-    Shape: (n, in_channels, h, w) to (n, channels, h, w), or to half the side if `pools`.
+    Shape: (n, in_channels, h, w) to (n, channels, h / 2, w / 2), rounded down.
     """
 
-    def __init__(
-        self, in_channels: int, channels: int, pools: bool, layers: Layers, squeeze: int = 4, excite: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, layers: Layers) -> None:
         super().__init__()
-        inner = channels // squeeze
+        inner = channels // SQUEEZE
         self.conv1 = layers.conv(in_channels, inner, 1)
         self.bn1 = layers.norm(inner)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = layers.conv(inner, inner, 3)
         self.bn2 = layers.norm(inner)
         self.act2 = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(POOL_SIZE) if pools else nn.Identity()
+        self.pool = nn.MaxPool2d(POOL_SIZE)
         self.conv3 = layers.conv(inner, channels, 1)
         self.bn3 = layers.norm(channels)
-        self.excite = SqueezeExcite(channels, layers.copies) if excite else nn.Identity()
+        self.excite = SqueezeExcite(channels, layers.copies)
         self.act3 = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != channels:
             self.shortcut = nn.Sequential(layers.conv(in_channels, channels, 1), layers.norm(channels))
+
+    @staticmethod
+    def stem(in_channels: int, channels: int, layers: Layers) -> nn.Sequential:
+        """Return convolution, max pooling, batch norm and ReLU of an image; pooling first makes it a third faster on a CPU."""
+        return nn.Sequential(
+            layers.lift(in_channels, channels, 3), nn.MaxPool2d(POOL_SIZE), layers.norm(channels), nn.ReLU(inplace=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the body to feature maps `x`."""
@@ -125,3 +139,6 @@ class Bottleneck(nn.Module):
         out = self.act2(self.bn2(self.conv2(out)))
         out = self.excite(self.bn3(self.conv3(self.pool(out))))
         return self.act3(out + self.shortcut(self.pool(x)))
+
+
+BODIES: dict[str, type[Plain] | type[Bottleneck]] = {"plain": Plain, "bottleneck": Bottleneck}

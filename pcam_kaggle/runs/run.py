@@ -120,6 +120,7 @@ class Run:
         differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
         old = with_defaults(made["config"])
         differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
+        differ += [f"{key} (no longer a field)" for key in old.keys() - wanted["config"].keys()]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
             differ.append(f"predictions of its teacher {config.teacher}")
         if differ:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.data.stain import Image, Images, change, restain
 
-Targets = NDArray[np.float32]
+# Pixels; small, because only tumour in the centre square decides the label.
+MAX_SHIFT = 4
 
 # Largest offset of a stain's optical density, relative to the strength of the jitter.
 STAIN_OFFSET = 0.4
@@ -31,25 +32,21 @@ SYMMETRIES: dict[str, Callable[[Image], Image]] = {
 }
 
 
-def augmentation(side: int, shift: int, stain_jitter: float, color_jitter: float, degrade: float) -> A.Compose:
+def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compose:
     """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
 
     Args:
         side: Side of the crop in pixels.
-        shift: Largest shift of the crop on each axis, in pixels.
         stain_jitter: Strength of `StainJitter`, in [0, 1).
         color_jitter: Half width of the random factors of brightness, contrast and saturation, in [0, 1).
-        degrade: Probability of a blur, and independently of a JPEG compression.
     """
     factors = (1 - color_jitter, 1 + color_jitter)
     return A.Compose(
         [
-            ShiftedCrop(side, shift),
+            ShiftedCrop(side, MAX_SHIFT),
             SquareSymmetry(p=1.0),
             StainJitter(stain_jitter),
             A.ColorJitter(brightness=factors, contrast=factors, saturation=factors, hue=(0.0, 0.0), p=1.0),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.2), p=degrade),
-            A.ImageCompression(quality_range=(40, 95), p=degrade),
         ],
         # With a single image there are no shapes to compare.
         is_check_shapes=False,
@@ -119,25 +116,6 @@ class StainJitter(A.ImageOnlyTransform):
     def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
         """Return `img` (h, w, 3) with the drawn map applied to its optical density."""
         return restain(img, affine)
-
-
-def mixup(images: Images, targets: Targets, alpha: float, rng: np.random.Generator) -> tuple[Images, Targets]:
-    """Mix each patch of a batch with another one (Zhang et al. 2018).
-
-    Args:
-        images: uint8 (n, h, w, 3).
-        targets: float32 (n,).
-        alpha: Both parameters of the beta distribution of the batch's mixing weight; 0 mixes nothing.
-        rng: Source of the weight and of the pairs.
-
-    Returns:
-        Images and targets of the same shapes and dtypes.
-    """
-    if not alpha:
-        return images, targets
-    weight, partners = np.float32(rng.beta(alpha, alpha)), rng.permutation(len(images))
-    mixed = cv2.addWeighted(images.reshape(-1), float(weight), images[partners].reshape(-1), float(1 - weight), 0)
-    return mixed.reshape(images.shape), weight * targets + (1 - weight) * targets[partners]
 
 
 def center_crop(images: Images, side: int) -> Images:

@@ -106,9 +106,7 @@ def device_name(kind: str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else f"{kind} ({torch.get_num_threads()} threads)"
 
 
-def choose_backend(
-    create_net: Callable[[], nn.Module], side: int, batch_size: int, precision: str, memory_format: str
-) -> Backend:
+def choose_backend(create_net: Callable[[], nn.Module], side: int, batch_size: int, precision: str) -> Backend:
     """Choose the backend for training on this machine.
 
     The default is the precision that the device has units for, in channels_last. Each candidate that `auto` admits is timed on
@@ -119,17 +117,13 @@ def choose_backend(
         side: Side of the net's input in pixels.
         batch_size: Patches per step.
         precision: A value of the config; `auto` admits all precisions of the device.
-        memory_format: A value of the config; `auto` admits both.
 
     Raises:
         UserError: No candidate runs on the device.
     """
     kind = find_device()
     chosen = precisions(kind) if precision == "auto" else (precision,)
-    formats = tuple(FORMATS) if memory_format == "auto" else (memory_format,)
-    candidates = [Backend(kind, *pair) for pair in itertools.product(chosen, formats)]
-    if len(candidates) == 1:
-        return candidates[0]
+    candidates = [Backend(kind, *pair) for pair in itertools.product(chosen, FORMATS)]
     count = min(batch_size, TIMED_PATCHES[kind])
     steps = {candidate: _timed_steps(candidate, create_net, side, count) for candidate in candidates}
     seconds: dict[Backend, float] = {}

@@ -1,5 +1,6 @@
 """The loops over batches: a train epoch, a prediction pass and the adaptation of batch norms."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ from pcam_kaggle.training.schedule import average_weight, learning_rate, update_
 LOSSES_SHOWN = 5
 LOSSES_READ_TOGETHER = 25
 PREDICT_BATCH = 256
+# Largest gradient norm.
+CLIP_NORM = 1.0
+# Patches that the statistics of batch norms are estimated from, at most.
+NORM_PATCHES = 8192
 
 
 @dataclass(slots=True)
@@ -52,7 +57,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         source: Batches of uint8 patches (n, side, side, 3) and float32 targets (n,).
         steps: Steps per epoch.
         epoch: Number of the epoch, from 0.
-        config: Source of the learning rate's schedule, `clip_norm` and `average_epochs`.
+        config: Source of the learning rate's schedule and `average_epochs`.
 
     Returns:
         The mean loss over the steps.
@@ -74,7 +79,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         learner.scaler.scale(loss).backward()
         average_gradients(learner.net)
         learner.scaler.unscale_(learner.optimizer)
-        nn.utils.clip_grad_norm_(learner.net.parameters(), config.clip_norm)
+        nn.utils.clip_grad_norm_(learner.net.parameters(), CLIP_NORM)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         update_average(learner.average, learner.net, average_weight(config, steps, epoch * steps + step))
@@ -100,7 +105,8 @@ def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
 def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
     """Replace the batch norms' statistics by those of the patches to predict (Schneider et al. 2020).
 
-    No label is read. Each batch of patches has the same weight.
+    No label is read. The statistics are means over batches that are drawn at random from the patches with a fixed seed, so the
+    order of `rows` does not matter.
 
     Args:
         net: Net whose `BatchNorm2d` modules change.
@@ -113,12 +119,13 @@ def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], confi
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
-    starts = range(0, len(rows), PREDICT_BATCH)
+    drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]
+    n_batches = math.ceil(len(drawn) / PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
-        for count, start in enumerate(starts, 1):
+        for count, batch in enumerate(np.array_split(drawn, n_batches), 1):
             for norm in norms:
                 norm.momentum = 1 / count
-            net(net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend))
+            net(net_input(patches.images(batch), config, backend))
 
 
 def predict_logits(
@@ -136,7 +143,7 @@ def predict_logits(
         net: Net on the device of `backend`, set to evaluation mode.
         patches: The patches.
         rows: Rows of those to predict, shape (n,).
-        config: Source of `side` and `chroma_blur`.
+        config: Source of `side`, `tta_shift` and `chroma_blur`.
         backend: Device, precision and memory format.
         n_views: Views per patch: 1, 4 or 8.
         description: Text before the progress bar.
@@ -150,7 +157,7 @@ def predict_logits(
     with torch.inference_mode(), backend.autocast():
         for start in progress(starts, description):
             images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
-            logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views)]).cpu())
+            logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views, config.tta_shift)]).cpu())
     return torch.cat(logits, dim=1)
 
 

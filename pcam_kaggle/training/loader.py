@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from pcam_kaggle import UserError
 from pcam_kaggle.config.process import release_memory
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.stain import mix_stains
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.training.augment import augmentation, mixup
+from pcam_kaggle.training.augment import augmentation
 from pcam_kaggle.training.distributed import rank, world_size
 
 # Batches that a loader process prepares ahead.
@@ -45,10 +44,10 @@ class TrainBatches(Dataset):
         self, store: PatchStore, rows: NDArray[np.int64], labels: NDArray[np.float64], config: Config, fold: int
     ) -> None:
         self.store, self.rows, self.config, self.fold = store, rows, config, fold
-        self.targets = (labels * (1 - 2 * config.label_smoothing) + config.label_smoothing).astype(np.float32)
+        self.targets = labels.astype(np.float32)
         self.steps = max(1, len(rows) // config.batch_size)
         self.count = min(config.batch_size, len(rows)) // world_size()
-        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
+        self.augment = augmentation(config.side, config.stain_jitter, config.color_jitter)
 
     def __len__(self) -> int:
         return self.steps * self.config.epochs
@@ -64,10 +63,8 @@ class TrainBatches(Dataset):
         chosen = order[batch * self.config.batch_size + rank() * self.count :][: self.count]
         rng = np.random.default_rng((self.config.seed, self.fold, epoch, batch * world_size() + rank()))
         self.augment.set_random_seed(int(rng.integers(2**32)))
-        originals = mix_stains(self.store.images(self.rows[chosen]), self.config.stain_mix, rng)
-        patches = np.stack([self.augment(image=patch)["image"] for patch in originals])
-        patches, targets = mixup(patches, self.targets[chosen], self.config.mixup, rng)
-        return torch.from_numpy(patches), torch.from_numpy(targets)
+        patches = np.stack([self.augment(image=patch)["image"] for patch in self.store.images(self.rows[chosen])])
+        return torch.from_numpy(patches), torch.from_numpy(self.targets[chosen])
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Creates the optimizer of a config, with parameter groups, and freezes all but the head."""
+"""Creates the optimizer of a config, with parameter groups."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ from torch import nn
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.factory import Backbone
-from pcam_kaggle.models.pretrained import head_parameters, import_timm
+from pcam_kaggle.models.pretrained import import_timm
 
+# Decoupled, of convolution and linear weights.
+WEIGHT_DECAY = 0.05
 # Layers whose factor of the learning rate is below this are frozen.
 MIN_LR_SCALE = 0.1
 
@@ -37,16 +39,9 @@ def parameter_groups(net: nn.Module, config: Config) -> list[dict[str, Any]]:
         import_timm()
         from timm.optim import param_groups_layer_decay
 
-        return param_groups_layer_decay(net.net, config.weight_decay, layer_decay=config.layer_decay, no_opt_scale=MIN_LR_SCALE)
+        return param_groups_layer_decay(net.net, WEIGHT_DECAY, layer_decay=config.layer_decay, no_opt_scale=MIN_LR_SCALE)
     parameters = list(net.parameters())
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-
-
-def freeze_body(net: nn.Module, groups: list[dict[str, Any]], frozen: bool) -> None:
-    """Freeze or unfreeze the parameters in `groups`; the head of a timm net is always trained."""
-    head = set(head_parameters(net.net)) if isinstance(net, Backbone) else set()
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        parameter.requires_grad_(not frozen or parameter in head)

@@ -18,7 +18,6 @@ from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training import tta
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
@@ -86,7 +85,7 @@ def predict_probabilities(
         net: Net on the device of `backend`.
         patches: The patches.
         rows: Rows of those to predict, shape (n,).
-        config: Source of `side`, `tta`, `tta_mean` and `norm`.
+        config: Source of `side`, `tta`, `tta_shift`, `chroma_blur` and `norm`.
         backend: Device, precision and memory format.
         description: Text before the progress bar.
 
@@ -96,4 +95,4 @@ def predict_probabilities(
     if config.norm == "test":
         adapt_norms(net, patches, rows, config, backend)
     logits = predict_logits(net, patches, rows, config, backend, config.tta, description)
-    return tta.average(logits, config.tta_mean).numpy()
+    return logits.double().mean(0).sigmoid().numpy()

@@ -10,32 +10,20 @@ from pcam_kaggle.config.schema import Config
 # The average's weight after t steps is at least AVERAGE_START / (AVERAGE_START + t).
 AVERAGE_START = 9
 
+WARMUP_EPOCHS = 1.0
+# Relative to the peak.
+FINAL_LR = 0.01
+
 
 def learning_rate(config: Config, progress: float) -> float:
-    """Return the learning rate after a number of epochs.
+    """Return the learning rate after a number of epochs, fractions included.
 
-    `cosine` rises linearly from 0 over the warm-up, then falls as half a cosine to 1 % (Loshchilov & Hutter 2017).
-    `onecycle` rises as half a cosine from 4 % over the first 30 %, then falls as half a cosine to 0.01 % (Smith & Topin
-    2019).
-
-    Args:
-        config: Source of `schedule`, `lr`, `epochs` and `warmup_epochs`.
-        progress: Epochs trained so far, a fraction of one included; 0 to `config.epochs`.
+    It rises linearly from 0 over the first epoch, then falls as half a cosine to 1 % (Loshchilov & Hutter 2017).
     """
-
-    def half_cosine(start: float, end: float, part: float) -> float:
-        return end + (start - end) * (1 + math.cos(math.pi * min(1.0, part))) / 2
-
-    if config.schedule == "onecycle":
-        rise = 0.3 * config.epochs
-        if progress < rise:
-            return config.lr * half_cosine(0.04, 1.0, progress / rise)
-        return config.lr * half_cosine(1.0, 1e-4, (progress - rise) / (config.epochs - rise))
-    if progress < config.warmup_epochs:
-        return config.lr * progress / config.warmup_epochs
-    return config.lr * half_cosine(
-        1.0, 0.01, (progress - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
-    )
+    if progress < WARMUP_EPOCHS:
+        return config.lr * progress / WARMUP_EPOCHS
+    part = min(1.0, (progress - WARMUP_EPOCHS) / max(1e-9, config.epochs - WARMUP_EPOCHS))
+    return config.lr * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * part)) / 2)
 
 
 def average_weight(config: Config, steps: int, taken: int) -> float:

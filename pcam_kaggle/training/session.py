@@ -57,8 +57,6 @@ def find_backend(run: Run, config: Config) -> Backend:
     with reading(run.environment_file):
         backend = Backend(**used[-1]) if used else None
     if backend is None:
-        backend = choose_backend(
-            lambda: create(config, weights=False), config.side, config.batch_size, config.precision, config.memory_format
-        )
+        backend = choose_backend(lambda: create(config, weights=False), config.side, config.batch_size, config.precision)
     log.debug("%s: backend %s, %s", run.name, backend, "as before" if used else "chosen now")
     return backend

@@ -30,7 +30,7 @@ from pcam_kaggle.training.distributed import broadcast, on_first_rank, one_rank_
 from pcam_kaggle.training.engine import Learner, predict_logits, train_epoch
 from pcam_kaggle.training.fold_state import Row, best_row, resume, save_epoch, update_files
 from pcam_kaggle.training.loader import TrainBatches, batches
-from pcam_kaggle.training.optim import create_optimizer, freeze_body
+from pcam_kaggle.training.optim import create_optimizer
 from pcam_kaggle.training.processes import loader_processes, spread_over_gpus
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.session import open_session
@@ -183,7 +183,6 @@ def fold_epochs(
     with Scalars(fold.events, len(rows) + 1) if rank() == 0 else nullcontext() as scalars:
         for epoch in range(len(rows), config.epochs):
             torch.manual_seed(_seed(config, fold.number, epoch + 1) + rank())
-            freeze_body(net, optimizer.param_groups, frozen=epoch < config.head_epochs)
             start = time.perf_counter()
             loss = train_epoch(learner, source, data.steps, epoch, config)
             train_seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """What happens to a patch at test time: fine colour detail is filtered, and symmetries augment it (TTA)."""
 
 import math
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch.nn.functional import conv2d, pad
 
 # Standard deviations at which the Gaussian of the filter ends.
 REACH = 3
+# In the order of the quarter turns that they are combined with.
+CORNERS = ((0, 0), (0, 1), (1, 1), (1, 0))
 
 
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
@@ -38,33 +41,25 @@ def blur_chroma(images: Tensor, sigma: float) -> Tensor:
         return (blurred + ((images - blurred) * luma).sum(1, keepdim=True)).clamp(0, 1)
 
 
-def views(images: Tensor, count: int) -> list[Tensor]:
-    """Return the views of a batch, the images themselves first.
+def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
+    """Return the views of a batch.
 
-    Four views are the rotations by quarter turns; eight add the rotations of the mirror image. All views have the label of
-    the patch, since each maps the centre square to itself.
+    Four views are the rotations by quarter turns; eight add the rotations of the mirror image. Each is shifted towards another
+    corner, because pooling makes a net sensitive to the position; the mirror image of a rotation towards the opposite one. All
+    views have the label of the patch, since its centre square stays at the centre but for the shift.
 
     Args:
         images: (n, channels, side, side).
-        count: 1, 4 or 8.
+        count: 1, 4 or 8; a single view is the images themselves.
+        shift: Pixels by which a view is shifted along each axis; those outside the image are mirrored.
 
     Returns:
         `count` tensors of the shape of `images`.
     """
-    turns = {1: 1, 4: 4, 8: 4}[count]
-    faces = [images, images.flip(3)] if count == 8 else [images]
-    return [torch.rot90(face, turn, (2, 3)) for face in faces for turn in range(turns)]
-
-
-def average(logits: Tensor, mean: str) -> Tensor:
-    """Average the views of each patch.
-
-    Args:
-        logits: (views, n).
-        mean: What is averaged, `logits` or `probabilities`.
-
-    Returns:
-        Probabilities, float64 (n,).
-    """
-    logits = logits.double()
-    return logits.mean(0).sigmoid() if mean == "logits" else logits.sigmoid().mean(0)
+    if count == 1:
+        return [images]
+    side = images.shape[-1]
+    padded = pad(images, (shift,) * 4, mode="reflect")
+    crops = [padded[..., 2 * shift * down :, 2 * shift * right :][..., :side, :side] for down, right in CORNERS]
+    mirrored = [crop.flip(-1) for crop in (*crops[2:], *crops[:2])]
+    return [torch.rot90(crop, turns, (-2, -1)) for crop, turns in zip([*crops, *mirrored][:count], cycle(range(4)))]
