@@ -23,7 +23,7 @@ from pcam_kaggle.data.layout import Data
 
 SIZES = {"train": TRAIN_PATCHES, "test": 57_458}
 DRAWN, SLIDES = 500, 216
-NET = ("n_blocks=1", "width=4", "side=32", "hidden=8", "epochs=1", "tta=1", "precision=fp32", "memory_format=channels_last")
+NET = ("n_blocks=1", "width=4", "side=32", "hidden=8", "epochs=1", "tta=1", "precision=fp32")
 STAGES = ("prepare", "folds", "train", "predict", "blend", "submission", "compare")
 
 

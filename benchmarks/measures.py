@@ -216,7 +216,7 @@ def _backend(config: Config) -> Backend:
     hold_memory()
     limit_threads()
     net = partial(create, config, weights=False)
-    return choose_backend(net, config.side, config.batch_size, config.precision, config.memory_format)
+    return choose_backend(net, config.side, config.batch_size, config.precision)
 
 
 MEASURES: dict[str, Callable[..., None]] = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.results import markdown, replace_block
@@ -67,22 +68,12 @@ class Row:
         return experiment(self.experiment).members
 
 
-NAMES = (BASELINE, QUICK, "bottleneck", "bottleneck_d4", "two_stream", "lite0", "lite0_stain", "lite0_again", "blend")
 NAMED = (
-    *(Row(name, BASELINE) for name in NAMES),
-    *(Row("bottleneck", BASELINE, changes) for changes in (("tta=1",), ("epochs=10",), ("epochs=10", "tta=1"))),
+    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0_again", "blend")),
+    Row("bottleneck_d4", BASELINE, folds=(0,)),
 )
-TRIED = ("groups=stain", "lr=0.002")
-TRIAL_BASE = Row(QUICK, f"{QUICK}-stain-lr_0.002", TRIED, PART)
-STAIN = tuple(Row(name, TRIAL_BASE.name, ("groups=stain",), PART) for name in (QUICK, "two_stream", "lite0", BASELINE))
-TRIALS = tuple(
-    Row(QUICK, TRIAL_BASE.name, (*TRIED, change), PART)
-    for change in (
-        *("optimizer=adamw", "epochs=10", "stain_jitter=0.15", "stain_mix=0.5", "degrade=0.3", "mixup=0.2", "norm=test"),
-        f"teacher={TRIAL_BASE.name}",
-    )
-)
-ROWS = {row.name: row for row in (*NAMED, *STAIN, TRIAL_BASE, *TRIALS)}
+STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))
+ROWS = {row.name: row for row in (*NAMED, *STAIN)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +81,9 @@ class Scored:
     """What is recorded.
 
     Attributes:
-        records: Cost and config of each row.
+        records: Cost, config, `base` and `change` of each row, and `prediction`, its batch norm statistics and views. The
+            `change` of a row that is not in `ROWS` may be one that the package no longer has a field for. `by_stain` names the
+            row of the same config on folds by stain.
         oof: By the first 16 digits of the id: `FACTS`, and a column of probabilities per row.
         unseen: The same for the patches of other slides: `label`, and a column per row, by its net of fold 0.
     """
@@ -169,6 +162,10 @@ def harvest(row: Row, scored: Scored) -> None:
         "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in parts])), 1),
         "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
         "config": {key: value for key, value in config.items() if value != defaults[key]},
+        "base": row.base,
+        "change": " ".join(f"`{change}`" for change in row.changes) or "named experiment",
+        "prediction": f"{config['norm']}, {config['tta']}" + (f" ± {config['tta_shift']} px" if config["tta_shift"] else ""),
+        "by_stain": dataclasses.replace(row, changes=("groups=stain", *row.changes)).name,
         "backend": f"{made['device']}, {made['backend']['precision']}",
         "commit": made["commit"],
     }
@@ -190,6 +187,8 @@ def blended(scored: Scored) -> Scored:
         records[row.name] = {
             **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
             **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
+            "base": row.base,
+            "change": f"mean of {', '.join(members)}",
         }
         oof[row.name] = oof[members].mean(axis=1, skipna=False)
         if all(name in unseen for name in members):
@@ -197,142 +196,121 @@ def blended(scored: Scored) -> Scored:
     return Scored(records, oof, unseen)
 
 
-def score(row: Row, table: pd.DataFrame) -> dict[str, Any]:
-    """Return the OOF AUC of `row` per fold and pooled, and its paired difference from its base.
-
-    What is resampled is what the folds keep together: patches, or groups of similar stain.
-    """
-    known = table.dropna(subset=row.name)
-    unit = unit_of(row.scheme)
-    labels, values = known["label"].to_numpy(int), known[row.name].to_numpy()
-    groups = None if unit == "patch" else known["stain_group"].to_numpy()
-    pooled = interval(labels, values, groups, unit)
-    scored: dict[str, Any] = {
-        "folds": [auc(part["label"].to_numpy(int), part[row.name].to_numpy()) for _, part in known.groupby(row.scheme)],
-        "pooled": pooled[:3],
-    }
-    if row.base != row.name and row.base in known:
-        scored["difference"] = paired_test(labels, known[row.base].to_numpy(), groups, unit)(values)[:3]
-    return scored
-
-
-def score_table(rows: tuple[Row, ...], records: Records, table: pd.DataFrame) -> str:
-    """Return a Markdown table of those of `rows` that have records, highest pooled AUC first."""
-    scores = {row: score(row, table) for row in rows if row.name in records}
+def score_table(scored: Scored, scheme: str, count: int) -> str:
+    """Return a Markdown table of the rows that predict `count` folds of `scheme` out of fold, highest pooled AUC first."""
     lines = []
-    for row, scored in sorted(scores.items(), key=lambda item: -item[1]["pooled"][0]):
-        record = records[row.name]
-        config = " ".join(f"{key}={value}" for key, value in record.get("config", {}).items())
-        lines.append(
-            (
-                f"`{row.name}`",
-                "{:.4f} [{:.4f}, {:.4f}]".format(*scored["pooled"]),
-                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*scored["difference"]) if "difference" in scored else "",
-                " ".join(f"{value:.4f}" for value in scored["folds"]),
-                f"{record['parameters']:,}",
-                f"{record['macs'] / 1e6:.0f} M",
-                ", ".join(f"{record[key]:.0f}" for key in SPEEDS),
-                f"{record['minutes']:.1f}",
-                " ".join(row.changes) or " + ".join(row.members) or config,
-            )
+    for name in _rows(scored, scheme, count):
+        table, record = scored.oof.dropna(subset=name), scored.records[name]
+        areas = [auc(part["label"].to_numpy(int), part[name].to_numpy()) for _, part in table.groupby(scheme)]
+        pooled = _interval(table, name, scheme)
+        line = (
+            f"`{name}`",
+            "{:.4f} [{:.4f}, {:.4f}]".format(*pooled),
+            _minus_base(scored, table, name, scheme),
+            " ".join(f"{area:.4f}" for area in areas),
+            f"{record['parameters']:,}",
+            f"{record['macs'] / 1e6:.0f} M",
+            ", ".join(f"{record[key]:.0f}" for key in SPEEDS),
+            f"{record['minutes']:.1f}",
+            record["change"],
         )
-    head = ("run", "pooled, 95 % interval", "minus base", "folds", "parameters", "MACs", "images/s", "minutes", "config")
-    return markdown(head, lines)
-
-
-def stain_table(records: Records, table: pd.DataFrame) -> str:
-    """Return a Markdown table of the mean AUC of folds 0 and 1, stratified by label and grouped by stain."""
-    lines = []
-    for row in (row for row in STAIN if row.name in records and row.experiment in records):
-        label, stain = (float(np.mean(score(ROWS[name], table)["folds"][:2])) for name in (row.experiment, row.name))
-        lines.append((f"`{row.experiment}`", f"{label:.4f}", f"{stain:.4f}", f"{label - stain:.4f}"))
-    return markdown(("experiment", "folds by label", "folds by stain", "difference"), lines)
+        lines.append((pooled[0], line))
+    head = ("run", "pooled, 95 % interval", "minus base", "folds", "parameters", "MACs", "images/s", "minutes", "change")
+    return markdown(head, [line for _, line in sorted(lines, reverse=True)])
 
 
 def unseen_table(scored: Scored) -> str:
     """Return a Markdown table of all rows with a score on other slides, best first: that score beside both kinds of OOF."""
     lines = []
-    for name in sorted(set(scored.unseen) - {"label"}, key=lambda each: -_unseen(scored, each)[0]):
-        record = scored.records[name]
-        base = record.get("base", ROWS[name].base if name in ROWS else "")
+    for name in scored.unseen.columns.drop("label"):
+        record, fold = scored.records[name], _fold_0(scored)
+        area, low, high = _interval(scored.unseen, name, BY_LABEL)
         stain = _stain(scored, name)
-        lines.append(
-            (
-                f"`{name}`",
-                "{:.4f} [{:.4f}, {:.4f}]".format(*_unseen(scored, name)),
-                "" if base in ("", name) else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_difference(scored.unseen, name, base)),
-                f"{_oof(scored, name):.4f}",
-                "" if base in ("", name) else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_difference(_fold_0(scored), name, base)),
-                "" if stain is None else f"{stain:.4f}",
-                f"{record['parameters']:,}",
-                f"{record['minutes'] / scored.oof.dropna(subset=name)[BY_LABEL].nunique():.1f}",
-                record.get("change", "named experiment"),
-            )
+        line = (
+            f"`{name}`",
+            f"{area:.4f} [{low:.4f}, {high:.4f}]",
+            _minus_base(scored, scored.unseen, name, BY_LABEL),
+            f"{_area(fold, name):.4f}",
+            _minus_base(scored, fold, name, BY_LABEL),
+            "" if stain is None else f"{stain:.4f}",
+            f"{record['parameters']:,}",
+            f"{record['minutes'] / scored.oof.dropna(subset=name)[BY_LABEL].nunique():.1f}",
+            record.get("prediction", ""),
+            record["change"],
         )
+        lines.append((area, line))
     head = (
-        "run",
-        "other slides, 95 % interval",
-        "minus base",
-        "OOF",
-        "minus base",
-        "OOF by stain",
-        "parameters",
-        "minutes",
-        "change",
+        *("run", "other slides, 95 % interval", "minus base", "OOF", "minus base", "OOF by stain", "parameters", "minutes"),
+        *("norm, views", "change"),
     )
-    return markdown(head, lines)
+    return markdown(head, [line for _, line in sorted(lines, reverse=True)])
 
 
 def correlation_text(scored: Scored) -> str:
     """Return how each kind of OOF AUC orders the rows, compared with their AUC on other slides."""
-    names = [name for name in scored.unseen if name != "label"]
+    names, fold = list(scored.unseen.columns.drop("label")), _fold_0(scored)
     parts = []
     for kind, areas in (
-        ("folds by label", {name: _oof(scored, name) for name in names}),
+        ("folds by label", {name: _area(fold, name) for name in names}),
         ("folds by stain", {name: area for name in names if (area := _stain(scored, name)) is not None}),
     ):
-        rank = spearmanr([*areas.values()], [_unseen(scored, name)[0] for name in areas]).statistic
+        rank = spearmanr([*areas.values()], [_area(scored.unseen, name) for name in areas]).statistic
         parts.append(f"{rank:.2f} for {kind} ({len(areas)} rows)")
     return f"Spearman's rank correlation of OOF AUC on fold 0 with the AUC on other slides: {', '.join(parts)}."
+
+
+def _rows(scored: Scored, scheme: str, count: int) -> list[str]:
+    """Return the rows of `scheme` with predictions for exactly `count` whole folds of it."""
+
+    def predicts(name: str) -> bool:
+        known = scored.oof[name].notna()
+        return scored.oof.loc[known, scheme].nunique() == count and known.equals(
+            scored.oof[scheme].isin(scored.oof.loc[known, scheme].unique())
+        )
+
+    return [name for name in scored.oof.columns.drop(list(FACTS)) if predicts(name)]
 
 
 def _fold_0(scored: Scored) -> pd.DataFrame:
     return scored.oof[scored.oof[BY_LABEL] == 0]
 
 
-def _oof(scored: Scored, name: str) -> float:
-    fold = _fold_0(scored)
-    return auc(fold["label"].to_numpy(int), fold[name].to_numpy())
+def _area(table: pd.DataFrame, name: str) -> float:
+    return auc(table["label"].to_numpy(int), table[name].to_numpy())
 
 
 def _stain(scored: Scored, name: str) -> float | None:
-    """Return the OOF AUC on fold 0 of the folds by stain of the row with the config of `name`; None if there is none."""
-    row = ROWS.get(name)
-    twin = dataclasses.replace(row, changes=("groups=stain", *row.changes)).name if row else ""
-    if twin not in scored.oof:
-        return None
-    fold = scored.oof[scored.oof[BY_STAIN] == 0]
-    return auc(fold["label"].to_numpy(int), fold[twin].to_numpy())
+    """Return the AUC on fold 0 of the folds by stain of the row with the config of `name`; None if there is none."""
+    twin = scored.records[name].get("by_stain")
+    return _area(scored.oof[scored.oof[BY_STAIN] == 0], twin) if twin in scored.oof else None
 
 
-def _unseen(scored: Scored, name: str) -> tuple[float, float, float]:
-    return interval(scored.unseen["label"].to_numpy(int), scored.unseen[name].to_numpy(), None)[:3]
+def _groups(table: pd.DataFrame, scheme: str) -> tuple[NDArray[np.uint8] | None, str]:
+    """Return what is resampled under `scheme`, which is what the folds keep together, and its unit."""
+    unit = unit_of(scheme)
+    return (None if unit == "patch" else table["stain_group"].to_numpy()), unit
 
 
-def _difference(table: pd.DataFrame, name: str, base: str) -> tuple[float, float, float]:
-    test = paired_test(table["label"].to_numpy(int), table[base].to_numpy(), None)
-    return test(table[name].to_numpy())[:3]
+def _interval(table: pd.DataFrame, name: str, scheme: str) -> tuple[float, float, float]:
+    return interval(table["label"].to_numpy(int), table[name].to_numpy(), *_groups(table, scheme))[:3]
+
+
+def _minus_base(scored: Scored, table: pd.DataFrame, name: str, scheme: str) -> str:
+    """Return the difference of `name` from its base on the patches in `table`, with its interval; empty without a base."""
+    base = scored.records[name]["base"]
+    if base == name or base not in table or table[base].isna().any():
+        return ""
+    test = paired_test(table["label"].to_numpy(int), table[base].to_numpy(), *_groups(table, scheme))
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*test(table[name].to_numpy())[:3])
 
 
 def write_page(scored: Scored) -> None:
     """Write the tables of SCORES.md."""
     scored = blended(scored)
-    records, table = scored.records, scored.oof
     replace_block(PAGE, "unseen", unseen_table(scored))
     replace_block(PAGE, "correlation", correlation_text(scored))
-    replace_block(PAGE, "experiments", score_table(NAMED, records, table))
-    replace_block(PAGE, "trials", score_table((TRIAL_BASE, STAIN[0], *TRIALS), records, table))
-    replace_block(PAGE, "stain", stain_table(records, table))
+    replace_block(PAGE, "experiments", score_table(scored, BY_LABEL, len(ALL)))
+    replace_block(PAGE, "trials", score_table(scored, BY_STAIN, len(PART)))
 
 
 def main(names: list[str]) -> None:

@@ -25,7 +25,7 @@ TRAIN, TEST = 240, 60
 # Takes seconds, and has every state that a checkpoint must restore: schedule, weight average, dropout, momentum of Muon.
 CONFIG = (
     *("width=16", "max_width=32", "n_blocks=2", "side=32", "hidden=8", "batch_size=16", "epochs=4", "n_splits=3", "tta=4"),
-    *("average_epochs=1", "optimizer=muon", "precision=fp32", "memory_format=channels_last"),
+    *("average_epochs=1", "optimizer=muon", "precision=fp32"),
 )
 RESULTS = (Path("submissions") / "bottleneck.csv", Path("runs") / "bottleneck" / "oof.csv")
 

@@ -28,8 +28,8 @@ REAL_DATA = os.environ.get("PCAM_DATA")
 VARIABLES = ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG")
 
 TINY = [
-    *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "warmup_epochs=0.5", "average_epochs=0.5"),
-    *("n_splits=3", "tta=4", "precision=fp32", "memory_format=channels_last"),
+    *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "average_epochs=0.5"),
+    *("n_splits=3", "tta=4", "precision=fp32"),
 ]
 
 

@@ -200,7 +200,7 @@ def test_make_passes_a_folder_as_one_word(folder: str) -> None:
 def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:
     """Training works without fcntl, nice and scheduling classes, as on Windows."""
     options = ["pipeline", "--demo", "--work", str(tmp_path), "--hours", "1"]
-    fields = ["width=4", "n_blocks=2", "side=32", "hidden=8", "epochs=1", "warmup_epochs=0", "n_splits=2", "precision=fp32"]
+    fields = ["width=4", "n_blocks=2", "side=32", "hidden=8", "epochs=1", "n_splits=2", "precision=fp32"]
     options += [part for field in fields for part in ("--set", field)]
     code = "import sys\nsys.modules['fcntl'] = None\nimport os\n"
     code += "for name in ('nice', 'sched_setscheduler', 'sched_getaffinity', 'SCHED_BATCH'):\n"

@@ -306,6 +306,6 @@ def test_grad_cam_does_not_change_the_net(tiny: Config) -> None:
     assert torch.equal(net(images), before)
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
-    assert feature_module(net, images) is net.streams[0].blocks
+    assert feature_module(net, images) is net.blocks
     with pytest.raises(ValueError, match="more than one position"):
         grad_cam(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), images, torch.ones(3))

@@ -13,39 +13,40 @@ LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 @pytest.mark.parametrize("count", [1, 4, 8])
 def test_views_are_a_group(count: int) -> None:
     image = torch.rand(1, 3, 6, 6)
-    views = tta.views(image, count)
+    views = tta.views(image, count, 0)
     seen = {view.numpy().tobytes() for view in views}
     assert len(seen) == count
     assert torch.equal(views[0], image)
     for view in views:
-        assert {again.numpy().tobytes() for again in tta.views(view, count)} == seen
+        assert {again.numpy().tobytes() for again in tta.views(view, count, 0)} == seen
 
 
 def test_views_come_in_their_order() -> None:
     image = torch.arange(4.0).view(1, 1, 2, 2)
-    seen = [view.flatten().tolist() for view in tta.views(image, 8)]
+    seen = [view.flatten().tolist() for view in tta.views(image, 8, 0)]
     assert seen[:4] == [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]]
     assert seen[4] == [1, 0, 3, 2]
-    assert [view.flatten().tolist() for view in tta.views(image, 4)] == seen[:4]
-    with pytest.raises(KeyError):
-        tta.views(image, 2)
+    assert [view.flatten().tolist() for view in tta.views(image, 4, 0)] == seen[:4]
 
 
 def test_eight_views_make_any_net_invariant() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 1))
     image = torch.rand(1, 3, 8, 8)
-    outcomes = []
-    for turned in tta.views(image, 8):
-        logits = torch.stack([net(view)[:, 0] for view in tta.views(turned, 8)]).detach()
-        outcomes.append(tta.average(logits, "logits"))
+    outcomes = [torch.stack([net(view)[:, 0] for view in tta.views(turned, 8, 0)]).mean(0) for turned in tta.views(image, 8, 0)]
     torch.testing.assert_close(torch.stack(outcomes), outcomes[0].expand(8, 1), rtol=1e-6, atol=1e-6)
 
 
-def test_the_two_means() -> None:
-    logits = torch.tensor([[2.0], [-1.0]])
-    assert tta.average(logits, "logits").item() == pytest.approx(torch.tensor(0.5).double().sigmoid().item())
-    assert tta.average(logits, "probabilities").item() == pytest.approx((0.880797078 + 0.268941421) / 2)
-    assert tta.average(logits, "logits").dtype == torch.float64
+def test_shifted_views_see_the_patch_from_four_corners() -> None:
+    image = torch.rand(2, 3, 12, 12)
+    padded = np.pad(image.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+    corners = {padded[..., top : top + 12, left : left + 12].tobytes() for top in (0, 4) for left in (0, 4)}
+    views = tta.views(image, 8, 2)
+    rotated = [np.rot90(view, -turns, (2, 3)).copy() for turns, view in enumerate(views[:4])]
+    mirrored = [np.rot90(view, -turns, (2, 3))[..., ::-1].copy() for turns, view in enumerate(views[4:])]
+    assert {view.tobytes() for view in rotated} == {view.tobytes() for view in mirrored} == corners
+    assert all(not np.array_equal(first, second) for first, second in zip(rotated, mirrored, strict=True))
+    assert torch.equal(torch.stack(tta.views(image, 4, 2)), torch.stack(views[:4]))
+    assert torch.equal(tta.views(image, 1, 2)[0], image)
 
 
 @pytest.fixture
@@ -72,5 +73,5 @@ def test_blurred_chroma_keeps_luma_and_the_grey_of_a_patch(patches: torch.Tensor
 
 
 def test_blurring_chroma_commutes_with_the_views(patches: torch.Tensor) -> None:
-    for first, second in zip(tta.views(tta.blur_chroma(patches, 1.0), 8), tta.views(patches, 8), strict=True):
+    for first, second in zip(tta.views(tta.blur_chroma(patches, 1.0), 8, 0), tta.views(patches, 8, 0), strict=True):
         torch.testing.assert_close(first, tta.blur_chroma(second, 1.0))

@@ -105,7 +105,7 @@ class Config:
             raise UserError(_explain(error)) from None
         # A Literal of integers accepts True for 1.
         for name, value in (given.kwargs or {}).items():
-            if isinstance(value, bool) and not isinstance(getattr(config, name), bool):
+            if isinstance(value, bool):
                 raise UserError(f"{name}={value}: choose one of {allowed(name)}")
         return config
 
@@ -160,7 +160,7 @@ def allowed(name: str) -> str:
     if field.metadata:
         least, most = field.metadata
         return f"[{least.ge:.10g}, {most.le:.10g}]"
-    return "true, false" if field.annotation is bool else "text"
+    return "text"
 
 
 def closest(name: str, names: Iterable[str]) -> str:
@@ -179,10 +179,6 @@ def _kind(name: str) -> type:
 
 def _parse(name: str, text: str) -> Any:
     kind = _kind(name)
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise UserError(f"--set {name}={text}: write true or false")
-        return text == "true"
     try:
         return kind(text)
     except ValueError:

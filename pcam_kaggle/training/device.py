@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16"), "mps": ("fp32", "fp16")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DEFAULT_FORMAT = "channels_last"
+FORMATS = {DEFAULT_FORMAT: torch.channels_last, "contiguous": torch.contiguous_format}
 
 # Compute capabilities from which on GPUs have fp16 and bf16 units.
 VOLTA, AMPERE = 7, 8
@@ -116,14 +117,16 @@ def choose_backend(create_net: Callable[[], nn.Module], side: int, batch_size: i
         create_net: Returns a new net.
         side: Side of the net's input in pixels.
         batch_size: Patches per step.
-        precision: A value of the config; `auto` admits all precisions of the device.
+        precision: A value of the config. Only `auto` admits other precisions and memory formats than the given precision in
+            channels_last.
 
     Raises:
         UserError: No candidate runs on the device.
     """
     kind = find_device()
-    chosen = precisions(kind) if precision == "auto" else (precision,)
-    candidates = [Backend(kind, *pair) for pair in itertools.product(chosen, FORMATS)]
+    if precision != "auto":
+        return Backend(kind, precision, DEFAULT_FORMAT)
+    candidates = [Backend(kind, *pair) for pair in itertools.product(precisions(kind), FORMATS)]
     count = min(batch_size, TIMED_PATCHES[kind])
     steps = {candidate: _timed_steps(candidate, create_net, side, count) for candidate in candidates}
     seconds: dict[Backend, float] = {}
