@@ -14,8 +14,8 @@ attach this notebook's own output as an input and run it again: every fold conti
 SETTINGS_TEXT = """
 ## Settings
 
-`EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `two_stream`, `best` or, with their weights attached
-as a dataset, `lite0`, `lite0_stain`, `lite0_again` and `blend`. `CHANGES` sets fields of its config, for example
+`EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `best` or, with their weights attached as a
+dataset, `lite0`, `lite0_again` and `blend`. `CHANGES` sets fields of its config, for example
 `["epochs=10", "seed=7"]`, and must be empty for `blend`. `HOURS` is the longest duration of a session.
 """
 
