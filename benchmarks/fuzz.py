@@ -39,7 +39,7 @@ SECONDS = 10
 MAX_BYTES = 2 * 10**9
 CONFIG = (
     *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "n_splits=2", "tta=1", "average_epochs=0.5"),
-    *("precision=fp32"),
+    "precision=fp32",
 )
 SUBMISSION = Path("work") / "submissions" / "bottleneck.csv"
 Check = Callable[[Path, Path], bool]

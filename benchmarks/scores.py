@@ -26,7 +26,7 @@ from pcam_kaggle.config.experiments import BASELINE, QUICK, experiment
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import write
 from pcam_kaggle.data.csv_io import read_numbers
-from pcam_kaggle.data.layout import find_data, find_workspace
+from pcam_kaggle.data.layout import Workspace, find_data, find_workspace
 from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
@@ -128,7 +128,7 @@ def make(row: Row) -> None:
     Raises:
         UserError: If there are no data, or a stage fails; the stage prints the reason.
     """
-    if find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root) is None or not os.environ.get("PCAM_UNSEEN"):
+    if find_data(os.environ.get("PCAM_DATA"), _workspace().root) is None or not os.environ.get("PCAM_UNSEEN"):
         raise UserError(f"{row.name}: has no record, and training it needs patches; set PCAM_DATA and PCAM_UNSEEN")
     options = ["-e", row.experiment, "--name", row.name, *(part for change in row.changes for part in ("--set", change))]
     folds = ["--folds", ",".join(map(str, row.folds))]
@@ -142,9 +142,13 @@ def make(row: Row) -> None:
             raise UserError(f"{row.name}: not scored, because {stage[0]} failed")
 
 
+def _workspace() -> Workspace:
+    return find_workspace(os.environ.get("PCAM_WORK"))
+
+
 def harvest(row: Row, scored: Scored) -> None:
     """Add the record of the finished run of `row` and its probabilities to `scored`."""
-    run = Run(find_workspace(None).run(row.name))
+    run = Run(_workspace().run(row.name))
     parts = [run.fold(number) for number in row.folds]
     found = pd.concat([fold.predictions()[0] for fold in parts])
     column = found.set_index(found["id"].str[:ID_LENGTH])["probability"]
@@ -171,7 +175,7 @@ def harvest(row: Row, scored: Scored) -> None:
     }
     scored.oof[row.name] = column.reindex(scored.oof.index)
     if row.scheme == BY_LABEL:
-        file = find_workspace(None).evaluations / "unseen" / UNCHANGED / f"{row.name}.csv"
+        file = _workspace().evaluations / "unseen" / UNCHANGED / f"{row.name}.csv"
         table = read_numbers(file, ["fold_0"])
         column = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"]
         if set(column.index) != set(scored.unseen.index):
