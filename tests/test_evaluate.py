@@ -185,6 +185,14 @@ def test_test_patches_that_a_teacher_labelled_are_refused(
     assert not (finished_run / "runs/student/fold_0").exists()
 
 
+def test_few_patches_are_said_to_be_few_for_batch_norm_statistics(
+    evaluate: Callable[..., Outcome], others: Others, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "takes batch norm statistics from these 12 patches" in evaluate("bottleneck", *others.options).err
+    monkeypatch.setattr("pcam_kaggle.training.evaluate.FEW_PATCHES", 12)
+    assert not evaluate("bottleneck", *others.options).err
+
+
 def test_a_run_on_named_patches_says_that_renamed_ones_go_unnoticed(
     evaluate: Callable[..., Outcome], others: Others, finished_run: Path
 ) -> None:

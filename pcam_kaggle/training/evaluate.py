@@ -26,6 +26,9 @@ from pcam_kaggle.training.session import find_backend
 
 log = logging.getLogger(__name__)
 
+# With fewer patches, batch norm statistics of their own are noisy.
+FEW_PATCHES = 256
+
 
 def predict_labelled(
     run: Run,
@@ -57,6 +60,13 @@ def predict_labelled(
         config = Config(**made["config"])
     except UserError as error:
         raise UserError(f"{run.folder}: {error}; use the version that trained it") from None
+    if config.norm == "test" and len(patches.table) < FEW_PATCHES:
+        log.warning(
+            "%s: takes batch norm statistics from these %d patches, which are few; %d or more make scores reliable",
+            run.name,
+            len(patches.table),
+            FEW_PATCHES,
+        )
     backend = find_backend(run, config)
     sources = {
         "patches_sha256": patches.sha256,
