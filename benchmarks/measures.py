@@ -140,7 +140,8 @@ def loop_pipeline(given: Source, name: str, precision: str, channels_last: bool,
 
 def prediction(given: Source, name: str) -> None:
     """Report the patches/s of our prediction, and the limit: those of the net alone on one batch in memory."""
-    config, store = experiment(name).config, PatchStore(given.store)
+    # ttach has no shifted views.
+    config, store = replace(experiment(name).config, tta_shift=0), PatchStore(given.store)
     backend = _backend(config)
     net = backend.place(create(config, weights=False)).eval()
     rows = store.rows("train", store.ids("train")[: given.predicted])
@@ -149,7 +150,7 @@ def prediction(given: Source, name: str) -> None:
 
     def limit() -> None:
         with torch.inference_mode(), backend.autocast():
-            for view in (view for _ in range(repeats) for view in tta.views(resident, VIEWS)):
+            for view in (view for _ in range(repeats) for view in tta.views(resident, VIEWS, config.tta_shift)):
                 net(view)
 
     rate = _warm_rate(lambda: predict_logits(net, store, rows, config, backend, VIEWS, "predict"), len(rows))

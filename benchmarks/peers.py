@@ -20,6 +20,7 @@ from pcam_kaggle.data.layout import Data
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.pretrained import import_timm
 from pcam_kaggle.training.augment import augmentation, center_crop
+from pcam_kaggle.training.engine import CLIP_NORM
 from pcam_kaggle.training.optim import create_optimizer
 
 WORKERS = 2
@@ -33,7 +34,7 @@ class Patches(Dataset):
         self, folder: Data, split: str, ids: NDArray[np.object_], config: Config, labels: NDArray[np.float32] | None = None
     ) -> None:
         self.folder, self.ids, self.config, self.labels = folder.patches(split), ids, config, labels
-        self.augment = augmentation(config.side, config.shift, config.stain_jitter, config.color_jitter, config.degrade)
+        self.augment = augmentation(config.side, config.stain_jitter, config.color_jitter)
         # Loader processes already run in parallel.
         cv2.setNumThreads(0)
 
@@ -101,7 +102,7 @@ def plain_loop(task: Task, on_step: OnStep) -> nn.Module:
             loss = criterion(net(task.placed(images)).float(), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), task.config.clip_norm)
+        nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)
         optimizer.step()
         scheduler.step()
         on_step()
@@ -144,7 +145,7 @@ def lightning(task: Task, on_step: OnStep) -> None:
         accelerator="cpu",
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
         max_steps=task.steps,
-        gradient_clip_val=task.config.clip_norm,
+        gradient_clip_val=CLIP_NORM,
         callbacks=[Steps()],
         logger=False,
         enable_checkpointing=False,
