@@ -29,7 +29,7 @@ from pcam_kaggle.data.csv_io import read_numbers
 from pcam_kaggle.data.layout import Workspace, find_data, find_workspace
 from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.scoring.metrics import Unit, auc
 from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
 HERE = Path(__file__).parent
@@ -285,14 +285,14 @@ def _area(table: pd.DataFrame, name: str) -> float:
 
 def _stain(scored: Scored, name: str) -> float | None:
     """Return the AUC on fold 0 of the folds by stain of the row with the config of `name`; None if there is none."""
-    twin = scored.records[name].get("by_stain")
+    twin = scored.records[name].get("by_stain", "")
     return _area(scored.oof[scored.oof[BY_STAIN] == 0], twin) if twin in scored.oof else None
 
 
-def _groups(table: pd.DataFrame, scheme: str) -> tuple[NDArray[np.uint8] | None, str]:
+def _groups(table: pd.DataFrame, scheme: str) -> tuple[NDArray[np.int64] | None, Unit]:
     """Return what is resampled under `scheme`, which is what the folds keep together, and its unit."""
     unit = unit_of(scheme)
-    return (None if unit == "patch" else table["stain_group"].to_numpy()), unit
+    return (None if unit == "patch" else table["stain_group"].to_numpy(np.int64)), unit
 
 
 def _interval(table: pd.DataFrame, name: str, scheme: str) -> tuple[float, float, float]:

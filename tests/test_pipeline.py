@@ -444,3 +444,13 @@ def test_a_run_made_before_a_field_was_added_has_its_default(pcam: Command, fini
     outcome = pcam("pipeline", "--set", "chroma_blur=1")
     assert outcome.status == 2
     assert "chroma_blur (0.0 → 1.0)" in outcome.err
+
+
+def test_a_run_made_with_a_field_that_is_gone_is_not_continued(pcam: Command, finished_run: Path) -> None:
+    file = finished_run / "runs" / "bottleneck" / "config.json"
+    made = read_json(file)
+    made["config"]["depth"] = 1
+    file.write_text(json.dumps(made))
+    outcome = pcam("pipeline")
+    assert outcome.status == 2
+    assert "holds a run with other depth (no longer a field); use --name" in outcome.err
