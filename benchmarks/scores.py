@@ -71,6 +71,8 @@ class Row:
 NAMED = (
     *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0_again", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
+    Row("lite0", "lite0", ("layer_decay=0.9",), (0,)),
+    Row(QUICK, QUICK, ("precision=fp32",), (0,)),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))
 ROWS = {row.name: row for row in (*NAMED, *STAIN)}
@@ -169,12 +171,12 @@ def harvest(row: Row, scored: Scored) -> None:
         "base": row.base,
         "change": " ".join(f"`{change}`" for change in row.changes) or "named experiment",
         "prediction": f"{config['norm']}, {config['tta']}" + (f" ± {config['tta_shift']} px" if config["tta_shift"] else ""),
-        "by_stain": dataclasses.replace(row, changes=("groups=stain", *row.changes)).name,
         "backend": f"{made['device']}, {made['backend']['precision']}",
         "commit": made["commit"],
     }
     scored.oof[row.name] = column.reindex(scored.oof.index)
     if row.scheme == BY_LABEL:
+        scored.records[row.name]["by_stain"] = dataclasses.replace(row, changes=("groups=stain", *row.changes)).name
         file = _workspace().evaluations / "unseen" / UNCHANGED / f"{row.name}.csv"
         table = read_numbers(file, ["fold_0"])
         column = table.set_index(table["id"].str[:ID_LENGTH])["fold_0"]

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import configure_logging
@@ -589,6 +591,25 @@ def test_the_order_of_the_patches_changes_no_prediction(store: PatchStore, tiny:
     forward, backward = (predict_probabilities(net, store, given, config, CPU, "") for given in (rows, rows[::-1]))
     np.testing.assert_allclose(forward, backward[::-1], rtol=1e-5)
     assert forward.std() > 0
+
+
+def test_statistics_are_taken_from_a_sample_of_many_patches(
+    store: PatchStore, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    class Watched:
+        def images(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+            read.extend(rows)
+            return store.images(rows)
+
+    rows = store.rows("train", store.ids("train"))
+    monkeypatch.setattr(engine, "NORM_PATCHES", 10)
+    engine.adapt_norms(create(tiny), Watched(), rows, tiny, CPU)
+    assert len(set(read)) == len(read) == 10
+    assert set(read) <= set(rows)
+    engine.adapt_norms(torch.nn.Conv2d(3, 1, 1), Watched(), rows, tiny, CPU)
+    assert len(read) == 10, "a net without batch norms reads patches for nothing"
 
 
 def test_statistics_come_from_the_predicted_patches_alone(store: PatchStore, tiny: Config) -> None:

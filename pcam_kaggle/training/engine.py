@@ -103,7 +103,7 @@ def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
 
 
 def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
-    """Replace the batch norms' statistics by those of the patches to predict (Schneider et al. 2020).
+    """Replace the batch norms' statistics, if there are any, by those of the patches to predict (Schneider et al. 2020).
 
     No label is read. The statistics are means over batches that are drawn at random from the patches with a fixed seed, so the
     order of `rows` does not matter.
@@ -117,6 +117,8 @@ def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], confi
     """
     net.eval()
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
     for norm in norms:
         norm.train()
     drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]

@@ -93,7 +93,8 @@ def _train_share(
     """Train the folds in `share` in order, while `budget` has time for another epoch and the predictions of these folds."""
     logs = [run.fold(number).log() for number in share]
     seconds, valid_seconds = pd.concat(logs)[["seconds", "valid_seconds"]].max().fillna(0.0)
-    validations = config.tta * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
+    passes = config.tta + (config.norm == "test")
+    validations = passes * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
     forecast = Forecast(share, [config.epochs - len(rows) for rows in logs], validations, seconds, valid_seconds)
     is_first = True
     for index, fold in enumerate(share):
