@@ -71,7 +71,6 @@ class Row:
 NAMED = (
     *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0_again", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
-    Row("lite0", "lite0", ("layer_decay=0.9",), (0,)),
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))

@@ -68,7 +68,6 @@ def test_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
         ({"symmetry": "d4", "width": 8}, "symmetry=d4 with width=8"),
         ({"teacher": "../old"}, "not a path"),
         ({"weights": "wheel"}, "only nets of timm take weights"),
-        ({"layer_decay": 0.9}, "only nets of timm have pretrained layers"),
         ({"model": "resnet18"}, "choose cnn or timm:NAME"),
     ],
 )
@@ -203,7 +202,7 @@ def test_a_blend_has_no_settings_to_change() -> None:
 def test_members_of_an_experiment_share_its_folds() -> None:
     for chosen in EXPERIMENTS.values():
         for member in (EXPERIMENTS[name].config for name in chosen.members):
-            shared = [(config.groups, config.n_splits, config.fold_seed) for config in (chosen.config, member)]
+            shared = [(config.groups, config.n_splits) for config in (chosen.config, member)]
             assert shared[0] == shared[1]
 
 
@@ -211,7 +210,6 @@ def test_the_baseline_is_frozen() -> None:
     pinned = {
         "groups": "auto",
         "n_splits": 5,
-        "fold_seed": 42,
         "model": "cnn",
         "weights": "",
         "side": 96,
@@ -229,7 +227,6 @@ def test_the_baseline_is_frozen() -> None:
         "batch_size": 64,
         "optimizer": "adamw",
         "lr": 0.002,
-        "layer_decay": 1.0,
         "average_epochs": 3.0,
         "teacher": "",
         "precision": "auto",

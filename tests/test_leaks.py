@@ -31,7 +31,7 @@ from pcam_kaggle.training.predict import predict
 from pcam_kaggle.training.train import fold_epochs, train
 
 CPU = Backend("cpu", "fp32", "channels_last")
-SCHEME = Scheme(3, 42, "stratified")
+SCHEME = Scheme(3, "stratified")
 
 
 @pytest.fixture

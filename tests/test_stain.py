@@ -71,5 +71,5 @@ def test_groups_of_like_stain_are_made_of_one_slide_and_of_one_fold(monkeypatch:
     assert sorted(groups["wsi"].unique()) == [f"stain_0{cluster}" for cluster in range(6)]
     assert stain_groups(store).equals(groups)
     labels = pd.DataFrame({"id": groups["id"], "label": np.random.default_rng(0).integers(0, 2, 240)})
-    drawn = draw(labels, Scheme(3, 42, "stain"), groups)
+    drawn = draw(labels, Scheme(3, "stain"), groups)
     assert (drawn.groupby("group")["fold"].nunique() == 1).all()

@@ -42,6 +42,7 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import predict_logits
 from pcam_kaggle.training.fold_state import load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
+from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
 from pcam_kaggle.training.schedule import average_weight, learning_rate, update_average
 from pcam_kaggle.training.train import fold_epochs
@@ -59,7 +60,7 @@ def store(data: Data, tmp_path: Path) -> PatchStore:
 @pytest.fixture
 def folds(data: Data, tmp_path: Path) -> Folds:
     """Return three folds of `data`."""
-    return make(read_labels(data.labels), Scheme(3, 42, "stratified"), None, tmp_path / "folds")[0]
+    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
 def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0) -> TrainBatches:
@@ -457,22 +458,12 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_layers_learn_at_rates_that_fall_towards_the_input(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = []
-
-    class Watched(torch.optim.AdamW):
-        def step(self, *arguments):  # noqa: ANN002, ANN202
-            rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
-            return super().step(*arguments)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    config = replace(tiny, model="timm:resnet10t", layer_decay=0.8, epochs=1)
-    train_fold(Fold(tmp_path, 0), config, store, folds)
-    assert len(rates[0]) > 4
-    expected = [learning_rate(config, (step + 1) / len(rates)) for step in range(len(rates))]
-    np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
+def test_vectors_get_no_weight_decay() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 1))
+    decayed, free = parameter_groups(net)
+    assert decayed["weight_decay"] > 0 == free["weight_decay"]
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3, 3, 3), (1, 4)]
+    assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,), (1,)]
 
 
 def test_a_teachers_answers_are_learnt_for_its_own_fold(

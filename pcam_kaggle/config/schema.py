@@ -37,8 +37,6 @@ class Config:
     """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""
     n_splits: Annotated[int, Field(ge=2, le=100)] = 5
     """Number of folds."""
-    fold_seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
-    """Seed of the split; separate from `seed`, so that runs with different seeds share their folds."""
 
     model: str = "cnn"
     """`cnn` for the net of this package, or `timm:NAME` for any classifier of timm."""
@@ -76,8 +74,6 @@ class Config:
     """AdamW, or Muon (Jordan et al. 2024) for convolution and linear weights, scaled to AdamW's learning rate and decay."""
     lr: Annotated[Number, Field(ge=1e-8, le=10)] = 2e-3
     """Peak learning rate."""
-    layer_decay: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
-    """Learning rate of a layer relative to that of the layer above it, for timm."""
     average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
     """Horizon of the exponential moving average of the weights, in epochs; 0 for no average."""
     teacher: str = ""
@@ -85,7 +81,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training and prediction; auto: what the device supports in hardware, or is measured to be faster."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
-    """Seed of the initial weights, the order of patches and the augmentation."""
+    """Seed of the initial weights, the order of patches and the augmentation; the folds do not depend on it."""
 
     tta: Literal[1, 4, 8] = 4
     """Views per patch in prediction: the patch, its rotations, or its rotations and reflections."""
@@ -122,10 +118,6 @@ class Config:
             (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
             (is_cnn and self.weights, f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME"),
-            (
-                is_cnn and self.layer_decay < 1,
-                f"layer_decay={self.layer_decay}: only nets of timm have pretrained layers to spare; use model=timm:NAME",
-            ),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]
         for is_conflict, message in conflicts:

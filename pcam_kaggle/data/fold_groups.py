@@ -25,7 +25,7 @@ def fold_inputs(
 
     Args:
         data: The competition's files; their slide map is used by default, depending on `config.groups`.
-        config: Number of folds, their seed, and `groups`.
+        config: Number of folds, and `groups`.
         slides: CSV with the columns id and wsi that replaces the slide map of `data`, or None.
         workspace: Has the patch store from which stain groups are computed, and the folder in which they are cached.
 
@@ -39,11 +39,11 @@ def fold_inputs(
     if kind in ("none", "stain") and slides:
         raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
     if kind == "stain":
-        return labels, Scheme(config.n_splits, config.fold_seed, "stain"), _stain_map(workspace)
+        return labels, Scheme(config.n_splits, "stain"), _stain_map(workspace)
     path = None if kind == "none" else slides or data.slides()
     if kind == "slides" and path is None:
         raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
-    scheme = Scheme(config.n_splits, config.fold_seed, "slides" if path else "stratified")
+    scheme = Scheme(config.n_splits, "slides" if path else "stratified")
     return labels, scheme, read_slides(path) if path else None
 
 

@@ -20,8 +20,8 @@ class Scheme:
     """How folds are drawn."""
 
     n_splits: int
-    seed: int
     kind: Literal["stratified", "slides", "stain"]
+    seed: int = 42
 
     @property
     def name(self) -> str:
@@ -83,9 +83,7 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
         fold[valid] = number
     table.insert(2, "fold", fold)
     if (table.groupby("fold")["label"].nunique() < 2).any() or table["fold"].nunique() < scheme.n_splits:
-        raise UserError(
-            "a fold has only one label, since slides are too few or too uneven; use --set n_splits=… or fold_seed=…"
-        )
+        raise UserError("a fold has only one label, since slides are too few or too uneven; use --set n_splits=…")
     return table
 
 

@@ -152,7 +152,7 @@ def fold_differences(comparison: Comparison) -> pd.DataFrame:
 def display_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the main columns of `comparison_table` as text, with intervals next to their values and "" for NaN."""
     shown = pd.DataFrame({"run": rows["run"]})
-    for column in [column for column in rows if column.startswith("fold_") and column != "fold_seed"]:
+    for column in [column for column in rows if column.startswith("fold_")]:
         shown[column.replace("_", " ")] = _formatted(rows[column], ".4f")
     if "mean" in rows:
         deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
