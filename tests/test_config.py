@@ -213,6 +213,7 @@ def test_the_baseline_is_frozen() -> None:
         "model": "cnn",
         "weights": "",
         "side": 96,
+        "resize": 0,
         "symmetry": "none",
         "body": "plain",
         "n_blocks": 4,

