@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.layout import Data
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.pretrained import import_timm
+from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.augment import augmentation, center_crop
 from pcam_kaggle.training.engine import CLIP_NORM
 from pcam_kaggle.training.optim import create_optimizer

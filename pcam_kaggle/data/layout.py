@@ -1,6 +1,7 @@
 """Paths: the competition's folder, and the folders that the pipeline writes."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ COMPETITION = "histopathologic-cancer-detection"
 # Another folder only where a kernel is tested outside of Kaggle.
 KAGGLE_ROOT = Path(os.environ.get("PCAM_KAGGLE", "/kaggle"))
 DEMO_SUFFIX = "-not-for-kaggle"
+PLAIN_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
 
 
@@ -99,6 +101,21 @@ def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
         path for layout in ("*", "datasets/*/*", "notebooks/*/*", "models/*/*") for path in (kaggle / "input").glob(layout)
     ]
     return sorted(path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION))
+
+
+def attached_folder(handle: str, kaggle: Path = KAGGLE_ROOT) -> Path | None:
+    """Return the folder of a dataset or model attached to a kernel, in either of Kaggle's layouts; None if there is none.
+
+    Args:
+        handle: `owner/name` of a dataset, or `owner/name/framework/variation/version` of a model.
+        kaggle: Kaggle's root folder.
+    """
+    kinds = {2: "datasets", 5: "models"}
+    parts = handle.split("/")
+    if len(parts) not in kinds or not all(map(PLAIN_PART.fullmatch, parts)):
+        return None
+    folders = (kaggle / "input" / kinds[len(parts)] / handle, kaggle / "input" / "/".join(parts[1:]))
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

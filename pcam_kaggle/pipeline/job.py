@@ -12,6 +12,7 @@ from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.csv_io import PLAIN_NAME
 from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.weights_source import with_folder_settings
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Method
@@ -121,7 +122,8 @@ def make_job(
             raise UserError(f"{text!r} is not a plain file name; use letters, digits, points, dashes and underscores")
     if slides and not slides.is_file():
         raise UserError(f"--slides {slides}: no such file")
-    config = chosen.changed(list(changes))
+    # A folder of weights says which net they are for.
+    config = chosen.changed(with_folder_settings(list(changes)))
     # The folds of runs that are blended are theirs, not this config's.
     unknown = [fold for fold in folds or () if not 0 <= fold < config.n_splits and not members]
     if unknown:

@@ -144,15 +144,24 @@ class Run:
         self.check(config, store, folds)
         file = self.folder / "config.json"
         made = read_json(file) if file.exists() else {"experiment": experiment, **_inputs(config, store, folds)}
-        if weights and made.get("weights_sha256", weights) != weights:
-            raise UserError(
-                f"{self.folder}: its other folds started from other weights than {config.weights}; use --name for a new run"
-            )
+        self.check_weights(config.weights, weights)
         # Unknown for folds that started before the hash was recorded.
         is_known = weights and not any(self.fold(number).is_started for number in range(config.n_splits))
         content = made | ({"weights_sha256": weights} if is_known else {})
         if not file.exists() or content != made:
             write_json(file, content)
+
+    def check_weights(self, name: str, weights: str | None) -> None:
+        """Raise UserError if the run was started from other pretrained weights than those called `name`.
+
+        Args:
+            name: What the config calls them.
+            weights: Their SHA-256; None if unknown, which is not compared.
+        """
+        file = self.folder / "config.json"
+        made = read_json(file) if file.exists() else {}
+        if weights and made.get("weights_sha256", weights) != weights:
+            raise UserError(f"{self.folder}: its folds started from other weights than {name}; use --name for a new run")
 
     def environments(self) -> list[dict[str, Any]]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""

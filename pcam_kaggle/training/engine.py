@@ -36,7 +36,8 @@ class Learner:
 
     Attributes:
         net: The net whose parameters the optimizer updates.
-        average: The moving average of its weights, which is validated and predicts.
+        average: The moving average of its weights, which is validated and predicts; it shares frozen layers with `net`.
+        optimizer: Each of its parameter groups has an `lr_scale`, a factor of the learning rate.
         scaler: Gradient scaler, active in fp16 only.
         backend: Device, precision and memory format.
     """
@@ -70,7 +71,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
         patches, targets = next(source)
         lr = learning_rate(config, epoch + (step + 1) / steps)
         for group in learner.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         with learner.backend.autocast():
             logits = learner.net(learner.backend.images(patches))
         loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=targets.is_pinned()))

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import reading
+from pcam_kaggle.data.weights_source import weights_sha256
 from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import Learner
 
@@ -34,7 +37,7 @@ def update_files(fold: Fold, learner: Learner, rows: list[Row]) -> None:
     """Update best checkpoint and log to the epoch of the last checkpoint, also after an interruption between these writes."""
     best = fold.best_checkpoint
     if best_row(rows) is rows[-1]:
-        content = {"net": learner.average.state_dict(), "epoch": len(rows), "valid_auc": rows[-1]["valid_auc"]}
+        content = {"net": trained_state(learner.average), "epoch": len(rows), "valid_auc": rows[-1]["valid_auc"]}
         checkpoint.save(best, content)
     elif checkpoint.load(best, "epoch")["epoch"] != best_row(rows)["epoch"]:
         raise UserError(f"{best}: not the best epoch of last.pt; delete {fold.folder} to train the fold again")
@@ -49,8 +52,8 @@ def resume(learner: Learner, last: Path) -> list[Row]:
     """
     state = checkpoint.load(last, "net", "average", "optimizer", "scaler", "log")
     with reading(last, checkpoint.ANEW):
-        learner.net.load_state_dict(state["net"])
-        learner.average.load_state_dict(state["average"])
+        load_trained(learner.net, state["net"])
+        load_trained(learner.average, state["average"])
         learner.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scaler"])
@@ -58,18 +61,38 @@ def resume(learner: Learner, last: Path) -> list[Row]:
 
 
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
-    """Return the net of `fold` with its best weights, in evaluation mode on the backend."""
+    """Return the net of `fold` with its best weights, in evaluation mode on the backend.
+
+    Raises:
+        UserError: The checkpoint is missing, damaged or of another net; or the pretrained weights of its frozen layers, which
+            it lacks, are missing or not those that it was trained with.
+    """
     content = checkpoint.load(fold.best_checkpoint, "net")
-    net = create(config, weights=False)
+    is_frozen = config.freeze > 0
+    if is_frozen:
+        Run(fold.run_folder).check_weights(config.weights, weights_sha256(config))
+    net = create(config, weights=is_frozen)
     with reading(fold.best_checkpoint, checkpoint.ANEW):
-        net.load_state_dict(content["net"])
+        load_trained(net, content["net"])
     return backend.place(net).eval()
+
+
+def load_trained(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load `state`, the tensors of `net` that are not frozen.
+
+    Raises:
+        KeyError: `state` has other tensors.
+        RuntimeError: A tensor has another shape.
+    """
+    if different := trained_state(net).keys() ^ state.keys():
+        raise KeyError(sorted(different)[0])
+    net.load_state_dict(state, strict=False)
 
 
 def _state(learner: Learner, rows: list[Row]) -> dict[str, Any]:
     return {
-        "net": learner.net.state_dict(),
-        "average": learner.average.state_dict(),
+        "net": trained_state(learner.net),
+        "average": trained_state(learner.average),
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "log": json.dumps(rows),

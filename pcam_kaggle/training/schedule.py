@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models.backbone import trained_state
 
 # The average's weight after t steps is at least AVERAGE_START / (AVERAGE_START + t).
 AVERAGE_START = 9
@@ -42,8 +43,8 @@ def average_weight(config: Config, steps: int, taken: int) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, net: nn.Module, weight: float) -> None:
-    """Move the parameters and buffers of `average` towards those of `net` by `weight`, in (0, 1]; integers are copied."""
-    pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
+    """Move the trained tensors of `average` towards those of `net` by `weight`, in (0, 1]; integers are copied."""
+    pairs = list(zip(trained_state(average).values(), trained_state(net).values(), strict=True))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([to for to, _ in floats], [new for _, new in floats], weight)
     for to, new in pairs:

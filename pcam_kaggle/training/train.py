@@ -1,6 +1,5 @@
 """Training, one fold at a time, each resumed after its last finished epoch."""
 
-import copy
 import logging
 import math
 import time
@@ -19,8 +18,9 @@ from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.weights_source import weights_sha256
+from pcam_kaggle.models.backbone import copy_trained
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.pretrained import weights_sha256
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
@@ -71,8 +71,8 @@ def train(
         _check_teacher(Run(run.folder.parent / config.teacher), folds)
     with locked(run.folder) if rank() == 0 else nullcontext():
         with one_rank_at_a_time():
-            starting = not all(run.fold(number).is_started for number in chosen)
-            run.open(experiment, config, store, folds, weights_sha256(config) if starting else None)
+            loads = config.freeze > 0 or not all(run.fold(number).is_started for number in chosen)
+            run.open(experiment, config, store, folds, weights_sha256(config) if loads else None)
             backend = open_session(run, config, store)
         log.info("train: %d of %d folds on %s", len(chosen), config.n_splits, backend)
         loaders = loader_processes(len(chosen))
@@ -165,9 +165,10 @@ def fold_epochs(
     data = TrainBatches(store, train_rows, targets, config, fold.number)
 
     torch.manual_seed(_seed(config, fold.number, 0))
-    net = backend.place(create(config, weights=not fold.is_started))
+    # Checkpoints lack frozen layers.
+    net = backend.place(create(config, weights=not fold.is_started or config.freeze > 0))
     optimizer = create_optimizer(net, config)
-    learner = Learner(net, copy.deepcopy(net), optimizer, backend.scaler(), backend)
+    learner = Learner(net, copy_trained(net), optimizer, backend.scaler(), backend)
     rows: list[Row] = []
     if fold.is_started:
         rows = resume(learner, fold.last_checkpoint)

@@ -1,0 +1,171 @@
+"""A net of timm as this package runs it: its input enlarged and normalised, its lower layers frozen, its pooling replaced."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pcam_kaggle import UserError
+from pcam_kaggle.models.cnn import Normalize
+from pcam_kaggle.models.pretrained import classifier_prefixes
+from pcam_kaggle.models.weights import import_timm
+
+# Exponent at the start, and the least value that is raised to it (Radenović et al. 2018).
+GEM_POWER, GEM_LEAST = 3.0, 1e-6
+
+
+class Backbone(nn.Module):
+    """A timm classifier that enlarges and normalises its input as its pretrained weights expect.
+
+    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
+
+    Args:
+        net: The classifier, with one output.
+        mean: Mean of each channel that it expects.
+        std: Standard deviation of each channel that it expects.
+        resize: Side in pixels that the input is enlarged to; 0 for no change.
+
+    Attributes:
+        frozen: Names of the parameters and buffers that training does not change.
+    """
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], resize: int) -> None:
+        super().__init__()
+        self.resize = resize
+        self.normalize = Normalize(mean, std)
+        self.net = net
+        self.frozen: frozenset[str] = frozenset()
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.forward = partial(_full_precision, module.forward)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images `x`."""
+        return self.net(self._input(x)).squeeze(1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the classifier reads of images `x`, shape (n, features)."""
+        net: Any = self.net
+        return net.forward_head(net.forward_features(self._input(x)), pre_logits=True)
+
+    def classifier(self) -> nn.Linear:
+        """Return the layer that turns `features` into a logit.
+
+        Raises:
+            UserError: The net has several classifiers, or one that is not linear.
+        """
+        layers = [self.net.get_submodule(prefix.removesuffix(".")) for prefix in classifier_prefixes(self.net)]
+        if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
+            raise UserError("optimizer=logistic: the net's classifier is not a single linear layer; use adamw or another net")
+        return layers[0]
+
+    def freeze(self, fraction: float) -> None:
+        """Freeze the lower `fraction` of the layers below the classifier, as timm groups them for layer decay.
+
+        Their weights get no gradient, nothing below them is recorded by autograd, and their dropout and batch norms stay in
+        evaluation mode.
+
+        Raises:
+            UserError: timm does not know the order of the layers.
+        """
+        if not hasattr(self.net, "group_matcher"):
+            raise UserError(
+                f"freeze={fraction}: timm does not know the order of this net's layers; use freeze=0 or another net"
+            )
+        layers = {name: layer for name, layer in _layers(self.net).items() if layer is not None}
+        order = sorted(set(layers.values()))
+        lower = set(order[: round(fraction * len(order))])
+        for name, parameter in self.net.named_parameters():
+            if layers.get(name) in lower:
+                parameter.requires_grad_(False)
+        names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        names |= {f"{prefix}.{name}" for prefix, module in self._frozen_modules() for name, _ in module.named_buffers()}
+        self.frozen = frozenset(names)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen layers are always in the latter."""
+        super().train(mode)
+        for _, module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules with parameters of which none is trained."""
+        parameters = [(name, module, list(module.parameters())) for name, module in self.named_modules() if name]
+        return [(name, module) for name, module, own in parameters if own and not any(p.requires_grad for p in own)]
+
+    def _input(self, x: Tensor) -> Tensor:
+        return self.normalize(enlarge(x, self.resize))
+
+
+class GeM(nn.Module):
+    """Generalised mean over positions with a learnt exponent (Radenović et al. 2018, equation 3).
+
+    Shape: (n, channels, h, w) to (n, channels, 1, 1).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor([GEM_POWER]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool the maps `x`; powers of fp16 would overflow."""
+        raised = x.float().clamp(min=GEM_LEAST).pow(self.power)
+        return raised.mean((2, 3), keepdim=True).pow(1 / self.power).to(x.dtype)
+
+
+def use_gem(net: nn.Module) -> None:
+    """Replace the average pooling before the classifier of a convolutional net of timm by `GeM`.
+
+    Raises:
+        UserError: The net does not pool maps by their average.
+    """
+    pools: list[Any] = [module for module in net.modules() if isinstance(module, import_timm().layers.SelectAdaptivePool2d)]
+    if len(pools) != 1 or pools[0].pool_type != "avg" or not isinstance(pools[0].pool, nn.AdaptiveAvgPool2d):
+        raise UserError("pool=gem: the net does not pool maps of a convolution by their average; choose another pool")
+    pools[0].pool = GeM()
+
+
+def enlarge(x: Tensor, side: int) -> Tensor:
+    """Return images resized to `side` px by antialiased bicubic interpolation, in their own dtype and range.
+
+    Args:
+        x: (n, 3, h, w) in [0, 1]; float32, since fp16 and bf16 would round colours.
+        side: Side in pixels; 0 for no change.
+    """
+    if not side:
+        return x
+    # Autocast leaves this operator in the dtype of its input. Bicubic interpolation overshoots at edges.
+    return nn.functional.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def trained_state(net: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of `net` by name without those of frozen layers, sharing memory with it."""
+    frozen = net.frozen if isinstance(net, Backbone) else frozenset()
+    return {name: value for name, value in net.state_dict().items() if name not in frozen}
+
+
+def copy_trained(net: nn.Module) -> nn.Module:
+    """Return a copy of `net` that shares the tensors of its frozen layers."""
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    frozen = net.frozen if isinstance(net, Backbone) else frozenset()
+    return copy.deepcopy(net, {id(tensors[name]): tensors[name] for name in frozen & tensors.keys()})
+
+
+def _layers(net: Any) -> dict[str, int | None]:
+    """Return the number of the layer of each parameter, from 0 at the input; None for those of the classifier."""
+    matched = import_timm().models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    heads = classifier_prefixes(net)
+    return {name: None if name.startswith(heads) else layer for name, layer in matched.items()}
+
+
+def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run `forward` in fp32 on a CPU, where the bf16 gradient of a depthwise convolution is up to ten times slower."""
+    if x.device.type != "cpu":
+        return forward(x)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float()).to(x.dtype)

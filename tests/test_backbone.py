@@ -1,0 +1,318 @@
+"""Backbones that people bring: input size, weights in Hugging Face's layout, frozen layers, pooling."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.weights_source import weights_file, with_folder_settings
+from pcam_kaggle.models.backbone import Backbone, GeM, copy_trained, enlarge, trained_state
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.pipeline.job import make_job
+from pcam_kaggle.training.schedule import update_average
+
+# A transformer with registers, SwiGLU and LayerScale, small enough for a test.
+ENCODER = "vit_giant_patch14_reg4_dinov2"
+SMALL = {"img_size": 56, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 6.0}
+MEAN, STD = (0.7, 0.57, 0.72), (0.19, 0.23, 0.18)
+RESNET = Config(model="timm:resnet10t")
+
+# One of each of timm's kinds of nets; those of a fixed input size enlarge the patch.
+FAMILIES = {
+    "resnet10t": 0,
+    "tf_efficientnetv2_b0": 0,
+    "convnext_atto": 0,
+    "mobilenetv3_small_050": 0,
+    "regnetx_002": 0,
+    "densenet121": 0,
+    "repvit_m0_9": 0,
+    "fastvit_t8": 0,
+    "poolformer_s12": 0,
+    "vit_tiny_patch16_224": 224,
+    "deit_tiny_distilled_patch16_224": 224,
+    "swin_tiny_patch4_window7_224": 224,
+    "swinv2_cr_tiny_ns_224": 224,
+    "eva02_tiny_patch14_224": 224,
+    "maxvit_rmlp_pico_rw_256": 256,
+    "coatnet_pico_rw_224": 224,
+    "levit_128s": 224,
+    "mixer_s32_224": 224,
+    "xcit_nano_12_p16_224": 224,
+    "crossvit_tiny_240": 240,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_and_predicts(name: str, pcam: Callable[..., Any]) -> None:
+    fields = [f"model=timm:{name}", "epochs=1", "side=96", "tta=1", "batch_size=12"]
+    options = [part for field in fields for part in ("--set", field)]
+    for stage in ("prepare", "folds"):
+        assert pcam(stage, *options).status == 0
+    for stage in ("train", "predict"):
+        status, out, err = pcam(stage, *options, "--folds", "0")
+        assert status == 0, err
+    assert "12 out of fold, 7 test" in out
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s", "resnet10t"])
+def test_a_net_of_a_fixed_size_gets_its_size(name: str) -> None:
+    seen = []
+    net = create(Config(model=f"timm:{name}"))
+    net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+    net.eval()(torch.rand(1, 3, 96, 96))
+    assert seen == [FAMILIES[name] or 96]
+
+
+def test_a_transformer_is_built_at_another_size() -> None:
+    for changes in ({"resize": 96}, {"model_args": '{"img_size": 96}'}):
+        net = create(Config(model="timm:vit_tiny_patch16_224", **changes))
+        assert net.net.pos_embed.shape[1] == 1 + 6 * 6
+        assert net.eval()(torch.rand(1, 3, 96, 96)).shape == (1,)
+    with pytest.raises(UserError, match=r"resize=112 and img_size=96 contradict each other"):
+        create(Config(model="timm:vit_tiny_patch16_224", resize=112, model_args='{"img_size": 96}'))
+
+
+def test_enlarging_is_pillows_bicubic_interpolation() -> None:
+    # Without black and white, which Pillow clips after each of its two passes, and rounds to integers.
+    patch = np.random.default_rng(0).integers(60, 200, (96, 96, 3), dtype=np.uint8)
+    theirs = np.asarray(Image.fromarray(patch).resize((224, 224), Image.Resampling.BICUBIC), np.float32) / 255
+    image = torch.from_numpy(patch).permute(2, 0, 1)[None].float() / 255
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = enlarge(image, 224)
+    assert ours.dtype == torch.float32
+    np.testing.assert_allclose(ours[0].permute(1, 2, 0).numpy(), theirs, atol=2 / 255)
+    assert enlarge(image, 0) is image
+
+
+def hub_folder(folder: Path, with_arguments: bool = True) -> nn.Module:
+    """Save a small encoder in Hugging Face's layout as timm does; return it."""
+    timm = import_timm()
+    torch.manual_seed(1)
+    net = timm.create_model(ENCODER, num_classes=0, **SMALL)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    net.pretrained_cfg.update(mean=MEAN, std=STD, input_size=(3, 56, 56))
+    timm.models.save_for_hf(net, str(folder), model_args=SMALL if with_arguments else None, safe_serialization=True)
+    if not with_arguments:
+        content = json.loads((folder / "config.json").read_text())
+        content["model_args"] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+        content["architecture"] = "vit_huge_patch14_224"
+        (folder / "config.json").write_text(json.dumps(content))
+    return net.eval()
+
+
+def config_of(*assignments: str) -> Config:
+    return Config().changed(with_folder_settings([*assignments]))
+
+
+def test_a_folder_gives_timms_own_features(tmp_path: Path) -> None:
+    hub_folder(tmp_path)
+    config = config_of(f"weights={tmp_path}")
+    assert (config.model, config.resize) == (f"timm:{ENCODER}", 56)
+    net = create(config).eval()
+    theirs = import_timm().create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=1).eval()
+    theirs.head.load_state_dict(net.classifier().state_dict())
+    images = torch.rand(3, 3, 96, 96)
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (MEAN, STD))
+    with torch.no_grad():
+        expected = theirs((enlarge(images, 56) - mean) / std).squeeze(1)
+        torch.testing.assert_close(net(images), expected, atol=1e-5, rtol=0)
+    # What the run stores is enough without the folder.
+    again = create(config, weights=False).eval()
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(images), expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_assigned_precedes_the_folder(tmp_path: Path) -> None:
+    hub_folder(tmp_path)
+    config = config_of(f"weights={tmp_path}", "resize=112", 'model_args={"drop_path_rate": 0.1}')
+    assert config.resize == 112
+    arguments = json.loads(config.model_args)
+    assert arguments["drop_path_rate"] == 0.1
+    assert arguments["embed_dim"] == 32
+    assert create(config).net.pos_embed.shape[1] == 1 + 8 * 8 or create(config).net.pos_embed.shape[1] == 8 * 8
+
+
+def test_missing_arguments_are_named(tmp_path: Path) -> None:
+    hub_folder(tmp_path, with_arguments=False)
+    config = config_of(f"weights={tmp_path}")
+    with pytest.raises(UserError, match="does not fit timm:vit_huge_patch14_224") as caught:
+        create(config)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    advised = json.loads(message.partition("set model_args='")[2].rstrip("'"))
+    assert advised == {
+        "init_values": 1e-5,
+        "reg_tokens": 4,
+        "mlp_layer": "SwiGLUPacked",
+        "act_layer": "silu",
+        "mlp_ratio": 6.0,
+    }
+    completed = config_of(f"weights={tmp_path}", f"model_args={json.dumps(advised)}")
+    # The last thing that differs can be seen only now: positions without one for the class token.
+    with pytest.raises(UserError, match="set model_args='{\"no_embed_class\": true}'"):
+        create(completed)
+    create(config_of(f"weights={tmp_path}", f"model_args={json.dumps(advised | {'no_embed_class': True})}"))
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "advised"),
+    [
+        ({"patch_size": 16}, {"patch_size": 14}, {"patch_size": 16}),
+        ({"depth": 2}, {"depth": 3}, {"depth": 2}),
+        ({}, {"init_values": 1e-5}, {"init_values": None}),
+        ({}, {"reg_tokens": 4}, {"reg_tokens": 0}),
+        ({"mlp_ratio": 2}, {"mlp_ratio": 4}, {"mlp_ratio": 2.0}),
+    ],
+)
+def test_the_argument_that_differs_is_named(
+    made: dict[str, Any], wanted: dict[str, Any], advised: dict[str, Any], tmp_path: Path
+) -> None:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 112}
+    state = import_timm().create_model("vit_tiny_patch16_224", **small | made).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    model_args = json.dumps(small | wanted)
+    config = Config(model="timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.pth"), model_args=model_args)
+    with pytest.raises(UserError) as caught:
+        create(config)
+    assert json.loads(str(caught.value).partition("set model_args='")[2].rstrip("'")) == advised
+
+
+def test_a_folder_of_another_library_needs_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
+    with pytest.raises(UserError, match=r"config.json: names no architecture, so it is not timm's; add --set model=timm:NAME"):
+        with_folder_settings([f"weights={tmp_path}"])
+    assignments = [f"weights={tmp_path}", "model=timm:resnet10t"]
+    assert with_folder_settings(assignments) == assignments
+
+
+def test_a_folder_holds_one_file_of_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must hold one file of weights, but holds no .safetensors"):
+        weights_file("resnet10t", str(tmp_path))
+    (tmp_path / "pytorch_model.bin").touch()
+    assert weights_file("resnet10t", str(tmp_path)) == tmp_path / "pytorch_model.bin"
+    (tmp_path / "model.safetensors").touch()
+    assert weights_file("resnet10t", str(tmp_path)) == tmp_path / "model.safetensors"
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds model.safetensors, other.safetensors; name one of them"):
+        weights_file("resnet10t", str(tmp_path))
+
+
+def test_an_unknown_normalisation_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(import_timm().create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    config = replace(RESNET, weights=str(tmp_path / "weights.pth"))
+    create(config)
+    assert "does not say which mean and std it expects" in caplog.text
+    caplog.clear()
+    net = create(replace(config, model_args=json.dumps({"mean": MEAN, "std": STD})))
+    assert not caplog.text
+    torch.testing.assert_close(net.normalize.mean.flatten(), torch.tensor(MEAN))
+
+
+def frozen(fraction: float, name: str = "resnet10t") -> Backbone:
+    config = Config(model=f"timm:{name}", weights="unused", freeze=fraction)
+    made = create(config, weights=False)
+    assert isinstance(made, Backbone)
+    return made
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_frozen_layers_keep_weights_and_statistics(name: str) -> None:
+    net = frozen(0.5, name)
+    average = copy_trained(net)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        net.train()
+        net(torch.rand(4, 3, 96, 96)).square().mean().backward()
+        optimizer.step()
+        update_average(average, net, 0.5)
+    after, averaged = net.state_dict(), average.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    trained = trained_state(net).keys()
+    assert changed <= trained
+    assert 0 < len(trained) < len(before)
+    assert not any(key.startswith(("net.conv1", "net.conv_stem", "net.patch_embed")) for key in trained)
+    # The average shares what is frozen, and nothing else.
+    shared = {key for key in after if after[key].data_ptr() == averaged[key].data_ptr()}
+    assert shared == before.keys() - trained
+
+
+def test_frozen_layers_are_outside_of_autograd() -> None:
+    net, recorded = frozen(1.0), []
+    for module in net.net.modules():
+        module.register_forward_hook(lambda module, inputs, output: recorded.append((module, output.requires_grad)))
+    net.train()(torch.rand(2, 3, 96, 96))
+    assert [module for module, requires_grad in recorded if requires_grad] == [net.classifier(), net.net]
+    assert all(not module.training for module in net.net.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_the_fraction_counts_layers_from_the_input() -> None:
+    counts = [len(frozen(fraction).frozen) for fraction in (0.01, 0.25, 0.5, 1.0)]
+    assert counts == sorted(counts)
+    assert counts[0] == 0 < counts[1]
+    assert trained_state(frozen(1.0)).keys() == {"net.fc.weight", "net.fc.bias"}
+
+
+def test_random_layers_are_not_frozen() -> None:
+    with pytest.raises(UserError, match=r"freeze=0.5: random layers must be trained"):
+        replace(RESNET, freeze=0.5)
+    with pytest.raises(UserError, match=r"freeze=0.5: timm does not know the order"):
+        create(Config(model="timm:poolformer_s12", weights="unused", freeze=0.5), weights=False)
+
+
+def test_gem_lies_between_mean_and_maximum() -> None:
+    maps, pool = torch.rand(2, 5, 4, 4), GeM()
+    with torch.no_grad():
+        pool.power.fill_(1)
+        torch.testing.assert_close(pool(maps), maps.mean((2, 3), keepdim=True))
+        pool.power.fill_(200)
+        torch.testing.assert_close(pool(maps), maps.amax((2, 3), keepdim=True), rtol=0.05, atol=0)
+
+
+def test_pooling_is_that_of_the_config() -> None:
+    images = torch.rand(2, 3, 96, 96)
+    assert create(replace(RESNET, pool="catavgmax")).features(images).shape == (2, 1024)
+    assert any(isinstance(module, GeM) for module in create(replace(RESNET, pool="gem")).modules())
+    with pytest.raises(UserError, match=r"pool=gem: the net does not pool maps"):
+        create(Config(model="timm:vit_tiny_patch16_224", pool="gem"))
+    with pytest.raises(UserError, match=r"pool=catavgmax: "):
+        create(Config(model="timm:vit_tiny_patch16_224", pool="catavgmax"))
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    images, gradients = torch.rand(2, 3, 96, 96), []
+    for is_on in (False, True):
+        torch.manual_seed(0)
+        net = create(replace(RESNET, dropout=0.0, grad_checkpointing=is_on))
+        net(images).sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_settings_for_timm_only_are_refused_for_our_net() -> None:
+    for change in ({"resize": 192}, {"freeze": 1}, {"pool": "avg"}, {"layer_decay": 0.8}, {"grad_checkpointing": True}):
+        [name] = change
+        with pytest.raises(UserError, match=rf"{name}=.*: for nets of timm only"):
+            Config(**change)
+    for text in ("{", "[1]", "3"):
+        with pytest.raises(UserError, match=r"model_args=.*must be a JSON object"):
+            replace(RESNET, model_args=text)
+
+
+def test_a_job_takes_its_net_from_the_folder(tmp_path: Path, data: Any) -> None:
+    hub_folder(tmp_path / "hub")
+    job = make_job(data, None, "lite0", [f"weights={tmp_path / 'hub'}"])
+    assert job.config.model == f"timm:{ENCODER}"
+    assert job.config.epochs == 5
