@@ -1,6 +1,7 @@
 """Backbones that people bring: input size, weights in Hugging Face's layout, frozen layers, pooling."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_missing_arguments_are_named(tmp_path: Path) -> None:
     }
     completed = config_of(f"weights={tmp_path}", f"model_args={json.dumps(advised)}")
     # The last thing that differs can be seen only now: positions without one for the class token.
-    with pytest.raises(UserError, match="set model_args='{\"no_embed_class\": true}'"):
+    with pytest.raises(UserError, match=re.escape("set model_args='{\"no_embed_class\": true}'")):
         create(completed)
     create(config_of(f"weights={tmp_path}", f"model_args={json.dumps(advised | {'no_embed_class': True})}"))
 

@@ -31,10 +31,19 @@ from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
 log = logging.getLogger(__name__)
 
+# What `probe` sets in an experiment's config.
+PROBE = ("freeze=1", "optimizer=logistic")
+
 
 def _run_pipeline(options: argparse.Namespace) -> None:
     with process_group():
         run_all(_job(options))
+
+
+def _run_probe(options: argparse.Namespace) -> None:
+    options.name = options.name or f"{options.experiment or DEFAULT}-probe"
+    options.set = [*options.set, *PROBE]
+    _run_pipeline(options)
 
 
 def _run_stage(options: argparse.Namespace) -> None:
@@ -166,6 +175,7 @@ def _run_config(options: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(STAGES, _run_stage),
     "pipeline": _run_pipeline,
+    "probe": _run_probe,
     "compare": _run_compare,
     "evaluate": _run_evaluate,
     "report": _run_report,

@@ -103,6 +103,11 @@ COMMANDS = (
     Command("submission", "write submissions/<name>.csv for Kaggle", JOB),
     Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)),
     Command(
+        "probe",
+        "the same with a logistic regression on the features of the pretrained net, into runs/<name>-probe/",
+        (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD),
+    ),
+    Command(
         "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)
     ),
     Command(

@@ -95,9 +95,11 @@ def _train(job: Job) -> bool:
     todo = [number for number in job.folds if not job.run.fold(number).is_trained]
     if todo:
         # torch and albumentations take seconds to import, and a finished run needs neither.
+        from pcam_kaggle.training.probe import probe
         from pcam_kaggle.training.train import train
 
-        train(job.run, job.experiment, job.config, store, folds, todo, job.budget)
+        work = probe if job.config.optimizer == "logistic" else train
+        work(job.run, job.experiment, job.config, store, folds, todo, job.budget)
     _report(f"train: folds {_listed(job.folds)} of {job.run.folder}", bool(todo))
     return bool(todo)
 

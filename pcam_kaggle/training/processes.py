@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 import joblib
 import torch
@@ -13,6 +14,8 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import configure_logging, logging_verbosity
 from pcam_kaggle.config.process import end_with_parent
 from pcam_kaggle.training.device import find_device
+
+Item = TypeVar("Item")
 
 # The batches in flight of eight loader processes, 25 of 64 patches, fit into the 64 MB of a container's shared memory.
 MAX_LOADERS = 8
@@ -49,7 +52,7 @@ def loader_processes(items: int) -> int:
     return max(1, min(MAX_LOADERS, joblib.cpu_count() // trainings))
 
 
-def spread_over_gpus(work: Callable[[list[int]], None], items: list[int]) -> None:
+def spread_over_gpus(work: Callable[[list[Item]], None], items: list[Item]) -> None:
     """Call `work` once per GPU, each call in a process of its own; with at most one GPU, call it here with all items.
 
     A process frees its GPU's memory when it ends. Errors are raised when all processes have ended.
@@ -77,7 +80,7 @@ def spread_over_gpus(work: Callable[[list[int]], None], items: list[int]) -> Non
         ) from None
 
 
-def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[int]], None], share: list[int]) -> None:
+def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], share: list[Item]) -> None:
     if verbosity is not None:
         configure_logging(verbosity, bar_position=gpu)
     if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.provenance import session_environment
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device
+from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device, precisions
 from pcam_kaggle.training.distributed import rank
 from pcam_kaggle.training.processes import limit_threads
 
@@ -57,6 +57,8 @@ def find_backend(run: Run, config: Config) -> Backend:
     with reading(run.environment_file):
         backend = Backend(**used[-1]) if used else None
     if backend is None:
-        backend = choose_backend(lambda: create(config, weights=False), config.side, config.batch_size, config.precision)
+        # Without a backward pass there is nothing to time, and a second net may not fit into memory.
+        precision = precisions(kind)[0] if config.optimizer == "logistic" and config.precision == "auto" else config.precision
+        backend = choose_backend(lambda: create(config, weights=False), config.side, config.batch_size, precision)
     log.debug("%s: backend %s, %s", run.name, backend, "as before" if used else "chosen now")
     return backend

@@ -1,0 +1,140 @@
+"""Features of all patches under a frozen net, computed once and kept on the disk beside the patch store."""
+
+import inspect
+import itertools
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.logs import progress
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import read_json, sha256, write, write_json
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.weights_source import weights_sha256
+from pcam_kaggle.models import backbone, factory, pretrained, weights
+from pcam_kaggle.models.backbone import Backbone
+from pcam_kaggle.runs.provenance import versions
+from pcam_kaggle.training import engine, tta
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
+from pcam_kaggle.training.processes import spread_over_gpus
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "test")
+RATE = "rate.json"
+# Patches whose features are written together; an interrupted embedding continues after the last of them.
+CHUNK = 16 * PREDICT_BATCH
+# The fields and modules that features depend on.
+FEATURE_FIELDS = (
+    *("model", "model_args", "weights", "side", "resize", "pool"),
+    *("tta", "tta_shift", "chroma_blur", "norm"),
+)
+CODE: tuple[ModuleType, ...] = (backbone, factory, pretrained, weights, engine, tta)
+
+
+def embed(config: Config, store: PatchStore, backend: Backend) -> tuple[dict[str, NDArray[np.float16]], float]:
+    """Return the features of all patches, the mean over the config's views, computed unless they are on the disk.
+
+    Each GPU embeds a share of the patches with a net of its own; without a GPU, or with one, the net exists once.
+
+    Args:
+        config: Config of the run.
+        store: The packed patches. The features are in its folder, named after the hash of what they depend on.
+        backend: Device, precision and memory format.
+
+    Returns:
+        For `train` and `test`: float16 (n, features), memory-mapped, in the order of `store.ids`; and the patches per second of
+        the last session that computed some.
+
+    Raises:
+        UserError: The net cannot be created, or a feature is not a number of float16.
+    """
+    folder = store.folder / "embeddings" / _key(config, store, backend)
+    starts = [(split, start) for split in SPLITS for start in range(0, len(store.ids(split)), CHUNK)]
+    files = {split: folder / f"{split}.npy" for split in SPLITS}
+    if not all(file.exists() for file in files.values()):
+        todo = [chunk for chunk in starts if not _file(folder, *chunk).exists()]
+        log.info("embed: %d of %d parts of the patches into %s", len(todo), len(starts), folder)
+        start = time.perf_counter()
+        spread_over_gpus(partial(_embed_share, config, store, backend, folder), todo)
+        count = sum(min(CHUNK, len(store.ids(split)) - first) for split, first in todo)
+        write_json(folder / RATE, {"images_per_second": round(count / (time.perf_counter() - start), 1)})
+        for split, file in files.items():
+            _join([_file(folder, *chunk) for chunk in starts if chunk[0] == split], file)
+    rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
+    return {split: np.load(file, mmap_mode="r") for split, file in files.items()}, rate
+
+
+def _embed_share(config: Config, store: PatchStore, backend: Backend, folder: Path, share: list[tuple[str, int]]) -> None:
+    """Write the features of the chunks in `share`."""
+    net = backend.place(factory.create(config)).eval()
+    assert isinstance(net, Backbone)
+    for split, chunks in itertools.groupby(share, key=lambda chunk: chunk[0]):
+        rows = store.rows(split, store.ids(split))
+        if config.norm == "test":
+            adapt_norms(net, store, rows, config, backend)
+            net.eval()
+        for _, start in progress(list(chunks), f"embed {split}"):
+            features = _features(net, store, rows[start : start + CHUNK], config, backend)
+            if not np.isfinite(features).all():
+                raise UserError(f"{config.model}: a feature is no number, or too large for 16 bits; use precision=fp32")
+            write(_file(folder, split, start), partial(_save, features))
+
+
+def _features(
+    net: Backbone, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend
+) -> NDArray[np.float16]:
+    """Return the features of the patches in `rows`, the mean over views: (n, features)."""
+    parts = []
+    with torch.inference_mode(), backend.autocast():
+        for start in range(0, len(rows), PREDICT_BATCH):
+            images = net_input(store.images(rows[start : start + PREDICT_BATCH]), config, backend)
+            views = tta.views(images, config.tta, config.tta_shift)
+            parts.append(torch.stack([net.features(view).float() for view in views]).mean(0).cpu())
+    return torch.cat(parts).numpy().astype(np.float16)
+
+
+def _join(chunks: list[Path], target: Path) -> None:
+    """Write the arrays in `chunks` one after the other into `target`, and delete the chunks."""
+    parts = [np.load(chunk, mmap_mode="r") for chunk in chunks]
+    write(target, partial(_save_joined, parts))
+    for chunk in chunks:
+        chunk.unlink()
+
+
+def _save(array: NDArray[np.float16], file: BinaryIO) -> None:
+    np.save(file, array)
+
+
+def _save_joined(parts: list[NDArray[np.float16]], file: BinaryIO) -> None:
+    header = {"descr": "<f2", "fortran_order": False, "shape": (sum(map(len, parts)), parts[0].shape[1])}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(part.tobytes())
+
+
+def _file(folder: Path, split: str, start: int) -> Path:
+    return folder / f"{split}_{start:07d}.npy"
+
+
+def _key(config: Config, store: PatchStore, backend: Backend) -> str:
+    """Return the hash of what the features depend on: patches, weights, settings, precision, code and versions."""
+    content = {
+        "patches": [store.manifest[f"{split}_sha256"] for split in SPLITS],
+        "weights": weights_sha256(config),
+        "config": {name: getattr(config, name) for name in FEATURE_FIELDS},
+        "precision": backend.precision,
+        "code": [inspect.getsource(module) for module in CODE],
+        "versions": {name: versions()[name] for name in ("torch", "timm")},
+    }
+    return sha256(json.dumps(content, sort_keys=True).encode())[:16]
