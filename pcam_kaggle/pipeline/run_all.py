@@ -56,4 +56,5 @@ def finished(job: Job) -> Job | None:
     log.info("missing: %s, not finished in time; the same command resumes", ", ".join(missing))
     # A blend of fewer runs than intended is another blend, so it gets another name.
     name = "-without-".join([job.name, *dropped])
-    return replace(job, chosen=chosen, name=name, trains=tuple(part.name for part in started if job.trains))
+    names = {part.name for part in started}
+    return replace(job, chosen=chosen, name=name, trains=tuple(part for part in job.trains if part.name in names))

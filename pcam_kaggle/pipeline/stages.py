@@ -78,7 +78,7 @@ def run_train(job: Job) -> bool:
 
     # Missing weights are better reported now than after the hours of another member.
     for part in job.parts():
-        if not all(part.run.fold(number).is_started for number in part.folds):
+        if not all(fold.is_started or fold.is_trained for fold in map(part.run.fold, part.folds)):
             create(part.config)
     done = []
     for part in job.parts():
@@ -128,7 +128,7 @@ def _predict(job: Job) -> bool:
 @one_rank_at_a_time()
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
-    names = job.members or job.trains or (job.name,)
+    names = job.members or tuple(part.name for part in job.parts())
     members = [read_member(Run(job.workspace.run(name)), job.chosen) for name in names]
     for part in job.parts() if job.trains else ():
         # A member may have all folds where the blend lacks some, and is then complete by itself.

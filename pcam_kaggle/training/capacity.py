@@ -1,0 +1,228 @@
+"""What a run needs of a machine, estimated before it starts, and the settings that make it fit."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models.factory import create, macs
+from pcam_kaggle.training.engine import NORM_PATCHES, PREDICT_BATCH
+
+# Bytes per trained parameter on a GPU: weight, gradient, moving average, and AdamW's two moments, all fp32; and in checkpoints.
+TRAINED_BYTES, SAVED_BYTES = 20, 20
+# Bytes per parameter that is only read: fp32, and autocast's copy in 16 bits.
+READ_BYTES = 6
+# Autocast halves most activations; the allocator and the kernels' work space take a part of the memory.
+ACTIVATION_SHARE, MEMORY_SHARE = 0.6, 0.9
+# Share of the data sheet's rate that no training reaches, so that the time is a lower bound.
+REACHED_SHARE = 0.5
+# Share of the activations that remains if they are computed again.
+CHECKPOINTED_SHARE = 0.25
+# A forward pass alone holds a layer's input, its output and what its branches make of it.
+HELD_LAYERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a session may use.
+
+    Attributes:
+        gpus: Number of GPUs.
+        memory: Bytes of each.
+        operations: Floating point operations per second of each in 16 bits, from its data sheet.
+        output: Bytes that are saved.
+        hours: Duration of a session.
+    """
+
+    gpus: int
+    memory: float
+    operations: float
+    output: float
+    hours: float
+
+
+# In fp16 or bf16, dense, from the data sheets; the time on other GPUs is not checked.
+OPERATIONS = {"T4": 65e12, "P100": 19e12, "L4": 121e12, "A100": 312e12, "H100": 989e12}
+KAGGLE_T4 = Machine(gpus=2, memory=15e9, operations=OPERATIONS["T4"], output=20e9, hours=12.0)
+
+
+def this_machine(hours: float) -> Machine:
+    """Return this machine with its GPUs, in a Kaggle session of `hours`."""
+    name = torch.cuda.get_device_name()
+    operations = next((rate for part, rate in OPERATIONS.items() if part in name), math.inf)
+    return replace(
+        KAGGLE_T4,
+        gpus=torch.cuda.device_count(),
+        memory=torch.cuda.get_device_properties(0).total_memory,
+        operations=operations,
+        hours=hours,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a net costs, measured on a CPU.
+
+    Attributes:
+        parameters: Number of parameters.
+        trained: Number of those that are trained.
+        macs: Multiply-accumulate operations of a forward pass of one patch.
+        activations: Bytes that autograd keeps of one patch in fp32.
+        largest: Bytes of the largest output of a layer for one patch in fp32.
+    """
+
+    parameters: int
+    trained: int
+    macs: int
+    activations: int
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run needs: bytes on a GPU, bytes of output, and hours of one GPU for each fold, the last a lower bound."""
+
+    memory: float
+    output: float
+    fold_hours: float
+
+
+def measure(config: Config) -> Size:
+    """Return the size of the net of `config`, created with random weights.
+
+    Raises:
+        UserError: As `create`.
+    """
+    net = create(config, weights=False)
+    parameters = list(net.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    count = sum(p.numel() for p in parameters)
+    operations, largest = macs(net, config.side), _largest_output(net, config.side)
+    return Size(count, trained, operations, _kept_bytes(net.train(), config.side), largest)
+
+
+def needs(config: Config, size: Size, train_patches: int, test_patches: int, machine: Machine) -> Needs:
+    """Return what the folds of `config` need.
+
+    Args:
+        config: Config of the run.
+        size: Size of its net.
+        train_patches: Number of labelled patches.
+        test_patches: Number of test patches.
+        machine: What it runs on.
+    """
+    rate = machine.operations * REACHED_SHARE / 2
+    read = READ_BYTES * size.parameters
+    predicted = read + PREDICT_BATCH * HELD_LAYERS * size.largest * ACTIVATION_SHARE
+    if config.optimizer == "logistic":
+        passes = (train_patches + test_patches) * config.tta + 2 * NORM_PATCHES
+        return Needs(predicted, 0, passes * size.macs / rate / 3600 / machine.gpus)
+    valid = train_patches / config.n_splits
+    trained = (train_patches - valid) * config.epochs * (1 + 2 * (1 - config.freeze))
+    scored = valid * config.epochs + (valid + test_patches) * (config.tta + (config.norm == "test"))
+    memory = read + TRAINED_BYTES * size.trained + config.batch_size * size.activations * ACTIVATION_SHARE
+    output = SAVED_BYTES * size.trained * config.n_splits
+    return Needs(max(memory, predicted), output, (trained + scored) * size.macs / rate / 3600)
+
+
+def check_capacity(configs: list[Config], train_patches: int, test_patches: int, machine: Machine) -> str:
+    """Return a sentence on what the runs of `configs` need of `machine`.
+
+    Raises:
+        UserError: A run does not fit into a GPU's memory, the output or, with at least one of its folds, the hours; the message
+            names the settings that make it fit, if any do.
+    """
+    share = replace(machine, output=machine.output / len(configs))
+    found = []
+    for config in configs:
+        size = measure(config)
+        need = needs(config, size, train_patches, test_patches, machine)
+        found.append(need)
+        if excess := _excess(need, share):
+            fitting = (
+                changes
+                for changes in _candidates(config)
+                if not _excess(needs(*_changed(config, changes, size), train_patches, test_patches, machine), share)
+            )
+            changes = next(fitting, None)
+            advice = f"use {' and '.join(f'--set {change}' for change in changes)}" if changes else "use a smaller net"
+            raise UserError(f"{config.model}: needs {excess}; {advice}")
+    hours = sum(need.fold_hours * config.n_splits for config, need in zip(configs, found, strict=True)) / machine.gpus
+    memory, output = max(need.memory for need in found), sum(need.output for need in found)
+    return f"needs about {memory / 1e9:.1f} GB of a GPU's memory, {output / 1e9:.1f} GB of output and at least {hours:.1f} h"
+
+
+def _excess(need: Needs, machine: Machine) -> str:
+    """Return what of `need` exceeds `machine`, as text; empty if it fits."""
+    if need.memory > machine.memory * MEMORY_SHARE:
+        return f"{need.memory / 1e9:.0f} GB of a GPU's memory, which has {machine.memory / 1e9:.0f}"
+    if need.output > machine.output:
+        return f"{need.output / 1e9:.0f} GB of output, of which {machine.output / 1e9:.0f} are saved"
+    if need.fold_hours > machine.hours:
+        return f"at least {need.fold_hours:.0f} h for a fold, in a session of {machine.hours:.0f}"
+    return ""
+
+
+def _candidates(config: Config) -> Iterator[list[str]]:
+    """Yield changes to `config` that make it need less, the mildest first."""
+    batch = config.batch_size // 2
+    while batch >= 8:
+        yield [f"batch_size={batch}"]
+        batch //= 2
+    if config.model == "cnn":
+        return
+    least = f"batch_size={min(16, config.batch_size)}"
+    yield ["grad_checkpointing=true", least]
+    if not config.weights:
+        return
+    for fraction in (0.5, 0.75, 0.9):
+        if fraction > config.freeze:
+            yield [f"freeze={fraction}", least]
+    yield ["freeze=1", "optimizer=logistic"]
+    yield ["freeze=1", "optimizer=logistic", "tta=1"]
+
+
+def _changed(config: Config, changes: list[str], size: Size) -> tuple[Config, Size]:
+    """Return `config` with `changes`, and the size of its net, estimated from that without them."""
+    changed = config.changed(changes)
+    thawed = (1 - changed.freeze) / max(1 - config.freeze, 1e-9)
+    kept = CHECKPOINTED_SHARE if changed.grad_checkpointing and not config.grad_checkpointing else 1.0
+    return changed, replace(size, trained=int(size.trained * thawed), activations=int(size.activations * thawed * kept))
+
+
+def _kept_bytes(net: nn.Module, side: int) -> int:
+    """Return the bytes per patch that autograd keeps for the backward pass of `net`, without its parameters."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Batch norms need two patches; holding the output keeps the counted memory from being used twice.
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = net(torch.rand(2, 3, side, side))
+    del output
+    return sum(kept.values()) // 2
+
+
+def _largest_output(net: nn.Module, side: int) -> int:
+    """Return the bytes per patch of the largest output of a module of `net`, in evaluation mode."""
+    sizes = [0]
+
+    def count(_module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    hooks = [module.register_forward_hook(count) for module in net.modules()]
+    with torch.no_grad():
+        net(torch.zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)

@@ -1,0 +1,168 @@
+"""The probe: features that are computed once, and a logistic regression per fold."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.special import expit
+
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.folds import Folds, Scheme, make
+from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training import embed as embedding
+from pcam_kaggle.training import probe as probing
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.embed import embed
+from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.predict import predict_probabilities
+from pcam_kaggle.training.probe import choose_penalty, fit, probe
+
+CPU = Backend("cpu", "fp32", "channels_last")
+
+
+@pytest.fixture
+def store(data: Data, tmp_path: Path) -> PatchStore:
+    prepare(data, tmp_path / "store")
+    return PatchStore(tmp_path / "store")
+
+
+@pytest.fixture
+def folds(data: Data, tmp_path: Path) -> Folds:
+    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Return the config of a probe with weights in which nothing is as timm would draw it."""
+    torch.manual_seed(5)
+    net = import_timm().create_model("resnet10t")
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "optimizer=logistic", "norm=train"]
+    return Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
+
+
+def test_predictions_are_those_of_the_net_with_the_fitted_classifier(
+    store: PatchStore, folds: Folds, config: Config, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "runs" / "probe")
+    probe(run, "lite0", config, store, folds, [0, 1, 2])
+    for number in range(3):
+        fold = run.fold(number)
+        assert fold.is_trained
+        assert fold.is_predicted(store)
+        oof, test = fold.predictions()
+        net = load_best(fold, config, CPU)
+        for split, table in (("train", oof), ("test", test)):
+            rows = store.rows(split, table["id"].to_numpy())
+            again = predict_probabilities(net, store, rows, config, CPU, "")
+            np.testing.assert_allclose(table["probability"], again, atol=0.01)
+    assert set(checkpoint.load(fold.best_checkpoint)["net"]) == {"net.fc.weight", "net.fc.bias"}
+
+
+def test_a_patch_is_embedded_once(
+    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    compute = embedding._features
+    monkeypatch.setattr(embedding, "CHUNK", 8)
+    monkeypatch.setattr(
+        embedding, "_features", lambda net, store, rows, *rest: embedded.extend(rows) or compute(net, store, rows, *rest)
+    )
+    probe(Run(tmp_path / "one"), "lite0", config, store, folds, [0])
+    assert sorted(embedded) == list(range(36 + 7))
+    probe(Run(tmp_path / "two"), "lite0", replace(config, seed=3), store, folds, [1])
+    assert len(embedded) == 36 + 7
+    probe(Run(tmp_path / "three"), "lite0", replace(config, tta=1), store, folds, [0])
+    assert len(embedded) == 2 * (36 + 7)
+
+
+def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "CHUNK", 8)
+    compute, embedded = embedding._features, []
+
+    def fails(net: Any, store: PatchStore, rows: Any, *rest: Any) -> Any:
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(rows[0])
+        return compute(net, store, rows, *rest)
+
+    monkeypatch.setattr(embedding, "_features", fails)
+    with pytest.raises(KeyboardInterrupt):
+        embed(config, store, CPU)
+    monkeypatch.setattr(
+        embedding, "_features", lambda net, store, rows, *rest: embedded.append(rows[0]) or compute(net, store, rows, *rest)
+    )
+    found, rate = embed(config, store, CPU)
+    assert embedded == [0, 8, 16, 24, 32, 36]
+    assert rate > 0
+    assert {split: (array.shape, array.dtype.name) for split, array in found.items()} == {
+        "train": ((36, 512), "float16"),
+        "test": ((7, 512), "float16"),
+    }
+    monkeypatch.undo()
+    fresh, _ = embed(replace(config, lr=0.5), store, CPU)
+    assert np.array_equal(fresh["train"], found["train"])
+
+
+def test_features_belong_to_weights_and_precision(store: PatchStore, config: Config) -> None:
+    key = embedding._key(config, store, CPU)
+    assert key == embedding._key(replace(config, seed=9), store, CPU)
+    assert key != embedding._key(config, store, replace(CPU, precision="bf16"))
+    torch.save(import_timm().create_model("resnet10t").state_dict(), config.weights)
+    assert key != embedding._key(config, store, CPU)
+
+
+def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 0] + 3).astype(np.float16)
+    y = (x[:, 0] + rng.normal(size=400) > 3).astype(np.int64)
+    for penalty, (weight, bias) in zip(probing.PENALTIES, fit(x, y, probing.PENALTIES), strict=True):
+        deviation = x.astype(np.float64).std(0)
+        residual = expit(x.astype(np.float64) @ weight + bias) - y
+        gradient = x.astype(np.float64).T @ residual / len(y)
+        # The penalty is on the coefficients of standardised features.
+        np.testing.assert_allclose(gradient[:5] + penalty * weight[:5] * deviation[:5] ** 2, 0, atol=5e-3 * deviation.max())
+        assert abs(residual.mean()) < 1e-3
+        assert weight[5] == 0
+
+
+def test_labels_of_a_fold_change_nothing_that_predicts_it() -> None:
+    rng = np.random.default_rng(0)
+    x, y, folds = rng.normal(size=(90, 20)).astype(np.float16), rng.integers(0, 2, 90), np.arange(90) % 3.0
+    train = np.flatnonzero(folds != 0)
+    other = np.where(folds == 0, 1 - y, y)
+    assert choose_penalty(x, y, folds, train) == choose_penalty(x, other, folds, train)
+
+
+def test_frozen_layers_need_their_weights(store: PatchStore, folds: Folds, config: Config, tmp_path: Path) -> None:
+    run = Run(tmp_path / "runs" / "probe")
+    probe(run, "lite0", config, store, folds, [0])
+    torch.save(import_timm().create_model("resnet10t").state_dict(), config.weights)
+    with pytest.raises(Exception, match="its folds started from other weights"):
+        load_best(Fold(run.folder, 0), config, CPU)
+
+
+@pytest.mark.slow
+def test_the_command_runs_everything(config: Config, pcam: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--set", f"weights={config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
+    status, out, err = pcam("probe", *options)
+    assert status == 0, err
+    assert "pooled" in out
+    work = tmp_path / "work"
+    assert len(pd.read_csv(work / "submissions" / "bottleneck-probe.csv")) == 7
+    made = json.loads((work / "runs" / "bottleneck-probe" / "config.json").read_text())["config"]
+    assert (made["freeze"], made["optimizer"]) == (1, "logistic")
+    assert "nothing to do" in pcam("probe", *options).out
