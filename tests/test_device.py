@@ -142,3 +142,8 @@ def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
         logits = net(torch.rand(64, 3, config.side, config.side))
     assert logits.dtype == torch.float32
     assert len(logits.unique()) == 64
+
+
+def test_a_net_with_frozen_layers_is_timed() -> None:
+    config = Config(model="timm:resnet10t", weights="unused", freeze=0.5)
+    assert choose_backend(lambda: create(config, weights=False), 32, 4, "auto").kind == "cpu"

@@ -31,8 +31,8 @@ from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
 log = logging.getLogger(__name__)
 
-# What `probe` sets in an experiment's config.
-PROBE = ("freeze=1", "optimizer=logistic")
+# What `probe` sets. A frozen net is read best with the batch norm statistics that it was trained with.
+PROBE = ("freeze=1", "optimizer=logistic", "norm=train")
 
 
 def _run_pipeline(options: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def _run_pipeline(options: argparse.Namespace) -> None:
 
 def _run_probe(options: argparse.Namespace) -> None:
     options.name = options.name or f"{options.experiment or DEFAULT}-probe"
-    options.set = [*options.set, *PROBE]
+    options.set = [*PROBE, *options.set]
     _run_pipeline(options)
 
 

@@ -178,7 +178,8 @@ def _timed_steps(backend: Backend, create_net: Callable[[], nn.Module], side: in
         with backend.autocast():
             loss = net(backend.images(patches)).float().square().mean()
         scaler.scale(loss).backward()
-        gradient = next(net.parameters()).grad
+        # The lower layers may be frozen.
+        gradient = next(parameter for parameter in net.parameters() if parameter.requires_grad).grad
         assert gradient is not None
         # Reading a number waits for a GPU to finish the step.
         float(loss.detach() + gradient.sum().detach())
