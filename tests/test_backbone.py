@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -317,3 +318,34 @@ def test_a_job_takes_its_net_from_the_folder(tmp_path: Path, data: Any) -> None:
     job = make_job(data, None, "lite0", [f"weights={tmp_path / 'hub'}"])
     assert job.config.model == f"timm:{ENCODER}"
     assert job.config.epochs == 5
+
+
+def encoders() -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Return the config.json and the command of each encoder in docs/backbones.md."""
+    text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+    found = re.findall(r"### (\S+)\n.*?```json\n(.*?)```\n\n```sh\npython -m pcam_kaggle (.*?)\n```", text, re.DOTALL)
+    return {name: (json.loads(content), shlex.split(command)) for name, content, command in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Hibou-B", "H-optimus-0", "UNI", "Virchow2"])
+def test_the_documented_command_loads_an_encoder(
+    name: str, pcam: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, command = encoders()[name]
+    monkeypatch.chdir(tmp_path)
+    folder = Path(next(part for part in command if part.startswith("weights=")).partition("=")[2])
+    # The weights are those of the architecture with two of its layers.
+    content["model_args"]["depth"] = 2
+    added = next((json.loads(part.partition("=")[2]) for part in command if part.startswith("model_args=")), {})
+    arguments = {key: value for key, value in (content["model_args"] | added).items() if value != ""}
+    if "mlp_layer" in arguments:
+        arguments["mlp_layer"] = import_timm().layers.SwiGLUPacked
+    net = import_timm().create_model(content["architecture"], num_classes=0, **arguments)
+    folder.mkdir()
+    torch.save(net.state_dict(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(content))
+    status, _, err = pcam(*command, "--set", "epochs=1", "--set", "side=96")
+    assert status == 0, err
+    [made] = (tmp_path / "work" / "runs").glob("*/config.json")
+    assert json.loads(made.read_text())["config"]["resize"] == 224

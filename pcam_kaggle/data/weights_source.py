@@ -79,7 +79,8 @@ def with_folder_settings(assignments: list[str]) -> list[str]:
     # Older versions of timm write these keys at the top.
     about = content.get("pretrained_cfg") or content
     arguments = {
-        **{key: value for key, value in content.get("model_args", {}).items() if key not in OWN_ARGUMENTS},
+        # Encoders without a classifier may have an empty global_pool, which returns tokens that are not pooled.
+        **{key: value for key, value in content.get("model_args", {}).items() if key not in OWN_ARGUMENTS and value != ""},
         **({"global_pool": content["global_pool"]} if content.get("global_pool") else {}),
         **{key: list(about[key]) for key in ("mean", "std") if key in about},
         **_json_object(given.get("model_args", "")),
