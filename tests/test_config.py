@@ -67,7 +67,7 @@ def test_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
         ({"symmetry": "d4", "head": "flatten"}, "head=flatten: needs"),
         ({"symmetry": "d4", "width": 8}, "symmetry=d4 with width=8"),
         ({"teacher": "../old"}, "not a path"),
-        ({"weights": "wheel"}, "only nets of timm take weights"),
+        ({"weights": "wheel"}, "weights=wheel: for nets of timm only"),
         ({"model": "resnet18"}, "choose cnn or timm:NAME"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_blend_has_no_settings_to_change() -> None:
 
 def test_members_of_an_experiment_share_its_folds() -> None:
     for chosen in EXPERIMENTS.values():
-        for member in (EXPERIMENTS[name].config for name in chosen.members):
+        for member in (experiment(name).config for name in chosen.members):
             shared = [(config.groups, config.n_splits) for config in (chosen.config, member)]
             assert shared[0] == shared[1]
 

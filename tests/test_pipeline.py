@@ -14,14 +14,16 @@ import pandas as pd
 import pytest
 from conftest import TINY, Outcome
 
+from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment
+from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment, experiment
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data import atomic_io as artifacts
 from pcam_kaggle.data.atomic_io import read_json
 from pcam_kaggle.data.layout import COMPETITION, Data, find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.pipeline.job import make_job
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import Budget
@@ -237,7 +239,7 @@ def test_a_score_on_folds_by_label_says_that_they_share_slides(pcam: Command, fi
         (["prepare", "--set", "weights=x.pth"], "timm:NAME"),
         (["prepare", "--set", "max_width=2"], "max_width=2"),
         (["pipeline", "--set", "n_blocks=9"], "at most 4 fit"),
-        (["pipeline", "--set", "model=timm:vit_tiny_patch16_224"], "timm:vit_tiny_patch16_224"),
+        (["pipeline", "--set", "model=timm:vit_tiny_patch16_2"], "it has vit_tiny_patch16_224"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], printed: str, pcam: Command) -> None:
@@ -414,7 +416,7 @@ def test_weights_that_a_later_member_lacks_are_missed_at_once(
     monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
     work = tmp_path / "work"
     assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work)]) == 2
-    assert capsys.readouterr().err == "error: weights=nowhere.pth: no such file\n"
+    assert capsys.readouterr().err.startswith("error: weights=nowhere.pth: no such file or folder")
     assert not (work / "runs").exists()
 
 
@@ -454,3 +456,34 @@ def test_a_run_made_with_a_field_that_is_gone_is_not_continued(pcam: Command, fi
     outcome = pcam("pipeline")
     assert outcome.status == 2
     assert "holds a run with other depth (no longer a field); use --name" in outcome.err
+
+
+def test_several_seeds_are_trained_and_blended(data: Data, tmp_path: Path, pcam: Callable[..., Outcome]) -> None:
+    status, _, err = pcam("pipeline", "--seeds", "2", "--set", "epochs=1")
+    assert status == 0, err
+    runs = tmp_path / "work" / "runs"
+    seeds = [json.loads((runs / f"bottleneck-seed{seed}" / "config.json").read_text())["config"]["seed"] for seed in (42, 43)]
+    assert seeds == [42, 43]
+    made = json.loads((runs / "bottleneck-seeds2" / "metrics.json").read_text())
+    assert made["members"] == {"bottleneck-seed42": 0.5, "bottleneck-seed43": 0.5}
+    parts = [pd.read_csv(runs / name / "test.csv")["probability"] for name in made["members"]]
+    blended = pd.read_csv(runs / "bottleneck-seeds2" / "test.csv")["probability"]
+    np.testing.assert_allclose(blended, sum(parts) / 2)
+    assert (tmp_path / "work" / "submissions" / "bottleneck-seeds2.csv").is_file()
+    assert "nothing to do" in pcam("pipeline", "--seeds", "2", "--set", "epochs=1").out
+
+
+def test_a_stage_repeats_its_seeds_in_the_next_command(data: Data, pcam: Callable[..., Outcome]) -> None:
+    assert pcam("prepare").status == 0
+    assert pcam("folds").status == 0
+    out = pcam("train", "--seeds", "2", "--set", "epochs=1", "--name", "twins").out
+    assert "predict" in out.splitlines()[-1]
+    assert "--name twins --seeds 2" in out.splitlines()[-1]
+
+
+def test_seeds_of_a_blend_are_refused(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck"):
+        make_job(data, None, "blend", seeds=2)
+    assert experiment("lite0-seed7").config == replace(experiment("lite0").config, seed=7)
+    with pytest.raises(UserError, match="no such experiment"):
+        experiment("blend-seed7")

@@ -28,7 +28,9 @@ def weights_file(name: str, weights: str) -> Path | None:
         return None
     if weights == "wheel":
         return _wheel_file(name)
-    path = _find(weights)
+    path = _existing(weights)
+    if path is None:
+        raise UserError(f"weights={weights}: no such file or folder, and no such dataset or model is attached")
     if path.is_file():
         return path
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
@@ -62,13 +64,13 @@ def with_folder_settings(assignments: list[str]) -> list[str]:
     deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
 
     Raises:
-        UserError: There is no such folder, or its config.json does not name a net of timm and no assignment does.
+        UserError: The folder's config.json does not name a net of timm, and no assignment does.
     """
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
-    weights = given.get("weights", "")
-    if weights in ("", "wheel", "pretrained") or _find(weights).is_file():
+    folder = _existing(given.get("weights", ""))
+    if folder is None or folder.is_file():
         return assignments
-    files = sorted(_find(weights).rglob(CONFIG))
+    files = sorted(folder.rglob(CONFIG))
     if len(files) != 1:
         return assignments
     content = read_json(files[0])
@@ -95,15 +97,11 @@ def with_folder_settings(assignments: list[str]) -> list[str]:
     return [*added, *kept, f"model_args={json.dumps(arguments)}"]
 
 
-def _find(weights: str) -> Path:
-    """Return the existing file or folder that `weights` names: a path, or a dataset or model attached to a Kaggle kernel."""
-    path = Path(weights) if Path(weights).exists() else attached_folder(weights)
-    if path is None:
-        raise UserError(
-            f"weights={weights}: no such file or folder, nor a dataset (owner/name) or model "
-            "(owner/name/framework/variation/version) that is attached to this kernel"
-        )
-    return path
+def _existing(weights: str) -> Path | None:
+    """Return the path that `weights` names, perhaps a dataset or model attached to a kernel; None if it does not exist."""
+    if weights in ("", "wheel", "pretrained"):
+        return None
+    return Path(weights) if Path(weights).exists() else attached_folder(weights)
 
 
 def _has(files: list[Path], suffix: str) -> bool:

@@ -15,8 +15,9 @@ SETTINGS_TEXT = """
 ## Settings
 
 `EXPERIMENT` is one of `quick`, `bottleneck`, `plain`, `bottleneck_d4`, `best` or, with their weights attached as a
-dataset, `lite0`, `lite0-seed43` and `blend`. `CHANGES` sets fields of its config, for example
-`["epochs=10", "seed=7"]`, and must be empty for `blend`. `HOURS` is the longest duration of a session.
+dataset or model, `lite0`, `pretrained` and `blend`. `CHANGES` sets fields of its config, for example
+`["epochs=10", "weights=owner/dataset"]`, and must be empty for `blend`. `HOURS` is the longest duration of a session,
+`SEEDS` the number of seeds to train and to blend.
 """
 
 PACKAGE_TEXT = """

@@ -22,7 +22,7 @@ ACTIVATION_SHARE, MEMORY_SHARE = 0.6, 0.9
 REACHED_SHARE = 0.5
 # Share of the activations that remains if they are computed again.
 CHECKPOINTED_SHARE = 0.25
-# A forward pass alone holds a layer's input, its output and what its branches make of it.
+# A forward pass alone holds a layer's input, its output and those of its branches.
 HELD_LAYERS = 4
 
 
