@@ -68,10 +68,18 @@ class Row:
         return experiment(self.experiment).members
 
 
+PROBE = Row("lite0", "lite0", ("freeze=1", "optimizer=logistic", "norm=train"))
 NAMED = (
-    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "blend")),
+    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "pretrained", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
+    Row("lite0", "lite0", ("resize=144",), (0,)),
+    Row("lite0", "lite0", ("resize=192",), (0,)),
+    Row("lite0", "lite0-resize_144", ("resize=144", "freeze=0.5"), (0,)),
+    Row("lite0", "lite0-resize_144", ("resize=144", "pool=gem"), (0,)),
+    PROBE,
+    Row("lite0", PROBE.name, ("resize=224", *PROBE.changes)),
+    Row("lite0", PROBE.name, PROBE.changes[:2]),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))
 ROWS = {row.name: row for row in (*NAMED, *STAIN)}

@@ -42,7 +42,7 @@ def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
 
 
 def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return the last module of `net` whose output is a map (n, channels, h, w) of at least 4 x 4 positions.
+    """Return the last module of `net` whose output is a square map (n, channels, h, w) of at least 4 x 4 positions.
 
     Without one, return the last module with more than one position.
 
@@ -52,7 +52,8 @@ def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
     outputs: list[tuple[int, nn.Module]] = []
 
     def record(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        # The patch is square, and so are its maps; transformers also return tensors with the channels last.
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
             outputs.append((min(output.shape[2:]), module))
 
     with torch.no_grad(), _hooked([module for module in net.modules() if module is not net], record):
