@@ -182,7 +182,7 @@ def test_a_rendered_config_fits_its_width() -> None:
 
 def test_a_rendered_blend_names_its_members_and_shows_the_folds_alone() -> None:
     rendered = render_config(experiment("blend"), 110)
-    assert "blend of bottleneck, lite0, lite0-seed43" in rendered
+    assert "blend of bottleneck, pretrained" in rendered
     assert "n_splits" in rendered
     assert "epochs" not in rendered
 
@@ -194,7 +194,7 @@ def test_an_unknown_experiment_names_the_closest_and_all() -> None:
 
 
 def test_a_blend_has_no_settings_to_change() -> None:
-    with pytest.raises(UserError, match=r"^epochs=3: a blend of bottleneck, lite0, lite0-seed43 has no settings of its own"):
+    with pytest.raises(UserError, match=r"^epochs=3: a blend of bottleneck, pretrained has no settings of its own"):
         experiment("blend").changed(["epochs=3"])
     assert experiment("blend").changed([]) == experiment("blend").config
 

