@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from benchmarks.results import markdown, replace_block
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main as run_command
-from pcam_kaggle.config.experiments import BASELINE, QUICK, experiment
+from pcam_kaggle.config.experiments import BASELINE, PROBE, QUICK, experiment
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import write
 from pcam_kaggle.data.csv_io import read_numbers
@@ -68,7 +68,7 @@ class Row:
         return experiment(self.experiment).members
 
 
-PROBE = Row("lite0", "lite0", ("freeze=1", "optimizer=logistic", "norm=train"))
+PROBED = Row("lite0", "lite0", PROBE)
 NAMED = (
     *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "pretrained", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
@@ -77,9 +77,9 @@ NAMED = (
     Row("lite0", "lite0", ("resize=192",), (0,)),
     Row("lite0", "lite0-resize_144", ("resize=144", "freeze=0.5"), (0,)),
     Row("lite0", "lite0-resize_144", ("resize=144", "pool=gem"), (0,)),
-    PROBE,
-    Row("lite0", PROBE.name, ("resize=224", *PROBE.changes)),
-    Row("lite0", PROBE.name, PROBE.changes[:2]),
+    PROBED,
+    Row("lite0", PROBED.name, ("resize=224", *PROBE)),
+    Row("lite0", PROBED.name, PROBE[:2]),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))
 ROWS = {row.name: row for row in (*NAMED, *STAIN)}

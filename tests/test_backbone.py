@@ -143,7 +143,8 @@ def test_what_is_assigned_precedes_the_folder(tmp_path: Path) -> None:
     arguments = json.loads(config.model_args)
     assert arguments["drop_path_rate"] == 0.1
     assert arguments["embed_dim"] == 32
-    assert create(config).net.pos_embed.shape[1] == 1 + 8 * 8 or create(config).net.pos_embed.shape[1] == 8 * 8
+    # No position for the class token and the registers.
+    assert create(config).net.pos_embed.shape[1] == 8 * 8
 
 
 def test_missing_arguments_are_named(tmp_path: Path) -> None:
@@ -189,6 +190,20 @@ def test_the_argument_that_differs_is_named(
     with pytest.raises(UserError) as caught:
         create(config)
     assert json.loads(str(caught.value).partition("set model_args='")[2].rstrip("'")) == advised
+
+
+def test_a_file_whose_names_timm_converts_is_complete(tmp_path: Path) -> None:
+    state = import_timm().create_model("vit_tiny_patch16_224").state_dict()
+    torch.save({f"visual.trunk.{name}": value for name, value in state.items()}, tmp_path / "weights.pth")
+    net = create(Config(model="timm:vit_tiny_patch16_224", weights=str(tmp_path / "weights.pth")))
+    assert torch.equal(net.net.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
+def test_a_folder_holds_one_config(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        hub_folder(tmp_path / name)
+    with pytest.raises(UserError, match=r"must hold one config.json, but holds one/config.json, two/config.json"):
+        with_folder_settings([f"weights={tmp_path}"])
 
 
 def test_a_folder_of_another_library_needs_a_model(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) ->
 @pytest.mark.parametrize(
     ("weights", "mount"),
     [
-        ("them/encoder/pyTorch/default/1", "models/them/encoder/pyTorch/default/1"),
+        ("them/encoder/pyTorch/default/1", "models/them/encoder/pytorch/default/1"),
         ("them/encoder-weights", "datasets/them/encoder-weights"),
     ],
 )

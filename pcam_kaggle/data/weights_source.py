@@ -30,7 +30,7 @@ def weights_file(name: str, weights: str) -> Path | None:
         return _wheel_file(name)
     path = _existing(weights)
     if path is None:
-        raise UserError(f"weights={weights}: no such file or folder, and no such dataset or model is attached")
+        raise UserError(f"weights={weights}: no such file or folder in {Path.cwd()}, and no such dataset or model is attached")
     if path.is_file():
         return path
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
@@ -64,14 +64,17 @@ def with_folder_settings(assignments: list[str]) -> list[str]:
     deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
 
     Raises:
-        UserError: The folder's config.json does not name a net of timm, and no assignment does.
+        UserError: The folder has several config.json, or one that does not name a net of timm while no assignment does.
     """
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
     folder = _existing(given.get("weights", ""))
     if folder is None or folder.is_file():
         return assignments
     files = sorted(folder.rglob(CONFIG))
-    if len(files) != 1:
+    if len(files) > 1:
+        found = examples([str(file.relative_to(folder)) for file in files])
+        raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
+    if not files:
         return assignments
     content = read_json(files[0])
     if "architecture" not in content:

@@ -171,8 +171,8 @@ def trained_configs(settings: Settings) -> list[Config]:
     """
     chosen = experiment(settings.experiment)
     config = chosen.changed(list(settings.changes))
-    members = [experiment(name).config for name in chosen.members]
-    return members or [replace(config, seed=config.seed + number) for number in range(settings.seeds)]
+    parts = chosen.parts(settings.experiment, settings.experiment, config, settings.seeds)
+    return [part.config for part in parts] or [config]
 
 
 def _source_kind(weights: str) -> str:

@@ -48,6 +48,11 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     arguments, overlay = _arguments(config)
     is_given = {"mean", "std"} <= overlay.keys()
     tensors = read_weights(file, name) if file else {}
+    source: dict[str, Any] = {"state_dict": tensors}
+    if file and not is_wheel_file(file, name):
+        # timm copies tensors that it is given, so it reads the file itself; names and shapes are enough to explain an error.
+        source = {"file": str(file), "custom_load": False}
+        tensors = {key: value.to("meta") for key, value in tensors.items()}
 
     def create(**more: Any) -> Any:
         return timm.create_model(name, num_classes=1, drop_rate=config.dropout, **arguments, **more)
@@ -58,7 +63,7 @@ def create_timm(config: Config, weights: bool = True) -> Any:
         message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
         try:
             with _complete_loading(message, tensors):
-                net = create(pretrained=True, pretrained_cfg_overlay=overlay | ({"state_dict": tensors} if file else {}))
+                net = create(pretrained=True, pretrained_cfg_overlay=overlay | (source if file else {}))
         except UserError:
             raise
         except Exception:
@@ -159,7 +164,10 @@ def _check_fit(message: str, weights: Mapping[str, Tensor], net: Mapping[str, Te
     groups = {"without a place in the net": unused, "of the net not filled": empty, "of another shape": reshaped}
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
     # timm resamples the kernels of another patch size without a word, and no weights are made for that.
-    if not details and patch_size(original) == patch_size(net):
+    is_resampled = bool(patch_size(original)) and patch_size(original) != patch_size(net)
+    if not details and not is_resampled:
         return
+    # timm renames the tensors of some files; those names say more about them.
+    named = original if original.keys() & net.keys() else weights
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
-    raise UserError(f"{message}; tensors {counts}{advice(original, net)}", details)
+    raise UserError(f"{message}; tensors {counts}{advice(named, net)}", details)

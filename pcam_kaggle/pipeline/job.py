@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import experiment
+from pcam_kaggle.config.experiments import Part, experiment
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.csv_io import PLAIN_NAME, read_labels, read_sample
 from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
@@ -19,15 +19,6 @@ from pcam_kaggle.scoring.blend import Method
 from pcam_kaggle.training.budget import ENDLESS, Budget
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A run that is trained to be blended: its name, its experiment and its config."""
-
-    name: str
-    experiment: str
-    config: Config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,13 +128,10 @@ def make_job(
         raise UserError(f"--slides {slides}: no such file")
     # A folder of weights says which net they are for.
     config = chosen.changed(with_folder_settings(list(changes)))
-    trains = tuple(Part(member, member, experiment(member).config) for member in chosen.members)
-    if seeds > 1:
-        if trains:
-            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {', '.join(chosen.members)}")
-        numbers = range(config.seed, config.seed + seeds)
-        trains = tuple(Part(f"{name}-seed{n}", f"{experiment_name}-seed{n}", replace(config, seed=n)) for n in numbers)
-        name = f"{name}-seeds{seeds}"
+    if members and seeds > 1:
+        raise UserError(f"--seeds {seeds}: trains runs, so it can't be combined with runs to blend")
+    trains = chosen.parts(experiment_name, name, config, seeds)
+    name = f"{name}-seeds{seeds}" if seeds > 1 else name
     # The folds of runs that are blended are theirs, not this config's.
     unknown = [fold for fold in folds or () if not 0 <= fold < config.n_splits and not members]
     if unknown:
@@ -195,9 +183,9 @@ def kernel_job(experiment_name: str, changes: list[str], hours: float, seeds: in
 
     device = find_device()
     log.info("%s on %s, from %s", job.name, device_name(device), data.root)
-    for part in job.parts():
-        create(part.config)
     if device == "cuda":
         counts = len(read_labels(data.labels)), len(read_sample(data.sample))
         log.info("%s %s", job.name, check_capacity([part.config for part in job.parts()], *counts, this_machine(hours)))
+    for part in job.parts():
+        create(part.config)
     return job

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 # On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
 MIN_SIDE = 4
+NO_MAPS = {"patch_embed", "attn", "attn_drop"}
 
 
 def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
@@ -56,7 +57,9 @@ def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
             outputs.append((min(output.shape[2:]), module))
 
-    with torch.no_grad(), _hooked([module for module in net.modules() if module is not net], record):
+    # What a transformer makes of patches, and its attention between them, are no maps of features.
+    modules = [module for name, module in net.named_modules() if name and not NO_MAPS & set(name.split("."))]
+    with torch.no_grad(), _hooked(modules, record):
         net(images)
     for minimum in (MIN_SIDE, 2):
         candidates = [module for side, module in outputs if side >= minimum]

@@ -116,7 +116,7 @@ def _learning(entries: list[Entry], workspace: Workspace) -> Section:
         if logs:
             section.plots.append(curves.learning(entry.name, logs))
     if not section.plots:
-        section.text = "None of these runs has a log: a blend trains nothing."
+        section.text = "None of these runs has a log: blends and probes have no epochs."
     return section
 
 

@@ -24,9 +24,9 @@ class Fold:
     In the order in which they are written:
 
     - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
-    - `last.pt`: state after the last finished epoch, from which training resumes
-    - `best.pt`: averaged weights of the epoch with the highest validation AUC
-    - `log.csv`: a row per finished epoch
+    - `last.pt`: state after the last finished epoch, from which training resumes; a probe has none
+    - `best.pt`: averaged weights of the epoch with the highest validation AUC, without those of frozen layers
+    - `log.csv`: a row per finished epoch; a probe has none
     - `metrics.json`: result of a finished training
     - `oof.csv`, `test.csv`: predictions of the validation part and of the test set
     - `predictions.json`: hashes of both tables and of what they were computed from

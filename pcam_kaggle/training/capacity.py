@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcam_kaggle import UserError
+from pcam_kaggle.config.experiments import PROBE
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.training.engine import NORM_PATCHES, PREDICT_BATCH
@@ -84,11 +85,19 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a run needs: bytes on a GPU, bytes of output, and hours of one GPU for each fold, the last a lower bound."""
+    """What a run needs.
+
+    Attributes:
+        memory: Bytes of a GPU.
+        output: Bytes that are saved.
+        hours: Lower bound of the duration on all GPUs.
+        least_hours: Lower bound of the part that a session must finish: a fold, or the whole of a probe.
+    """
 
     memory: float
     output: float
-    fold_hours: float
+    hours: float
+    least_hours: float
 
 
 def measure(config: Config) -> Size:
@@ -120,13 +129,15 @@ def needs(config: Config, size: Size, train_patches: int, test_patches: int, mac
     predicted = read + PREDICT_BATCH * HELD_LAYERS * size.largest * ACTIVATION_SHARE
     if config.optimizer == "logistic":
         passes = (train_patches + test_patches) * config.tta + 2 * NORM_PATCHES
-        return Needs(predicted, 0, passes * size.macs / rate / 3600 / machine.gpus)
+        hours = passes * size.macs / rate / 3600 / machine.gpus
+        return Needs(predicted, 0, hours, hours)
     valid = train_patches / config.n_splits
     trained = (train_patches - valid) * config.epochs * (1 + 2 * (1 - config.freeze))
     scored = valid * config.epochs + (valid + test_patches) * (config.tta + (config.norm == "test"))
     memory = read + TRAINED_BYTES * size.trained + config.batch_size * size.activations * ACTIVATION_SHARE
     output = SAVED_BYTES * size.trained * config.n_splits
-    return Needs(max(memory, predicted), output, (trained + scored) * size.macs / rate / 3600)
+    fold_hours = (trained + scored) * size.macs / rate / 3600
+    return Needs(max(memory, predicted), output, fold_hours * config.n_splits / machine.gpus, fold_hours)
 
 
 def check_capacity(configs: list[Config], train_patches: int, test_patches: int, machine: Machine) -> str:
@@ -151,8 +162,7 @@ def check_capacity(configs: list[Config], train_patches: int, test_patches: int,
             changes = next(fitting, None)
             advice = f"use {' and '.join(f'--set {change}' for change in changes)}" if changes else "use a smaller net"
             raise UserError(f"{config.model}: needs {excess}; {advice}")
-    hours = sum(need.fold_hours * config.n_splits for config, need in zip(configs, found, strict=True)) / machine.gpus
-    memory, output = max(need.memory for need in found), sum(need.output for need in found)
+    memory, output, hours = max(need.memory for need in found), sum(n.output for n in found), sum(n.hours for n in found)
     return f"needs about {memory / 1e9:.1f} GB of a GPU's memory, {output / 1e9:.1f} GB of output and at least {hours:.1f} h"
 
 
@@ -162,8 +172,8 @@ def _excess(need: Needs, machine: Machine) -> str:
         return f"{need.memory / 1e9:.0f} GB of a GPU's memory, which has {machine.memory / 1e9:.0f}"
     if need.output > machine.output:
         return f"{need.output / 1e9:.0f} GB of output, of which {machine.output / 1e9:.0f} are saved"
-    if need.fold_hours > machine.hours:
-        return f"at least {need.fold_hours:.0f} h for a fold, in a session of {machine.hours:.0f}"
+    if need.least_hours > machine.hours:
+        return f"at least {need.least_hours:.1f} h for a fold or a probe, in a session of {machine.hours:g}"
     return ""
 
 
@@ -182,8 +192,9 @@ def _candidates(config: Config) -> Iterator[list[str]]:
     for fraction in (0.5, 0.75, 0.9):
         if fraction > config.freeze:
             yield [f"freeze={fraction}", least]
-    yield ["freeze=1", "optimizer=logistic"]
-    yield ["freeze=1", "optimizer=logistic", "tta=1"]
+    if not config.teacher:
+        yield [*PROBE]
+        yield [*PROBE, "tta=1"]
 
 
 def _changed(config: Config, changes: list[str], size: Size) -> tuple[Config, Size]:

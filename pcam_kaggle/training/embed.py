@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import progress
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, sha256, write, write_json
+from pcam_kaggle.data.atomic_io import locked, read_json, sha256, write, write_json
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.weights_source import weights_sha256
-from pcam_kaggle.models import backbone, factory, pretrained, weights
+from pcam_kaggle.models import backbone, cnn, factory, pretrained, weights
 from pcam_kaggle.models.backbone import Backbone
 from pcam_kaggle.runs.provenance import versions
-from pcam_kaggle.training import engine, tta
+from pcam_kaggle.training import augment, device, engine, tta
+from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
 from pcam_kaggle.training.processes import spread_over_gpus
@@ -39,44 +40,63 @@ FEATURE_FIELDS = (
     *("model", "model_args", "weights", "side", "resize", "pool"),
     *("tta", "tta_shift", "chroma_blur", "norm"),
 )
-CODE: tuple[ModuleType, ...] = (backbone, factory, pretrained, weights, engine, tta)
+CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, pretrained, weights, augment, device, engine, tta)
 
 
-def embed(config: Config, store: PatchStore, backend: Backend) -> tuple[dict[str, NDArray[np.float16]], float]:
+def embed(
+    config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS
+) -> tuple[dict[str, NDArray[np.float16]], float] | None:
     """Return the features of all patches, the mean over the config's views, computed unless they are on the disk.
 
     Each GPU embeds a share of the patches with a net of its own; without a GPU, or with one, the net exists once.
 
     Args:
         config: Config of the run.
-        store: The packed patches. The features are in its folder, named after the hash of what they depend on.
+        store: The packed patches. The features are in the folder `embeddings` beside its own, named after the hash of what they
+            depend on.
         backend: Device, precision and memory format.
+        budget: Time at whose end the embedding stops.
 
     Returns:
         For `train` and `test`: float16 (n, features), memory-mapped, in the order of `store.ids`; and the patches per second of
-        the last session that computed some.
+        the last session that computed some. None if the budget has ended; the next call continues.
 
     Raises:
-        UserError: The net cannot be created, or a feature is not a number of float16.
+        UserError: The net cannot be created, another process computes features, or a feature is not a number of float16.
     """
-    folder = store.folder / "embeddings" / _key(config, store, backend)
+    folder = store.folder.with_name("embeddings") / _key(config, store, backend)
+    with locked(folder):
+        return _embed(config, store, backend, budget, folder)
+
+
+def _embed(
+    config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path
+) -> tuple[dict[str, NDArray[np.float16]], float] | None:
     starts = [(split, start) for split in SPLITS for start in range(0, len(store.ids(split)), CHUNK)]
     files = {split: folder / f"{split}.npy" for split in SPLITS}
-    if not all(file.exists() for file in files.values()):
-        todo = [chunk for chunk in starts if not _file(folder, *chunk).exists()]
+    lacking = [chunk for chunk in starts if not files[chunk[0]].exists()]
+    todo = [chunk for chunk in lacking if not _file(folder, *chunk).exists()]
+    if todo:
         log.info("embed: %d of %d parts of the patches into %s", len(todo), len(starts), folder)
         start = time.perf_counter()
-        spread_over_gpus(partial(_embed_share, config, store, backend, folder), todo)
-        count = sum(min(CHUNK, len(store.ids(split)) - first) for split, first in todo)
-        write_json(folder / RATE, {"images_per_second": round(count / (time.perf_counter() - start), 1)})
-        for split, file in files.items():
-            _join([_file(folder, *chunk) for chunk in starts if chunk[0] == split], file)
+        spread_over_gpus(partial(_embed_share, config, store, backend, budget, folder), todo)
+        made = [chunk for chunk in todo if _file(folder, *chunk).exists()]
+        if made:
+            count = sum(min(CHUNK, len(store.ids(split)) - first) for split, first in made)
+            write_json(folder / RATE, {"images_per_second": count / (time.perf_counter() - start)})
+        if len(made) < len(todo):
+            return None
+    for split, file in files.items():
+        if not file.exists():
+            _join([_file(folder, *chunk) for chunk in lacking if chunk[0] == split], file)
     rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
     return {split: np.load(file, mmap_mode="r") for split, file in files.items()}, rate
 
 
-def _embed_share(config: Config, store: PatchStore, backend: Backend, folder: Path, share: list[tuple[str, int]]) -> None:
-    """Write the features of the chunks in `share`."""
+def _embed_share(
+    config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path, share: list[tuple[str, int]]
+) -> None:
+    """Write the features of the chunks in `share`, until the budget ends."""
     net = backend.place(factory.create(config)).eval()
     assert isinstance(net, Backbone)
     for split, chunks in itertools.groupby(share, key=lambda chunk: chunk[0]):
@@ -85,15 +105,19 @@ def _embed_share(config: Config, store: PatchStore, backend: Backend, folder: Pa
             adapt_norms(net, store, rows, config, backend)
             net.eval()
         for _, start in progress(list(chunks), f"embed {split}"):
+            if budget.left() <= 0:
+                return
             features = _features(net, store, rows[start : start + CHUNK], config, backend)
             if not np.isfinite(features).all():
-                raise UserError(f"{config.model}: a feature is no number, or too large for 16 bits; use precision=fp32")
-            write(_file(folder, split, start), partial(_save, features))
+                raise UserError(f"{config.model}: a feature is not a number; use precision=fp32")
+            if np.abs(features).max() > np.finfo(np.float16).max:
+                raise UserError(f"{config.model}: a feature is too large to be stored in 16 bits; use another pool or net")
+            write(_file(folder, split, start), partial(_save, features.astype(np.float16)))
 
 
 def _features(
     net: Backbone, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend
-) -> NDArray[np.float16]:
+) -> NDArray[np.float32]:
     """Return the features of the patches in `rows`, the mean over views: (n, features)."""
     parts = []
     with torch.inference_mode(), backend.autocast():
@@ -101,7 +125,7 @@ def _features(
             images = net_input(store.images(rows[start : start + PREDICT_BATCH]), config, backend)
             views = tta.views(images, config.tta, config.tta_shift)
             parts.append(torch.stack([net.features(view).float() for view in views]).mean(0).cpu())
-    return torch.cat(parts).numpy().astype(np.float16)
+    return torch.cat(parts).numpy()
 
 
 def _join(chunks: list[Path], target: Path) -> None:

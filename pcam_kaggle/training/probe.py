@@ -24,13 +24,13 @@ from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget
-from pcam_kaggle.training.distributed import one_rank_at_a_time
+from pcam_kaggle.training.distributed import world_size
 from pcam_kaggle.training.embed import embed
 from pcam_kaggle.training.session import open_session
 
 log = logging.getLogger(__name__)
 
-# Weights of the squared norm of the coefficients, relative to the mean loss; a fit starts from that with the next stronger one.
+# Weights of half the squared norm of the coefficients, relative to the mean loss; each fit starts from the one before.
 PENALTIES = np.logspace(0, -5, 11)
 # Patches that a penalty is chosen with, at most.
 CHOSEN_WITH = 20_000
@@ -61,7 +61,6 @@ class Features:
         return (len(self.train) + len(self.test)) / self.images_per_second
 
 
-@one_rank_at_a_time()
 def probe(
     run: Run,
     experiment: str,
@@ -82,14 +81,14 @@ def probe(
         store: The packed patches.
         folds: The folds of the labelled patches.
         chosen: Numbers of the folds.
-        budget: Not used.
+        budget: Time that the session has.
 
     Raises:
-        UserError: The config makes no net with a linear classifier, there are fewer than three folds, or another process works
-            in `run`.
+        UserError: The config makes no net with a linear classifier, torchrun has started several ranks, a fold has one
+            label, or another process works in `run`.
     """
-    if config.n_splits < 3:
-        raise UserError("optimizer=logistic: chooses its penalty on the other folds, at least two; use n_splits=3 or more")
+    if world_size() > 1:
+        raise UserError("optimizer=logistic: uses all GPUs by itself; run it without torchrun")
     net = create(config, weights=False)
     assert isinstance(net, Backbone)
     classifier, names = net.classifier(), tuple(trained_state(net))
@@ -101,7 +100,11 @@ def probe(
         run.open(experiment, config, store, folds, weights_sha256(config))
         backend = open_session(run, config, store)
         log.info("train: %d of %d folds on %s", len(chosen), config.n_splits, backend)
-        arrays, rate = embed(config, store, backend)
+        embedded = embed(config, store, backend, budget)
+        if embedded is None:
+            log.info("train: out of time while embedding; run the same command again, which resumes")
+            return
+        arrays, rate = embedded
         table = pd.DataFrame({"id": store.ids("train")}).merge(folds.table, on="id", how="left", validate="1:1")
         features = Features(arrays["train"], table, arrays["test"], store.ids("test"), rate)
         for number in chosen:
@@ -115,6 +118,8 @@ def _fit_fold(
     table = features.table
     is_train, is_valid = (table["fold"] != fold.number) & table["fold"].notna(), table["fold"] == fold.number
     train, valid = np.flatnonzero(is_train), np.flatnonzero(is_valid)
+    if table.loc[is_train, "label"].nunique() < 2 or table.loc[is_valid, "label"].nunique() < 2:
+        raise UserError(f"fold {fold.number}: without the damaged patches it has one label; replace them")
     labels, numbers = table["label"].fillna(0).to_numpy(np.int64), table["fold"].to_numpy(np.float64)
     penalty = choose_penalty(features.train, labels, numbers, train)
     weight, bias = fit(features.train[train], labels[train], [penalty])[0]
