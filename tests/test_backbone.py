@@ -21,6 +21,7 @@ from pcam_kaggle.models.backbone import Backbone, GeM, copy_trained, enlarge, tr
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.pipeline.job import make_job
+from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.schedule import update_average
 
 # A transformer with registers, SwiGLU and LayerScale, small enough for a test.
@@ -306,6 +307,17 @@ def test_pooling_is_that_of_the_config() -> None:
         create(Config(model="timm:vit_tiny_patch16_224", pool="gem"))
     with pytest.raises(UserError, match=r"pool=catavgmax: "):
         create(Config(model="timm:vit_tiny_patch16_224", pool="catavgmax"))
+
+
+def test_a_layer_learns_slower_than_the_one_above_it() -> None:
+    net = create(Config(model="timm:vit_tiny_patch16_224", layer_decay=0.8))
+    scales = {id(p): group["lr_scale"] for group in parameter_groups(net, 0.8) for p in group["params"]}
+    blocks = [scales[id(block.mlp.fc1.weight)] for block in net.net.blocks]
+    np.testing.assert_allclose(np.divide(blocks[:-1], blocks[1:]), 0.8)
+    assert scales[id(net.classifier().weight)] == 1
+    # Positions do not decay.
+    [decay] = {group["weight_decay"] for group in parameter_groups(net) if any(p is net.net.pos_embed for p in group["params"])}
+    assert decay == 0
 
 
 def test_checkpointing_changes_no_gradient() -> None:

@@ -29,6 +29,7 @@ from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import embed as embedding
 from pcam_kaggle.training import probe as probing
+from pcam_kaggle.training import processes
 from pcam_kaggle.training.budget import Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import embed
@@ -133,6 +134,17 @@ def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, m
     monkeypatch.undo()
     fresh, _ = embed(replace(config, lr=0.5), store, CPU) or ({}, 0.0)
     assert np.array_equal(fresh["train"], found["train"])
+
+
+@pytest.mark.slow
+def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, _ = embed(config, store, CPU) or ({}, 0.0)
+    monkeypatch.setattr(embedding, "CHUNK", 16)
+    monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
+    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
+    shared, _ = embed(config, store, CPU) or ({}, 0.0)
+    for split in ("train", "test"):
+        np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
 
 
 def test_an_embedding_ends_with_the_budget(

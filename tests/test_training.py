@@ -458,6 +458,24 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last.pt")
 
 
+def test_layers_learn_at_rates_that_fall_towards_the_input(
+    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *arguments):  # noqa: ANN002, ANN202
+            rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    config = replace(tiny, model="timm:resnet10t", layer_decay=0.8, epochs=1)
+    train_fold(Fold(tmp_path, 0), config, store, folds)
+    assert len(rates[0]) > 4
+    expected = [learning_rate(config, (step + 1) / len(rates)) for step in range(len(rates))]
+    np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
+
+
 def test_vectors_get_no_weight_decay() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 1))
     decayed, free = parameter_groups(net)

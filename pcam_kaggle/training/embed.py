@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ FEATURE_FIELDS = (
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, pretrained, weights, augment, device, engine, tta)
 
 
+class Chunk(NamedTuple):
+    """The patches of a split at positions `start` to `stop` of its ids, whose features are written together."""
+
+    split: str
+    start: int
+    stop: int
+
+    def file(self, folder: Path) -> Path:
+        """Return the file of their features."""
+        return folder / f"{self.split}_{self.start:07d}.npy"
+
+
 def embed(
     config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS
 ) -> tuple[dict[str, NDArray[np.float16]], float] | None:
@@ -72,47 +84,46 @@ def embed(
 def _embed(
     config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path
 ) -> tuple[dict[str, NDArray[np.float16]], float] | None:
-    starts = [(split, start) for split in SPLITS for start in range(0, len(store.ids(split)), CHUNK)]
+    sizes = {split: len(store.ids(split)) for split in SPLITS}
+    chunks = [Chunk(split, start, min(start + CHUNK, size)) for split, size in sizes.items() for start in range(0, size, CHUNK)]
     files = {split: folder / f"{split}.npy" for split in SPLITS}
-    lacking = [chunk for chunk in starts if not files[chunk[0]].exists()]
-    todo = [chunk for chunk in lacking if not _file(folder, *chunk).exists()]
+    lacking = [chunk for chunk in chunks if not files[chunk.split].exists()]
+    todo = [chunk for chunk in lacking if not chunk.file(folder).exists()]
     if todo:
-        log.info("embed: %d of %d parts of the patches into %s", len(todo), len(starts), folder)
+        log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
         start = time.perf_counter()
         spread_over_gpus(partial(_embed_share, config, store, backend, budget, folder), todo)
-        made = [chunk for chunk in todo if _file(folder, *chunk).exists()]
+        made = [chunk for chunk in todo if chunk.file(folder).exists()]
         if made:
-            count = sum(min(CHUNK, len(store.ids(split)) - first) for split, first in made)
+            count = sum(chunk.stop - chunk.start for chunk in made)
             write_json(folder / RATE, {"images_per_second": count / (time.perf_counter() - start)})
         if len(made) < len(todo):
             return None
     for split, file in files.items():
         if not file.exists():
-            _join([_file(folder, *chunk) for chunk in lacking if chunk[0] == split], file)
+            _join([chunk.file(folder) for chunk in lacking if chunk.split == split], file)
     rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
     return {split: np.load(file, mmap_mode="r") for split, file in files.items()}, rate
 
 
-def _embed_share(
-    config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path, share: list[tuple[str, int]]
-) -> None:
+def _embed_share(config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path, share: list[Chunk]) -> None:
     """Write the features of the chunks in `share`, until the budget ends."""
     net = backend.place(factory.create(config)).eval()
     assert isinstance(net, Backbone)
-    for split, chunks in itertools.groupby(share, key=lambda chunk: chunk[0]):
+    for split, chunks in itertools.groupby(share, key=lambda chunk: chunk.split):
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
             adapt_norms(net, store, rows, config, backend)
             net.eval()
-        for _, start in progress(list(chunks), f"embed {split}"):
+        for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
                 return
-            features = _features(net, store, rows[start : start + CHUNK], config, backend)
+            features = _features(net, store, rows[chunk.start : chunk.stop], config, backend)
             if not np.isfinite(features).all():
                 raise UserError(f"{config.model}: a feature is not a number; use precision=fp32")
             if np.abs(features).max() > np.finfo(np.float16).max:
                 raise UserError(f"{config.model}: a feature is too large to be stored in 16 bits; use another pool or net")
-            write(_file(folder, split, start), partial(_save, features.astype(np.float16)))
+            write(chunk.file(folder), partial(_save, features.astype(np.float16)))
 
 
 def _features(
@@ -145,10 +156,6 @@ def _save_joined(parts: list[NDArray[np.float16]], file: BinaryIO) -> None:
     np.lib.format.write_array_header_1_0(file, header)
     for part in parts:
         file.write(part.tobytes())
-
-
-def _file(folder: Path, split: str, start: int) -> Path:
-    return folder / f"{split}_{start:07d}.npy"
 
 
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:
