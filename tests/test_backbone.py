@@ -39,7 +39,7 @@ FAMILIES = {
     "regnetx_002": 0,
     "densenet121": 0,
     "repvit_m0_9": 0,
-    "fastvit_t8": 0,
+    "tiny_vit_5m_224": 0,
     "poolformer_s12": 0,
     "vit_tiny_patch16_224": 224,
     "deit_tiny_distilled_patch16_224": 224,

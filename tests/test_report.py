@@ -150,7 +150,7 @@ def test_a_blend_has_no_grad_cam(workspace: Workspace) -> None:
     assert run_tiny(data, workspace.root, "blend", "bottleneck", "other", "--name", "both") == 0
     page = made(workspace, "both")
     assert "both is a blend, which has no net of its own" in page
-    assert "a blend trains nothing" in page
+    assert "blends and probes have no epochs" in page
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
