@@ -70,7 +70,8 @@ class Row:
 
 PROBED = Row("lite0", "lite0", PROBE)
 NAMED = (
-    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "pretrained", "blend")),
+    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "blend")),
+    Row("pretrained", BASELINE, folds=PART),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
     Row("lite0", "lite0", ("resize=144",), (0,)),
@@ -79,7 +80,6 @@ NAMED = (
     Row("lite0", "lite0-resize_144", ("resize=144", "pool=gem"), (0,)),
     PROBED,
     Row("lite0", PROBED.name, ("resize=224", *PROBE)),
-    Row("lite0", PROBED.name, PROBE[:2]),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))
 ROWS = {row.name: row for row in (*NAMED, *STAIN)}
