@@ -197,8 +197,11 @@ def blended(scored: Scored) -> Scored:
     records, oof, unseen = dict(scored.records), scored.oof.copy(), scored.unseen.copy()
     for row in (row for row in NAMED if row.members and all(name in records for name in row.members)):
         made, members = [records[name] for name in row.members], list(row.members)
+        counts = [oof.dropna(subset=name)[BY_LABEL].nunique() for name in members]
         records[row.name] = {
-            **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
+            **{key: sum(each[key] for each in made) for key in ("parameters", "macs")},
+            # Of the folds that all members have.
+            "minutes": min(counts) * sum(each["minutes"] / count for each, count in zip(made, counts, strict=True)),
             **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
             "base": row.base,
             "change": f"mean of {', '.join(members)}",
