@@ -18,7 +18,11 @@ from PIL import Image
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.data.folds import Folds, Scheme, make
 from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.store import PatchStore
 
 # Tests compare bytes, which a GPU does not reproduce, and simulate two GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -93,6 +97,19 @@ def shared_work(shared_data: Data) -> Path:
 def data(shared_data: Data, tmp_path: Path) -> Data:
     """Return 36 train and 7 test patches whose ids are their SHA-1s; a positive one is darker."""
     return Data(shutil.copytree(shared_data.root, tmp_path / "data"))
+
+
+@pytest.fixture
+def store(data: Data, tmp_path: Path) -> PatchStore:
+    """Return the packed patches of `data`."""
+    prepare(data, tmp_path / "store")
+    return PatchStore(tmp_path / "store")
+
+
+@pytest.fixture
+def folds(data: Data, tmp_path: Path) -> Folds:
+    """Return three folds of `data`."""
+    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
 @pytest.fixture

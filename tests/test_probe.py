@@ -15,10 +15,8 @@ from scipy.special import expit
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import read_labels
-from pcam_kaggle.data.folds import Folds, Scheme, make
-from pcam_kaggle.data.layout import Data, Workspace
-from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.folds import Folds
+from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.backbone import trained_state
@@ -39,17 +37,6 @@ from pcam_kaggle.training.probe import choose_penalty, fit, probe
 from pcam_kaggle.training.train import fold_epochs
 
 CPU = Backend("cpu", "fp32", "channels_last")
-
-
-@pytest.fixture
-def store(data: Data, tmp_path: Path) -> PatchStore:
-    prepare(data, tmp_path / "store")
-    return PatchStore(tmp_path / "store")
-
-
-@pytest.fixture
-def folds(data: Data, tmp_path: Path) -> Folds:
-    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
 @pytest.fixture

@@ -23,10 +23,7 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import configure_logging
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.atomic_io import read_json, write_csv
-from pcam_kaggle.data.csv_io import read_labels
-from pcam_kaggle.data.folds import Folds, Scheme, make
-from pcam_kaggle.data.layout import Data
-from pcam_kaggle.data.prepare import prepare
+from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.factory import create
@@ -48,19 +45,6 @@ from pcam_kaggle.training.schedule import average_weight, learning_rate, update_
 from pcam_kaggle.training.train import fold_epochs
 
 CPU = Backend("cpu", "fp32", "channels_last")
-
-
-@pytest.fixture
-def store(data: Data, tmp_path: Path) -> PatchStore:
-    """Return the packed patches of `data`."""
-    prepare(data, tmp_path / "store")
-    return PatchStore(tmp_path / "store")
-
-
-@pytest.fixture
-def folds(data: Data, tmp_path: Path) -> Folds:
-    """Return three folds of `data`."""
-    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
 def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0) -> TrainBatches:
