@@ -229,3 +229,11 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
     command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=False)
     assert command.returncode == 0, command.stderr
     assert "prepare" in command.stdout
+
+
+def test_the_next_command_after_a_blend_names_it(finished_run: Path, pcam: Callable[..., Outcome]) -> None:
+    shutil.copytree(finished_run / "runs" / "bottleneck", finished_run / "runs" / "second")
+    outcome = pcam("blend", "bottleneck", "second")
+    assert outcome.status == 0, outcome.err
+    assert "submission --" in outcome.out.splitlines()[-1]
+    assert "--name bottleneck-second" in outcome.out.splitlines()[-1]

@@ -121,7 +121,7 @@ def _repeated(options: argparse.Namespace, job: Job, stage: str) -> str:
         "--data": options.data,
         "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
         "-e": options.experiment,
-        "--name": options.name,
+        "--name": options.name or "-".join(job.members),
         "--seeds": seeds if (seeds := getattr(options, "seeds", 1)) > 1 else None,
         "--slides": options.slides,
         "--groups": options.groups,

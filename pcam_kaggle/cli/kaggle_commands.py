@@ -38,8 +38,8 @@ def _run_build(options: argparse.Namespace) -> None:
 def _run_push(options: argparse.Namespace) -> None:
     notebook = _notebook()
     settings = notebook.Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds)
-    if options.weights:
-        log.info("push: the session checks at its start whether the net of %s fits", options.weights)
+    if options.weights or any(change.startswith("weights=") for change in options.set):
+        log.info("push: the session checks at its start whether the net of these weights fits")
     else:
         # torch takes seconds to import.
         from pcam_kaggle.training.capacity import KAGGLE_T4, check_capacity

@@ -118,7 +118,7 @@ COMMANDS = (
     Command(
         "probe",
         "the same with a logistic regression on the features of the pretrained net, into runs/<name>-probe/",
-        (*JOB, IDS, SKIP_DAMAGED, FOLDS, METHOD),
+        (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD),
     ),
     Command(
         "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)

@@ -59,7 +59,7 @@ class Config:
     freeze: Annotated[Number, Field(ge=0, le=1)] = 0
     """Lower fraction of the layers of a net of timm that keep their weights; 1 trains the classifier only."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass of a net of timm, which saves memory and costs a third more time."""
+    """Compute activations again in the backward pass of a net of timm, which saves memory and costs time."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
     """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a gate and a shortcut."""
     symmetry: Literal["none", "d4"] = "none"

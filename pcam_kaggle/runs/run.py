@@ -161,7 +161,9 @@ class Run:
         file = self.folder / "config.json"
         made = read_json(file) if file.exists() else {}
         if weights and made.get("weights_sha256", weights) != weights:
-            raise UserError(f"{self.folder}: its folds started from other weights than {name}; use --name for a new run")
+            raise UserError(
+                f"{self.folder}: its folds started from other weights than {name} is now; restore them or use --name"
+            )
 
     def environments(self) -> list[dict[str, Any]]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""

@@ -17,6 +17,7 @@ from pcam_kaggle.training.engine import NORM_PATCHES, PREDICT_BATCH
 TRAINED_BYTES, SAVED_BYTES = 20, 20
 # Bytes per parameter that is only read: fp32, and autocast's copy in 16 bits.
 READ_BYTES = 6
+# The shares below are assumptions, not measurements.
 # Autocast halves most activations; the allocator and the kernels' work space take a part of the memory.
 ACTIVATION_SHARE, MEMORY_SHARE = 0.6, 0.9
 # Share of the data sheet's rate that no training reaches, so that the time is a lower bound.
@@ -47,7 +48,7 @@ class Machine:
 
 
 # In fp16 or bf16, dense, from the data sheets; the time on other GPUs is not checked.
-OPERATIONS = {"T4": 65e12, "P100": 19e12, "L4": 121e12, "A100": 312e12, "H100": 989e12}
+OPERATIONS = {"T4": 65e12, "L4": 121e12, "A100": 312e12, "H100": 989e12}
 KAGGLE_T4 = Machine(gpus=2, memory=15e9, operations=OPERATIONS["T4"], output=20e9, hours=12.0)
 
 
