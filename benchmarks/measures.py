@@ -36,11 +36,13 @@ from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training import tta
+from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend, choose_backend
-from pcam_kaggle.training.engine import PREDICT_BATCH, Learner, predict_logits, train_epoch
+from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import create_optimizer
 from pcam_kaggle.training.processes import limit_threads, loader_processes
+from pcam_kaggle.training.step import Learner, TrainStep
 
 # Steps before the clock starts.
 WARM_UP = 8
@@ -87,14 +89,17 @@ def training(given: Source, name: str) -> None:
     rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
     source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
     net = backend.place(create(config, weights=False))
-    learner = Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
+    step = TrainStep(
+        Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend), config, source.count
+    )
+    step.run = fastest_step(step)
 
     def images_per_second(stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        train_epoch(learner, stream, WARM_UP, 0, config)
+        train_epoch(step, stream, WARM_UP, 0, config)
         # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
-        pace = _rate(lambda: train_epoch(learner, stream, WARM_UP, 0, config), WARM_UP)
+        pace = _rate(lambda: train_epoch(step, stream, WARM_UP, 0, config), WARM_UP)
         steps = math.ceil(given.seconds * pace)
-        return _rate(lambda: train_epoch(learner, stream, steps, 0, config), steps * config.batch_size)
+        return _rate(lambda: train_epoch(step, stream, steps, 0, config), steps * config.batch_size)
 
     images, image_labels = source[0]
     resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))

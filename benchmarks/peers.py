@@ -20,8 +20,8 @@ from pcam_kaggle.data.layout import Data
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.augment import augmentation, center_crop
-from pcam_kaggle.training.engine import CLIP_NORM
 from pcam_kaggle.training.optim import create_optimizer
+from pcam_kaggle.training.step import CLIP_NORM
 
 WORKERS = 2
 FORMATS = {False: torch.contiguous_format, True: torch.channels_last}

@@ -22,7 +22,7 @@ from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.pipeline.job import make_job
 from pcam_kaggle.training.optim import parameter_groups
-from pcam_kaggle.training.schedule import update_average
+from pcam_kaggle.training.schedule import MovingAverage
 
 # A transformer with registers, SwiGLU and LayerScale, small enough for a test.
 ENCODER = "vit_giant_patch14_reg4_dinov2"
@@ -255,7 +255,7 @@ def test_frozen_layers_keep_weights_and_statistics(name: str) -> None:
         net.train()
         net(torch.rand(4, 3, 96, 96)).square().mean().backward()
         optimizer.step()
-        update_average(average, net, 0.5)
+        MovingAverage(average, net).update(torch.tensor(0.5))
     after, averaged = net.state_dict(), average.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     trained = trained_state(net).keys()

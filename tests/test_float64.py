@@ -21,9 +21,10 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.report.grad_cam import grad_cam
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import Learner, adapt_norms, predict_logits, train_epoch
+from pcam_kaggle.training.engine import adapt_norms, predict_logits, train_epoch
 from pcam_kaggle.training.loader import TrainBatches
 from pcam_kaggle.training.optim import create_optimizer
+from pcam_kaggle.training.step import Learner, TrainStep
 
 
 class OnCpu(Tensor):
@@ -80,7 +81,8 @@ def test_no_float64_is_made_on_the_device(
     with gpu:
         net = backend.place(create(config))
         learner = Learner(net, copy.deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
-        loss = train_epoch(learner, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
+        step = TrainStep(learner, config, batches.count)
+        loss = train_epoch(step, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
         adapt_norms(net, store, rows, config, backend)
         logits = predict_logits(net, store, rows, config, backend, 8, "predict")
         heat = grad_cam(net, backend.images(batches[0][0]), torch.ones(config.batch_size))

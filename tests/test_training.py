@@ -41,7 +41,7 @@ from pcam_kaggle.training.fold_state import load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
-from pcam_kaggle.training.schedule import average_weight, learning_rate, update_average
+from pcam_kaggle.training.schedule import MovingAverage, average_weight, learning_rate
 from pcam_kaggle.training.train import fold_epochs
 
 CPU = Backend("cpu", "fp32", "channels_last")
@@ -181,10 +181,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     class Stop(Exception):
         pass
 
-    def stop_in_the_second_epoch(learner, source, steps, epoch, config):  # noqa: ANN001, ANN202
+    def stop_in_the_second_epoch(step, source, steps, epoch, config):  # noqa: ANN001, ANN202
         if epoch == 1:
             raise Stop
-        return engine.train_epoch(learner, source, steps, epoch, config)
+        return engine.train_epoch(step, source, steps, epoch, config)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(training, "train_epoch", stop_in_the_second_epoch)
@@ -414,7 +414,7 @@ def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
     config = replace(Config(), average_epochs=2.0)
     net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     torch.nn.init.constant_(net.weight, 3.0)
-    update_average(average, net, average_weight(config, 10, 0))
+    MovingAverage(average, net).update(torch.tensor(average_weight(config, 10, 0)))
     assert torch.equal(average.weight, net.weight)
     assert average_weight(config, 10, 10_000) == pytest.approx(1 / 20)
     assert average_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
@@ -423,14 +423,14 @@ def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
 def test_averaging_includes_the_norms_statistics() -> None:
     net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     net(torch.randn(8, 2) + 5)
-    update_average(average, net, 0.5)
+    MovingAverage(average, net).update(torch.tensor(0.5))
     torch.testing.assert_close(average.running_mean, net.running_mean / 2)
     assert average.num_batches_tracked == net.num_batches_tracked == 1
 
 
 def test_a_net_without_norms_is_averaged_too() -> None:
     net, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    update_average(average, net, 1.0)
+    MovingAverage(average, net).update(torch.tensor(1.0))
     assert torch.equal(average.weight, net.weight)
 
 

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.optim import Optimizer
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import progress
@@ -18,42 +15,23 @@ from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.training import tta
 from pcam_kaggle.training.augment import center_crop
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.distributed import average_gradients
-from pcam_kaggle.training.schedule import average_weight, learning_rate, update_average
+from pcam_kaggle.training.schedule import average_weight, learning_rate
+from pcam_kaggle.training.step import TrainStep
 
 LOSSES_SHOWN = 5
 LOSSES_READ_TOGETHER = 25
 PREDICT_BATCH = 256
-# Largest gradient norm.
-CLIP_NORM = 1.0
 # Patches that the statistics of batch norms are estimated from, at most.
 NORM_PATCHES = 8192
 
 
-@dataclass(slots=True)
-class Learner:
-    """The state that training changes, and the backend it runs on.
-
-    Attributes:
-        net: The net whose parameters the optimizer updates.
-        average: The moving average of its weights, which is validated and predicts; it shares frozen layers with `net`.
-        optimizer: Each of its parameter groups has an `lr_scale`, a factor of the learning rate.
-        scaler: Gradient scaler, active in fp16 only.
-        backend: Device, precision and memory format.
-    """
-
-    net: nn.Module
-    average: nn.Module
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    backend: Backend
-
-
-def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps: int, epoch: int, config: Config) -> float:
+def train_epoch(
+    train_step: TrainStep, source: Iterator[tuple[Tensor, Tensor]], steps: int, epoch: int, config: Config
+) -> float:
     """Train on the next `steps` batches.
 
     Args:
-        learner: Net, moving average and optimizer, updated in place.
+        train_step: The step, which changes net, moving average and optimizer.
         source: Batches of uint8 patches (n, side, side, 3) and float32 targets (n,).
         steps: Steps per epoch.
         epoch: Number of the epoch, from 0.
@@ -65,39 +43,27 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, Tensor]], steps
     Raises:
         UserError: A loss is not finite.
     """
-    learner.net.train()
-    losses = []
+    train_step.learner.net.train()
+    losses = torch.zeros(steps, device=train_step.loss.device)
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         patches, targets = next(source)
         lr = learning_rate(config, epoch + (step + 1) / steps)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        with learner.backend.autocast():
-            logits = learner.net(learner.backend.images(patches))
-        loss = binary_cross_entropy_with_logits(logits.float(), targets.to(logits.device, non_blocking=targets.is_pinned()))
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.scaler.scale(loss).backward()
-        average_gradients(learner.net)
-        learner.scaler.unscale_(learner.optimizer)
-        nn.utils.clip_grad_norm_(learner.net.parameters(), CLIP_NORM)
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        update_average(learner.average, learner.net, average_weight(config, steps, epoch * steps + step))
-        losses.append(loss.detach())
+        train_step.load(patches, targets, lr, average_weight(config, steps, epoch * steps + step))
+        train_step.run()
+        losses[step].copy_(train_step.loss)
         # Reading a loss waits for the GPU, so several are read together.
         if (step + 1) % LOSSES_READ_TOGETHER == 0 or step == steps - 1:
-            _check_finite(losses, epoch, lr)
+            _check_finite(losses[: step + 1].tolist(), epoch, lr)
     # Apple's GPUs have no float64.
-    return float(torch.stack(losses).cpu().double().mean())
+    return float(losses.cpu().double().mean())
 
 
-def _check_finite(losses: list[Tensor], epoch: int, lr: float) -> None:
-    finite = torch.stack(losses).isfinite()
-    if not finite.all():
-        step = int(finite.logical_not().nonzero()[0])
-        before = ", ".join(f"{float(loss):.4g}" for loss in losses[max(0, step - LOSSES_SHOWN) : step]) or "nothing"
+def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
+    if not np.isfinite(losses).all():
+        step = int(np.isfinite(losses).argmin())
+        before = ", ".join(f"{loss:.4g}" for loss in losses[max(0, step - LOSSES_SHOWN) : step]) or "nothing"
         raise UserError(
-            f"epoch {epoch + 1}, step {step + 1}: the loss is {float(losses[step])} at a learning rate near {lr:.2g}, after "
+            f"epoch {epoch + 1}, step {step + 1}: the loss is {losses[step]} at a learning rate near {lr:.2g}, after "
             f"{before}; try a smaller lr or precision=fp32"
         )
 

@@ -16,7 +16,8 @@ from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import Learner
+from pcam_kaggle.training.optim import load_optimizer
+from pcam_kaggle.training.step import Learner
 
 # A row of log.csv: epoch, lr, train_loss, valid_auc, seconds, valid_seconds and images_per_second.
 Row = dict[str, float]
@@ -54,7 +55,7 @@ def resume(learner: Learner, last: Path) -> list[Row]:
     with reading(last, checkpoint.ANEW):
         load_trained(learner.net, state["net"])
         load_trained(learner.average, state["average"])
-        learner.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(learner.optimizer, state["optimizer"])
         if state["scaler"] and learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scaler"])
     return checkpoint.read_log(last, state)

@@ -1,9 +1,10 @@
-"""Creates the optimizer of a config, with parameter groups."""
+"""Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.backbone import Backbone
@@ -11,20 +12,57 @@ from pcam_kaggle.models.weights import import_timm
 
 # Decoupled, of convolution and linear weights.
 WEIGHT_DECAY = 0.05
+# Of Muon (Jordan et al. 2024), and of Adam for the other parameters.
+MOMENTUM = 0.95
+BETAS = (0.9, 0.95)
+EPS = 1e-7
+# A step of Muon times this factor and the root of the longer side is as large as one of AdamW (Liu et al. 2025, equation 4).
+MATCH_ADAMW = 0.2
+# Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring all singular
+# values between 0.01 and 1 to within 0.7 to 1.2.
+NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+# Sides of the Gram matrices that are computed together are rounded up to a power of two, at least this.
+LEAST_BUCKET = 16
+# A smaller or a longer matrix is updated by Adam.
+LEAST_ROWS, MOST_ELONGATED = 4, 128
+
+Groups = list[dict[str, Any]]
+# Parameters, each with the number of its group.
+Members = Sequence[tuple[int, Tensor]]
 
 
 def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names; each of its parameter groups has an `lr_scale`."""
+    """Return the optimizer that `config` names, which a CUDA graph may capture.
+
+    Each of its parameter groups has `lr`, a tensor on the device of `net`, and `lr_scale`, the factor of the learning rate.
+    """
     groups = parameter_groups(net, config.layer_decay)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    import_timm()
-    from timm.optim import Muon
+    device = next(net.parameters()).device
+    if config.optimizer == "muon":
+        groups = [part for group in groups for part in _split_matrices(group)]
+    for group in groups:
+        group["lr"] = torch.tensor(config.lr * group["lr_scale"], device=device)
+    if config.optimizer == "muon":
+        return Muon(groups)
+    # The fused kernel checks for inf on the device.
+    return torch.optim.AdamW(groups, fused=device.type != "mps", capturable=device.type == "cuda")
 
-    return Muon(groups, lr=config.lr, nesterov=True)
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load `state`, but keep the tensors of the learning rates, which are set anew before each step."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
-def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
     """Split the parameters of `net` that are trained into groups for an optimizer; biases and other vectors do not decay.
 
     Args:
@@ -47,3 +85,190 @@ def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> list[dict[str,
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Return whether Muon orthogonalises the update of `parameter`, of which all axes but the first are the columns.
+
+    Vectors, positions, depthwise filters (one input channel) and matrices with few rows or columns are left to Adam.
+    """
+    if parameter.ndim < 2 or 1 in parameter.shape[:2]:
+        return False
+    short, long = sorted(_sides(parameter.shape))
+    return short >= LEAST_ROWS and long <= MOST_ELONGATED * short
+
+
+def _split_matrices(group: dict[str, Any]) -> Groups:
+    """Return `group` as one of matrices and one of other parameters, marked by `is_muon`; empty ones are left out."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if is_matrix(p) == muon], "is_muon": muon} for muon in (True, False)
+    ]
+    return [part for part in parts if part["params"]]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for weight matrices (Jordan et al. 2024), and AdamW with Nesterov momentum for other parameters.
+
+    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. All steps are taken on
+    the device without reading a result, with the learning rate in tensors, so that a CUDA graph may capture them. With a
+    gradient scaler a step whose gradients are not finite changes nothing.
+
+    Args:
+        groups: Parameter groups with `params`, `lr` (a tensor), `weight_decay` and `is_muon`.
+    """
+
+    # torch's GradScaler then sets `found_inf` and does not read it.
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups, {})
+        members = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
+        self._matrices, self._others = (
+            [(number, p) for number, p in members if self.param_groups[number]["is_muon"] == is_muon]
+            for is_muon in (True, False)
+        )
+        self._orthogonalize = Orthogonalizer([p for _, p in self._matrices])
+        self._momentum = self._flat("momentum", self._matrices)
+        self._mean, self._square = (self._flat(name, self._others) for name in ("mean", "square"))
+        self._steps = self._momentum.new_zeros(())
+        for _, p in self._others:
+            self.state[p]["step"] = self._steps
+
+    def _flat(self, name: str, members: Members) -> Tensor:
+        """Return zeros for all elements of the parameters in `members`; their `state` has views of it called `name`."""
+        flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for _, p in members))
+        for (_, p), part in zip(members, _split(flat, members), strict=True):
+            self.state[p][name] = part
+        return flat
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a state into the tensors of this optimizer."""
+        own = dict(self.state)
+        super().load_state_dict(state_dict)
+        for p, tensors in own.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(self.state[p][name])
+            self.state[p] = tensors
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients."""
+        keep = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(self._steps)
+        rates = [group["lr"] * keep for group in self.param_groups]
+        for rate, group in zip(rates, self.param_groups, strict=True):
+            if group["weight_decay"]:
+                torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
+        for members, direction in ((self._matrices, self._matrix_directions), (self._others, self._adam_directions)):
+            if members:
+                steps = [-rates[number] for number, _ in members]
+                torch._foreach_add_([p for _, p in members], direction(_gradients(members, keep), keep, steps))
+
+    def _matrix_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
+        self._momentum.lerp_(gradients, (1 - MOMENTUM) * keep)
+        return self._orthogonalize(gradients.lerp_(self._momentum, MOMENTUM), steps)
+
+    def _adam_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
+        first, second = BETAS
+        self._steps.add_(keep)
+        self._mean.lerp_(gradients, (1 - first) * keep)
+        self._square.lerp_(gradients.square(), (1 - second) * keep)
+        # Before the first step that is kept, both are zero.
+        corrections = [(1 - beta**self._steps).clamp(min=EPS) for beta in BETAS]
+        root = (self._square / corrections[1]).sqrt_().add_(EPS)
+        directions = self._mean.lerp(gradients, 1 - first).div_(root).div_(corrections[0])
+        return list(torch._foreach_mul(_split(directions, self._others), steps))
+
+
+def _split(flat: Tensor, members: Members) -> list[Tensor]:
+    """Return views of `flat` of the shapes of the parameters in `members`."""
+    parts = flat.split([p.numel() for _, p in members])
+    return [part.view(p.shape) for part, (_, p) in zip(parts, members, strict=True)]
+
+
+def _gradients(members: Members, keep: Tensor) -> Tensor:
+    """Return the gradients of `members` as one vector, zeros where `keep` is 0; a parameter without one counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for _, p in members])
+    return torch.where(keep > 0, flat, 0.0)
+
+
+class Orthogonalizer:
+    """Replaces matrices by approximately the nearest semi-orthogonal ones, UVᵀ of the singular value decomposition USVᵀ.
+
+    The Newton-Schulz iteration (Jordan et al. 2024) is computed for all matrices at once, and on the smaller of XXᵀ and XᵀX
+    instead of X: with G = XXᵀ / ‖X‖², each iteration multiplies X by Q = aI + bG + cG² and G by Q². These Gram matrices are
+    padded by zeros, which stay zeros, to the side of their bucket.
+
+    Args:
+        parameters: Of the shapes of the matrices; all axes but the first are the columns.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        self.shapes = [p.shape for p in parameters]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.buckets: dict[int, list[int]] = {}
+        for index, p in enumerate(parameters):
+            side = max(LEAST_BUCKET, 1 << (min(_sides(p.shape)) - 1).bit_length())
+            self.buckets.setdefault(side, []).append(index)
+        # Made here, because a CUDA graph cannot capture a copy from memory that is not pinned.
+        self.factors = {
+            side: parameters[0].new_tensor([MATCH_ADAMW * max(_sides(self.shapes[index])) ** 0.5 for index in members])
+            for side, members in self.buckets.items()
+        }
+
+    def __call__(self, flat: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the matrices in `flat`, orthogonalised and scaled.
+
+        Args:
+            flat: The elements of all matrices, one after the other, float32.
+            steps: Factor of each matrix, multiplied by the one that makes its step as large as AdamW's.
+
+        Returns:
+            A tensor of each parameter's shape.
+        """
+        matrices = [part.view(shape[0], -1) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+        directions = list(matrices)
+        for side, members in self.buckets.items():
+            wide = [matrices[index].T if _is_tall(matrices[index]) else matrices[index] for index in members]
+            grams = flat.new_zeros(len(members), side, side)
+            for gram, matrix in zip(grams, wide, strict=True):
+                torch.mm(matrix, matrix.T, out=gram[: len(matrix), : len(matrix)])
+            # The squared Frobenius norms.
+            squares = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=EPS**2)
+            scale = torch.stack([steps[index] for index in members]) * self.factors[side] * squares.rsqrt()
+            products = iterate(grams / squares[:, None, None]) * scale[:, None, None]
+            for index, matrix, product in zip(members, wide, products, strict=True):
+                part = product[: len(matrix), : len(matrix)]
+                made = matrices[index] @ part if _is_tall(matrices[index]) else part @ matrix
+                directions[index] = made.view(self.shapes[index])
+        return directions
+
+
+def _sides(shape: torch.Size) -> tuple[int, int]:
+    """Return the numbers of rows and of columns."""
+    return shape[0], shape[1:].numel()
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def iterate(grams: Tensor) -> Tensor:
+    """Return what the Newton-Schulz iteration multiplies X by, from the left.
+
+    Args:
+        grams: XXᵀ / ‖X‖² of each matrix X, symmetric, shape (n, side, side), float32.
+
+    Returns:
+        Symmetric matrices of the same shape.
+    """
+    product = None
+    for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):
+        q = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
+        q.diagonal(dim1=1, dim2=2).add_(a)
+        product = q if product is None else q @ product
+        if number < len(NEWTON_SCHULZ):
+            grams = q @ grams @ q
+    assert product is not None
+    return product

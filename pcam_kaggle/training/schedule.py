@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.backbone import trained_state
@@ -41,12 +41,31 @@ def average_weight(config: Config, steps: int, taken: int) -> float:
     return max(1 / max(1.0, config.average_epochs * steps), AVERAGE_START / (AVERAGE_START + taken))
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, net: nn.Module, weight: float) -> None:
-    """Move the trained tensors of `average` towards those of `net` by `weight`, in (0, 1]; integers are copied."""
-    pairs = list(zip(trained_state(average).values(), trained_state(net).values(), strict=True))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_([to for to, _ in floats], [new for _, new in floats], weight)
-    for to, new in pairs:
-        if not to.is_floating_point():
+class MovingAverage:
+    """Moves the trained tensors of one net towards those of another.
+
+    Args:
+        average: The net that changes.
+        net: The net that it follows, of the same architecture; both must keep their tensors.
+    """
+
+    def __init__(self, average: nn.Module, net: nn.Module) -> None:
+        pairs = list(zip(trained_state(average).values(), trained_state(net).values(), strict=True))
+        self._moved, self._copied = (
+            ([to for to, _ in chosen], [new for _, new in chosen])
+            for chosen in (
+                [pair for pair in pairs if pair[0].is_floating_point()],
+                [pair for pair in pairs if not pair[0].is_floating_point()],
+            )
+        )
+
+    @torch.no_grad()
+    def update(self, weight: Tensor) -> None:
+        """Move the average by `weight`, in (0, 1] and on the device of the nets; integers are copied."""
+        average, net = self._moved
+        # Exact at a weight of one, and three kernels on a GPU, where lerp takes no weight that is a tensor for all at once.
+        torch._foreach_sub_(average, net)
+        torch._foreach_mul_(average, 1 - weight)
+        torch._foreach_add_(average, net)
+        for to, new in zip(*self._copied, strict=True):
             to.copy_(new)

@@ -25,15 +25,17 @@ from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
+from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, one_rank_at_a_time, rank, world_size
-from pcam_kaggle.training.engine import Learner, predict_logits, train_epoch
+from pcam_kaggle.training.engine import predict_logits, train_epoch
 from pcam_kaggle.training.fold_state import Row, best_row, resume, save_epoch, update_files
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import create_optimizer
 from pcam_kaggle.training.processes import loader_processes, spread_over_gpus
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.session import open_session
+from pcam_kaggle.training.step import Learner, TrainStep
 from pcam_kaggle.training.tensorboard import Scalars
 
 log = logging.getLogger(__name__)
@@ -181,12 +183,14 @@ def fold_epochs(
             raise UserError(f"fold {fold.number}: a validation logit is not finite; try a smaller lr or precision=fp32")
         return auc(valid_labels, logits.double().numpy())
 
+    step = TrainStep(learner, config, data.count)
+    step.run = fastest_step(step)
     source = batches(data, len(rows), loaders)
     with Scalars(fold.events, len(rows) + 1) if rank() == 0 else nullcontext() as scalars:
         for epoch in range(len(rows), config.epochs):
             torch.manual_seed(_seed(config, fold.number, epoch + 1) + rank())
             start = time.perf_counter()
-            loss = train_epoch(learner, source, data.steps, epoch, config)
+            loss = train_epoch(step, source, data.steps, epoch, config)
             train_seconds = time.perf_counter() - start
             area = on_first_rank(valid_auc)
             seconds = time.perf_counter() - start

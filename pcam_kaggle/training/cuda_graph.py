@@ -1,0 +1,111 @@
+"""CUDA graphs: a fixed sequence of kernels, launched at once, and used only where it computes what the eager code does."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pcam_kaggle.training.distributed import world_size
+from pcam_kaggle.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]
+
+# Steps that are compared, and the learning rate and the weight of the average during them.
+CHECKED_STEPS = 3
+CHECKED_LR, CHECKED_WEIGHT = 1e-3, 0.1
+# Largest difference between graph and eager code, relative to what the steps change; kernels that add in any order differ too.
+TOLERANCE = 0.02
+
+
+def capture(work: Work) -> Work:
+    """Return a call that repeats the kernels of `work` with the same tensors.
+
+    Raises:
+        RuntimeError: `work` waits for the device, allocates on the host, or does not fit into memory.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    # Libraries allocate and choose algorithms in their first call.
+    with torch.cuda.stream(aside):
+        work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def fastest_step(step: TrainStep, capture: Capture = capture) -> Work:
+    """Return what takes `step`: a CUDA graph if a few steps with it end as the eager ones do, otherwise `step.compute`.
+
+    The state after this call is the one before, random numbers included. The log says which is used, and why.
+
+    Args:
+        step: The step, with its learner in the state to train from.
+        capture: Captures a graph.
+    """
+    kind = step.learner.backend.kind
+    if kind != "cuda" or world_size() > 1:
+        log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
+        return step.compute
+    work, reason = compared(step, capture)
+    log.info("train: %s, because %s", "eager steps" if work == step.compute else "steps as a CUDA graph", reason)
+    return work
+
+
+def compared(step: TrainStep, capture: Capture) -> tuple[Work, str]:
+    """Return the graph of `step` if it agrees with the eager steps, otherwise `step.compute`; and the reason."""
+    learner, random = step.learner, _random_state()
+    scaler = learner.scaler
+    # The scaler makes its tensors in its first call.
+    scaler.scale(step.loss.detach())
+    scaling = scaler.state_dict()
+    saved = {id(tensor): tensor.detach().clone() for tensor in learner.tensors()}
+
+    def restore() -> None:
+        _set_random_state(random)
+        scaler.load_state_dict(scaling)
+        for tensor in learner.tensors():
+            # AdamW makes its tensors in its first step, as zeros.
+            tensor.detach().copy_(saved.get(id(tensor), torch.zeros_like(tensor)))
+        learner.optimizer.zero_grad(set_to_none=True)
+
+    def changed_by(work: Work) -> list[Tensor]:
+        restore()
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(CHECKED_STEPS):
+            patches = torch.randint(0, 256, step.patches.shape, dtype=torch.uint8, generator=draw)
+            step.load(patches, torch.rand(step.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
+            work()
+        floats = [tensor.detach() for tensor in learner.net.parameters() if tensor.requires_grad]
+        floats += [tensor for tensor in learner.average.buffers() if tensor.is_floating_point()]
+        return [tensor - saved[id(tensor)] if id(tensor) in saved else tensor.clone() for tensor in floats]
+
+    try:
+        eager = changed_by(step.compute)
+        replay = capture(step.compute)
+        graph = changed_by(replay)
+        size, difference = (
+            float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, torch._foreach_sub(graph, eager))
+        )
+    except RuntimeError as error:
+        return step.compute, f"the graph failed: {' '.join(str(error).split())[:200]}"
+    finally:
+        restore()
+    found = f"after {CHECKED_STEPS} steps both differ by {difference:.2g}, and have moved by {size:.2g}"
+    # Also false if one is not finite.
+    return (replay if difference <= TOLERANCE * size else step.compute), found
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[1:])

@@ -1,0 +1,187 @@
+"""Our Muon: equal to timm's in fp32, exact under padding, skipped with gradients that are not finite, resumed in place."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcam_kaggle.config.experiments import experiment
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.training.optim import (
+    NEWTON_SCHULZ,
+    Muon,
+    Orthogonalizer,
+    create_optimizer,
+    is_matrix,
+    iterate,
+    load_optimizer,
+    parameter_groups,
+)
+
+CONFIG = experiment("bottleneck").config
+
+
+def tiny_net() -> nn.Module:
+    torch.manual_seed(0)
+    return create(Config(n_blocks=2, width=16, max_width=32)).to(memory_format=torch.channels_last)
+
+
+def draw_gradients(net: nn.Module, seed: int, low_rank: bool = False) -> None:
+    """Give every parameter a gradient of another order of magnitude; with `low_rank`, some have equal rows."""
+    torch.manual_seed(seed)
+    for number, parameter in enumerate(net.parameters()):
+        gradient = torch.randn(parameter.shape)
+        if low_rank and parameter.ndim > 1 and (seed + number) % 3 == 0:
+            gradient[1:] = gradient[:1]
+        parameter.grad = (gradient * 10 ** float(torch.empty(()).uniform_(-4, 2))).to(memory_format=torch.preserve_format)
+
+
+def updates(net: nn.Module, before: list[Tensor]) -> list[Tensor]:
+    return [parameter.detach() - old for parameter, old in zip(net.parameters(), before, strict=True)]
+
+
+# In matrices of low rank the iteration enlarges rounding errors.
+@pytest.mark.parametrize(("low_rank", "tolerance"), [(False, 2e-4), (True, 5e-3)])
+@pytest.mark.parametrize("fields", [{}, {"symmetry": "d4"}, {"body": "plain", "head": "flatten"}])
+def test_steps_equal_those_of_timm_in_fp32(
+    fields: dict[str, Any], low_rank: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_timm()
+    from timm.optim import muon
+
+    in_bf16: Callable[..., Tensor] = muon.zeropower_via_newtonschulz
+    in_fp32 = lambda *given, **named: in_bf16(*given, **{**named, "dtype": torch.float32})  # noqa: E731
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", in_fp32)
+    net = create(Config(n_blocks=3, width=32, max_width=64, **fields))
+    other = copy.deepcopy(net)
+    ours, theirs = create_optimizer(net, CONFIG), muon.Muon(parameter_groups(other), lr=CONFIG.lr, nesterov=True)
+    for step in range(4):
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        draw_gradients(net, step, low_rank)
+        for parameter, twin in zip(net.parameters(), other.parameters(), strict=True):
+            twin.data.copy_(parameter.data)
+            assert parameter.grad is not None
+            twin.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+        for made, expected in zip(updates(net, before), updates(other, before), strict=True):
+            torch.testing.assert_close(made, expected, atol=CONFIG.lr * tolerance, rtol=1e-3)
+
+
+def test_an_update_is_nearly_orthogonal_and_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    # Sides of 5 and 16, 20 and 32, share a bucket.
+    shapes = [(5, 40), (16, 16), (40, 5), (20, 3, 3, 3), (32, 32), (33, 65)]
+    matrices = [torch.randn(shape) for shape in shapes]
+    flat = torch.cat([matrix.flatten() for matrix in matrices])
+    ones = [torch.ones(())] * len(shapes)
+    together = Orthogonalizer(matrices)(flat, ones)
+    for matrix, direction in zip(matrices, together, strict=True):
+        (alone,) = Orthogonalizer([matrix])(matrix.flatten(), ones[:1])
+        torch.testing.assert_close(direction, alone, atol=1e-6, rtol=1e-5)
+        scale = 0.2 * max(matrix.flatten(1).shape) ** 0.5
+        values = torch.linalg.svdvals(direction.flatten(1)) / scale
+        assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+        left, _, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+        nearest = left @ right
+        assert float((direction.flatten(1) / scale * nearest).sum()) > 0.9 * min(matrix.flatten(1).shape)
+
+
+def test_zeros_of_the_padding_stay_exactly_zero() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(5, 9)
+    gram = matrix @ matrix.T / matrix.square().sum()
+    padded = torch.zeros(1, 16, 16)
+    padded[0, :5, :5] = gram
+    product = iterate(padded)[0]
+    torch.testing.assert_close(product[:5, :5], iterate(gram[None])[0], atol=1e-6, rtol=1e-5)
+    assert not product[:5, 5:].any()
+    assert not product[5:, :5].any()
+
+
+def test_the_iteration_on_gram_matrices_is_the_one_on_matrices() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 30, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    product = iterate((x @ x.T)[None])[0] @ x
+    for a, b, c in NEWTON_SCHULZ:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    torch.testing.assert_close(product, x)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_an_infinite_gradient_changes_nothing(optimizer: str) -> None:
+    net = tiny_net()
+    made = create_optimizer(net, Config(optimizer=optimizer))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    states = []
+    for step in range(3):
+        draw_gradients(net, step)
+        scaler.scale(torch.zeros(()))
+        if step == 1:
+            next(iter(net.parameters())).grad[0] = torch.inf
+        scaler.unscale_(made)
+        scaler.step(made)
+        scaler.update()
+        kept = [*net.parameters(), *(tensor for state in made.state.values() for tensor in state.values())]
+        states.append([tensor.detach().clone() for tensor in kept])
+    assert scaler.get_scale() == 2.0
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not any(torch.equal(old, new) for old, new in zip(states[1], states[2], strict=True))
+
+
+def test_a_loaded_state_continues_and_keeps_its_tensors() -> None:
+    net = tiny_net()
+    made = create_optimizer(net, CONFIG)
+    draw_gradients(net, 0)
+    made.step()
+    twin = copy.deepcopy(net)
+    loaded = create_optimizer(twin, CONFIG)
+    addresses = [tensor.data_ptr() for state in loaded.state.values() for tensor in state.values()]
+    rates = [group["lr"] for group in loaded.param_groups]
+    load_optimizer(loaded, made.state_dict())
+    assert addresses == [tensor.data_ptr() for state in loaded.state.values() for tensor in state.values()]
+    assert all(group["lr"] is rate for group, rate in zip(loaded.param_groups, rates, strict=True))
+    for each in (net, twin):
+        draw_gradients(each, 1)
+    made.step()
+    loaded.step()
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_the_learning_rate_is_read_from_tensors() -> None:
+    net = tiny_net()
+    made = create_optimizer(net, CONFIG)
+    for group in made.param_groups:
+        group["lr"].fill_(0.0)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    draw_gradients(net, 0)
+    made.step()
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_matrices_are_chosen_as_timm_chooses_them() -> None:
+    import_timm()
+    from timm.optim import muon
+
+    suitable = partial(muon._is_suitable_for_muon, return_reason=False)
+    shapes = [(8,), (1, 197, 64), (32, 1, 3, 3), (3, 27), (4, 512), (4, 513), (32, 3, 3, 3), (4, 2, 72), (2, 4, 8), (1, 128)]
+    assert [is_matrix(torch.zeros(shape)) for shape in shapes] == [suitable(torch.zeros(shape)) for shape in shapes]
+
+
+def test_a_parameter_without_a_gradient_is_no_error() -> None:
+    net = tiny_net()
+    made = create_optimizer(net, CONFIG)
+    assert isinstance(made, Muon)
+    draw_gradients(net, 0)
+    first = next(iter(net.parameters()))
+    first.grad = None
+    made.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in net.parameters())

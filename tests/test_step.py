@@ -1,0 +1,149 @@
+"""A training step from static tensors: equal to a plain loop, and a CUDA graph is used only where it agrees with it."""
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.training.cuda_graph import compared, fastest_step
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.optim import create_optimizer
+from pcam_kaggle.training.step import CLIP_NORM, Learner, TrainStep
+
+CPU = Backend("cpu", "fp32", "channels_last")
+COUNT = 6
+NETS = {
+    "muon": Config(n_blocks=2, width=16, max_width=32, side=32, optimizer="muon"),
+    "d4": Config(n_blocks=2, width=16, max_width=32, side=32, optimizer="muon", symmetry="d4"),
+    "timm": Config(model="timm:resnet10t", side=32, layer_decay=0.5),
+}
+Work = Callable[[], None]
+
+
+def new_step(config: Config, backend: Backend = CPU) -> TrainStep:
+    torch.manual_seed(0)
+    net = backend.place(create(config)).train()
+    return TrainStep(Learner(net, copy.deepcopy(net), create_optimizer(net, config), backend.scaler(), backend), config, COUNT)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    patches = torch.randint(0, 256, (COUNT, 32, 32, 3), dtype=torch.uint8, generator=draw)
+    return patches, torch.rand(COUNT, generator=draw).round()
+
+
+def state(step: TrainStep) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in step.learner.tensors()]
+
+
+@pytest.mark.parametrize("config", NETS.values(), ids=NETS)
+def test_a_step_equals_a_plain_loop(config: Config) -> None:
+    step = new_step(config)
+    plain = new_step(config).learner
+    for seed in range(3):
+        patches, targets = batch(seed)
+        torch.manual_seed(seed)
+        step.load(patches, targets, 1e-3, 0.25)
+        step.run()
+        torch.manual_seed(seed)
+        for group in plain.optimizer.param_groups:
+            group["lr"].fill_(1e-3 * group["lr_scale"])
+        plain.optimizer.zero_grad()
+        images = (patches.permute(0, 3, 1, 2).float() / 255).to(memory_format=torch.channels_last)
+        loss = binary_cross_entropy_with_logits(plain.net(images), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.net.parameters(), CLIP_NORM)
+        plain.optimizer.step()
+        with torch.no_grad():
+            for to, new in zip(plain.average.state_dict().values(), plain.net.state_dict().values(), strict=True):
+                to.copy_(to.lerp(new, 0.25) if to.is_floating_point() else new)
+        assert float(step.loss) == float(loss.detach())
+    for made, expected in zip(step.learner.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
+def replayed(work: Work) -> Work:
+    """Capture as a GPU does, with a call before."""
+    work()
+    return work
+
+
+def refused(work: Work) -> Work:
+    """Fail as a GPU does, after the state has changed."""
+    work()
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def stale(work: Work) -> Work:
+    """Repeat nothing, as a graph would that reads other tensors than the caller sets."""
+    work()
+    return lambda: None
+
+
+def explosive(step: TrainStep) -> Callable[[Work], Work]:
+    def capture(work: Work) -> Work:
+        def run() -> None:
+            work()
+            next(step.learner.net.parameters()).data.fill_(torch.nan)
+
+        return run
+
+    return capture
+
+
+@pytest.mark.parametrize("config", NETS.values(), ids=NETS)
+def test_a_graph_that_agrees_is_used_and_nothing_changes(config: Config) -> None:
+    step, untouched = new_step(config), new_step(config)
+    torch.manual_seed(5)
+    work, reason = compared(step, replayed)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert work == step.compute
+    assert "both differ by 0," in reason
+    # The same steps from here give the same weights, as if nothing had been tried.
+    for each in (step, untouched):
+        torch.manual_seed(1)
+        each.load(*batch(0), 1e-3, 0.5)
+        each.run()
+    for made, expected in zip(step.learner.tensors(), untouched.learner.tensors(), strict=True):
+        assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(("capture", "said"), [(refused, "not permitted when stream is capturing"), (stale, "both differ by")])
+def test_a_graph_that_fails_or_disagrees_is_not_used(capture: Callable[[Work], Work], said: str) -> None:
+    step = new_step(NETS["muon"])
+    before = state(step)
+    work, reason = compared(step, capture)
+    assert work == step.compute
+    assert said in reason
+    assert all(map(torch.equal, before, state(step)))
+
+
+def test_a_graph_whose_weights_are_not_numbers_is_not_used() -> None:
+    step = new_step(NETS["muon"])
+    work, reason = compared(step, explosive(step))
+    assert work == step.compute
+    assert "differ by nan" in reason
+
+
+def test_a_cpu_takes_eager_steps_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    step = new_step(NETS["muon"])
+    assert fastest_step(step, refused) == step.compute
+    assert "eager steps, because the device is cpu" in caplog.text
+
+
+def test_a_scaled_step_whose_gradient_overflows_changes_no_weight() -> None:
+    step = new_step(NETS["muon"])
+    step.learner.scaler = torch.amp.GradScaler("cpu", init_scale=torch.inf)
+    parameters = [parameter.detach().clone() for parameter in step.learner.net.parameters()]
+    step.load(*batch(0), 1e-3, 0.5)
+    step.run()
+    assert all(map(torch.equal, parameters, step.learner.net.parameters()))
