@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training.cuda_graph import compared, fastest_step
+from pcam_kaggle.training.cuda_graph import _graph_of, compared, fastest_function, fastest_step
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.optim import create_optimizer
 from pcam_kaggle.training.step import CLIP_NORM, Learner, TrainStep
@@ -147,3 +147,27 @@ def test_a_scaled_step_whose_gradient_overflows_changes_no_weight() -> None:
     step.load(*batch(0), 1e-3, 0.5)
     step.run()
     assert all(map(torch.equal, parameters, step.learner.net.parameters()))
+
+
+def doubled(batch: Tensor) -> Tensor:
+    return batch.float() * 2
+
+
+def test_a_function_on_a_cpu_is_called_itself() -> None:
+    assert fastest_function(doubled, "cpu", refused) is doubled
+
+
+@pytest.mark.parametrize("capture", [refused, stale])
+def test_a_function_whose_graph_disagrees_stays_eager(capture: Callable[[Work], Work]) -> None:
+    # A stale graph repeats the result of its capture.
+    call, reason = _graph_of(doubled, torch.ones(4), torch.full((4,), 3.0), "cpu", capture)
+    assert call is None
+    assert "failed" in reason or "differ by 1" in reason
+
+
+def test_results_of_a_replayed_function_are_not_overwritten_by_the_next() -> None:
+    call, _ = _graph_of(doubled, torch.ones(4), torch.full((4,), 2.0), "cpu", replayed)
+    assert call is not None
+    first = call(torch.ones(4))
+    call(torch.zeros(4))
+    assert torch.equal(first, torch.full((4,), 2.0))

@@ -12,8 +12,10 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import progress
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.labelled import Patches
+from pcam_kaggle.models.folded import fold_norms
 from pcam_kaggle.training import tta
 from pcam_kaggle.training.augment import center_crop
+from pcam_kaggle.training.cuda_graph import fastest_function
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.schedule import average_weight, learning_rate
 from pcam_kaggle.training.step import TrainStep
@@ -119,14 +121,22 @@ def predict_logits(
     Returns:
         float32 (n_views, n) on the CPU.
     """
-    net.eval()
-    logits = []
-    starts = range(0, len(rows), PREDICT_BATCH)
+    net = fold_norms(net)
+
+    def logits_of(batch: Tensor) -> Tensor:
+        images = tta.blur_chroma(backend.images(batch), config.chroma_blur)
+        return torch.stack([net(view).float() for view in tta.views(images, n_views, config.tta_shift)])
+
+    batches = (
+        torch.from_numpy(center_crop(patches.images(rows[start : start + PREDICT_BATCH]), config.side))
+        for start in range(0, len(rows), PREDICT_BATCH)
+    )
     with torch.inference_mode(), backend.autocast():
-        for start in progress(starts, description):
-            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
-            logits.append(torch.stack([net(view).float() for view in tta.views(images, n_views, config.tta_shift)]).cpu())
-    return torch.cat(logits, dim=1)
+        predict = fastest_function(logits_of, backend.kind)
+        count = math.ceil(len(rows) / PREDICT_BATCH)
+        logits = [predict(batch) for batch in progress(batches, description, count)]
+        # Reading waits for a GPU, which computes a batch while the next one is read.
+        return torch.cat(logits, dim=1).cpu()
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:

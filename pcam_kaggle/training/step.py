@@ -66,7 +66,7 @@ class TrainStep:
         self.patches = torch.zeros(count, config.side, config.side, 3, dtype=torch.uint8, device=kind)
         self.targets, self.loss, self.weight = (torch.zeros(shape, device=kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(learner.average, learner.net)
-        self.run: Callable[[], None] = self.compute
+        self.run: Callable[[], object] = self.compute
 
     def load(self, patches: Tensor, targets: Tensor, lr: float, weight: float) -> None:
         """Set what the next step reads.

@@ -1,7 +1,6 @@
 """What happens to a patch at test time: fine colour detail is filtered, and symmetries augment it (TTA)."""
 
 import math
-from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -9,8 +8,13 @@ from torch.nn.functional import conv2d, pad
 
 # Standard deviations at which the Gaussian of the filter ends.
 REACH = 3
-# In the order of the quarter turns that they are combined with.
-CORNERS = ((0, 0), (0, 1), (1, 1), (1, 0))
+# The quarter turns, then those of the mirror image: whether the image is transposed, and the axes that are flipped then.
+SYMMETRIES = (
+    *((False, ()), (True, (-2,)), (False, (-2, -1)), (True, (-1,))),
+    *((False, (-1,)), (True, ()), (False, (-2,)), (True, (-2, -1))),
+)
+# Where each of them is shifted to, down and right.
+CORNERS = (*((0, 0), (0, 1), (1, 1), (1, 0)), *((1, 1), (1, 0), (0, 0), (0, 1)))
 
 
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
@@ -60,6 +64,10 @@ def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
         return [images]
     side = images.shape[-1]
     padded = pad(images, (shift,) * 4, mode="reflect")
-    crops = [padded[..., 2 * shift * down :, 2 * shift * right :][..., :side, :side] for down, right in CORNERS]
-    mirrored = [crop.flip(-1) for crop in (*crops[2:], *crops[:2])]
-    return [torch.rot90(crop, turns, (-2, -1)) for crop, turns in zip([*crops, *mirrored][:count], cycle(range(4)))]
+    # Transposed once for all views, in the memory format of the images: the net would copy each of them.
+    turned = torch.empty_like(padded).copy_(padded.mT)
+    made = []
+    for (is_turned, flips), (down, right) in zip(SYMMETRIES[:count], CORNERS, strict=False):
+        top, left = (2 * shift * part for part in ((right, down) if is_turned else (down, right)))
+        made.append((turned if is_turned else padded)[..., top:, left:][..., :side, :side].flip(flips))
+    return made
