@@ -75,3 +75,18 @@ def test_blurred_chroma_keeps_luma_and_the_grey_of_a_patch(patches: torch.Tensor
 def test_blurring_chroma_commutes_with_the_views(patches: torch.Tensor) -> None:
     for first, second in zip(tta.views(tta.blur_chroma(patches, 1.0), 8, 0), tta.views(patches, 8, 0), strict=True):
         torch.testing.assert_close(first, tta.blur_chroma(second, 1.0))
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_views_are_turned_crops_in_the_memory_format_of_the_image(shift: int, memory_format: torch.memory_format) -> None:
+    images = torch.rand(2, 3, 10, 10).to(memory_format=memory_format)
+    padded = torch.nn.functional.pad(images, (shift,) * 4, mode="reflect")
+    last = 2 * shift
+    corners = [(0, 0), (0, last), (last, last), (last, 0)]
+    crops = [padded[..., top : top + 10, left : left + 10] for top, left in corners]
+    expected = [torch.rot90(crop, turns, (-2, -1)) for turns, crop in enumerate(crops)]
+    expected += [torch.rot90(crops[(turns + 2) % 4].flip(-1), turns, (-2, -1)) for turns in range(4)]
+    made = tta.views(images, 8, shift)
+    assert all(map(torch.equal, made, expected))
+    assert all(view.is_contiguous(memory_format=memory_format) for view in made)

@@ -97,7 +97,7 @@ def _read(split: Split, name: str, target: NDArray[np.uint8], ids: Ids, problems
     if file is None:
         return ""
     try:
-        target[:], digest = read_patch(split.folder / file)
+        digest = read_patch(split.folder / file, target)
         if ids == "sha1" and digest.hex() != name and SHA1.fullmatch(name):
             raise Damaged(OTHER_PIXELS)
     except Damaged as damage:

@@ -1,6 +1,7 @@
 """Reads one patch from its TIF file and checks it."""
 
 import hashlib
+import os
 import struct
 from pathlib import Path
 
@@ -51,31 +52,36 @@ class Damaged(Exception):
         return f"{self.reason}; {self.advice}"
 
 
-def read_patch(path: Path) -> tuple[NDArray[np.uint8], bytes]:
-    """Return the patch in the TIF at `path` and the SHA-1 of its pixels.
+def read_patch(path: Path, target: NDArray[np.uint8]) -> bytes:
+    """Read the patch in the TIF at `path` into `target`; return the SHA-1 of its pixels in C order, 20 bytes.
 
     The competition's files end with their uncompressed pixels, and each file is named by the SHA-1 of its pixels. If the SHA-1
     of the last bytes equals the file's name, these bytes are the patch and no decoder is needed. All other files are decoded.
 
-    Returns:
-        RGB uint8 (96, 96, 3), and the SHA-1 of its bytes in C order, 20 bytes.
+    Args:
+        path: The file.
+        target: RGB uint8 (96, 96, 3), contiguous. It holds anything after an error.
 
     Raises:
         Damaged: The file cannot be read or is not an 8-bit RGB TIF of 96x96 px.
     """
+    pixels = target.data.cast("B")
     try:
-        with path.open("rb", buffering=0) as file:
-            content = file.readall()
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            head = bytearray(max(0, os.fstat(descriptor).st_size - PATCH_BYTES))
+            count = os.readv(descriptor, [head, pixels])
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise Damaged("a link whose target is missing" if path.is_symlink() else "missing") from None
     except OSError as error:
         raise Damaged(f"can't be read ({error.strerror})") from None
-    pixels = memoryview(content)[-PATCH_BYTES:]
     digest = hashlib.sha1(pixels, usedforsecurity=False)
-    if len(pixels) == PATCH_BYTES and digest.hexdigest() == path.stem:
-        return np.frombuffer(pixels, np.uint8).reshape(SHAPE), digest.digest()
-    patch = _decode(content)
-    return patch, hashlib.sha1(patch.data, usedforsecurity=False).digest()
+    if count == len(head) + PATCH_BYTES and digest.hexdigest() == path.stem:
+        return digest.digest()
+    target[:] = _decode(bytes(head) + bytes(pixels[: count - len(head)]))
+    return hashlib.sha1(pixels, usedforsecurity=False).digest()
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
