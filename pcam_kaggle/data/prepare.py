@@ -40,8 +40,8 @@ from pcam_kaggle.data.store import INDEX_COLUMNS, complete_manifest, is_store
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE, Damaged, read_patch
 
 Ids = Literal["sha1", "names"]
-# Patches that a process packs at a time.
-CHUNK = 128
+# Patches that a process packs at a time; they fit into its cache.
+CHUNK = 64
 # The file is flushed to the disk after this many bytes, so that the disk writes while the workers read.
 FLUSHED_BYTES = 64e6
 
