@@ -70,14 +70,16 @@ class Row:
 
 PROBED = Row("lite0", "lite0", PROBE)
 NAMED = (
-    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "blend")),
-    Row("pretrained", BASELINE, folds=PART),
+    *(Row(name, BASELINE) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "pretrained", "blend")),
     Row("bottleneck_d4", BASELINE, folds=(0,)),
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
     Row("lite0", "lite0", ("resize=144",), (0,)),
     Row("lite0", "lite0", ("resize=192",), (0,)),
     Row("lite0", "lite0-resize_144", ("resize=144", "freeze=0.5"), (0,)),
-    Row("lite0", "lite0-resize_144", ("resize=144", "pool=gem"), (0,)),
+    *(
+        Row("lite0", "lite0-resize_144", ("resize=144", *changes), (0,))
+        for changes in (("pool=gem",), ("pool=catavgmax",), ("layer_decay=0.9", "lr=0.003"))
+    ),
     PROBED,
     Row("lite0", PROBED.name, ("resize=224", *PROBE)),
 )
