@@ -40,9 +40,9 @@ from pcam_kaggle.training import tta
 from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend, choose_backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
-from pcam_kaggle.training.loader import TrainBatches, batches
+from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.processes import limit_threads, loader_processes
+from pcam_kaggle.training.processes import configure_torch, loader_processes
 from pcam_kaggle.training.step import Learner, TrainStep
 
 # Steps before the clock starts.
@@ -95,7 +95,7 @@ def training(given: Source, name: str) -> None:
     )
     step.run = fastest_step(step)
 
-    def images_per_second(stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def images_per_second(stream: Iterator[tuple[torch.Tensor, ...]]) -> float:
         train_epoch(step, stream, WARM_UP, 0, config)
         # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
         pace = _rate(lambda: train_epoch(step, stream, WARM_UP, 0, config), WARM_UP)
@@ -104,7 +104,7 @@ def training(given: Source, name: str) -> None:
 
     images, image_labels = source[0]
     resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))
-    augmented = batches(source, 0, loader_processes(1))
+    augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
     limit = images_per_second(resident)
     with gpu_utilization(backend.kind) as busy:
         rate = images_per_second(augmented)
@@ -228,7 +228,7 @@ def _warm_rate(work: Callable[[], object], count: int) -> float:
 def _backend(config: Config) -> Backend:
     """Return the backend that our command line chooses, with its process settings."""
     hold_memory()
-    limit_threads()
+    configure_torch()
     net = partial(create, config, weights=False)
     return choose_backend(net, config.side, config.batch_size, config.precision)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,13 +68,23 @@ def test_a_gpu_starts_from_its_own_units(capability: tuple[int, int], first: str
     assert sorted(precisions("cuda")) == ["bf16", "fp16", "fp32"]
 
 
+def test_a_gpu_computes_in_its_own_units_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+
+    def created() -> torch.nn.Module:
+        raise AssertionError
+
+    assert choose_backend(created, 96, 64, "auto") == Backend("cuda", "fp16", "channels_last")
+
+
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "find_device", lambda: kind)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        processes.limit_threads()
+        processes.configure_torch()
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
@@ -81,15 +92,30 @@ def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: in
 
 @pytest.mark.parametrize(
     ("cores", "gpus", "folds", "local", "loaders"),
-    [(4, 0, 5, 1, 4), (4, 2, 5, 1, 2), (4, 2, 1, 1, 4), (1, 2, 5, 1, 1), (32, 1, 5, 1, 8), (4, 1, 5, 2, 2), (3, 2, 5, 1, 1)],
+    [(4, 0, 5, 1, 4), (4, 2, 5, 1, 2), (4, 2, 1, 1, 4), (1, 2, 5, 1, 1), (32, 1, 5, 1, 32), (4, 1, 5, 2, 2), (3, 2, 5, 1, 1)],
 )
 def test_loaders_share_the_cores_of_the_processes_that_train(
-    cores: int, gpus: int, folds: int, local: int, loaders: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, gpus: int, folds: int, local: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
     monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert processes.loader_processes(folds) == loaders
+    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
+    assert processes.loader_processes(folds, 1) == loaders
+
+
+@pytest.mark.parametrize(("free", "gpus", "loaders"), [(10, 1, 3), (9, 1, 2), (20, 2, 3), (1, 1, 1), (100, 1, 16)])
+def test_batches_in_flight_fit_into_shared_memory(
+    free: int, gpus: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three batches per process are in flight, and one is read."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16 * gpus)
+    monkeypatch.setattr(processes.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
+    assert processes.loader_processes(5, 1000) == loaders
+    assert ("shared memory has room for" in caplog.text) == (loaders < 16)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
@@ -97,7 +123,7 @@ def test_only_cores_that_this_process_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert processes.loader_processes(1) == 1
+        assert processes.loader_processes(1, 1) == 1
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -207,17 +207,19 @@ def test_folds_on_two_devices_equal_those_on_one(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    config = replace(tiny, epochs=1)
+    # Of three folds with two epochs, the second is split between the devices.
+    config = replace(tiny, epochs=2)
     configure_logging()
     lines = []
     for run, devices in (("one", 1), ("two", 2)):
         monkeypatch.setattr(processes, "gpu_count", lambda devices=devices: devices)
+        monkeypatch.setattr(training, "gpu_count", lambda devices=devices: devices)
         training.train(Run(tmp_path / run), "tiny", config, store, folds, [0, 1, 2])
         predict(Run(tmp_path / run), config, store, folds, [0, 1, 2])
         lines.append(sorted(line.partition(":")[0] for line in capfd.readouterr().out.splitlines()))
     assert lines[0] == lines[1]
-    assert "fold 2, epoch  1 of 1" in lines[1]
-    for name in ("oof.csv", "test.csv"):
+    assert "fold 2, epoch  1 of 2" in lines[1]
+    for name in ("oof.csv", "test.csv", "best.pt"):
         for fold in range(3):
             assert (tmp_path / "one" / f"fold_{fold}" / name).read_bytes() == (
                 tmp_path / "two" / f"fold_{fold}" / name
@@ -227,7 +229,7 @@ def test_folds_on_two_devices_equal_those_on_one(
 def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"^fold 1$"):
-        processes.spread_over_gpus(_refuse, [0, 1])
+        processes.spread_over_gpus(_refuse, [[0], [1]])
 
 
 def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
@@ -258,14 +260,14 @@ def work(share):
 
 if __name__ == "__main__":
     processes.gpu_count = lambda: 2
-    processes.spread_over_gpus(work, [0, 1])
+    processes.spread_over_gpus(work, [[0], [1]])
 """
 
 
 def test_a_gpus_process_that_is_killed_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"^a GPU's process was killed"):
-        processes.spread_over_gpus(_die, [0, 1])
+        processes.spread_over_gpus(_die, [[0], [1]])
 
 
 def _die(share: list[int]) -> None:
@@ -536,7 +538,7 @@ def test_every_session_that_works_on_a_run_is_recorded(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(session, "find_device", lambda: "cuda")
-    monkeypatch.setattr(session, "limit_threads", lambda: None)
+    monkeypatch.setattr(session, "configure_torch", lambda: None)
     monkeypatch.setattr(session, "choose_backend", lambda *_: Backend("cuda", "fp16", "channels_last"))
     monkeypatch.setattr(session, "device_name", lambda kind: f"a {kind}")
     on_gpu = session.open_session(Run(run), tiny, store)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from pcam_kaggle import UserError
 from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
@@ -54,6 +55,11 @@ class Fold:
     def events(self) -> Path:
         """Folder of TensorBoard's event files."""
         return self.folder / "events"
+
+    def lock(self) -> FileLock:
+        """Return the lock of a fold that several processes train in turn; entering it waits for the other to end."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.run_folder / f".fold_{self.number}.lock")
 
     @property
     def is_started(self) -> bool:

@@ -27,7 +27,7 @@ from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
-from pcam_kaggle.training.processes import spread_over_gpus
+from pcam_kaggle.training.processes import rotated, spread_over_gpus
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _embed(
     if todo:
         log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
         start = time.perf_counter()
-        spread_over_gpus(partial(_embed_share, config, store, backend, budget, folder), todo)
+        spread_over_gpus(partial(_embed_share, config, store, backend, budget, folder), rotated(todo))
         made = [chunk for chunk in todo if chunk.file(folder).exists()]
         if made:
             count = sum(chunk.stop - chunk.start for chunk in made)

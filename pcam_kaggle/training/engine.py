@@ -27,9 +27,7 @@ PREDICT_BATCH = 256
 NORM_PATCHES = 8192
 
 
-def train_epoch(
-    train_step: TrainStep, source: Iterator[tuple[Tensor, Tensor]], steps: int, epoch: int, config: Config
-) -> float:
+def train_epoch(train_step: TrainStep, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
     """Train on the next `steps` batches.
 
     Args:

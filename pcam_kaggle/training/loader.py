@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import itertools
+import logging
 import os
 from collections.abc import Iterator
 
@@ -18,6 +20,10 @@ from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.training.augment import augmentation
 from pcam_kaggle.training.distributed import rank, world_size
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, ...]
 
 # Batches that a loader process prepares ahead.
 PREFETCH = 3
@@ -67,6 +73,11 @@ class TrainBatches(Dataset):
         return torch.from_numpy(patches), torch.from_numpy(self.targets[chosen])
 
 
+def batch_bytes(config: Config) -> int:
+    """Return the bytes of the patches and targets of a batch."""
+    return config.batch_size * (3 * config.side**2 + torch.float32.itemsize)
+
+
 @functools.lru_cache(maxsize=1)
 def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
     """Return the order of `count` patches in `epoch`, shape (count,); cached for all batches of the epoch."""
@@ -82,7 +93,7 @@ class _SharedBatches(Dataset):
     def __init__(self, data: TrainBatches, count: int) -> None:
         self.data = data
         try:
-            self.slots = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+            self.slots: list[Batch] = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
         except RuntimeError:
             raise UserError(
                 f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
@@ -99,7 +110,7 @@ class _SharedBatches(Dataset):
         return slot
 
 
-def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batch]:
     """Yield the batches of `data`, augmented in processes that live through all epochs.
 
     Args:
@@ -108,7 +119,8 @@ def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[tupl
         workers: Number of loader processes, at least 1.
 
     Yields:
-        Patches and targets as `TrainBatches` describes them, valid until the next batch is requested.
+        Patches and targets as `TrainBatches` describes them, on the GPU if there is one. They are valid until the next batch is
+        requested.
 
     Raises:
         UserError: Shared memory has no room for the batches in flight.
@@ -128,10 +140,36 @@ def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[tupl
         # Without a generator the loader draws from the global stream, which dropout draws from.
         generator=torch.Generator(),
     )
-    for slot in loader:
-        patches, targets = shared.slots[slot]
-        # A GPU copies asynchronously from pinned memory only, possibly after the slot has been overwritten.
-        yield (patches.pin_memory(), targets.pin_memory()) if torch.cuda.is_available() else (patches, targets)
+    read = (shared.slots[slot] for slot in loader)
+    yield from _on_gpu(read, shared.slots) if torch.cuda.is_available() else read
+
+
+def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
+    """Yield the batches of `read` on the GPU, where a stream of its own copies each while the step before it computes.
+
+    Args:
+        read: Batches, each in one of the slots, overwritten after the next one is requested.
+        slots: Memory that is pinned once, because a copy is asynchronous from pinned memory only.
+    """
+    copies = torch.cuda.Stream()
+    cuda = torch.cuda.cudart()
+    first = next(read, None)
+    # The workers have been forked by now, and share the memory as it is.
+    pinned = [part for slot in slots for part in slot if not int(cuda.cudaHostRegister(part.data_ptr(), part.nbytes, 0))]
+    log.debug("loader: %d of %d tensors pinned", len(pinned), sum(map(len, slots)))
+    try:
+        for batch in itertools.chain([first] if first else [], read):
+            with torch.cuda.stream(copies):
+                moved = tuple(part.to("cuda", non_blocking=True) for part in batch)
+            torch.cuda.current_stream().wait_stream(copies)
+            for part in moved:
+                part.record_stream(torch.cuda.current_stream())
+            yield moved
+            # Before the slot may be overwritten; the copy has long ended.
+            copies.synchronize()
+    finally:
+        for part in pinned:
+            cuda.cudaHostUnregister(part.data_ptr())
 
 
 def _lower_priority(worker: int) -> None:

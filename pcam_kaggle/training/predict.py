@@ -22,7 +22,7 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
 from pcam_kaggle.training.fold_state import load_best
-from pcam_kaggle.training.processes import spread_over_gpus
+from pcam_kaggle.training.processes import rotated, spread_over_gpus
 from pcam_kaggle.training.session import open_session
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def predict(run: Run, config: Config, store: PatchStore, folds: Folds, chosen: l
     with locked(run.folder) if rank() == 0 else nullcontext():
         with one_rank_at_a_time():
             backend = open_session(run, config, store)
-        spread_over_gpus(partial(_predict_share, run, config, store, folds.table, backend), chosen[rank() :: world_size()])
+        share = partial(_predict_share, run, config, store, folds.table, backend)
+        spread_over_gpus(share, rotated(chosen[rank() :: world_size()]))
         broadcast(None)
 
 

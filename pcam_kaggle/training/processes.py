@@ -1,10 +1,13 @@
 """Processes of a training: one per GPU, and the loader processes beside each."""
 
+import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 import joblib
@@ -14,11 +17,14 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import configure_logging, logging_verbosity
 from pcam_kaggle.config.process import end_with_parent
 from pcam_kaggle.training.device import find_device
+from pcam_kaggle.training.loader import PREFETCH
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# The batches in flight of eight loader processes, 25 of 64 patches, fit into the 64 MB of a container's shared memory.
-MAX_LOADERS = 8
+# Where Linux keeps shared memory, of which a container has 64 MB unless it is told otherwise.
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 def gpu_count() -> int:
@@ -26,54 +32,67 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def limit_threads() -> None:
-    """Set torch's threads to one where a GPU computes.
+def configure_torch() -> None:
+    """Set torch's threads to one where a GPU computes, and let cuDNN time its algorithms, since all batches have one shape.
 
-    Otherwise each copy of a batch wakes a thread per core, and these spin on the cores of the loader processes and of the
-    thread that launches kernels: on 16 cores a step took a quarter longer.
+    With more threads each copy of a batch wakes a thread per core, and these spin on the cores of the loader processes and of
+    the thread that launches kernels: on 16 cores a step took a quarter longer.
     """
     if find_device() == "cuda":
         torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = True
 
 
-def loader_processes(items: int) -> int:
+def loader_processes(items: int, batch_bytes: int) -> int:
     """Return the number of loader processes of one training.
 
     The cores that this process may use, by affinity and by the limit of its control group, are divided among the trainings
-    that run on this machine at the same time.
+    that run on this machine at the same time, and so is the free shared memory, in which the batches in flight must fit.
 
     Args:
         items: Number of trainings that are spread over the GPUs.
+        batch_bytes: Bytes of a batch.
 
     Returns:
-        1 to `MAX_LOADERS`.
+        At least 1.
     """
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(gpu_count(), items))
-    return max(1, min(MAX_LOADERS, joblib.cpu_count() // trainings))
+    wanted = joblib.cpu_count() // trainings
+    if SHARED_MEMORY.is_dir():
+        slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
+        if (fitting := (slots - 1) // PREFETCH) < wanted:
+            log.info("train: shared memory has room for %d loader processes instead of %d", max(1, fitting), wanted)
+            wanted = fitting
+    return max(1, wanted)
 
 
-def spread_over_gpus(work: Callable[[list[Item]], None], items: list[Item]) -> None:
-    """Call `work` once per GPU, each call in a process of its own; with at most one GPU, call it here with all items.
+def rotated(items: list[Item]) -> list[list[Item]]:
+    """Return a share of `items` for each GPU, in rotation; one share with all if there is at most one GPU."""
+    count = max(1, min(gpu_count(), len(items)))
+    return [items[gpu::count] for gpu in range(count)]
+
+
+def spread_over_gpus(work: Callable[[list[Item]], None], shares: list[list[Item]]) -> None:
+    """Call `work` with each share, on a GPU of its own and in a process of its own; call it here if there is one share.
 
     A process frees its GPU's memory when it ends. Errors are raised when all processes have ended.
 
     Args:
-        work: Called with a share of `items`; must be picklable.
-        items: Distributed over the GPUs in rotation.
+        work: Called with a share; must be picklable.
+        shares: At most as many as there are GPUs.
 
     Raises:
         UserError: A process was killed.
     """
-    count = min(gpu_count(), len(items))
-    if gpu_count() < 2:
-        work(items)
+    if len(shares) == 1:
+        work(shares[0])
         return
     verbosity = logging_verbosity()
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        shares = [pool.submit(_run_on_gpu, gpu, verbosity, work, items[gpu::count]) for gpu in range(count)]
+    with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
+        ended = [pool.submit(_run_on_gpu, gpu, verbosity, work, share) for gpu, share in enumerate(shares)]
     try:
-        for share in shares:
-            share.result()
+        for each in ended:
+            each.result()
     except BrokenProcessPool:
         raise UserError(
             "a GPU's process was killed, perhaps for lack of memory; run the same command again, which resumes"
@@ -85,6 +104,6 @@ def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], No
         configure_logging(verbosity, bar_position=gpu)
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
-    limit_threads()
+    configure_torch()
     end_with_parent()
     work(share)

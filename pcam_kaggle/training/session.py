@@ -12,7 +12,7 @@ from pcam_kaggle.runs.provenance import session_environment
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device, precisions
 from pcam_kaggle.training.distributed import rank
-from pcam_kaggle.training.processes import limit_threads
+from pcam_kaggle.training.processes import configure_torch
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def find_backend(run: Run, config: Config) -> Backend:
         UserError: The device cannot compute, or environment.json is damaged.
     """
     hold_memory()
-    limit_threads()
+    configure_torch()
     kind = find_device()
     used = [entry["backend"] for entry in run.environments() if entry["backend"]["kind"] == kind]
     with reading(run.environment_file):

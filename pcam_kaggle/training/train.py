@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -30,11 +30,12 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import predict_logits, train_epoch
 from pcam_kaggle.training.fold_state import Row, best_row, resume, save_epoch, update_files
-from pcam_kaggle.training.loader import TrainBatches, batches
+from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.processes import loader_processes, spread_over_gpus
+from pcam_kaggle.training.processes import gpu_count, loader_processes, spread_over_gpus
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.session import open_session
+from pcam_kaggle.training.shares import Stretch, balanced
 from pcam_kaggle.training.step import Learner, TrainStep
 from pcam_kaggle.training.tensorboard import Scalars
 
@@ -77,9 +78,11 @@ def train(
             run.open(experiment, config, store, folds, weights_sha256(config) if loads else None)
             backend = open_session(run, config, store)
         log.info("train: %d of %d folds on %s", len(chosen), config.n_splits, backend)
-        loaders = loader_processes(len(chosen))
+        loaders = loader_processes(len(chosen), batch_bytes(config))
         log.debug("train: %d loader processes per training", loaders)
-        spread_over_gpus(partial(_train_share, run, config, store, folds.table, backend, loaders, budget), chosen)
+        done = {number: len(run.fold(number).log()) for number in chosen}
+        shares = balanced(done, config.epochs, max(1, gpu_count()))
+        spread_over_gpus(partial(_train_share, run, config, store, folds.table, backend, loaders, budget), shares)
 
 
 def _train_share(
@@ -90,34 +93,50 @@ def _train_share(
     backend: Backend,
     loaders: int,
     budget: Budget,
-    share: list[int],
+    share: list[Stretch],
 ) -> None:
-    """Train the folds in `share` in order, while `budget` has time for another epoch and the predictions of these folds."""
-    logs = [run.fold(number).log() for number in share]
+    """Train the epochs in `share` in order, while `budget` has time for another one and the predictions of these folds."""
+    logs = [run.fold(stretch.fold).log() for stretch in share]
     seconds, valid_seconds = pd.concat(logs)[["seconds", "valid_seconds"]].max().fillna(0.0)
     passes = config.tta + (config.norm == "test")
     validations = passes * (1 + len(store.ids("test")) * config.n_splits / len(store.ids("train")))
-    forecast = Forecast(share, [config.epochs - len(rows) for rows in logs], validations, seconds, valid_seconds)
-    is_first = True
-    for index, fold in enumerate(share):
-        epochs = fold_epochs(run.fold(fold), config, store, table, backend, loaders)
-        while not forecast.epochs_left[index] or broadcast(budget.left()) >= forecast.seconds_to_stop(index):
-            with fold_context(fold):
-                with _memory_errors(config, fold):
-                    row = next(epochs, None)
-                if row is None:
-                    break
-                forecast.add_epoch(index, row["seconds"], row["valid_seconds"])
-                log.info(
-                    f"fold {fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
-                    f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
-                )
-                if is_first and budget.left() < math.inf:
-                    log.info("train: %s", forecast.summary(budget.left()))
-                is_first = False
-        else:
-            log.info("train: out of time in fold %d; run the same command again, which resumes", fold)
+    folds, planned = [stretch.fold for stretch in share], [stretch.until - stretch.start for stretch in share]
+    forecast = Forecast(folds, planned, validations, seconds, valid_seconds)
+    for index, stretch in enumerate(share):
+        fold = run.fold(stretch.fold)
+        with fold.lock() if stretch.is_shared else nullcontext():
+            forecast.epochs_left[index] = stretch.until - len(fold.log())
+            with closing(fold_epochs(fold, config, store, table, backend, loaders)) as epochs:
+                is_finished = _train_stretch(epochs, stretch, config, forecast, index, budget)
+        if not is_finished:
+            log.info("train: out of time in fold %d; run the same command again, which resumes", fold.number)
             return
+
+
+def _train_stretch(
+    epochs: Iterator[Row], stretch: Stretch, config: Config, forecast: Forecast, index: int, budget: Budget
+) -> bool:
+    """Take the epochs of a stretch from `epochs`, while `budget` has time; return whether it had."""
+    is_first = index == 0
+    with fold_context(stretch.fold), _memory_errors(config, stretch.fold):
+        while forecast.epochs_left[index] > 0:
+            if broadcast(budget.left()) < forecast.seconds_to_stop(index):
+                return False
+            row = next(epochs, None)
+            if row is None:
+                return True
+            forecast.add_epoch(index, row["seconds"], row["valid_seconds"])
+            log.info(
+                f"fold {stretch.fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
+                f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
+            )
+            if is_first and budget.left() < math.inf:
+                log.info("train: %s", forecast.summary(budget.left()))
+            is_first = False
+        if stretch.until == config.epochs:
+            # Writes the result of the fold.
+            next(epochs, None)
+    return True
 
 
 @contextmanager
@@ -139,7 +158,7 @@ def _memory_errors(config: Config, fold: int) -> Iterator[None]:
 
 def fold_epochs(
     fold: Fold, config: Config, store: PatchStore, table: pd.DataFrame, backend: Backend, loaders: int = 1
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Train the net of one fold on the patches of all other folds.
 
     Args:

@@ -1,0 +1,53 @@
+"""Folds over GPUs: every epoch once, in order, none at the same time as another of its fold, and all GPUs end together."""
+
+import itertools
+import math
+
+import pytest
+
+from pcam_kaggle.training.shares import balanced
+
+CASES = [
+    ({0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 32, 2),
+    ({0: 0, 1: 0, 2: 0}, 1, 2),
+    ({0: 0, 1: 0, 2: 0}, 2, 2),
+    ({0: 0}, 8, 4),
+    ({0: 8, 1: 8}, 8, 2),
+    ({0: 5, 2: 0, 4: 8}, 8, 2),
+    ({3: 7, 1: 2, 0: 0, 2: 4}, 9, 3),
+    ({fold: fold for fold in range(10)}, 10, 4),
+    (dict.fromkeys(range(5), 0), 3, 8),
+]
+
+
+@pytest.mark.parametrize(("done", "epochs", "gpus"), CASES)
+def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int], epochs: int, gpus: int) -> None:
+    shares = balanced(done, epochs, gpus)
+    assert len(shares) <= gpus
+    assert all(shares)
+    left = {fold: epochs - finished for fold, finished in done.items()}
+    limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
+    trained: dict[int, list[tuple[int, int, int, int]]] = {fold: [] for fold in done}
+    for share in shares:
+        clock = 0
+        for stretch in share:
+            count = stretch.until - stretch.start
+            trained[stretch.fold].append((clock, clock + count, stretch.start, stretch.until))
+            clock += count
+        assert clock <= limit
+    for fold, parts in trained.items():
+        parts.sort()
+        assert parts[0][2] == done[fold]
+        assert parts[-1][3] == epochs
+        for before, after in itertools.pairwise(parts):
+            # The next epochs begin when those before them have ended, on another GPU.
+            assert before[1] <= after[0]
+            assert before[3] == after[2]
+    shared = {stretch.fold for share in shares for stretch in share if stretch.is_shared}
+    assert shared == {fold for fold, parts in trained.items() if len(parts) > 1}
+
+
+def test_two_gpus_train_half_of_the_epochs_each() -> None:
+    first, second = balanced(dict.fromkeys(range(5), 0), 32, 2)
+    assert [(part.fold, part.start, part.until) for part in first] == [(0, 0, 32), (1, 0, 32), (2, 16, 32)]
+    assert [(part.fold, part.start, part.until) for part in second] == [(2, 0, 16), (3, 0, 32), (4, 0, 32)]
