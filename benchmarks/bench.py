@@ -129,7 +129,7 @@ def competing(programs: int, nice: int) -> Iterator[None]:
 
 
 def gpu(bench: Bench) -> str:
-    """Training speed on a GPU against the limit of an eager step, and how busy the GPU is."""
+    """Training speed on a GPU against the limit, the replayed step on one batch in its memory, and how busy it is."""
     if find_device() != "cuda":
         raise UserError("gpu: torch finds no GPU; run this section on a machine with one")
     lines = []
@@ -138,7 +138,7 @@ def gpu(bench: Bench) -> str:
         rates = (spread(values[kind], ",.0f") for kind in ("limit", "ours"))
         ratio = spread(list(np.divide(values["ours"], values["limit"])), ".2f")
         lines.append((f"`{name}`", values["backend"][0], *rates, ratio, spread(values["gpu_busy"], ".0%")))
-    return markdown(("net", "on", "eager step, images/s", "ours, images/s", "ours / eager step", "GPU busy"), lines)
+    return markdown(("net", "on", "limit, images/s", "ours, images/s", "ours / limit", "GPU busy"), lines)
 
 
 # The first sections bring the files of the pipeline into the system's cache.
