@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -91,6 +92,14 @@ def shared_work(shared_data: Data) -> Path:
     work = shared_data.root.with_name("work")
     run_quietly(shared_data, work)
     return work
+
+
+@pytest.fixture
+def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Capture what the package logs, debug lines included; a test before may have configured its logger."""
+    monkeypatch.setattr(logging.getLogger("pcam_kaggle"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger="pcam_kaggle")
+    return caplog
 
 
 @pytest.fixture

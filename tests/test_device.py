@@ -106,16 +106,15 @@ def test_loaders_share_the_cores_of_the_processes_that_train(
 
 @pytest.mark.parametrize(("free", "gpus", "loaders"), [(10, 1, 3), (9, 1, 2), (20, 2, 3), (1, 1, 1), (100, 1, 16)])
 def test_batches_in_flight_fit_into_shared_memory(
-    free: int, gpus: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    free: int, gpus: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
 ) -> None:
     """Three batches per process are in flight, and one is read."""
-    caplog.set_level("INFO")
     monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
     monkeypatch.setattr("joblib.cpu_count", lambda: 16 * gpus)
     monkeypatch.setattr(processes.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
     assert processes.loader_processes(5, 1000) == loaders
-    assert ("shared memory has room for" in caplog.text) == (loaders < 16)
+    assert ("shared memory has room for" in package_log.text) == (loaders < 16)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")

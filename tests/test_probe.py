@@ -135,12 +135,11 @@ def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypat
 
 
 def test_an_embedding_ends_with_the_budget(
-    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
     assert embed(config, store, CPU, Budget(0.0)) is None
     probe(Run(tmp_path / "run"), "lite0", config, store, folds, [0], Budget(0.0))
-    assert "out of time while embedding" in caplog.text
+    assert "out of time while embedding" in package_log.text
     assert not Run(tmp_path / "run").fold(0).is_trained
 
 

@@ -1,7 +1,6 @@
 """A training step from static tensors: equal to a plain loop, and a CUDA graph is used only where it agrees with it."""
 
 import copy
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -133,11 +132,10 @@ def test_a_graph_whose_weights_are_not_numbers_is_not_used() -> None:
     assert "differ by nan" in reason
 
 
-def test_a_cpu_takes_eager_steps_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
+def test_a_cpu_takes_eager_steps_and_says_so(package_log: pytest.LogCaptureFixture) -> None:
     step = new_step(NETS["muon"])
     assert fastest_step(step, refused) == step.compute
-    assert "eager steps, because the device is cpu" in caplog.text
+    assert "eager steps, because the device is cpu" in package_log.text
 
 
 def test_a_scaled_step_whose_gradient_overflows_changes_no_weight() -> None:
