@@ -93,7 +93,7 @@ def training(given: Source, name: str) -> None:
     step = TrainStep(
         Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend), config, source.count
     )
-    step.run = fastest_step(step)
+    step.replay = fastest_step(step)
 
     def images_per_second(stream: Iterator[tuple[torch.Tensor, ...]]) -> float:
         train_epoch(step, stream, WARM_UP, 0, config)

@@ -81,6 +81,7 @@ NAMED = (
         for changes in (("pool=gem",), ("pool=catavgmax",), ("layer_decay=0.9", "lr=0.003"))
     ),
     PROBED,
+    Row("lite0", PROBED.name, (*PROBE, "pool=catavgmax")),
     Row("lite0", PROBED.name, ("resize=224", *PROBE)),
 )
 STAIN = tuple(Row(name, f"{BASELINE}-stain", ("groups=stain",), PART) for name in (BASELINE, "bottleneck"))

@@ -39,7 +39,8 @@ def draw_gradients(net: nn.Module, seed: int, low_rank: bool = False) -> None:
         gradient = torch.randn(parameter.shape)
         if low_rank and parameter.ndim > 1 and (seed + number) % 3 == 0:
             gradient[1:] = gradient[:1]
-        parameter.grad = (gradient * 10 ** float(torch.empty(()).uniform_(-4, 2))).to(memory_format=torch.preserve_format)
+        # In the layout of the parameter, as autograd makes it.
+        parameter.grad = torch.empty_like(parameter).copy_(gradient * 10 ** float(torch.empty(()).uniform_(-4, 2)))
 
 
 def updates(net: nn.Module, before: list[Tensor]) -> list[Tensor]:
@@ -185,3 +186,26 @@ def test_a_parameter_without_a_gradient_is_no_error() -> None:
     first.grad = None
     made.step()
     assert all(bool(parameter.isfinite().all()) for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_of_another_memory_format_and_of_other_options_continues_equally(optimizer: str) -> None:
+    """As from a run on another device, or of a version whose AdamW was not fused."""
+    config = Config(optimizer=optimizer)
+    net = tiny_net()
+    made = create_optimizer(net, config)
+    draw_gradients(net, 0)
+    made.step()
+    twin = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    loaded = create_optimizer(twin, config)
+    saved = copy.deepcopy(made.state_dict())
+    options = {"fused": None, "foreach": None, "capturable": True}
+    load_optimizer(loaded, {**saved, "param_groups": [{**group, **options} for group in saved["param_groups"]]})
+    for each in (net, twin):
+        draw_gradients(each, 1)
+    made.step()
+    loaded.step()
+    for parameter, expected in zip(twin.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
+    if optimizer == "adamw":
+        assert all(group["fused"] and not group["capturable"] for group in loaded.param_groups)

@@ -73,14 +73,15 @@ def read_patch(path: Path, target: NDArray[np.uint8]) -> bytes:
             count = os.readv(descriptor, [head, pixels])
         finally:
             os.close(descriptor)
+        digest = hashlib.sha1(pixels, usedforsecurity=False)
+        if count == len(head) + PATCH_BYTES and digest.hexdigest() == path.stem:
+            return digest.digest()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise Damaged("a link whose target is missing" if path.is_symlink() else "missing") from None
     except OSError as error:
         raise Damaged(f"can't be read ({error.strerror})") from None
-    digest = hashlib.sha1(pixels, usedforsecurity=False)
-    if count == len(head) + PATCH_BYTES and digest.hexdigest() == path.stem:
-        return digest.digest()
-    target[:] = _decode(bytes(head) + bytes(pixels[: count - len(head)]))
+    target[:] = _decode(content)
     return hashlib.sha1(pixels, usedforsecurity=False).digest()
 
 

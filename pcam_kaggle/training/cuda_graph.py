@@ -28,20 +28,32 @@ def capture(work: Work) -> Work:
     Raises:
         RuntimeError: `work` waits for the device, allocates on the host, or does not fit into memory.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(current)
     # Libraries allocate and choose algorithms in their first call.
     with torch.cuda.stream(aside):
         work()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    # What waits for the device raises here; during a capture it would leave the allocator and the generator in disorder.
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(aside):
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    finally:
+        torch.cuda.set_stream(current)
     return graph.replay
 
 
-def fastest_step(step: TrainStep, capture: Capture = capture) -> Work:
-    """Return what takes `step`: a CUDA graph if a few steps with it end as the eager ones do, otherwise `step.compute`.
+def fastest_step(step: TrainStep, capture: Capture = capture) -> Work | None:
+    """Return a CUDA graph of `step` if a few steps with it end as the eager ones do, otherwise None.
 
     The state after this call is the one before, random numbers included. The log says which is used, and why.
 
@@ -52,14 +64,14 @@ def fastest_step(step: TrainStep, capture: Capture = capture) -> Work:
     kind = step.learner.backend.kind
     if kind != "cuda" or world_size() > 1:
         log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
-        return step.compute
-    work, reason = compared(step, capture)
-    log.info("train: %s, because %s", "eager steps" if work == step.compute else "steps as a CUDA graph", reason)
-    return work
+        return None
+    replay, reason = compared(step, capture)
+    log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)
+    return replay
 
 
-def compared(step: TrainStep, capture: Capture) -> tuple[Work, str]:
-    """Return the graph of `step` if it agrees with the eager steps, otherwise `step.compute`; and the reason."""
+def compared(step: TrainStep, capture: Capture) -> tuple[Work | None, str]:
+    """Return the graph of `step` if it agrees with the eager steps, otherwise None; and the reason."""
     learner, random = step.learner, _random_state()
     scaler = learner.scaler
     # The scaler makes its tensors in its first call.
@@ -69,7 +81,12 @@ def compared(step: TrainStep, capture: Capture) -> tuple[Work, str]:
 
     def restore() -> None:
         _set_random_state(random)
-        scaler.load_state_dict(scaling)
+        if scaler.is_enabled():
+            # Also forgets an optimizer step that was cut short.
+            scaler.update(scaling["scale"])
+            scaler.load_state_dict(scaling)
+        for name in ("grad_scale", "found_inf"):
+            vars(learner.optimizer).pop(name, None)
         for tensor in learner.tensors():
             # AdamW makes its tensors in its first step, as zeros.
             tensor.detach().copy_(saved.get(id(tensor), torch.zeros_like(tensor)))
@@ -77,14 +94,17 @@ def compared(step: TrainStep, capture: Capture) -> tuple[Work, str]:
 
     def changed_by(work: Work) -> list[Tensor]:
         restore()
+        if scaler.is_enabled():
+            # At a training's scale the first steps may overflow, and change nothing.
+            scaler.update(1.0)
         draw = torch.Generator().manual_seed(0)
         for _ in range(CHECKED_STEPS):
             patches = torch.randint(0, 256, step.patches.shape, dtype=torch.uint8, generator=draw)
             step.load(patches, torch.rand(step.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
             work()
-        floats = [tensor.detach() for tensor in learner.net.parameters() if tensor.requires_grad]
-        floats += [tensor for tensor in learner.average.buffers() if tensor.is_floating_point()]
-        return [tensor - saved[id(tensor)] if id(tensor) in saved else tensor.clone() for tensor in floats]
+        moved: list[Tensor] = [parameter for parameter in learner.net.parameters() if parameter.requires_grad]
+        moved += [buffer for buffer in learner.average.buffers() if buffer.is_floating_point()]
+        return [tensor.detach() - saved[id(tensor)] for tensor in moved]
 
     try:
         eager = changed_by(step.compute)
@@ -93,13 +113,13 @@ def compared(step: TrainStep, capture: Capture) -> tuple[Work, str]:
         size, difference = (
             float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, torch._foreach_sub(graph, eager))
         )
-    except RuntimeError as error:
-        return step.compute, f"the graph failed: {' '.join(str(error).split())[:200]}"
+    except (RuntimeError, AssertionError) as error:
+        return None, f"the graph failed: {' '.join(str(error).split())[:200]}"
     finally:
         restore()
     found = f"after {CHECKED_STEPS} steps both differ by {difference:.2g}, and have moved by {size:.2g}"
     # Also false if one is not finite.
-    return (replay if difference <= TOLERANCE * size else step.compute), found
+    return (replay if size > 0 and difference <= TOLERANCE * size else None), found
 
 
 def fastest_function(function: Function, kind: str, capture: Capture = capture) -> Function:
@@ -137,7 +157,7 @@ def _graph_of(function: Function, batch: Tensor, expected: Tensor, kind: str, ca
     made = torch.empty_like(expected)
     try:
         replay = capture(lambda: made.copy_(function(read)))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         return None, f"the graph failed: {' '.join(str(error).split())[:200]}"
 
     def call(batch: Tensor) -> Tensor:

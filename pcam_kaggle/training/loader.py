@@ -1,11 +1,11 @@
 """Train batches: drawn, augmented in loader processes and handed over in shared memory."""
 
-import contextlib
 import functools
 import itertools
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -157,6 +157,9 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
     # The workers have been forked by now, and share the memory as it is.
     pinned = [part for slot in slots for part in slot if not int(cuda.cudaHostRegister(part.data_ptr(), part.nbytes, 0))]
     log.debug("loader: %d of %d tensors pinned", len(pinned), sum(map(len, slots)))
+    # A refusal would be raised by the next kernel, whichever that is.
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
     try:
         for batch in itertools.chain([first] if first else [], read):
             with torch.cuda.stream(copies):
@@ -180,6 +183,6 @@ def _lower_priority(worker: int) -> None:
     machine.
     """
     # Windows has neither call, macOS lacks the second.
-    with contextlib.suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):
         os.nice(LOADER_NICE)
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

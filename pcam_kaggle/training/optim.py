@@ -55,9 +55,22 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load `state`, but keep the tensors of the learning rates, which are set anew before each step."""
+    """Load the tensors of `state`, in the memory format of the parameters; the groups keep the options of `optimizer`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # A fused kernel takes for granted that a parameter and its state have the same layout.
+    tensors = {
+        index: {
+            name: torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
+            if value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
     rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    groups = [{**group, "params": saved["params"]} for group, saved in pairs]
+    optimizer.load_state_dict({"state": tensors, "param_groups": groups})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

@@ -57,7 +57,7 @@ class TrainStep:
 
     Attributes:
         loss: The mean loss of the last batch, a tensor without axes.
-        run: Takes the step: `compute`, or a CUDA graph of it.
+        replay: What repeats `compute` as a CUDA graph, if anything.
     """
 
     def __init__(self, learner: Learner, config: Config, count: int) -> None:
@@ -66,7 +66,7 @@ class TrainStep:
         self.patches = torch.zeros(count, config.side, config.side, 3, dtype=torch.uint8, device=kind)
         self.targets, self.loss, self.weight = (torch.zeros(shape, device=kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(learner.average, learner.net)
-        self.run: Callable[[], object] = self.compute
+        self.replay: Callable[[], object] | None = None
 
     def load(self, patches: Tensor, targets: Tensor, lr: float, weight: float) -> None:
         """Set what the next step reads.
@@ -77,14 +77,22 @@ class TrainStep:
             lr: Learning rate before the factors of the parameter groups.
             weight: Weight of the newest weights in their moving average, in (0, 1].
         """
-        self.patches.copy_(patches, non_blocking=True)
-        self.targets.copy_(targets, non_blocking=True)
+        for to, read in ((self.patches, patches), (self.targets, targets)):
+            # The loader may overwrite memory that is not pinned before an asynchronous copy reads it.
+            to.copy_(read, non_blocking=read.is_cuda or read.is_pinned())
         for group in self.learner.optimizer.param_groups:
             group["lr"].fill_(lr * group["lr_scale"])
         self.weight.fill_(weight)
 
-    def compute(self) -> None:
+    def run(self) -> None:
         """Take the step."""
+        if self.replay:
+            self.replay()
+        else:
+            self.compute()
+
+    def compute(self) -> None:
+        """Take the step eagerly."""
         learner = self.learner
         with learner.backend.autocast():
             logits = learner.net(learner.backend.images(self.patches))

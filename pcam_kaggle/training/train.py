@@ -117,7 +117,6 @@ def _train_stretch(
     epochs: Iterator[Row], stretch: Stretch, config: Config, forecast: Forecast, index: int, budget: Budget
 ) -> bool:
     """Take the epochs of a stretch from `epochs`, while `budget` has time; return whether it had."""
-    is_first = index == 0
     with fold_context(stretch.fold), _memory_errors(config, stretch.fold):
         while forecast.epochs_left[index] > 0:
             if broadcast(budget.left()) < forecast.seconds_to_stop(index):
@@ -130,9 +129,9 @@ def _train_stretch(
                 f"fold {stretch.fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
                 f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
             )
-            if is_first and budget.left() < math.inf:
+            if not forecast.is_told and budget.left() < math.inf:
                 log.info("train: %s", forecast.summary(budget.left()))
-            is_first = False
+            forecast.is_told = True
         if stretch.until == config.epochs:
             # Writes the result of the fold.
             next(epochs, None)
@@ -203,7 +202,7 @@ def fold_epochs(
         return auc(valid_labels, logits.double().numpy())
 
     step = TrainStep(learner, config, data.count)
-    step.run = fastest_step(step)
+    step.replay = fastest_step(step)
     source = batches(data, len(rows), loaders)
     with Scalars(fold.events, len(rows) + 1) if rank() == 0 else nullcontext() as scalars:
         for epoch in range(len(rows), config.epochs):

@@ -40,9 +40,9 @@ def blur_chroma(images: Tensor, sigma: float) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         padded = pad(images, (reach,) * 4, mode="reflect")
         blurred = conv2d(conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
-        luma = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
         # A Gaussian is linear: blurring all of R, G, B and restoring the luma blurs the colour differences alone.
-        return (blurred + ((images - blurred) * luma).sum(1, keepdim=True)).clamp(0, 1)
+        red, green, blue = (images - blurred).split(1, dim=1)
+        return (blurred + (0.299 * red + 0.587 * green + 0.114 * blue)).clamp(0, 1)
 
 
 def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
