@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Outcome, sha1, write_tif
-from numpy.typing import NDArray
 from PIL import Image
 
 from pcam_kaggle import UserError
@@ -26,12 +25,6 @@ from pcam_kaggle.data.tif import Damaged, read_patch
 
 Command = Callable[..., Outcome]
 SIZE = 96 * 96 * 3
-
-
-def read(tif: Path) -> tuple[NDArray[np.uint8], bytes]:
-    """Return the patch in `tif` and its SHA-1."""
-    patch = np.full((96, 96, 3), 77, np.uint8)
-    return patch, read_patch(tif, patch)
 
 
 def first_tif(data: Data, split: str = "train") -> Path:
@@ -239,18 +232,18 @@ def test_where_and_how_a_file_keeps_its_pixels_makes_no_difference(compression: 
 
 def test_pixels_that_have_their_ids_sha1_need_nothing_else_of_their_file(data: Data) -> None:
     tif = first_tif(data)
-    patch, digest = read(tif)
+    patch, digest = read_patch(tif)
     assert digest.hex() == tif.stem
     tif.write_bytes(bytes(len(tif.read_bytes()) - SIZE) + patch.tobytes())
-    assert np.array_equal(read(tif)[0], patch)
+    assert np.array_equal(read_patch(tif)[0], patch)
     tif.write_bytes(patch.tobytes()[:-1] + b"?")
     with pytest.raises(Damaged):
-        read(tif)
+        read_patch(tif)
 
 
 def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -> None:
     tif = first_tif(data)
-    whole, pixels = tif.read_bytes(), sha1(read(tif)[0])
+    whole, pixels = tif.read_bytes(), sha1(read_patch(tif)[0])
     spoilt = tmp_path / "spoilt.tif"
     start = whole.rfind(b"\x00\x01", 0, 8) if whole[4:8] == b"\x08\x00\x00\x00" else int.from_bytes(whole[4:8], "little")
     for position in (*range(8), *range(max(8, start), min(len(whole), max(8, start) + 200))):
@@ -259,7 +252,7 @@ def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -
             content[position] ^= 1 << bit
             spoilt.write_bytes(content)
             try:
-                found = sha1(read(spoilt)[0])
+                found = sha1(read_patch(spoilt)[0])
             except Damaged:
                 continue
             assert found == pixels or found != tif.stem
@@ -316,7 +309,7 @@ def test_an_unreadable_file_is_a_damaged_one(data: Data, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(Damaged, match="Permission denied"):
-        read(first_tif(data))
+        read_patch(first_tif(data))
 
 
 def test_a_damaged_patch_has_no_pixels_of_another_in_the_store(
@@ -451,11 +444,11 @@ def tif_of(compression: int, order: str, big: bool) -> bytes:
 def test_a_compression_that_opencv_can_not_read_is_named(order: str, big: bool, tmp_path: Path) -> None:
     tif = tmp_path / "patch.tif"
     tif.write_bytes(tif_of(1, order, big))
-    assert not read(tif)[0].any()
+    assert not read_patch(tif)[0].any()
     for compression, name in ((50000, "zstd"), (34925, "LZMA"), (50001, "WebP"), (34712, "JPEG 2000"), (9999, "method 9999")):
         tif.write_bytes(tif_of(compression, order, big))
         with pytest.raises(Damaged, match=f"compressed with {name}, which OpenCV can't read"):
-            read(tif)
+            read_patch(tif)
 
 
 def test_any_bytes_are_a_patch_or_damaged(tmp_path: Path) -> None:
@@ -467,7 +460,7 @@ def test_any_bytes_are_a_patch_or_damaged(tmp_path: Path) -> None:
             content[place : place + 8] = rng.choice([rng.bytes(8), b"\xff" * 8, b"\0" * 8, b""])
         tif.write_bytes(content)
         with pytest.raises(Damaged):
-            read(tif)
+            read_patch(tif)
 
 
 def png(data: Data, split: str) -> str:

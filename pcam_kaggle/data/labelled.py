@@ -26,7 +26,7 @@ from pcam_kaggle.data.listing import (
     repeated_files,
 )
 from pcam_kaggle.data.prepare import Ids
-from pcam_kaggle.data.tif import SHAPE, Damaged, read_patch
+from pcam_kaggle.data.tif import SHAPE, Damaged, read_patch_into
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _read(split: Split, name: str, target: NDArray[np.uint8], ids: Ids, problems
     if file is None:
         return ""
     try:
-        digest = read_patch(split.folder / file, target)
+        digest = read_patch_into(split.folder / file, target)
         if ids == "sha1" and digest.hex() != name and SHA1.fullmatch(name):
             raise Damaged(OTHER_PIXELS)
     except Damaged as damage:

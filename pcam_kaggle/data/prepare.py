@@ -37,7 +37,7 @@ from pcam_kaggle.data.listing import (
 )
 from pcam_kaggle.data.near_duplicates import perceptual_hashes
 from pcam_kaggle.data.store import INDEX_COLUMNS, complete_manifest, is_store
-from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE, Damaged, read_patch
+from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE, Damaged, read_patch_into
 
 Ids = Literal["sha1", "names"]
 # Patches that a process packs at a time; they fit into its cache.
@@ -232,7 +232,7 @@ def _pack_chunk(data: Data, target: Path, ids: Ids, rows: list[Row], offset: int
         is_usable = row.file is not None
         if row.file is not None:
             try:
-                digest = read_patch(folders[row.split] / row.file, block[number])
+                digest = read_patch_into(folders[row.split] / row.file, block[number])
                 if ids == "sha1" and digest.hex() != row.id and SHA1.fullmatch(row.id):
                     raise Damaged(OTHER_PIXELS)
             except Damaged as damage:

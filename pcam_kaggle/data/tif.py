@@ -52,7 +52,13 @@ class Damaged(Exception):
         return f"{self.reason}; {self.advice}"
 
 
-def read_patch(path: Path, target: NDArray[np.uint8]) -> bytes:
+def read_patch(path: Path) -> tuple[NDArray[np.uint8], bytes]:
+    """Return the patch in the TIF at `path`, RGB uint8 (96, 96, 3), and the SHA-1 of its pixels; see `read_patch_into`."""
+    patch = np.empty(SHAPE, np.uint8)
+    return patch, read_patch_into(path, patch)
+
+
+def read_patch_into(path: Path, target: NDArray[np.uint8]) -> bytes:
     """Read the patch in the TIF at `path` into `target`; return the SHA-1 of its pixels in C order, 20 bytes.
 
     The competition's files end with their uncompressed pixels, and each file is named by the SHA-1 of its pixels. If the SHA-1
