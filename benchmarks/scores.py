@@ -75,6 +75,7 @@ NAMED = (
     Row(QUICK, QUICK, ("precision=fp32",), (0,)),
     Row("lite0", "lite0", ("resize=144",), (0,)),
     Row("lite0", "lite0", ("resize=192",), (0,)),
+    Row("lite0", "lite0", ("layer_decay=0.95", "lr=0.002"), (0,)),
     Row("lite0", "lite0-resize_144", ("resize=144", "freeze=0.5"), (0,)),
     *(
         Row("lite0", "lite0-resize_144", ("resize=144", *changes), (0,))
