@@ -25,7 +25,7 @@ def balanced(done: dict[int, int], epochs: int, gpus: int) -> list[list[Stretch]
     """Distribute folds over GPUs so that all end at about the same time.
 
     McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
-    that reaches this limit ends there, and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
+    that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
 
     Args:
         done: Finished epochs of each fold.
