@@ -28,6 +28,9 @@ from pcam_kaggle.data.store import PatchStore
 # Tests compare bytes, which a GPU does not reproduce, and simulate two GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Kaggle's client reads this when it is imported: no test can reach Kaggle itself.
+os.environ["KAGGLE_API_ENVIRONMENT"] = "LOCALHOST"
+
 # The real patches, where there are any. Tests do not see the variables themselves.
 REAL_DATA = os.environ.get("PCAM_DATA")
 VARIABLES = ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG")

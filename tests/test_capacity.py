@@ -9,9 +9,10 @@ from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import EXPERIMENTS
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.training import capacity
-from pcam_kaggle.training.capacity import KAGGLE_T4, Size, check_capacity, measure, needs
+from pcam_kaggle.training.capacity import Size, check_capacity, kaggle_machine, measure, needs
 
 FULL = (220_025, 57_458)
+KAGGLE_T4 = kaggle_machine("NvidiaTeslaT4", 12.0)
 # A transformer of a billion parameters at 224 px.
 HUGE = Size(parameters=1_134_774_272, trained=1_134_774_272, macs=295_000_000_000, activations=2_000_000_000, largest=8_421_376)
 ENCODER = Config(model="timm:vit_giant_patch14_reg4_dinov2", weights="folder", resize=224)
@@ -19,7 +20,7 @@ ENCODER = Config(model="timm:vit_giant_patch14_reg4_dinov2", weights="folder", r
 
 @pytest.mark.parametrize("name", [name for name, chosen in EXPERIMENTS.items() if not chosen.members])
 def test_every_experiment_fits_into_a_session(name: str) -> None:
-    assert "GB of output" in check_capacity([EXPERIMENTS[name].config], *FULL, KAGGLE_T4)
+    assert "GB of output" in str(check_capacity([EXPERIMENTS[name].config], *FULL, KAGGLE_T4))
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, config: Config, size: Size, **limits: float) -> str:
@@ -37,7 +38,7 @@ def test_a_huge_net_becomes_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = replace(ENCODER, freeze=1, optimizer="logistic")
     # 277,483 patches in four views and twice 8,192 for batch norms, at half of two GPUs' 32.5 T multiply-accumulates.
     hours = (4 * 277_483 + 2 * 8192) * 295e9 / (2 * 16.25e12) / 3600
-    assert f"at least {hours:.1f} h" in check_capacity([probe], *FULL, KAGGLE_T4)
+    assert f"at least {hours:.1f} h" in str(check_capacity([probe], *FULL, KAGGLE_T4))
 
 
 @pytest.mark.parametrize(

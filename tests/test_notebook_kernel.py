@@ -23,9 +23,10 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pcam_kaggle import UserError
 from pcam_kaggle.data.atomic_io import read_json
 from pcam_kaggle.data.layout import COMPETITION, Data
-from pcam_kaggle.kaggle import notebook as kernel
-from pcam_kaggle.kaggle.notebook import METADATA, NOTEBOOK, Settings, notebook, pack
+from pcam_kaggle.kaggle.kernel import METADATA, MOST_BYTES, Kernel, check_kernel, pack
+from pcam_kaggle.kaggle.notebook import NOTEBOOK, Settings, notebook
 from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.training.capacity import ACCELERATORS
 
 ROOT = Path(__file__).parent.parent
 # The interpreter of an environment with the package versions of Kaggle's image, made by `make kernel-test`.
@@ -98,7 +99,7 @@ def test_the_tracked_notebook_is_the_packages() -> None:
     content = notebook()
     assert content == notebook()
     assert (ROOT / NOTEBOOK).read_bytes() == content, "run `make kernel`"
-    assert len(content) < kernel.MOST_BYTES
+    assert len(content) < MOST_BYTES
     made = nbformat.reads(content.decode(), as_version=4)
     nbformat.validate(made)
     assert made.metadata.kernelspec.name == "python3"
@@ -225,18 +226,55 @@ def copy(folder: Path) -> Path:
     return folder
 
 
+def pushed(kernel: Kernel, root: Path, folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the metadata and the settings cell of what is pushed, with the files of `root`."""
+    check_kernel(kernel, [*ACCELERATORS], root)
+    pack(kernel, "someone", folder, root=root)
+    metadata = json.loads((folder / METADATA).read_text())
+    cells = nbformat.read(folder / metadata["code_file"], as_version=4).cells
+    return metadata, next(cell.source for cell in cells if cell.id == "settings")
+
+
 def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path: Path) -> None:
-    root, folder = copy(tmp_path / "root"), tmp_path / "push"
-    name = pack(root, "someone", Settings("quick", ("epochs=3",), 2.5), resume=True, folder=folder)
-    assert name == "someone/pcam-submission"
-    pushed = json.loads((folder / METADATA).read_text())
-    assert pushed["id"] == name
-    assert pushed["kernel_sources"] == [name]
-    assert pushed["enable_internet"] is False
-    cells = nbformat.read(folder / pushed["code_file"], as_version=4).cells
-    settings = next(cell.source for cell in cells if cell.id == "settings")
-    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5\nSEEDS = 1'
+    root = copy(tmp_path / "root")
+    metadata, settings = pushed(Kernel(Settings("quick", ("epochs=3",), 2.5), resume=True), root, tmp_path / "push")
+    assert metadata["id"] == "someone/pcam-submission"
+    assert metadata["kernel_sources"] == ["someone/pcam-submission"]
+    assert (metadata["enable_internet"], metadata["is_private"]) == (False, True)
+    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5\nSEEDS = 1\nINTERNET = False'
     assert "someone" not in (root / METADATA).read_text()
+
+
+def test_options_replace_what_the_tracked_metadata_say(tmp_path: Path) -> None:
+    root = copy(tmp_path / "root")
+    asked = Kernel(
+        Settings("lite0", internet=True), weights="pretrained", accelerator="NvidiaL4", public=True, title="My own PCam net"
+    )
+    metadata, settings = pushed(asked, root, tmp_path / "push")
+    assert (metadata["id"], metadata["title"]) == ("someone/my-own-pcam-net", "My own PCam net")
+    assert (metadata["machine_shape"], metadata["enable_internet"], metadata["is_private"]) == ("NvidiaL4", True, False)
+    assert metadata["dataset_sources"] == metadata["kernel_sources"] == []
+    assert "INTERNET = True" in settings
+    assert 'CHANGES = ["weights=pretrained"]' in settings
+
+
+@pytest.mark.parametrize(
+    ("kernel", "printed"),
+    [
+        (Kernel(accelerator="NvidiaTeslaP100"), "has no kernels for it; choose one of NvidiaTeslaT4"),
+        (Kernel(accelerator="TpuV6E8"), "without the TPU's software"),
+        (Kernel(accelerator="Quadro"), "--accelerator Quadro: choose one of"),
+        (Kernel(Settings("lite0"), weights="pretrained"), "add --internet"),
+        (Kernel(Settings("lite0")), "lite0: needs pretrained weights"),
+        (Kernel(Settings("blend")), "blend: needs pretrained weights"),
+        (Kernel(title="a+b"), "must have at least five letters"),
+        (Kernel(Settings("lite0"), weights="encoder"), "--weights encoder: must be owner/name"),
+        (Kernel(Settings("blend", ("epochs=3",))), "has no settings of its own"),
+    ],
+)
+def test_what_a_session_could_not_run_is_not_pushed(kernel: Kernel, printed: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(printed)):
+        check_kernel(kernel, [*ACCELERATORS], copy(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -249,44 +287,29 @@ def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path
         ({"enable_internet": None}, "lacks enable_internet"),
     ],
 )
-def test_what_kaggle_would_misunderstand_is_not_pushed(change: dict[str, Any], printed: str, tmp_path: Path) -> None:
-    root = copy(tmp_path / "root")
+def test_metadata_that_kaggle_would_misunderstand_are_not_pushed(change: dict[str, Any], printed: str, tmp_path: Path) -> None:
+    root = copy(tmp_path)
     metadata = json.loads((root / METADATA).read_text()) | change
     (root / METADATA).write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
     with pytest.raises(UserError, match=printed) as caught:
-        pack(root, "someone", Settings(), resume=False, folder=tmp_path / "push")
+        check_kernel(Kernel(), [*ACCELERATORS], root)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "push").exists()
-
-
-@pytest.mark.parametrize("name", ["lite0", "blend"])
-def test_pretrained_weights_must_be_attached(name: str, tmp_path: Path) -> None:
-    root = copy(tmp_path / "root")
-    with pytest.raises(UserError, match=f"{name} needs pretrained weights"):
-        pack(root, "someone", Settings(name), resume=False, folder=tmp_path / "push")
-    metadata = json.loads((root / METADATA).read_text()) | {"dataset_sources": ["someone/lite0"]}
-    (root / METADATA).write_text(json.dumps(metadata))
-    pack(root, "someone", Settings(name), resume=False, folder=tmp_path / "push")
-    assert json.loads((tmp_path / "push" / METADATA).read_text())["dataset_sources"] == ["someone/lite0"]
 
 
 @pytest.mark.parametrize(
     ("weights", "key"), [("them/encoder", "dataset_sources"), ("them/encoder/pyTorch/default/1", "model_sources")]
 )
-def test_weights_are_attached_and_used(weights: str, key: str, tmp_path: Path) -> None:
-    root, folder = copy(tmp_path / "root"), tmp_path / "push"
-    pack(root, "someone", Settings("lite0", seeds=3), resume=False, folder=folder, weights=weights)
-    pushed = json.loads((folder / METADATA).read_text())
-    assert pushed[key] == [weights]
-    settings = next(cell for cell in nbformat.read(folder / pushed["code_file"], as_version=4).cells if cell.id == "settings")
-    assert f'CHANGES = ["weights={weights}"]' in settings.source
-    assert "SEEDS = 3" in settings.source
-    with pytest.raises(UserError, match=r"--weights encoder: must be owner/name"):
-        pack(root, "someone", Settings("lite0"), resume=False, folder=folder, weights="encoder")
+@pytest.mark.parametrize("name", ["lite0", "blend"])
+def test_weights_are_attached_and_used(name: str, weights: str, key: str, tmp_path: Path) -> None:
+    seeds = 1 if name == "blend" else 3
+    metadata, settings = pushed(Kernel(Settings(name, seeds=seeds), weights), copy(tmp_path / "root"), tmp_path / "push")
+    assert metadata[key] == [weights]
+    # The members of a blend find what is attached; they have no settings of their own.
+    assert ("CHANGES = []" if name == "blend" else f'CHANGES = ["weights={weights}"]') in settings
 
 
 def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:
-    root = copy(tmp_path / "root")
+    root = copy(tmp_path)
     (root / NOTEBOOK).write_bytes((root / NOTEBOOK).read_bytes().replace(b"dropout", b"drop_out"))
     with pytest.raises(UserError, match=r"make kernel"):
-        pack(root, "someone", Settings(), resume=False, folder=tmp_path / "push")
+        check_kernel(Kernel(), [*ACCELERATORS], root)

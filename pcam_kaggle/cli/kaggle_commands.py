@@ -1,26 +1,25 @@
 """What each command of `kaggle` does: data, kernel, submissions and scores."""
 
 import argparse
+import importlib
 import logging
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.experiments import DEFAULT
-from pcam_kaggle.data.atomic_io import locked, read_json
+from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.data.layout import COMPETITION, Data, find_workspace
 from pcam_kaggle.kaggle.archive import download
-from pcam_kaggle.kaggle.client import logs, output, owner, push, scores, status, submit_file
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, record, record_scores, write_ledger
-from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.kaggle.client import Client
+from pcam_kaggle.kaggle.leaderboard import print_leaderboard
+from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, record, write_ledger
+
+if TYPE_CHECKING:
+    from pcam_kaggle.kaggle.kernel import Kernel
 
 log = logging.getLogger(__name__)
-
-# The competition's train and test patches.
-PATCHES = (220_025, 57_458)
 
 
 def _run_download(options: argparse.Namespace) -> None:
@@ -30,77 +29,81 @@ def _run_download(options: argparse.Namespace) -> None:
 
 
 def _run_build(options: argparse.Namespace) -> None:
-    notebook = _notebook()
+    notebook = _development("notebook")
     log.info("kernel: %s", notebook.build(notebook.ROOT))
-    log.info("next: make kernel-push")
+    log.info("next: make kaggle")
+
+
+def _run_run(options: argparse.Namespace) -> None:
+    steps = _development("run_kernel")
+    steps.run_kernel(_kernel(options), find_workspace(options.work), options.submit)
+
+
+def _run_check(options: argparse.Namespace) -> None:
+    client = Client()
+    client.check_rules()
+    log.info("login: %s, who has joined the competition", client.owner)
+    log.info("quota: %s", client.quota() or "unknown")
 
 
 def _run_push(options: argparse.Namespace) -> None:
-    notebook = _notebook()
-    settings = notebook.Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds)
-    if options.weights or any(change.startswith("weights=") for change in options.set):
-        log.info("push: the session checks at its start whether the net of these weights fits")
-    else:
-        # torch takes seconds to import.
-        from pcam_kaggle.training.capacity import KAGGLE_T4, check_capacity
-
-        machine = replace(KAGGLE_T4, hours=options.hours)
-        log.info("push: %s", check_capacity(notebook.trained_configs(settings), *PATCHES, machine))
-    with tempfile.TemporaryDirectory() as folder:
-        notebook.pack(notebook.ROOT, owner(), settings, options.resume, Path(folder), options.weights or "")
-        log.info("%s", push(Path(folder)))
-    log.info("next: make kernel-status, and when it is complete make kernel-output")
+    steps, session = _development("run_kernel"), _development("session")
+    kernel = _kernel(options)
+    needs = steps.check_request(kernel)
+    steps.push_kernel(Client(), kernel, needs, session.session_file(find_workspace(options.work), kernel.slug()))
+    log.info("next: the same options with `kaggle run` instead of `kaggle push`, which follows and downloads it")
 
 
 def _run_status(options: argparse.Namespace) -> None:
-    print(status(_kernel()))
+    client = Client()
+    name = _name(client, options)
+    status = client.status(name)
+    print(f"{name}: {status.name}{f', {status.failure}' if status.failure else ''}")
 
 
 def _run_logs(options: argparse.Namespace) -> None:
-    print(logs(_kernel()))
+    client = Client()
+    print(client.log(_name(client, options)))
 
 
 def _run_output(options: argparse.Namespace) -> None:
-    workspace = find_workspace(options.work)
-    with tempfile.TemporaryDirectory() as folder:
-        output(_kernel(), Path(folder))
-        imported = ", ".join(import_runs(Path(folder), workspace))
-        written = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
-    log.info("kernel: %s imported into %s", imported or "nothing new", workspace.root / "runs")
-    submits = " or ".join(f"make submit EXPERIMENT={name}" for name in written)
-    log.info("next: %s", f"make compare, or {submits}" if written else "make kernel-push")
+    steps = _development("run_kernel")
+    client = Client()
+    submissions = steps.import_output(client, _name(client, options), find_workspace(options.work))
+    submits = " or ".join(f"make submit EXPERIMENT={name}" for name in submissions)
+    log.info("next: %s", f"make compare, or {submits}" if submits else "make kernel-push")
 
 
-def _kernel() -> str:
+def _kernel(options: argparse.Namespace) -> "Kernel":
+    """Return the kernel that the options of a push ask for."""
+    module = _development("kernel")
+    changes = tuple(options.set)
+    settings = module.Settings(options.experiment or DEFAULT, changes, options.hours, options.seeds, options.internet)
+    return module.Kernel(settings, options.weights or "", options.resume, options.accelerator, options.public, options.title)
+
+
+def _name(client: Client, options: argparse.Namespace) -> str:
     """Return the kernel's id, owner/slug."""
-    notebook = _notebook()
-    return f"{owner()}/{read_json(notebook.ROOT / notebook.METADATA, id=str)['id'].rpartition('/')[2]}"
+    return f"{client.owner}/{_development('kernel').Kernel(title=options.title).slug()}"
 
 
-def _notebook() -> ModuleType:
-    """Return the module that builds the notebook; it needs nbformat, which only development installs."""
+def _development(name: str) -> ModuleType:
+    """Return the module `kaggle.name`, which builds the notebook and so needs nbformat, which only development installs."""
     try:
-        from pcam_kaggle.kaggle import notebook
+        return importlib.import_module(f"pcam_kaggle.kaggle.{name}")
     except ModuleNotFoundError as error:
-        raise UserError(f"kernel: {error.name} is missing; use a clone, in which `make kernel-push` installs it") from None
-    return notebook
+        raise UserError(f"kernel: {error.name} is missing; use a clone, in which `make kaggle` installs it") from None
 
 
 def _run_submit(options: argparse.Namespace) -> None:
     file, description = describe(find_workspace(options.work).submissions, options.name)
-    submit_file(file, description)
+    Client().submit(file, description)
     log.info("submit: %s, %s", file, description)
     log.info("next: make leaderboard, when Kaggle has scored it")
 
 
 def _run_leaderboard(options: argparse.Namespace) -> None:
-    submissions = find_workspace(options.work).submissions
-    scored = scores()
-    with locked(submissions):
-        recorded = record_scores(submissions, scored)
-        ledger = write_ledger(submissions)
-    print(ledger.drop(columns="commit").to_string(index=False))
-    log.info("leaderboard: scores of %s recorded in %s", ", ".join(recorded) or "none", submissions / LEDGER_FILE)
+    print_leaderboard(find_workspace(options.work), Client().submissions())
 
 
 def _run_ledger(options: argparse.Namespace) -> None:
@@ -115,6 +118,8 @@ def _run_ledger(options: argparse.Namespace) -> None:
 
 
 KAGGLE_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "kaggle run": _run_run,
+    "kaggle check": _run_check,
     "kaggle download": _run_download,
     "kaggle build": _run_build,
     "kaggle push": _run_push,

@@ -96,14 +96,22 @@ SLIDES_OF_PATCHES = option("--slides", type=Path, help="CSV of id,wsi, whose sli
 PERTURB = option("--perturb", action="store_true", help="repeat it under a list of corruptions")
 SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
 WEIGHTS = option(
-    "--weights", metavar="owner/name", help="dataset, or model as owner/name/framework/variation/version, to attach and to use"
+    "--weights",
+    metavar="owner/name",
+    help="dataset, or model as owner/name/framework/variation/version, to attach and to use; with --internet also pretrained",
 )
 RESUME = option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
+ACCELERATOR = option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]")
+INTERNET = option("--internet", action="store_true", help="let the session use the internet")
+PUBLIC_KERNEL = option("--public", action="store_true", help="let everyone see the notebook")
+TITLE = option("--title", default="", help="title of the notebook, which names the kernel [that of kernel-metadata.json]")
+SUBMIT = option("--submit", action="store_true", help="submit the result and wait for its scores")
 SUBMITTED = option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
 SCORED = option("name", nargs="?", help="the submission that was scored")
 PUBLIC = option("--public", type=float, help="its public score")
 PRIVATE = option("--private", type=float, help="its private score")
 
+PUSHED = (EXPERIMENT, SET, SEEDS, SESSION_HOURS, WEIGHTS, RESUME, ACCELERATOR, INTERNET, PUBLIC_KERNEL, TITLE)
 JOB = ((DATA, DEMO), EXPERIMENT, NAME, SET, SLIDES, GROUPS)
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
@@ -134,18 +142,16 @@ COMMANDS = (
         "kaggle",
         "the competition's data, the kernel, submissions and scores",
         commands=(
+            Command("run", "train an experiment on Kaggle: push, follow, download and compare it", (*PUSHED, SUBMIT)),
+            Command("check", "check the login and the rules, print the GPU quota"),
             Command("download", "download, verify and unpack the competition's data"),
             Command("build", "write the notebook that Kaggle runs"),
-            Command(
-                "push",
-                "push it, in the name of the client's credentials",
-                (EXPERIMENT, SET, SEEDS, WEIGHTS, SESSION_HOURS, RESUME),
-            ),
-            Command("status", "print the kernel's status"),
-            Command("logs", "print the kernel's log"),
-            Command("output", "download the kernel's output and import its runs"),
+            Command("push", "push it and start a session, in the name of the client's credentials", PUSHED),
+            Command("status", "print the status of the kernel's last session", (TITLE,)),
+            Command("logs", "print its log", (TITLE,)),
+            Command("output", "download its output and import its runs", (TITLE,)),
             Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
-            Command("leaderboard", "record Kaggle's scores of all submissions"),
+            Command("leaderboard", "record Kaggle's scores of all submissions, print them beside the local ones"),
             Command("ledger", "list the submissions, and record a score by hand", (SCORED, PUBLIC, PRIVATE)),
         ),
     ),

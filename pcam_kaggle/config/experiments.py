@@ -5,6 +5,8 @@ the defaults, or `replace(OTHER, field=value)` to change the config of another e
 config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pcam_kaggle import UserError
@@ -138,3 +140,13 @@ def experiment(name: str) -> Experiment:
         near = closest(name, EXPERIMENTS)
         raise UserError(f"-e {name}: no such experiment; {near}choose one of {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
+
+
+def changed_name(name: str, changes: Sequence[str]) -> str:
+    """Return the name of the run that a Kaggle session makes of experiment `name` with `changes` (`key=value`)."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([name, *changes]))
+
+
+def seeds_name(name: str, seeds: int) -> str:
+    """Return the name of the blend of `seeds` runs, or of the single run, called `name`."""
+    return f"{name}-seeds{seeds}" if seeds > 1 else name

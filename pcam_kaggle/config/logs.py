@@ -6,7 +6,7 @@ Modules log to `logging.getLogger(__name__)`. Nothing but warnings is printed be
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -93,6 +93,29 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
     position = console.bar_position if console else 0
     # None disables the bar unless standard error is a terminal.
     return tqdm(items, description, total, leave=False, delay=2, disable=True if is_quiet else None, position=position)
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows a text: on a terminal in a line that the next text replaces, elsewhere as a log line.
+
+    Elsewhere a text that was just shown is not repeated.
+    """
+    from tqdm import tqdm
+
+    console = _console()
+    shown = [""]
+    if not sys.stderr.isatty() or console is None or console.verbosity < 0:
+
+        def show(text: str) -> None:
+            if text != shown[0]:
+                logging.getLogger(__name__).info("%s", text)
+            shown[0] = text
+
+        yield show
+        return
+    with tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True) as bar:
+        yield bar.set_description_str
 
 
 def _console() -> ConsoleHandler | None:

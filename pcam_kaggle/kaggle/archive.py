@@ -13,7 +13,7 @@ from pcam_kaggle import UserError, examples
 from pcam_kaggle.config.logs import progress
 from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.data.layout import COMPETITION, Data
-from pcam_kaggle.kaggle.client import download_archive
+from pcam_kaggle.kaggle.client import Client
 
 # Contents of the competition's archive.
 PARTS = ("test/", "train/", "sample_submission.csv", "train_labels.csv")
@@ -78,7 +78,7 @@ def _fetch(waiting: Path, unpacked: Path) -> None:
     """Download the archive if necessary, and unpack it; the folder `unpacked` exists once all files are verified."""
     archive, partial, unpacking = waiting / f"{COMPETITION}.zip", waiting / "partial", waiting / "unpacking"
     if not archive.is_file():
-        download_archive(partial).rename(archive)
+        Client().download_archive(partial).rename(archive)
     shutil.rmtree(unpacking, ignore_errors=True)
     try:
         unpack(archive, unpacking)

@@ -1,190 +1,236 @@
-"""Kaggle through its own command line client: kernels, submissions and scores."""
+"""Kaggle through the Python interface of its own client: login, quota, kernels, submissions and scores."""
 
+import contextlib
 import io
-import re
-import shutil
-import subprocess
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, explained, refused
 
-RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
-NO_CREDENTIALS = (
-    "no valid credentials; put a token from kaggle.com/settings/api into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
-)
-# Patterns in what the client prints, of which the first match counts, and the message for the user. The client prints the same
-# text for a kernel that does not exist and for one that the account may not see.
-FAILURES = (
-    (
-        r"Max retries exceeded|Connection (aborted|broken)|Response ended prematurely|Read timed out|407 Client Error",
-        "no connection to Kaggle: {cause}; check the network and try again",
-    ),
-    (r"Authentication required|401 Client Error|Unauthori[sz]ed|Unauthenticated", NO_CREDENTIALS),
-    (
-        r"Cannot access kernel|^kernels (?!push)(?s:.*)404 Client Error",
-        "Kaggle shows no such kernel to this account; create it with make kernel-push",
-    ),
-    (r"^kernels push(?s:.*)404 Client Error", "{message}; correct the sources in kernel-metadata.json"),
-    (r"404 Client Error", f"{{message}}; see whether kaggle.com/competitions/{COMPETITION} exists"),
-    (
-        r"403 Client Error|accept this competition's rules|Permission '\S+' was denied",
-        f"{{message}}; accept the competition's rules at {RULES}",
-    ),
-    (r"5\d\d Server Error|429 Client Error", "{message}; Kaggle cannot answer now, try again later"),
-    (r"", "{message}"),
-)
-# How requests and urllib3 name the cause of a failed connection.
-CAUSE = re.compile(
-    r"\w+ connect to proxy|Proxy Authentication Required|Tunnel connection failed: [\w ]+|Failed to resolve '[^']*'"
-    r"|\[Errno -?\d+\] [\w ]*\w|timed out|Connection reset by peer|Remote end closed connection|CERTIFICATE_VERIFY_FAILED"
-    r"|Response ended prematurely|IncompleteRead"
-)
+# Statuses of a session that is not over.
+WAITING, RUNNING = "QUEUED", "RUNNING"
+UNFINISHED = (WAITING, RUNNING, "CANCEL_REQUESTED", "NEW_SCRIPT")
+COMPLETE = "COMPLETE"
+MOST_SUBMISSIONS = 200
+SUBMISSION_COLUMNS = ["description", "status", "error", "public_score", "private_score"]
 
 
-def owner() -> str:
-    """Return the user name of the client's credentials; for a token, the client asks Kaggle."""
-    printed = _ask("config", "view")
-    name = re.search(r"^- username: (\S+)$", printed, re.MULTILINE)
-    if not name or name[1] == "None":
-        raise UserError(f"kaggle config view: {NO_CREDENTIALS}")
-    return name[1]
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The GPU hours of a week: those that are `left`, not used or reserved, of `total`, until `renewed` (None if unknown)."""
+
+    left: float
+    total: float
+    renewed: datetime | None
+
+    def __str__(self) -> str:
+        until = f" until {self.renewed:%Y-%m-%d}" if self.renewed else ""
+        return f"{self.left:.1f} of {self.total:.1f} GPU hours are left{until}"
 
 
-def download_archive(folder: Path) -> Path:
-    """Download the competition's archive into `folder`, resuming a partial download, and return its file.
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The status of a kernel's last session: its name, such as RUNNING, and why it failed, empty if it did not."""
 
-    Raises:
-        UserError: The client fails or leaves no archive.
+    name: str
+    failure: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the session has ended."""
+        return self.name not in UNFINISHED
+
+
+class Client:
+    """Kaggle, in the name of the user's credentials.
+
+    All methods raise UserError, or its subclass Unreachable where the same request may succeed later.
+
+    Attributes:
+        owner: The user's name on Kaggle.
     """
-    printed = _ask("competitions", "download", "-c", COMPETITION, "-p", str(folder), shown=True)
-    archive = folder / f"{COMPETITION}.zip"
-    if not archive.is_file():
-        raise _failure("competitions download", printed)
-    return archive
+
+    def __init__(self) -> None:
+        """Log in; raises UserError if the client is not installed or has no valid credentials."""
+        # The client logs in when it is imported, ignores a failure, and prints advice of its own.
+        with _asking("login"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                from kaggle.api.kaggle_api_extended import KaggleApi
+            except ModuleNotFoundError:
+                raise UserError("Kaggle's client is not installed; run pip install kaggle") from None
+            KaggleApi.already_printed_version_warning = True
+            self._api: Any = KaggleApi()
+            try:
+                self._api.authenticate()
+            except SystemExit:
+                raise UserError(f"kaggle login: {CREDENTIALS}") from None
+        self.owner = self._api.get_config_value("username") or ""
+        if not self.owner:
+            raise UserError(f"kaggle login: {CREDENTIALS}")
+
+    def check_rules(self) -> None:
+        """Raise UserError unless the user has joined the competition, which includes accepting its rules."""
+        from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
+
+        with _asking("check"), self._api.build_kaggle_client() as kaggle:
+            request = ApiGetCompetitionRequest()
+            request.competition_name = COMPETITION
+            competition = kaggle.competitions.competition_api_client.get_competition(request)
+        if not competition.user_has_entered:
+            raise UserError(f"kaggle check: {self.owner} has not joined the competition; accept its rules at {RULES}")
+
+    def quota(self) -> Quota | None:
+        """Return the GPU quota of this week; None if Kaggle does not tell it."""
+        with _asking("check"):
+            reply = self._api.quota_view()
+            gpu = reply.gpu_quota
+            if gpu is None or gpu.total_time_allowed is None:
+                return None
+            spent = [each.total_seconds() for each in (gpu.time_used, gpu.time_reserved) if each is not None]
+            total = gpu.total_time_allowed.total_seconds()
+            return Quota(max(0.0, total - sum(spent)) / 3600, total / 3600, reply.quota_refresh_time)
+
+    def download_archive(self, folder: Path) -> Path:
+        """Download the competition's archive into `folder`, resuming a partial download, and return its file.
+
+        On a terminal it shows a progress bar.
+        """
+        with _asking("download"), contextlib.redirect_stdout(io.StringIO()):
+            self._api.competition_download_files(COMPETITION, path=str(folder), quiet=not sys.stderr.isatty())
+        archive = folder / f"{COMPETITION}.zip"
+        if not archive.is_file():
+            raise UserError(f"{folder}: Kaggle has sent no {archive.name}; see whether the competition still offers its data")
+        return archive
+
+    def push(self, folder: Path) -> tuple[int, str]:
+        """Push the kernel in `folder` and start its session.
+
+        Returns:
+            Its version and its address.
+
+        Raises:
+            UserError: Kaggle refuses the kernel, or leaves out one of its sources; the session is then running without it.
+        """
+        with _asking("push"), contextlib.redirect_stdout(io.StringIO()):
+            reply = self._api.kernels_push(str(folder))
+        if reply.error:
+            raise refused("push", reply.error)
+        kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
+        left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
+        if left_out:
+            reason = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
+            raise UserError(
+                f"kaggle push: {reason}; stop the session at {reply.url}, correct the sources and push again", left_out
+            )
+        return reply.version_number, reply.url
+
+    def current_version(self, kernel: str, mark: str) -> int | None:
+        """Return the version of `kernel` (owner/slug) if its source contains `mark`; None if it doesn't or does not exist."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+        from requests import HTTPError
+
+        with _asking("status"), self._api.build_kaggle_client() as kaggle:
+            request = ApiGetKernelRequest()
+            request.user_name, _, request.kernel_slug = kernel.partition("/")
+            try:
+                reply = kaggle.kernels.kernels_api_client.get_kernel(request)
+            except HTTPError as error:
+                if error.response is not None and error.response.status_code in (403, 404):
+                    return None
+                raise
+            return reply.metadata.current_version_number if mark in (reply.blob.source or "") else None
+
+    def status(self, kernel: str) -> Status:
+        """Return the status of the last session of `kernel` (owner/slug)."""
+        with _asking("status"):
+            reply = self._api.kernels_status(kernel)
+            return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
+
+    def log(self, kernel: str) -> str:
+        """Return the log of the last session of `kernel` (owner/slug), empty while it runs."""
+        with _asking("logs"):
+            return log_text(self._api.kernels_logs(kernel))
+
+    def follow_log(self, kernel: str) -> Iterator[str]:
+        """Yield the pieces of the log of `kernel` (owner/slug) as its session writes them, from the first one on."""
+        with _asking("logs"):
+            for event in self._api.kernels_logs_stream(kernel):
+                yield str(event.get("data", ""))
+
+    def output(self, kernel: str, folder: Path) -> None:
+        """Download runs, folds and submissions that the last session of `kernel` (owner/slug) has saved into `folder`."""
+        with _asking("output"), contextlib.redirect_stdout(io.StringIO()):
+            self._api.kernels_output(kernel, str(folder), r"^(runs|folds|submissions)/", quiet=True)
+        if not (folder / "runs").is_dir():
+            raise UserError(f"{kernel}: has saved no runs; read its log with `make kernel-logs`")
+
+    def submit(self, file: Path, message: str) -> None:
+        """Submit `file` with `message` as its description."""
+        printed = io.StringIO()
+        with _asking("submit"), contextlib.redirect_stdout(printed):
+            reply = self._api.competition_submit(str(file), message, COMPETITION, quiet=True)
+        # The client prints why an upload failed.
+        if "uccess" not in reply.message:
+            raise refused("submit", f"{reply.message} {printed.getvalue()}".strip() or "no reason given")
+
+    def submissions(self) -> pd.DataFrame:
+        """Return the user's last 200 submissions, the newest first.
+
+        Returns:
+            Columns `SUBMISSION_COLUMNS`: the description; `pending`, `complete` or `error`, and the reason of the last; float64
+            scores, NaN if unknown.
+        """
+        with _asking("leaderboard"):
+            found = self._api.competition_submissions(COMPETITION, page_size=MOST_SUBMISSIONS) or []
+            rows = [
+                [
+                    each.description or "",
+                    each.status.name.lower(),
+                    each.error_description or "",
+                    each.public_score,
+                    each.private_score,
+                ]
+                for each in found
+                if each is not None
+            ]
+        table = pd.DataFrame(rows, columns=SUBMISSION_COLUMNS)
+        scores = SUBMISSION_COLUMNS[-2:]
+        return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in scores})
 
 
-def push(folder: Path) -> str:
-    """Push the kernel in `folder`.
-
-    Returns:
-        The line in which the client confirms it, with the kernel's address.
-
-    Raises:
-        UserError: Kaggle refuses the kernel or one of its sources.
-    """
-    printed = _ask("kernels", "push", "-p", str(folder))
-    # The client exits with status 0 on some errors, and if Kaggle leaves a source out.
-    if "successfully pushed" not in printed:
-        raise _failure("kernels push", printed)
-    lines = printed.strip().splitlines()
-    left_out = [name for line in lines if "not valid" in line for name in re.findall(r"'([^']+)'", line) or [line]]
-    if left_out:
-        reason = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
-        advice = f"stop the session at {lines[-1].split()[-1]}, correct the sources and push again"
-        raise UserError(f"kaggle kernels push: {reason}; {advice}", left_out)
-    return lines[-1]
+def log_text(content: str) -> str:
+    """Return the text of a session's log, which Kaggle saves as a JSON list of events with `data`."""
+    try:
+        events = json.loads(content)
+    except ValueError:
+        return content
+    if not isinstance(events, list):
+        return content
+    return "".join(str(event.get("data", "")) for event in events if isinstance(event, dict))
 
 
-def status(kernel: str) -> str:
-    """Return the status of `kernel` (owner/slug) as the client prints it."""
-    return _ask("kernels", "status", kernel).strip()
+@contextmanager
+def _asking(action: str) -> Iterator[None]:
+    """Turn what Kaggle's client raises in `action` into one line for the user."""
+    from requests import RequestException
+    from urllib3.exceptions import HTTPError
 
-
-def logs(kernel: str) -> str:
-    """Return the log of the last session of `kernel` (owner/slug)."""
-    return _ask("kernels", "logs", kernel)
-
-
-def output(kernel: str, folder: Path) -> None:
-    """Download the output of the last session of `kernel` (owner/slug) into `folder`."""
-    _ask("kernels", "output", kernel, "-p", str(folder), "--file-pattern", r"^(runs|folds|submissions)/")
-    if not (folder / "runs").is_dir():
-        raise UserError(f"{kernel}: has saved no runs; read its log with `make kernel-logs`")
-
-
-def submit_file(file: Path, message: str) -> None:
-    """Submit `file` with `message` as its description.
-
-    Raises:
-        UserError: Kaggle does not accept it.
-    """
-    printed = _ask("competitions", "submit", "-q", "-f", str(file), "-m", message, COMPETITION)
-    if "uccess" not in printed:
-        raise _failure("competitions submit", printed)
-
-
-def scores() -> pd.DataFrame:
-    """Return the user's submissions.
-
-    Returns:
-        Columns description, publicScore and privateScore; scores are float64, NaN if unknown.
-    """
-    printed = _ask("competitions", "submissions", "-q", "--csv", "--page-size", "200", COMPETITION)
-    columns = ["description", "publicScore", "privateScore"]
-    start = printed.find("ref,fileName")
-    if start < 0 and "No submissions found" not in printed:
-        raise _failure("competitions submissions", printed)
-    if start < 0:
-        return pd.DataFrame(columns=columns)
-    table = pd.read_csv(io.StringIO(printed[start:]), dtype=str, keep_default_na=False)[columns]
-    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in columns[1:]})
-
-
-def _ask(*arguments: str, shown: bool = False) -> str:
-    """Call the client.
-
-    Args:
-        *arguments: Its arguments.
-        shown: Whether to repeat its progress bar on a terminal.
-
-    Returns:
-        Everything that it printed.
-
-    Raises:
-        UserError: It fails; the message has the reason.
-        KeyboardInterrupt: It was interrupted, which it reports as success.
-    """
-    shown = shown and sys.stderr.isatty()
-    command = [_client(), "--no-warn", *arguments]
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as client:
-        try:
-            # Each state of the bar ends in a carriage return, which is read as the end of a line.
-            for line in client.stdout or ():
-                lines.append(line)
-                if shown and "%|" in line:
-                    print(f"\r{line.rstrip()}", end="", file=sys.stderr, flush=True)
-        except BaseException:
-            client.kill()
-            raise
-    if shown:
-        print(file=sys.stderr)
-    printed = "".join(lines)
-    if printed.endswith("User cancelled operation\n"):
-        raise KeyboardInterrupt
-    if client.returncode:
-        raise _failure(" ".join(arguments[:2]), printed)
-    return printed
-
-
-def _client() -> str:
-    beside = Path(sys.executable).with_name("kaggle")
-    found = str(beside) if beside.is_file() else shutil.which("kaggle")
-    if not found:
-        raise UserError("Kaggle's client is not installed; run pip install kaggle")
-    return found
-
-
-def _failure(action: str, printed: str) -> UserError:
-    """Return the error for the failed call `action` of the client, from what it `printed`: one line with advice."""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    message = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it printed nothing")
-    # Addresses of downloads are long and hold signatures; an error that the client does not handle begins with its class.
-    message = re.sub(r"^\S+Error: (?=\d{3} )| for url: .*$", "", message)
-    cause = ", ".join(dict.fromkeys(CAUSE.findall(printed))) or "it broke off"
-    advice = next(advice for kind, advice in FAILURES if re.search(kind, f"{action}\n{printed}"))
-    return UserError(f"kaggle {action}: {advice.format(message=message, cause=cause)}")
+    try:
+        yield
+    except (RequestException, HTTPError, ValueError) as error:
+        raise explained(error, action) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"kaggle {action}: the client can't read Kaggle's reply ({reason}); update it with pip install -U kaggle"
+        ) from None

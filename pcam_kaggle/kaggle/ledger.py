@@ -87,7 +87,12 @@ def describe(submissions: Path, name: str) -> tuple[Path, str]:
         score = f"OOF AUC {area['value']:.4f} {interval}"
         folds = ", ".join(map(str, made.get("missing_folds", [])))
     missing = f", without folds {folds}" if folds else ""
-    return file, f"{name}: {score}{missing}, {made['sha256'][:16]}"
+    return file, f"{name}: {score}{missing}, {submission_mark(file)}"
+
+
+def submission_mark(file: Path) -> str:
+    """Return the end of the description of the submission `file` on Kaggle, by which it is recognised there."""
+    return read_json(file.with_suffix(".json"), sha256=str)["sha256"][:16]
 
 
 def record_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:
@@ -95,17 +100,16 @@ def record_scores(submissions: Path, scored: pd.DataFrame) -> list[str]:
 
     Args:
         submissions: Folder of the submissions.
-        scored: Columns description, publicScore and privateScore; a description ends with the submission's hash.
+        scored: Columns description, public_score and private_score; a description ends with the submission's hash.
 
     Returns:
         The names of the submissions that have a score.
     """
-    recorded = []
+    recorded, scores = [], ["public_score", "private_score"]
     for file in sorted(submissions.glob("*.json")):
-        mark = read_json(file, sha256=str)["sha256"][:16]
-        own = scored[scored["description"].str.endswith(mark) & scored[["publicScore", "privateScore"]].notna().any(axis=1)]
+        own = scored[scored["description"].str.endswith(submission_mark(file)) & scored[scores].notna().any(axis=1)]
         if len(own):
-            public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in own.columns[1:3])
+            public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in scores)
             record(submissions, file.stem, public, private)
             recorded.append(file.stem)
     return recorded

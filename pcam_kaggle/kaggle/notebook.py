@@ -1,38 +1,21 @@
-"""The Kaggle kernel: a notebook that contains the package, and its metadata."""
+"""The notebook that contains the package."""
 
 import ast
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import DEFAULT, experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, write, write_json
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.config.experiments import DEFAULT
+from pcam_kaggle.data.atomic_io import write
 from pcam_kaggle.kaggle.cells import FOLDERS, INTRODUCTION, PACKAGE_TEXT, SETTINGS_TEXT, STAGES
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
-METADATA = Path("kernel-metadata.json")
-MOST_BYTES = 900_000
-# What the notebook relies on; Kaggle's defaults for missing fields differ.
-NEEDED = {
-    "code_file": str(NOTEBOOK),
-    "language": "python",
-    "kernel_type": "notebook",
-    "is_private": True,
-    "enable_gpu": True,
-    "enable_tpu": False,
-    "enable_internet": False,
-    "machine_shape": "NvidiaTeslaT4",
-    "competition_sources": [COMPETITION],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +27,14 @@ class Settings:
         changes: Assignments (`key=value`) to fields of its config.
         hours: Time after which a session must have ended.
         seeds: Number of seeds to train and to blend.
+        internet: Whether the session has internet, so that weights can be downloaded.
     """
 
     experiment: str = DEFAULT
     changes: tuple[str, ...] = ()
     hours: float = 11.0
     seeds: int = 1
+    internet: bool = False
 
 
 def required_modules(names: set[str]) -> list[str]:
@@ -84,13 +69,19 @@ def _source(module: str) -> str:
     return (PACKAGE / _path(module)).read_text(encoding="utf-8")
 
 
-def notebook(settings: Settings = Settings()) -> bytes:
-    """Return the notebook with `settings`, as UTF-8 JSON; the same package gives the same bytes."""
+def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
+    """Return the notebook with `settings`, as UTF-8 JSON; the same package gives the same bytes.
+
+    Args:
+        settings: The values in its settings cell.
+        mark: Text by which the version is found on Kaggle, which its settings cell then shows as a comment.
+    """
     stages = "\n".join(code for _, _, code in STAGES)
     modules = required_modules(imported_modules(re.sub(r"^%.*$", "", stages, flags=re.MULTILINE)))
     folders = sorted({name.rpartition(".")[0] for name in modules})
     modules = ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]
-    assigned = [f"{key.upper()} = {json.dumps(value)}" for key, value in asdict(settings).items()]
+    assigned = [f"{key.upper()} = {_literal(value)}" for key, value in asdict(settings).items()]
+    assigned += [f"# {mark}"] if mark else []
     cells = [
         new_markdown_cell(INTRODUCTION.strip(), id="introduction"),
         new_markdown_cell(SETTINGS_TEXT.strip(), id="settings-text"),
@@ -114,78 +105,6 @@ def build(root: Path) -> Path:
     return root / NOTEBOOK
 
 
-def pack(root: Path, owner: str, settings: Settings, resume: bool, folder: Path, weights: str = "") -> str:
-    """Write the files that Kaggle's client pushes.
-
-    Args:
-        root: The repository.
-        owner: User name of the kernel's owner.
-        settings: Settings in the notebook.
-        resume: Whether to attach the kernel's own last output.
-        folder: Where to write the notebook and its metadata.
-        weights: Dataset (owner/name) or model (owner/name/framework/variation/version) with the weights to attach and to use;
-            empty for those of the experiment.
-
-    Returns:
-        The kernel's id, owner/slug.
-
-    Raises:
-        UserError: The tracked notebook does not match the package, metadata are missing or not what the notebook needs, the
-            title's slug is not the id's, weights are needed and none attached, the notebook is larger than 900 kB, or the
-            experiment does not admit the settings. Kaggle itself would accept these and misinterpret them.
-    """
-    if weights:
-        settings = replace(settings, changes=(*settings.changes, f"weights={weights}"))
-    file = root / METADATA
-    kinds = {key: type(value) for key, value in NEEDED.items()}
-    metadata = read_json(file, id=str, title=str, dataset_sources=list, kernel_sources=list, model_sources=list, **kinds)
-    if weights:
-        key = _source_kind(weights)
-        metadata[key] = list(dict.fromkeys([*metadata[key], weights]))
-    configs = trained_configs(settings)
-    wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]
-    slug = metadata["id"].rpartition("/")[2]
-    if slug != slugged(metadata["title"]):
-        wrong.append(f"title {metadata['title']!r} must become the id's {slug!r}, not {slugged(metadata['title'])!r}")
-    if any(config.weights for config in configs) and not (metadata["dataset_sources"] or metadata["model_sources"]):
-        wrong.append(f"{settings.experiment} needs pretrained weights: attach a dataset or model with --weights owner/name")
-    if wrong:
-        raise UserError(f"{file}: {'; '.join(wrong)}")
-    if not (root / NOTEBOOK).is_file() or (root / NOTEBOOK).read_bytes() != notebook():
-        raise UserError(f"{root / NOTEBOOK}: does not match the package; run `make kernel`")
-    content = notebook(settings)
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{root / NOTEBOOK}: {len(content):,} bytes, and Kaggle takes about a million; leave modules out")
-    name = f"{owner}/{slug}"
-    sources = [*metadata["kernel_sources"], *([name] if resume else [])]
-    write(folder / NOTEBOOK.name, lambda out: out.write(content))
-    write_json(folder / METADATA.name, metadata | {"id": name, "code_file": NOTEBOOK.name, "kernel_sources": sources})
-    return name
-
-
-def trained_configs(settings: Settings) -> list[Config]:
-    """Return the configs of the runs that a session with `settings` trains.
-
-    Raises:
-        UserError: There is no such experiment, or it does not admit the changes.
-    """
-    chosen = experiment(settings.experiment)
-    config = chosen.changed(list(settings.changes))
-    parts = chosen.parts(settings.experiment, settings.experiment, config, settings.seeds)
-    return [part.config for part in parts] or [config]
-
-
-def _source_kind(weights: str) -> str:
-    """Return the list in the metadata that `weights` belongs to."""
-    kinds = {2: "dataset_sources", 5: "model_sources"}
-    parts = weights.split("/")
-    if len(parts) not in kinds or not all(parts):
-        raise UserError(
-            f"--weights {weights}: must be owner/name of a dataset or owner/name/framework/variation/version of a model"
-        )
-    return kinds[len(parts)]
-
-
-def slugged(title: str) -> str:
-    """Return the slug that Kaggle makes of `title`."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def _literal(value: object) -> str:
+    """Return `value` as Python source; a tuple becomes a list."""
+    return json.dumps(value) if not isinstance(value, bool) else str(value)

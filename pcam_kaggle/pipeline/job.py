@@ -1,13 +1,12 @@
 """A job: an experiment on some data, into some folders, within some time. Made here for the command line and for Kaggle."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import Part, experiment
+from pcam_kaggle.config.experiments import Part, changed_name, experiment, seeds_name
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.csv_io import PLAIN_NAME, read_labels, read_sample
 from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
@@ -131,7 +130,7 @@ def make_job(
     if members and seeds > 1:
         raise UserError(f"--seeds {seeds}: trains runs, so it can't be combined with runs to blend")
     trains = chosen.parts(experiment_name, name, config, seeds)
-    name = f"{name}-seeds{seeds}" if seeds > 1 else name
+    name = seeds_name(name, seeds)
     # The folds of runs that are blended are theirs, not this config's.
     unknown = [fold for fold in folds or () if not 0 <= fold < config.n_splits and not members]
     if unknown:
@@ -174,7 +173,7 @@ def kernel_job(experiment_name: str, changes: list[str], hours: float, seeds: in
     for source in attached():
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([experiment_name, *changes]))
+    name = changed_name(experiment_name, changes)
     job = make_job(data, workspace, experiment_name, changes, name=name, hours=hours, seeds=seeds)
     # A missing GPU or missing weights are better reported now than after an hour of preparation.
     from pcam_kaggle.models.factory import create

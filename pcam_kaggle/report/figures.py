@@ -4,14 +4,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from scipy import stats
 
+from pcam_kaggle.kaggle.leaderboard import MIN_RANKED_SUBMISSIONS, rank_correlation
 from pcam_kaggle.report.svg import GREY, HEIGHT, PRIMARY, SECONDARY, STYLE, WIDTH, Plot, make_plot, panel
 from pcam_kaggle.scoring.calibration import calibration_bins, calibration_error
 from pcam_kaggle.scoring.metrics import Floats, Unit, auc, midranks
 
 MAX_NAMED_SLIDES = 30
-MIN_RANKED_SUBMISSIONS = 4
 
 
 @mpl.rc_context(STYLE)
@@ -133,9 +132,7 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
         ax.scatter(known["oof_auc"], known[column], color=colour, marker=marker, s=24, label=word)
         text = f"{word}: {len(known)} submission{'s' if len(known) > 1 else ''}"
         if len(known) >= MIN_RANKED_SUBMISSIONS:
-            varied = known[["oof_auc", column]].nunique().min() > 1
-            ranked = f"{stats.spearmanr(known['oof_auc'], known[column]).statistic:.2f}" if varied else "n/a (all scores equal)"
-            text += f", Spearman's rank correlation {ranked}"
+            text += f", Spearman's rank correlation {rank_correlation(known['oof_auc'], known[column])}"
         parts.append(text)
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle score (LB)")
     ax.legend(loc="best")

@@ -8,6 +8,7 @@ import pandas as pd
 
 from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.data.csv_io import read_numbers
+from pcam_kaggle.runs.run import Run
 
 UNCHANGED = "unchanged"
 
@@ -37,6 +38,18 @@ class Evaluation:
         if read_json(record) != {"sources": sources, "csv_sha256": file_sha256(table)}:
             return None
         return read_numbers(table, ["label", *(f"fold_{number}" for number in sources["checkpoints"])])
+
+    def current(self, run: Run) -> pd.DataFrame | None:
+        """Return the stored predictions of `run` for the unchanged patches, None if none are by its present checkpoints."""
+        table, record = self._files(run.name, UNCHANGED)
+        if not (table.is_file() and record.is_file()):
+            return None
+        made = read_json(record, sources=dict, csv_sha256=str)
+        checkpoints = made["sources"]["checkpoints"]
+        files = {number: run.fold(int(number)).best_checkpoint for number in checkpoints}
+        if any(not file.is_file() or file_sha256(file) != checkpoints[number] for number, file in files.items()):
+            return None
+        return self.predictions(run.name, UNCHANGED, made["sources"])
 
     def write_predictions(self, run: str, change: str, sources: dict[str, Any], predicted: pd.DataFrame) -> None:
         """Write the predictions of `run` for the patches under `change`, computed from `sources`."""

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle import UserError
-from pcam_kaggle.runs.evaluation import UNCHANGED
+from pcam_kaggle.runs.evaluation import UNCHANGED, Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.calibration import calibration_error
@@ -164,6 +164,28 @@ def score_runs(
     for score, p in zip(others, corrected.tolist(), strict=True):
         score.corrected_p = None if np.isnan(p) else p
     return Scores([score for score, _ in scores], base.name, len(labels), int(labels.sum()), unit)
+
+
+def recorded_auc(evaluation: Evaluation, mixture: Mixture, runs: dict[str, Run]) -> tuple[float, int]:
+    """Return the AUC of the mean of the nets of `mixture` in stored predictions, and the number of nets of each member.
+
+    It is NaN of 0 nets unless the predictions of all members are stored, by their present checkpoints of the same folds.
+
+    Args:
+        evaluation: The predictions for a set of labelled patches.
+        mixture: The run.
+        runs: The run of each of its members.
+    """
+    tables = {name: evaluation.current(run) for name, run in runs.items()}
+    found = {name: table for name, table in tables.items() if table is not None}
+    folds = {tuple(table.filter(like="fold_")) for table in found.values()}
+    if len(found) < len(tables) or len(folds) != 1:
+        return float("nan"), 0
+    (nets,) = folds
+    first = next(iter(found.values()))
+    means = {name: table.set_index("id").loc[first["id"], list(nets)].to_numpy() for name, table in found.items()}
+    values = np.mean([mixture.mean({name: each[:, net] for name, each in means.items()}) for net in range(len(nets))], axis=0)
+    return auc(first["label"].to_numpy(int), values), len(nets)
 
 
 def _oof_auc(mixture: Mixture, oof: dict[str, dict[int, pd.DataFrame]]) -> dict[int, float]:

@@ -38,6 +38,7 @@ class Machine:
         operations: Floating point operations per second of each in 16 bits, from its data sheet.
         output: Bytes that are saved.
         hours: Duration of a session.
+        cpus: Number of CPUs, which prepare the patches; infinite if they are not known.
     """
 
     gpus: int
@@ -45,24 +46,40 @@ class Machine:
     operations: float
     output: float
     hours: float
+    cpus: float = math.inf
 
 
 # In fp16 or bf16, dense, from the data sheets; the time on other GPUs is not checked.
 OPERATIONS = {"T4": 65e12, "L4": 121e12, "A100": 312e12, "H100": 989e12}
-KAGGLE_T4 = Machine(gpus=2, memory=15e9, operations=OPERATIONS["T4"], output=20e9, hours=12.0)
+SAVED_OUTPUT = 20e9
+# Number of GPUs, bytes of each and number of CPUs on the accelerators that Kaggle offers, by Kaggle's name.
+ACCELERATORS: dict[str, tuple[int, float, float]] = {
+    "NvidiaTeslaT4": (2, 15e9, 4),
+    "NvidiaTeslaT4Highmem": (2, 15e9, math.inf),
+    "NvidiaL4": (4, 22e9, math.inf),
+    "NvidiaL4X1": (1, 22e9, math.inf),
+    "NvidiaTeslaA100": (1, 40e9, math.inf),
+    "NvidiaH100": (1, 80e9, math.inf),
+    "NvidiaRtxPro6000": (1, 96e9, math.inf),
+}
+# Patches that a CPU prepares for training in a second: measured on an AMD EPYC, see benchmarks/RESULTS.md.
+LOADED_PER_CPU = 3_000
+
+
+def kaggle_machine(accelerator: str, hours: float) -> Machine:
+    """Return what a Kaggle session of `hours` on `accelerator`, one of `ACCELERATORS`, may use."""
+    gpus, memory, cpus = ACCELERATORS[accelerator]
+    return Machine(gpus, memory, _operations(accelerator), SAVED_OUTPUT, hours, cpus)
 
 
 def this_machine(hours: float) -> Machine:
     """Return this machine with its GPUs, in a Kaggle session of `hours`."""
-    name = torch.cuda.get_device_name()
-    operations = next((rate for part, rate in OPERATIONS.items() if part in name), math.inf)
-    return replace(
-        KAGGLE_T4,
-        gpus=torch.cuda.device_count(),
-        memory=torch.cuda.get_device_properties(0).total_memory,
-        operations=operations,
-        hours=hours,
-    )
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Machine(torch.cuda.device_count(), memory, _operations(torch.cuda.get_device_name()), SAVED_OUTPUT, hours)
+
+
+def _operations(name: str) -> float:
+    return next((rate for part, rate in OPERATIONS.items() if part in name), math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,10 @@ class Needs:
     output: float
     hours: float
     least_hours: float
+
+    def __str__(self) -> str:
+        memory, output = self.memory / 1e9, self.output / 1e9
+        return f"needs about {memory:.1f} GB of a GPU's memory, {output:.1f} GB of output and at least {self.hours:.1f} h"
 
 
 def measure(config: Config) -> Size:
@@ -137,12 +158,13 @@ def needs(config: Config, size: Size, train_patches: int, test_patches: int, mac
     scored = valid * config.epochs + (valid + test_patches) * (config.tta + (config.norm == "test"))
     memory = read + TRAINED_BYTES * size.trained + config.batch_size * size.activations * ACTIVATION_SHARE
     output = SAVED_BYTES * size.trained * config.n_splits
-    fold_hours = (trained + scored) * size.macs / rate / 3600
+    loaded = (train_patches - valid) * config.epochs / (machine.cpus * LOADED_PER_CPU / machine.gpus)
+    fold_hours = max((trained + scored) * size.macs / rate, loaded) / 3600
     return Needs(max(memory, predicted), output, fold_hours * config.n_splits / machine.gpus, fold_hours)
 
 
-def check_capacity(configs: list[Config], train_patches: int, test_patches: int, machine: Machine) -> str:
-    """Return a sentence on what the runs of `configs` need of `machine`.
+def check_capacity(configs: list[Config], train_patches: int, test_patches: int, machine: Machine) -> Needs:
+    """Return what the runs of `configs`, one after the other, need of `machine`.
 
     Raises:
         UserError: A run does not fit into a GPU's memory, the output or, with at least one of its folds, the hours; the message
@@ -163,8 +185,12 @@ def check_capacity(configs: list[Config], train_patches: int, test_patches: int,
             changes = next(fitting, None)
             advice = f"use {' and '.join(f'--set {change}' for change in changes)}" if changes else "use a smaller net"
             raise UserError(f"{config.model}: needs {excess}; {advice}")
-    memory, output, hours = max(need.memory for need in found), sum(n.output for n in found), sum(n.hours for n in found)
-    return f"needs about {memory / 1e9:.1f} GB of a GPU's memory, {output / 1e9:.1f} GB of output and at least {hours:.1f} h"
+    return Needs(
+        memory=max(need.memory for need in found),
+        output=sum(need.output for need in found),
+        hours=sum(need.hours for need in found),
+        least_hours=max(need.least_hours for need in found),
+    )
 
 
 def _excess(need: Needs, machine: Machine) -> str:

@@ -1,0 +1,251 @@
+"""An experiment on Kaggle in one go: check, push, follow, download, show, submit. Interrupted, it goes on where it was."""
+
+import logging
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from pcam_kaggle import UserError, examples
+from pcam_kaggle.config.logs import status_line
+from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
+from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, trained_configs
+from pcam_kaggle.kaggle.leaderboard import print_leaderboard
+from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
+from pcam_kaggle.kaggle.session import (
+    Session,
+    find_version,
+    follow,
+    read_session,
+    session_file,
+    start_session,
+    write_session,
+)
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.compare import compare_runs
+from pcam_kaggle.scoring.metrics import interval_text
+from pcam_kaggle.scoring.render import render
+from pcam_kaggle.training.capacity import ACCELERATORS, Needs, check_capacity, kaggle_machine
+
+log = logging.getLogger(__name__)
+
+# The competition's train and test patches.
+PATCHES = (220_025, 57_458)
+# Hours of the quota that a session leaves, since it ends a little after its time.
+SPARE_HOURS = 0.2
+# Seconds between two questions for the score of a submission.
+SCORE_SECONDS = 10.0
+# Seconds after which a score is no longer waited for.
+SCORE_PATIENCE = 1800.0
+
+
+def run_kernel(kernel: Kernel, workspace: Workspace, submit: bool) -> None:
+    """Run an experiment on Kaggle up to its scores; what is done already is not done again.
+
+    Args:
+        kernel: What the user asks for.
+        workspace: Where runs and submissions are written, and the file that describes the session.
+        submit: Whether to submit its submission and to wait for the scores.
+
+    Raises:
+        UserError: A step fails; or the kernel's last session was started by another command and is not downloaded yet.
+    """
+    needs = check_request(kernel)
+    client = Client()
+    client.check_rules()
+    log.info("login: %s, who has joined the competition", client.owner)
+    file = session_file(workspace, kernel.slug())
+    session = _existing(client, kernel, file, workspace)
+    if session is None:
+        session = push_kernel(client, kernel, needs, file)
+    if session.imported:
+        log.info("output: %s (up to date)", session)
+    else:
+        _wait(client, session, file)
+        import_output(client, session.kernel, workspace, session.run)
+        write_session(replace(session, imported=True), file)
+    show(workspace, session.run)
+    if not is_complete(workspace, session.run):
+        log.info("next: the same command with --resume (make: ARGS=--resume), which trains the missing folds")
+    elif submit:
+        submit_and_wait(client, workspace, submission_of(workspace, session.run))
+    else:
+        log.info("next: the same command with --submit (make: ARGS=--submit)")
+
+
+def check_request(kernel: Kernel) -> Needs | None:
+    """Check, without Kaggle, that a session can run `kernel`; return what it needs, None if only the session can know.
+
+    Raises:
+        UserError: As `check_kernel` and `check_capacity`.
+    """
+    check_kernel(kernel, [*ACCELERATORS])
+    settings = kernel.notebook_settings
+    if any(change.startswith("weights=") for change in settings.changes):
+        log.info("needs: the session checks at its start whether the net of these weights fits")
+        return None
+    needs = check_capacity(trained_configs(settings), *PATCHES, kaggle_machine(kernel.accelerator, settings.hours))
+    log.info("%s: %s", kernel.run, needs)
+    return needs
+
+
+def push_kernel(client: Client, kernel: Kernel, needs: Needs | None, file: Path) -> Session:
+    """Push `kernel` with at most the hours that the quota leaves, and describe its session in `file`.
+
+    Raises:
+        UserError: The quota is too small, or as `start_session`.
+    """
+    quota = client.quota()
+    hours = kernel.settings.hours
+    if quota is None:
+        log.info("quota: unknown")
+    else:
+        hours = allowed_hours(quota, hours, needs)
+        log.info("quota: %s; the session ends after %.1f", quota, hours)
+    limited = replace(kernel, settings=replace(kernel.settings, hours=hours))
+    session = start_session(client, limited, kernel.fields(), file)
+    log.info("push: %s at %s", session, session.url)
+    return session
+
+
+def allowed_hours(quota: Quota, hours: float, needs: Needs | None) -> float:
+    """Return how many of the asked `hours` a session may take.
+
+    Raises:
+        UserError: The quota leaves less than `hours` and less than the session needs.
+    """
+    left = round(quota.left - SPARE_HOURS, 1)
+    if hours <= left:
+        return hours
+    least = needs.hours if needs else 0.0
+    if left <= 0 or left < least:
+        need = f"the session needs at least {least:.1f}" if needs else "none can be started"
+        shorter = f", or train the folds that fit with --hours {left}" if needs and left >= needs.least_hours else ""
+        renewed = "until it is renewed" if quota.renewed is None else f"until {quota.renewed:%Y-%m-%d %H:%M} UTC"
+        raise UserError(f"quota: {quota}, {need}; wait {renewed}{shorter}")
+    return left
+
+
+def import_output(client: Client, kernel: str, workspace: Workspace, run: str = "") -> list[str]:
+    """Download what the last session of `kernel` (owner/slug) has saved, verify it, and copy its runs into `workspace`.
+
+    Args:
+        client: Kaggle.
+        kernel: The kernel's id.
+        workspace: Where to copy the runs.
+        run: A run that it must have saved; empty for any.
+
+    Returns:
+        The names of its submissions.
+
+    Raises:
+        UserError: Nothing was saved, files are damaged, or `run` is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        client.output(kernel, Path(folder))
+        found = sorted(path.name for path in Path(folder, "runs").iterdir())
+        if run and run not in found:
+            raise UserError(f"{kernel}: has saved {examples(found)}, not {run}; another version has run since")
+        imported = ", ".join(import_runs(Path(folder), workspace))
+        submissions = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
+    log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
+    return submissions
+
+
+def show(workspace: Workspace, name: str) -> None:
+    """Print the AUC of each fold of the run `name`, and its comparison with the other runs."""
+    metrics = Run(workspace.run(name)).blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
+    table = pd.DataFrame({"fold": metrics["folds"], "OOF AUC": [f"{area:.4f}" for area in metrics["fold_auc"]]})
+    print(table.to_string(index=False))
+    pooled, missing = metrics["pooled"], metrics["missing_folds"]
+    interval = interval_text(pooled["low"], pooled["high"], pooled.get("undefined", ""))
+    lacking = f"; missing: folds {', '.join(map(str, missing))}" if missing else ""
+    print(f"pooled {pooled['value']:.4f}, 95 % interval {interval} (unit: {pooled.get('unit', 'patch')}){lacking}")
+    if not missing and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
+        print(render(compare_runs(workspace, [], name, None), "text"), end="")
+
+
+def is_complete(workspace: Workspace, name: str) -> bool:
+    """Return whether the run `name` is blended of all its folds."""
+    run = Run(workspace.run(name))
+    return run.has_score and not run.blend_metrics(missing_folds=list)["missing_folds"]
+
+
+def submission_of(workspace: Workspace, name: str) -> str:
+    """Return the name of the submission of all folds of the run `name`; raises UserError if there is none."""
+    for file in sorted(workspace.submissions.glob("*.json")):
+        made = read_json(file, run=str, missing_folds=list)
+        if made["run"] == name and not made["missing_folds"] and file.with_suffix(".csv").is_file():
+            return file.stem
+    raise UserError(f"{workspace.submissions}: holds no submission of {name}; write it with `python -m pcam_kaggle submission`")
+
+
+def submit_and_wait(client: Client, workspace: Workspace, name: str) -> None:
+    """Submit submission `name` unless Kaggle has it, wait until it is scored, record its scores and print all submissions.
+
+    Raises:
+        UserError: It can't be submitted (see `describe`), Kaggle refuses it or fails to score it, or half an hour has passed.
+    """
+    file, description = describe(workspace.submissions, name)
+    mark = submission_mark(file)
+    if _of(client.submissions(), mark).empty:
+        client.submit(file, description)
+        log.info("submit: %s, %s", file, description)
+    else:
+        log.info("submit: %s was submitted before", file)
+    until = time.monotonic() + SCORE_PATIENCE
+    with status_line() as tell:
+        while True:
+            found = client.submissions()
+            own = _of(found, mark)
+            if len(own) and own["status"].iloc[0] == "complete":
+                break
+            if len(own) and own["status"].iloc[0] == "error":
+                raise UserError(f"{file}: Kaggle can't score it: {own['error'].iloc[0] or 'no reason given'}")
+            if time.monotonic() >= until:
+                raise UserError(f"{file}: not scored for half an hour; run `make leaderboard` later")
+            tell("submit: waiting for the scores")
+            time.sleep(SCORE_SECONDS)
+    print_leaderboard(workspace, found)
+
+
+def _existing(client: Client, kernel: Kernel, file: Path, workspace: Workspace) -> Session | None:
+    """Return the session that the same request has started; None if a new one is to be started.
+
+    Raises:
+        UserError: Another request has started a session that is not downloaded.
+    """
+    session = read_session(file)
+    session = find_version(client, session, file) if session else None
+    if session is None:
+        return None
+    if session.imported:
+        has_gaps = Run(workspace.run(session.run)).has_score and not kernel.resume
+        is_used = session.request == kernel.fields() and (is_complete(workspace, session.run) or has_gaps)
+        return session if is_used else None
+    if session.request == kernel.fields():
+        log.info("push: %s was started before", session)
+        return session
+    raise UserError(
+        f"{session}: not downloaded yet; repeat the command that started it, use --title for a second kernel, or delete {file} "
+        "to give it up"
+    )
+
+
+def _wait(client: Client, session: Session, file: Path) -> None:
+    """Follow `session` to its end; raise UserError if it fails, and forget it, so that the same command starts a new one."""
+    status = follow(client, session)
+    if status.name != COMPLETE:
+        file.unlink()
+        reason = f" ({status.failure})" if status.failure else ""
+        advice = "read its log with `make kernel-logs`, and repeat the command for a new session"
+        raise UserError(f"{session}: ended as {status.name.lower()}{reason}; {advice}")
+
+
+def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
+    return found[found["description"].str.endswith(mark)]
