@@ -17,7 +17,7 @@ OPTIONS = $(if $(DATA),--data $(call quoted,$(DATA))) $(if $(EXPERIMENT),-e $(ca
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help submission compare report scores kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
+.PHONY: help submission compare report scores kaggle kernel kernel-test kernel-push kernel-status kernel-logs kernel-output submit \
 	leaderboard test test-all coverage mutants torture fuzz bench bench-full data lint clean
 
 help: ## list the targets
@@ -42,6 +42,9 @@ report: $(VENV)/run.stamp ## the same with figures, as one HTML file in reports/
 scores: $(VENV)/dev.stamp ## benchmarks/SCORES.md: scores of every experiment and trial; trains rows without a record
 	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
+kaggle: $(VENV)/dev.stamp ## train EXPERIMENT on Kaggle: push, follow, download, compare; ARGS=--submit for its scores
+	@$(PCAM) kaggle run $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
+
 kernel: $(VENV)/dev.stamp ## notebooks/pcam_submission.ipynb, the package as one notebook
 	@$(PCAM) kaggle build
 
@@ -49,13 +52,13 @@ kernel-push: $(VENV)/dev.stamp ## push it to Kaggle with the client's credential
 	@$(PCAM) kaggle push $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
 kernel-status: $(VENV)/dev.stamp ## print the kernel's status
-	@$(PCAM) kaggle status
+	@$(PCAM) kaggle status $(ARGS)
 
 kernel-logs: $(VENV)/dev.stamp ## print the kernel's log
-	@$(PCAM) kaggle logs
+	@$(PCAM) kaggle logs $(ARGS)
 
 kernel-output: $(VENV)/dev.stamp ## download its output and import its runs, to compare and to blend
-	@$(PCAM) kaggle output
+	@$(PCAM) kaggle output $(ARGS)
 
 submit: $(VENV)/dev.stamp ## submit submissions/<EXPERIMENT>.csv to Kaggle, with its OOF AUC as description
 	@$(PCAM) kaggle submit $(if $(EXPERIMENT),$(call quoted,$(EXPERIMENT))) $(ARGS)

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kaggle_server import SECRET, Kaggle
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -154,6 +156,41 @@ def real() -> Data:
     if not REAL_DATA:
         pytest.skip("PCAM_DATA is not set")
     return Data(Path(REAL_DATA))
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
+    """Start a server in Kaggle's place and point the client at it; nothing leaves the machine."""
+    server = Kaggle()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    (tmp_path / "config").mkdir()
+    for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "HTTP_PROXY": f"http://127.0.0.1:{server.server_port}",
+        "KAGGLE_USERNAME": "someone",
+        "KAGGLE_KEY": SECRET,
+        "KAGGLE_CONFIG_DIR": str(tmp_path / "config"),
+        "HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def session(finished_run: Path, tmp_path: Path) -> Path:
+    """Return the folder that a session on Kaggle has saved: a run of three folds."""
+    return finished_run.rename(tmp_path / "session")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a folder that commands write in; it does not exist yet."""
+    return tmp_path / "home"
 
 
 @pytest.fixture(autouse=True)

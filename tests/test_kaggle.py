@@ -5,7 +5,6 @@ import fcntl
 import io
 import json
 import os
-import re
 import signal
 import socket
 import struct
@@ -14,150 +13,19 @@ import termios
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from conftest import Outcome
+from kaggle_server import KERNEL, SECRET, STARTED, Kaggle, Reply, saved, zipped
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.data.layout import COMPETITION, Data, find_data
 from pcam_kaggle.kaggle.archive import PARTS, ArchiveError, unpack
 from pcam_kaggle.kaggle.failures import RULES
-
-SECRET = "0123456789abcdef" * 2
-ARCHIVE = f"/{COMPETITION}.zip"
-
-
-Reply = dict[str, Any] | int | tuple[int, dict[str, Any]] | None
-
-
-def quota(left: float) -> dict[str, Reply]:
-    """Return the reply to a question for the quota: `left` of 30 GPU hours."""
-    gpu = {"timeUsed": f"{(30 - left) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
-    return {"GetAcceleratorQuotaStatistics": {"gpuQuota": gpu, "quotaRefreshTime": "2026-12-05T00:00:00Z"}}
-
-
-class Kaggle(ThreadingHTTPServer):
-    """A server that answers like Kaggle: a redirect to the archive or a status, and `replies` by the name of the request.
-
-    A reply is JSON, a status, a status with JSON, or None to close the connection; `files` can be downloaded, `put` is the
-    last upload. A download of the archive can be resumed; `halfway` is called once, in its middle, and closes the connection.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.archive, self.status = b"", 302
-        self.asked: list[str] = []
-        self.credentials: set[str] = set()
-        self.sent = 0
-        self.halfway: Callable[[], object] | None = None
-        self.replies: dict[str, Reply] = {"GetCompetition": {"userHasEntered": True}, **quota(30.0)}
-        self.bodies: dict[str, dict[str, Any]] = {}
-        self.files: dict[str, bytes] = {}
-        self.put = b""
-
-    def address(self, path: str) -> str:
-        """Return the address of `path` on this server."""
-        return f"http://127.0.0.1:{self.server_port}{path}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """A handler of requests, which come as to a proxy: their path is a full URL."""
-
-    server: Kaggle
-
-    def do_POST(self) -> None:
-        self.server.asked.append(self.path)
-        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        name = self.path.rsplit("/", 1)[1]
-        if name not in self.server.replies:
-            self.answer(self.server.status, b"", Location=self.server.address(ARCHIVE))
-            return
-        self.server.bodies[name] = json.loads(body)
-        reply = self.server.replies[name]
-        if isinstance(reply, int):
-            self.answer(reply, b"{}")
-        elif reply is not None:
-            status, content = reply if isinstance(reply, tuple) else (200, reply)
-            self.answer(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
-        else:
-            self.close_connection = True
-            self.connection.close()
-
-    def do_PUT(self) -> None:
-        self.server.put = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(200, b"")
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
-        if path != ARCHIVE:
-            self.answer(200, self.server.files[path], **headers)
-            return
-        whole = self.server.archive
-        start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
-        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"'}
-        if start:
-            headers |= {"Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
-        self.send_header_lines(206 if start else 200, len(whole) - start, **headers)
-        halfway, self.server.halfway = self.server.halfway, None
-        content = whole[start : len(whole) // 2 if halfway else len(whole)]
-        self.wfile.write(content)
-        self.server.sent += len(content)
-        if halfway:
-            halfway()
-
-    def answer(self, status: int, content: bytes, **headers: str) -> None:
-        self.send_header_lines(status, len(content), **headers)
-        self.wfile.write(content)
-
-    def send_header_lines(self, status: int, length: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(length)}).items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
-    """Start the server and point the client at it; nothing leaves the machine."""
-    server = Kaggle()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    (tmp_path / "config").mkdir()
-    for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "HTTP_PROXY": f"http://127.0.0.1:{server.server_port}",
-        "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-        "KAGGLE_USERNAME": "someone",
-        "KAGGLE_KEY": SECRET,
-        "KAGGLE_CONFIG_DIR": str(tmp_path / "config"),
-        "HOME": str(tmp_path),
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def zipped(folder: Path) -> bytes:
-    """Return all files of `folder` as a ZIP."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(folder.rglob("*")):
-            file.write(path, str(path.relative_to(folder)))
-    return buffer.getvalue()
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -167,12 +35,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert err.startswith("error: ")
     assert SECRET not in err
     return err
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """Return the folder that commands write in; it does not exist yet."""
-    return tmp_path / "home"
 
 
 @pytest.fixture
@@ -441,10 +303,6 @@ def test_another_competitions_archive_is_refused(data: Data, tmp_path: Path, par
         unpack(tmp_path / "other.zip", tmp_path / "unpacked")
 
 
-KERNEL = "pcam-submission"
-STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumber": 3}
-
-
 def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["SaveKernel"] = STARTED
     assert main(["kaggle", "push", "-e", "quick", "--hours", "2", "--resume", "--work", str(home)]) == 0
@@ -652,20 +510,6 @@ def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[s
     assert "fold 0" in capsys.readouterr().out
 
 
-@pytest.fixture
-def session(finished_run: Path, tmp_path: Path) -> Path:
-    """Return the folder that a session on Kaggle has saved: a run of three folds."""
-    return finished_run.rename(tmp_path / "session")
-
-
-def saved(kaggle: Kaggle, session: Path) -> None:
-    """Let `kaggle` offer what `session` saved."""
-    names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
-    kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
-    listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
-    kaggle.replies["ListKernelSessionOutput"] = {"files": listed, "log": "done"}
-
-
 def test_what_a_session_made_comes_home(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -718,13 +562,10 @@ def test_another_config_does_not_come_home(
     assert config.read_bytes() == before
 
 
-UPLOAD = {"token": "abc"}
-
-
 def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = session / "submissions" / "bottleneck.csv"
     kaggle.replies |= {
-        "StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")},
+        "StartSubmissionUpload": {"token": "abc", "createUrl": kaggle.address("/upload")},
         "CreateSubmission": {"message": f"Successfully submitted to {COMPETITION}"},
     }
     assert main(["kaggle", "submit", "--work", str(session)]) == 0
@@ -754,7 +595,10 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
 def test_a_submission_that_kaggle_refuses_is_one_line(
     kaggle: Kaggle, session: Path, reply: dict[str, Any] | int | None, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kaggle.replies |= {"StartSubmissionUpload": UPLOAD | {"createUrl": kaggle.address("/upload")}, "CreateSubmission": reply}
+    kaggle.replies |= {
+        "StartSubmissionUpload": {"token": "abc", "createUrl": kaggle.address("/upload")},
+        "CreateSubmission": reply,
+    }
     capsys.readouterr()
     assert main(["kaggle", "submit", "--work", str(session)]) == 2
     assert printed in one_line(capsys)

@@ -148,7 +148,7 @@ def import_output(client: Client, kernel: str, workspace: Workspace, run: str = 
     """
     with tempfile.TemporaryDirectory() as folder:
         client.output(kernel, Path(folder))
-        found = sorted(path.name for path in Path(folder, "runs").iterdir())
+        found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
         if run and run not in found:
             raise UserError(f"{kernel}: has saved {examples(found)}, not {run}; another version has run since")
         imported = ", ".join(import_runs(Path(folder), workspace))
@@ -158,8 +158,12 @@ def import_output(client: Client, kernel: str, workspace: Workspace, run: str = 
 
 
 def show(workspace: Workspace, name: str) -> None:
-    """Print the AUC of each fold of the run `name`, and its comparison with the other runs."""
-    metrics = Run(workspace.run(name)).blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
+    """Print the AUC of each finished fold of the run `name`, and its comparison with the other runs once all are finished."""
+    run = Run(workspace.run(name))
+    if not run.has_score:
+        print(f"{name}: no fold is finished")
+        return
+    metrics = run.blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
     table = pd.DataFrame({"fold": metrics["folds"], "OOF AUC": [f"{area:.4f}" for area in metrics["fold_auc"]]})
     print(table.to_string(index=False))
     pooled, missing = metrics["pooled"], metrics["missing_folds"]

@@ -1,0 +1,150 @@
+"""A server on this machine that answers Kaggle's real client."""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pcam_kaggle.data.layout import COMPETITION
+
+SECRET = "0123456789abcdef" * 2
+ARCHIVE = f"/{COMPETITION}.zip"
+KERNEL = "pcam-submission"
+STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumber": 3}
+
+Content = dict[str, Any]
+Reply = Content | int | tuple[int, Content] | None
+
+
+def quota(left: float) -> dict[str, Reply]:
+    """Return the reply to a question for the quota: `left` of 30 GPU hours."""
+    gpu = {"timeUsed": f"{(30 - left) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
+    return {"GetAcceleratorQuotaStatistics": {"gpuQuota": gpu, "quotaRefreshTime": "2026-12-05T00:00:00Z"}}
+
+
+class Kaggle(ThreadingHTTPServer):
+    """A server that answers like Kaggle: a redirect to the archive or a status, and `replies` by the name of the request.
+
+    A reply is JSON, a status, a status with JSON, None to close the connection, or a function of the request's content that
+    returns one of these. `files` can be downloaded, `put` is the last upload, `stream` has the pieces of a session's log. A
+    download of the archive can be resumed; `halfway` is called once, in its middle, and closes the connection. `hook` is called
+    with the name of each request, `upload` or `download`, before it is answered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.archive, self.status = b"", 302
+        self.asked: list[str] = []
+        self.credentials: set[str] = set()
+        self.sent = 0
+        self.halfway: Callable[[], object] | None = None
+        self.hook: Callable[[str], object] = lambda _: None
+        self.stream: list[str] = []
+        self.replies: dict[str, Reply | Callable[[Content], Reply]] = {
+            "GetCompetition": {"userHasEntered": True},
+            **quota(30.0),
+        }
+        self.bodies: dict[str, Content] = {}
+        self.files: dict[str, bytes] = {}
+        self.put = b""
+
+    def names(self) -> list[str]:
+        """Return the names of the requests so far."""
+        return [path.rsplit("/", 1)[1] for path in self.asked]
+
+    def address(self, path: str) -> str:
+        """Return the address of `path` on this server."""
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A handler of requests, which come as to a proxy: their path is a full URL."""
+
+    server: Kaggle
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.path)
+        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        name = self.path.rsplit("/", 1)[1]
+        if name not in self.server.replies:
+            self.server.hook(name)
+            self.answer(self.server.status, b"", Location=self.server.address(ARCHIVE))
+            return
+        self.server.bodies[name] = json.loads(body)
+        reply = self.server.replies[name]
+        if callable(reply):
+            reply = reply(self.server.bodies[name])
+        self.server.hook(name)
+        if isinstance(reply, int):
+            self.answer(reply, b"{}")
+        elif reply is not None:
+            status, content = reply if isinstance(reply, tuple) else (200, reply)
+            self.answer(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+        else:
+            self.close_connection = True
+            self.connection.close()
+
+    def do_PUT(self) -> None:
+        self.server.put = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.hook("upload")
+        self.answer(200, b"")
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
+        if "/logs/stream/" in path:
+            events = "".join(f"data: {json.dumps({'data': piece})}\n\n" for piece in self.server.stream)
+            self.answer(200, f"{events}data: END_OF_LOG\n\n".encode(), **{"Content-Type": "text/event-stream"})
+            return
+        if path != ARCHIVE:
+            self.server.hook("download")
+            self.answer(200, self.server.files[path], **headers)
+            return
+        whole = self.server.archive
+        start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
+        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"'}
+        if start:
+            headers |= {"Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
+        self.send_header_lines(206 if start else 200, len(whole) - start, **headers)
+        halfway, self.server.halfway = self.server.halfway, None
+        content = whole[start : len(whole) // 2 if halfway else len(whole)]
+        self.wfile.write(content)
+        self.server.sent += len(content)
+        if halfway:
+            halfway()
+
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_header_lines(status, len(content), **headers)
+        self.wfile.write(content)
+
+    def send_header_lines(self, status: int, length: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(length)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def zipped(folder: Path) -> bytes:
+    """Return all files of `folder` as a ZIP."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, str(path.relative_to(folder)))
+    return buffer.getvalue()
+
+
+def saved(kaggle: Kaggle, session: Path) -> None:
+    """Let `kaggle` offer what `session` saved."""
+    names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
+    kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
+    listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
+    kaggle.replies["ListKernelSessionOutput"] = {"files": listed, "log": "done"}

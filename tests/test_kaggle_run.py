@@ -1,0 +1,338 @@
+"""`kaggle run`, from the push to the scores, with Kaggle's real client against a local server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import Outcome
+from kaggle_server import KERNEL, STARTED, Content, Kaggle, Reply, quota, saved
+
+from pcam_kaggle import UserError
+from pcam_kaggle.cli.main import main
+from pcam_kaggle.kaggle import run_kernel, session
+from pcam_kaggle.kaggle.client import Quota
+from pcam_kaggle.kaggle.failures import RULES
+from pcam_kaggle.kaggle.run_kernel import allowed_hours
+from pcam_kaggle.training.capacity import Needs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(session, "PATIENCE", 0.0)
+    monkeypatch.setattr(run_kernel, "SCORE_SECONDS", 0.02)
+
+
+class Account:
+    """What Kaggle remembers of a user: the pushed versions, the statuses to come, and the submissions."""
+
+    def __init__(self, server: Kaggle, output: Path) -> None:
+        self.pushed: list[str] = []
+        self.statuses = ["QUEUED", "RUNNING", "COMPLETE"]
+        self.pending = 1
+        self.submitted: list[Content] = []
+        saved(server, output)
+        server.stream = ["prepare: 36 patches\n", "fold 0, epoch  1 of 2: loss 0.5\n"]
+        server.replies |= {
+            "SaveKernel": self._push,
+            "GetKernel": self._kernel,
+            "GetKernelSessionStatus": lambda _: {"status": self._next_status()},
+            "StartSubmissionUpload": {"token": "abc", "createUrl": server.address("/upload")},
+            "CreateSubmission": self._submit,
+            "ListSubmissions": lambda _: {"submissions": self._scored()},
+        }
+
+    def _push(self, body: Content) -> Reply:
+        self.pushed.append(body["text"])
+        return STARTED | {"versionNumber": len(self.pushed)}
+
+    def _kernel(self, _: Content) -> Reply:
+        if not self.pushed:
+            return 404
+        return {"metadata": {"currentVersionNumber": len(self.pushed)}, "blob": {"source": self.pushed[-1]}}
+
+    def _next_status(self) -> str:
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def _submit(self, body: Content) -> Reply:
+        self.submitted.append({"ref": 1, "description": body["submissionDescription"], "status": "PENDING"})
+        return {"message": "Successfully submitted"}
+
+    def _scored(self) -> list[Content]:
+        if self.submitted and self.pending == 0:
+            self.submitted[0] |= {"status": "COMPLETE", "publicScore": "0.9512", "privateScore": "0.9401"}
+        self.pending -= bool(self.submitted)
+        return self.submitted
+
+
+@pytest.fixture
+def account(kaggle: Kaggle, session: Path) -> Account:
+    """Return an account for which every session makes a run of `bottleneck`."""
+    return Account(kaggle, session)
+
+
+def state(home: Path) -> dict[str, Any]:
+    """Return what is recorded of the session."""
+    return json.loads((home / "sessions" / f"{KERNEL}.json").read_text())
+
+
+def test_one_command_leads_from_the_push_to_the_scores(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 0
+    printed = capsys.readouterr().out
+    steps = [
+        "login: someone, who has joined the competition",
+        "quota: 30.0 of 30.0 GPU hours are left until 2026-12-05; the session ends after 11.0",
+        f"push: bottleneck, version 1 of someone/{KERNEL}",
+        "queued",
+        "fold 0, epoch  1 of 2",
+        "complete",
+        "output: bottleneck imported",
+        "pooled",
+        "submit: ",
+        "waiting for the scores",
+        "leaderboard: scores of bottleneck recorded",
+    ]
+    found = [printed.find(step) for step in steps]
+    assert -1 not in found, (steps[found.index(-1)], printed)
+    assert found == sorted(found)
+    made = json.loads((home / "submissions" / "bottleneck.json").read_text())
+    assert (made["public_score"], made["private_score"]) == (0.9512, 0.9401)
+    assert "0.9512  0.9401" in printed
+    # Everything is done: the same command asks for the scores and nothing else.
+    before = len(account.pushed), kaggle.put
+    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 0
+    printed = capsys.readouterr().out
+    assert "(up to date)" in printed
+    assert "was submitted before" in printed
+    assert (len(account.pushed), kaggle.put) == before
+    assert len(account.submitted) == 1
+
+
+def test_the_run_is_compared_with_the_local_ones(
+    account: Account, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pcam("pipeline", "--name", "local").status == 0
+    capsys.readouterr()
+    assert main(["kaggle", "run", "--work", str(tmp_path / "work")]) == 0
+    printed = capsys.readouterr().out
+    assert "local compared with bottleneck: no significant difference (+0.0000" in printed
+    assert printed.rstrip().endswith("next: the same command with --submit (make: ARGS=--submit)")
+
+
+# The request whose reply does not arrive, since the process is killed before it.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "request_name",
+    [
+        "GetAcceleratorQuotaStatistics",
+        "SaveKernel",
+        "GetKernelSessionStatus",
+        "ListKernelSessionOutput",
+        "download",
+        "StartSubmissionUpload",
+        "upload",
+        "CreateSubmission",
+    ],
+)
+def test_a_killed_command_goes_on_where_it_was(kaggle: Kaggle, account: Account, home: Path, request_name: str) -> None:
+    account.statuses, account.pending = ["COMPLETE"], 0
+    command = [sys.executable, "-m", "pcam_kaggle", "kaggle", "run", "--submit", "--work", str(home)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=home.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def kill(name: str) -> None:
+        if name == request_name:
+            first.kill()
+            first.wait()
+
+    kaggle.hook = kill
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == -9, output
+    kaggle.hook = lambda _: None
+    second = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert second.returncode == 0, second.stderr
+    assert "leaderboard: scores of bottleneck recorded" in second.stdout
+    assert len(account.pushed) == 1
+    assert len(account.submitted) == 1
+    assert state(home)["imported"]
+    assert state(home)["version"] == 1
+
+
+def test_a_push_that_did_not_arrive_is_repeated(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrived = kaggle.replies["SaveKernel"]
+    kaggle.replies["SaveKernel"] = None
+    assert main(["kaggle", "run", "--work", str(home)]) == 2
+    assert state(home)["version"] == 0
+    kaggle.replies["SaveKernel"] = arrived
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 1
+    assert "version 1" in capsys.readouterr().out
+
+
+KINDS: dict[str, tuple[dict[str, Reply], str]] = {
+    "credentials": ({"GetCompetition": 401}, "KAGGLE_API_TOKEN or ~/.kaggle/access_token"),
+    "rules": ({"GetCompetition": {"userHasEntered": False}}, f"accept its rules at {RULES}"),
+    "quota": (quota(0.5), "0.5 of 30.0 GPU hours are left"),
+    "quota that Kaggle refuses": (
+        {"SaveKernel": {"error": "Maximum weekly GPU quota of 30 hours reached"}},
+        "which `python -m pcam_kaggle kaggle check` tells",
+    ),
+    "network": ({"GetCompetition": None}, "no connection to Kaggle"),
+    "server": ({"GetCompetition": 503}, "try again later"),
+    "source": ({"SaveKernel": STARTED | {"invalidDatasetSources": ["someone/gone"]}}, "not valid: someone/gone"),
+    "source that is not found": ({"SaveKernel": 404}, "correct the sources in kernel-metadata.json"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_failure_has_its_own_line(
+    kaggle: Kaggle, account: Account, home: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.replies |= KINDS[kind][0]
+    assert main(["kaggle", "run", "--work", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert [name for name, (_, text) in KINDS.items() if text in err] == [kind], err
+    assert not (home / "sessions" / f"{KERNEL}.json").exists()
+    assert account.pushed == []
+
+
+def test_a_failed_session_is_told_and_the_same_command_starts_a_new_one(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "Your notebook\nran out of memory"}
+    assert main(["kaggle", "run", "--work", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "version 1" in err
+    assert "ended as error (Your notebook ran out of memory)" in err
+    kaggle.replies["GetKernelSessionStatus"] = {"status": "COMPLETE"}
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 2
+
+
+def test_another_request_does_not_replace_a_session_that_is_not_downloaded(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kaggle", "push", "--work", str(home)]) == 0
+    assert main(["kaggle", "run", "-e", "quick", "--work", str(home)]) == 2
+    assert "bottleneck, version 1" in capsys.readouterr().err
+    assert len(account.pushed) == 1
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 1
+
+
+def test_an_output_of_another_version_is_refused(account: Account, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kaggle", "run", "-e", "quick", "--work", str(home)]) == 2
+    assert "has saved bottleneck, not quick" in capsys.readouterr().err
+    assert not (home / "runs").exists()
+
+
+def test_missing_folds_are_trained_by_a_resumed_session(
+    kaggle: Kaggle,
+    account: Account,
+    home: Path,
+    pcam: Callable[..., Outcome],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = dict(kaggle.files), kaggle.replies["ListKernelSessionOutput"]
+    assert pcam("pipeline", "--folds", "0,2").status == 0
+    assert pcam("blend", "--folds", "0,2").status == 0
+    assert pcam("submission").status == 0
+    saved(kaggle, tmp_path / "work")
+    run = ["kaggle", "run", "--work", str(home)]
+    assert main(run) == 0
+    printed = capsys.readouterr().out
+    assert "missing: folds 1" in printed
+    assert "ARGS=--resume" in printed
+    # Without --resume there is nothing to do, with it a new session gets the output of the first.
+    assert main(run) == 0
+    assert len(account.pushed) == 1
+    kaggle.files, kaggle.replies["ListKernelSessionOutput"] = whole
+    assert main([*run, "--resume", "--submit"]) == 0
+    assert len(account.pushed) == 2
+    assert kaggle.bodies["SaveKernel"]["kernelDataSources"] == [f"someone/{KERNEL}"]
+    assert len(account.submitted) == 1
+    assert "-folds-" not in account.submitted[0]["description"]
+    assert main([*run, "--resume"]) == 0
+    assert len(account.pushed) == 2
+
+
+def test_a_session_survives_a_lost_connection(
+    kaggle: Kaggle, account: Account, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies: list[Reply] = [{"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
+    kaggle.replies["GetKernelSessionStatus"] = lambda _: replies.pop(0) if len(replies) > 1 else replies[0]
+    monkeypatch.setattr(session, "PATIENCE", 60.0)
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("warning: ") == 1
+    assert "the session goes on" in printed.err
+    assert "output: bottleneck imported" in printed.out
+
+
+def test_a_session_ends_before_the_quota_does(account: Account, kaggle: Kaggle, home: Path) -> None:
+    kaggle.replies |= quota(6.0)
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert "HOURS = 5.8" in account.pushed[0]
+    # The request is recognised although its hours were changed.
+    kaggle.replies |= quota(3.0)
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "asked", "hours", "least", "expected"),
+    [
+        (30.0, 11.0, 4.0, 0.8, 11.0),
+        (6.0, 11.0, 4.0, 0.8, 5.8),
+        # A session that the user wants to be short ends in time with the folds that it has.
+        (3.0, 2.0, 4.0, 0.8, 2.0),
+        (3.0, 11.0, 4.0, 0.8, "at least 4.0; wait until .*, or train the folds that fit with --hours 2.8"),
+        (0.5, 11.0, 4.0, 0.8, r"at least 4.0; wait until 2026-12-05 00:00 UTC$"),
+        (0.1, 11.0, None, None, "none can be started"),
+        (6.0, 11.0, None, None, 5.8),
+    ],
+)
+def test_a_session_gets_the_hours_that_the_quota_leaves(
+    left: float, asked: float, hours: float | None, least: float | None, expected: float | str
+) -> None:
+    needs = None if hours is None or least is None else Needs(memory=1, output=1, hours=hours, least_hours=least)
+    week = Quota(left, 30.0, pd.Timestamp("2026-12-05").to_pydatetime())
+    if isinstance(expected, float):
+        assert allowed_hours(week, asked, needs) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        allowed_hours(week, asked, needs)
+
+
+def test_a_submission_that_kaggle_cannot_score_is_an_error(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(_: Content) -> Reply:
+        rows = [row | {"status": "ERROR", "errorDescription": "Missing ids"} for row in account.submitted]
+        return {"submissions": rows}
+
+    kaggle.replies["ListSubmissions"] = failed
+    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 2
+    assert "Kaggle can't score it: Missing ids" in capsys.readouterr().err
+
+
+def test_make_runs_it() -> None:
+    command = ["make", "--dry-run", "kaggle", "EXPERIMENT=quick", "ARGS=--submit"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"-m pcam_kaggle kaggle run -e 'quick' --submit$", printed, re.MULTILINE)
