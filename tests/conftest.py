@@ -61,6 +61,29 @@ def sha1(patch: NDArray[np.uint8]) -> str:
     return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
 
 
+class Others:
+    """Labelled patches of other slides: a folder of TIFs and a CSV beside it."""
+
+    def __init__(self, root: Path, names: list[str] | None = None) -> None:
+        self.patches, self.labels = root / "patches", root / "labels.csv"
+        self.patches.mkdir(parents=True)
+        rng = np.random.default_rng(7)
+        made = [rng.integers(0, 200 if number % 2 else 256, (96, 96, 3), dtype=np.uint8) for number in range(12)]
+        self.table = pd.DataFrame({"id": names or [sha1(patch) for patch in made], "label": [n % 2 for n in range(12)]})
+        for name, patch in zip(self.table["id"], made, strict=True):
+            write_tif(self.patches / f"{name}.tif", patch)
+        self.save()
+
+    def save(self) -> None:
+        """Write the labels."""
+        self.table.to_csv(self.labels, index=False)
+
+    @property
+    def options(self) -> list[str]:
+        """The options of `evaluate` that name them."""
+        return ["--patches", str(self.patches), "--labels", str(self.labels)]
+
+
 def run_tiny(data: Data, work: Path, command: str, *arguments: str) -> int:
     """Run a command on `data` in the workspace `work` with the tiny config; return its exit status."""
     fields = [part for field in TINY for part in ("--set", field)]
@@ -191,6 +214,12 @@ def session(finished_run: Path, tmp_path: Path) -> Path:
 def home(tmp_path: Path) -> Path:
     """Return a folder that commands write in; it does not exist yet."""
     return tmp_path / "home"
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Others:
+    """Return twelve labelled patches of other slides."""
+    return Others(tmp_path / "others")
 
 
 @pytest.fixture(autouse=True)

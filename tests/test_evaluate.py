@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Outcome, sha1, write_tif
+from conftest import Others, Outcome
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
@@ -18,32 +18,6 @@ from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.stain import Image
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.perturb import PERTURBATIONS, Perturbed
-
-
-class Others:
-    """Labelled patches of other slides: a folder of TIFs and a CSV beside it."""
-
-    def __init__(self, root: Path, names: list[str] | None = None) -> None:
-        self.patches, self.labels = root / "patches", root / "labels.csv"
-        self.patches.mkdir(parents=True)
-        rng = np.random.default_rng(7)
-        made = [rng.integers(0, 200 if number % 2 else 256, (96, 96, 3), dtype=np.uint8) for number in range(12)]
-        self.table = pd.DataFrame({"id": names or [sha1(patch) for patch in made], "label": [n % 2 for n in range(12)]})
-        for name, patch in zip(self.table["id"], made, strict=True):
-            write_tif(self.patches / f"{name}.tif", patch)
-        self.save()
-
-    def save(self) -> None:
-        self.table.to_csv(self.labels, index=False)
-
-    @property
-    def options(self) -> list[str]:
-        return ["--patches", str(self.patches), "--labels", str(self.labels)]
-
-
-@pytest.fixture
-def others(tmp_path: Path) -> Others:
-    return Others(tmp_path / "others")
 
 
 @pytest.fixture
