@@ -1,11 +1,15 @@
 """Small data sets in the competition's layout, a finished run, and the command line as a test calls it."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import logging
 import os
 import shutil
+import struct
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +63,28 @@ def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
 def sha1(patch: NDArray[np.uint8]) -> str:
     """Return the id of a patch."""
     return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
+
+
+def read_terminal(terminal: int) -> str:
+    """Return all that was written to the other, closed end of `terminal`, and close it."""
+    pieces = []
+    # Once everything is read, a terminal without a writer is an error.
+    with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):
+        while piece := file.read(1 << 12):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
+@contextlib.contextmanager
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Make standard error a terminal of 80 columns; what it has shown is appended to the list at the end."""
+    shown: list[str] = []
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(end, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        yield shown
+    shown.append(read_terminal(terminal))
 
 
 class Others:

@@ -1,15 +1,10 @@
 """Kaggle's real client against a local server: downloads are verified before anything is unpacked."""
 
-import contextlib
-import fcntl
 import io
 import json
 import os
 import signal
 import socket
-import struct
-import sys
-import termios
 import threading
 import time
 import zipfile
@@ -19,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Outcome
+from conftest import Outcome, on_terminal
 from kaggle_server import KERNEL, SECRET, STARTED, Kaggle, Reply, saved, zipped
 
 from pcam_kaggle.cli.main import main
@@ -238,28 +233,15 @@ def test_a_damaged_archive_is_downloaded_again(
     assert_complete(target, data)
 
 
-def read_terminal(terminal: int) -> str:
-    """Return all that was written to the other, closed end of `terminal`, and close it."""
-    pieces = []
-    # Once everything is read, a terminal without a writer is an error.
-    with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):
-        while piece := file.read(1 << 12):
-            pieces.append(piece)
-    return b"".join(pieces).decode()
-
-
 def test_on_a_terminal_a_failure_is_one_line_after_the_progress(
     kaggle: Kaggle, data: Data, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kaggle.archive = zipped(data.root)
     for status, expected in ((403, "/rules"), (302, "100%|")):
         kaggle.status = status
-        terminal, end = os.openpty()
-        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        with os.fdopen(end, "w") as stderr, monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", stderr)
+        with on_terminal(monkeypatch) as shown_pieces:
             assert main(["kaggle", "download", "--work", str(home)]) == (0 if status == 302 else 2)
-        shown = read_terminal(terminal)
+        (shown,) = shown_pieces
         assert expected in shown
         assert len([line for line in shown.split("\n") if line.strip()]) == 1
 
@@ -503,11 +485,12 @@ def test_a_reply_in_another_form_is_an_error(
 
 
 def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[str]) -> None:
-    kaggle.replies |= {"GetKernelSessionStatus": {"status": "COMPLETE"}, "ListKernelSessionOutput": {"log": "fold 0"}}
+    kaggle.replies |= {"GetKernelSessionStatus": {"status": "COMPLETE"}}
+    kaggle.stream = ["fold 0\n", "fold 1"]
     assert main(["kaggle", "status"]) == 0
     assert "COMPLETE" in capsys.readouterr().out
     assert main(["kaggle", "logs"]) == 0
-    assert "fold 0" in capsys.readouterr().out
+    assert capsys.readouterr().out == "fold 0\nfold 1\n"
 
 
 def test_what_a_session_made_comes_home(

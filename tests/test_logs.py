@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+from conftest import on_terminal
 
-from pcam_kaggle.config.logs import configure_logging, fold_context, logging_verbosity, progress
+from pcam_kaggle.config.logs import configure_logging, fold_context, logging_verbosity, progress, status_line
 
 log = logging.getLogger("pcam_kaggle.test")
 
@@ -71,3 +72,23 @@ def test_bars_are_shown_where_progress_is(
     assert bar.disable is not is_shown
     assert not is_shown or abs(bar.pos) == 1
     assert list(bar) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("verbosity", [0, -1])
+def test_a_status_is_one_line_on_a_terminal_and_a_log_line_elsewhere(
+    verbosity: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(verbosity)
+    with on_terminal(monkeypatch) as shown, status_line() as show:
+        for text in ("queued", "running", "complete"):
+            show(text)
+    if verbosity == 0:
+        assert "running" in shown[0]
+        assert "\n" not in shown[0]
+    else:
+        assert shown == [""]
+    assert capsys.readouterr().out == ""
+    with status_line() as show:
+        for text in ("queued", "queued", "running"):
+            show(text)
+    assert capsys.readouterr().out.splitlines() == (["queued", "running"] if verbosity == 0 else [])

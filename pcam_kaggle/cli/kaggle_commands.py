@@ -63,7 +63,8 @@ def _run_status(options: argparse.Namespace) -> None:
 
 def _run_logs(options: argparse.Namespace) -> None:
     client = Client()
-    print(client.log(_name(client, options)))
+    for piece in client.follow_log(_name(client, options)):
+        print(piece, end="" if piece.endswith("\n") else "\n", flush=True)
 
 
 def _run_output(options: argparse.Namespace) -> None:

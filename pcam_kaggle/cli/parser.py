@@ -148,7 +148,7 @@ COMMANDS = (
             Command("build", "write the notebook that Kaggle runs"),
             Command("push", "push it and start a session, in the name of the client's credentials", PUSHED),
             Command("status", "print the status of the kernel's last session", (TITLE,)),
-            Command("logs", "print its log", (TITLE,)),
+            Command("logs", "print its log, as it is written if it is running", (TITLE,)),
             Command("output", "download its output and import its runs", (TITLE,)),
             Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
             Command("leaderboard", "record Kaggle's scores of all submissions, print them beside the local ones"),

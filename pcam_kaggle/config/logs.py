@@ -114,7 +114,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
         yield show
         return
-    with tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(bar_format="{desc} ({elapsed})", leave=False, dynamic_ncols=True) as bar:
         yield bar.set_description_str
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,13 +155,8 @@ class Client:
             reply = self._api.kernels_status(kernel)
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
 
-    def log(self, kernel: str) -> str:
-        """Return the log of the last session of `kernel` (owner/slug), empty while it runs."""
-        with _asking("logs"):
-            return log_text(self._api.kernels_logs(kernel))
-
     def follow_log(self, kernel: str) -> Iterator[str]:
-        """Yield the pieces of the log of `kernel` (owner/slug) as its session writes them, from the first one on."""
+        """Yield the pieces of the log of the last session of `kernel` (owner/slug), as they are written if it is running."""
         with _asking("logs"):
             for event in self._api.kernels_logs_stream(kernel):
                 yield str(event.get("data", ""))
@@ -206,17 +200,6 @@ class Client:
         table = pd.DataFrame(rows, columns=SUBMISSION_COLUMNS)
         scores = SUBMISSION_COLUMNS[-2:]
         return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in scores})
-
-
-def log_text(content: str) -> str:
-    """Return the text of a session's log, which Kaggle saves as a JSON list of events with `data`."""
-    try:
-        events = json.loads(content)
-    except ValueError:
-        return content
-    if not isinstance(events, list):
-        return content
-    return "".join(str(event.get("data", "")) for event in events if isinstance(event, dict))
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def follow(client: Client, session: Session) -> Status:
         with status_line() as show:
             while True:
                 status = _patient(lambda: client.status(session.kernel))
-                show(f"{session}: {status.name.lower()}")
+                show(_told(session, status, line))
                 if status.is_over:
                     return status
                 until = time.monotonic() + POLL_SECONDS
@@ -143,9 +143,13 @@ def follow(client: Client, session: Session) -> Status:
                     except queue.Empty:
                         break
                     line = next((text for text in reversed(piece.splitlines()) if text.strip()), line)
-                    show(f"{session}: {line}")
+                    show(_told(session, status, line))
     finally:
         over.set()
+
+
+def _told(session: Session, status: Status, line: str) -> str:
+    return f"{session}: {status.name.lower()}{line and f', {line}'}"
 
 
 def _read_log(client: Client, kernel: str, pieces: "queue.SimpleQueue[str]", over: threading.Event) -> None:
