@@ -49,8 +49,7 @@ def _run_check(options: argparse.Namespace) -> None:
 def _run_push(options: argparse.Namespace) -> None:
     steps, session = _development("run_kernel"), _development("session")
     kernel = _kernel(options)
-    needs = steps.check_request(kernel)
-    steps.push_kernel(Client(), kernel, needs, session.session_file(find_workspace(options.work), kernel.slug()))
+    steps.push_kernel(Client(), kernel, session.session_file(find_workspace(options.work), kernel.slug()))
     log.info("next: the same options with `kaggle run` instead of `kaggle push`, which follows and downloads it")
 
 

@@ -55,14 +55,13 @@ def run_kernel(kernel: Kernel, workspace: Workspace, submit: bool) -> None:
     Raises:
         UserError: A step fails; or the kernel's last session was started by another command and is not downloaded yet.
     """
-    needs = check_request(kernel)
     client = Client()
     client.check_rules()
     log.info("login: %s, who has joined the competition", client.owner)
     file = session_file(workspace, kernel.slug())
     session = _existing(client, kernel, file, workspace)
     if session is None:
-        session = push_kernel(client, kernel, needs, file)
+        session = push_kernel(client, kernel, file)
     if session.imported:
         log.info("output: %s (up to date)", session)
     else:
@@ -94,12 +93,13 @@ def check_request(kernel: Kernel) -> Needs | None:
     return needs
 
 
-def push_kernel(client: Client, kernel: Kernel, needs: Needs | None, file: Path) -> Session:
+def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
     """Push `kernel` with at most the hours that the quota leaves, and describe its session in `file`.
 
     Raises:
-        UserError: The quota is too small, or as `start_session`.
+        UserError: The quota is too small, or as `check_request` and `start_session`.
     """
+    needs = check_request(kernel)
     quota = client.quota()
     hours = kernel.settings.hours
     if quota is None:
