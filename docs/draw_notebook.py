@@ -16,9 +16,10 @@ from pcam_kaggle.data.layout import COMPETITION
 from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))
-LEFT_OUT = {"introduction", "check-text", "check", "environment-text", "environment", "job", "submission-text", "submission"}
-# File and width of each picture; a frame can be narrower than chromium's window.
-PICTURES = {"notebook.jpg": 1400, "notebook_narrow.jpg": 400}
+STAGES = ("settings", "prepare", "patches", "augmentation", "train", "curves", "errors", "summary")
+# Width of the window and the stages of each picture.
+PICTURES = {"notebook.jpg": (1400, STAGES), "notebook_narrow.jpg": (400, ("settings", "curves", "summary"))}
+MAX_WIDTH = 1000
 HEIGHT = 9000
 BROWSER = ("chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--allow-file-access-from-files")
 CONVERT = ("jupyter-nbconvert", "--to", "html", "--log-level=ERROR", "--TagRemovePreprocessor.remove_cell_tags=package")
@@ -29,10 +30,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made = execute(root)
-        made.cells = [cell for cell in made.cells if cell.id not in LEFT_OUT and not cell.source.startswith("## The package")]
-        page = convert(made, root)
-        for name, width in PICTURES.items():
-            draw(page, width, Path(__file__).with_name(name))
+        for name, (width, stages) in PICTURES.items():
+            draw(convert(selected(made, stages), root), width, Path(__file__).with_name(name))
+
+
+def selected(made: nbformat.NotebookNode, stages: tuple[str, ...]) -> nbformat.NotebookNode:
+    """Return `made` with the cells of `stages` and the texts above them alone."""
+    cells = [cell for cell in made.cells if cell.id.removesuffix("-text") in stages]
+    return nbformat.from_dict(made | {"cells": cells})
 
 
 def execute(root: Path) -> nbformat.NotebookNode:
@@ -66,7 +71,10 @@ def draw(page: Path, width: int, target: Path) -> None:
     subprocess.run([*BROWSER, window, f"--screenshot={shot}", frame.as_uri()], check=True, capture_output=True)
     picture = cv2.imread(str(shot))[:, :width]
     inked = (picture.min(axis=2) < 200).any(axis=1).nonzero()[0]
-    cv2.imwrite(str(target), picture[: inked[-1] + 20], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    picture = picture[: inked[-1] + 20]
+    scale = min(1, MAX_WIDTH / width)
+    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(target), picture, [cv2.IMWRITE_JPEG_QUALITY, 75])
 
 
 if __name__ == "__main__":

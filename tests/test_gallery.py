@@ -68,6 +68,18 @@ def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
     assert not (plain["Tumour in the centre"][60:] == 0).any()
 
 
+def test_each_title_is_above_the_patches_of_its_label() -> None:
+    patches = np.stack([np.full((64, 64, 3), 50 if label else 200, np.uint8) for label in TABLE["label"]])
+    shown = pictures(patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False))
+    assert {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown} == {
+        "one": [50],
+        "zero": [200],
+    }
+    figures = patch_gallery(patches, TABLE["label"], TABLE["probability"]).figures.values()
+    titles = [[ax.get_title() for ax in figure.axes if ax.get_title()] for figure in figures]
+    assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
+
+
 def test_one_label_alone_is_one_picture() -> None:
     assert len(pictures(patch_gallery(np.zeros((3, 64, 64, 3), np.uint8), pd.Series([0, 0, 0])))) == 1
 

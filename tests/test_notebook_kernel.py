@@ -161,7 +161,7 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
 
 def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     here = stand_in("seeds", small=True)
-    executed = here.run(Settings("quick", CHANGES, seeds=2))
+    executed = here.run(Settings("quick", (*CHANGES, "epochs=1"), seeds=2))
     assert "seed42, fold 0" not in output_text(executed)
     result = shown(executed.cells[-1], "text/markdown")
     header = next(line for line in result.splitlines() if line.startswith("| run |"))
@@ -214,8 +214,11 @@ def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str,
     assert read_json(made)["config"]["model"] == "timm:vit_giant_patch14_reg4_dinov2"
 
 
-@on_every_image
-@pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
+@pytest.mark.parametrize(
+    ("python", "moment"),
+    [(PYTHONS[0], "fold_0/last.pt"), (PYTHONS[0], "fold_1/predictions.json"), *((path, "fold_1/last.pt") for path in PYTHONS)],
+    ids=lambda value: Path(value).parent.parent.name if value in PYTHONS else value,
+)
 def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
     whole = stand_in("whole", small=True)

@@ -58,7 +58,7 @@ def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells
         {},
         {"torch": "2.11.0a0+git1234567", "timm": "1.1.0.dev0"},
         {"opencv-python-headless": None, "opencv-contrib-python": "5.0.0.93"},
-        {"opencv-python": "4.5.0.1"},
+        {"opencv-python": "4.5.0.10000"},
         {"numpy": "2.10.0", "pandas": "3.0"},
     ],
 )
@@ -79,6 +79,7 @@ def test_versions_of_the_image_or_newer_pass(
     [
         ({"torch": "2.9.1+cu128"}, "torch 2.9.1+cu128 (needed: 2.10)"),
         ({"numpy": "1.26.4"}, "numpy 1.26.4 (needed: 2.0.2)"),
+        ({"numpy": "2.0+cpu9"}, "numpy 2.0+cpu9 (needed: 2.0.2)"),
         ({"timm": None}, "timm missing (needed: 1.0.26)"),
         ({"opencv-python-headless": None}, "opencv missing (needed: 4.13)"),
         ({"opencv-python-headless": "4.9.0.80"}, "opencv 4.9.0.80 (needed: 4.13)"),

@@ -88,7 +88,6 @@ Sets environment variables that packages read when they are imported, finds the 
 imports runs from an attached output of this notebook.
 """,
         """
-%matplotlib inline
 import os
 
 from pcam_kaggle.config.logs import configure_logging
@@ -179,9 +178,28 @@ Each net predicts the validation patches of its fold, on which it was not traine
 """,
         "if job:\n    run_predict(job)\n    run_blend(job)",
     ),
+    # Before the pictures, whose failure must not cost the submission.
+    (
+        "submission",
+        """
+## Submission
+
+`submission.csv` has a probability for each test patch.
+""",
+        """
+if job:
+    run_submission(job)
+    shutil.copy(job.submission(), "submission.csv")
+    display(pd.read_csv("submission.csv").describe())
+""",
+    ),
     (
         "curves",
-        "Validation AUC of each fold after each epoch, and the ROC curve of each fold on its validation patches.",
+        """
+## Curves
+
+Validation AUC of each fold after each epoch, and the ROC curve of each fold on its validation patches.
+""",
         """
 if job:
     display(curves({part.name: part.run.logs() for part in job.parts()}, job.run.oof()))
@@ -203,22 +221,12 @@ if job:
 """,
     ),
     (
-        "submission",
-        """
-## Submission
-
-`submission.csv` has a probability for each test patch.
-""",
-        """
-if job:
-    run_submission(job)
-    shutil.copy(job.submission(), "submission.csv")
-    display(pd.read_csv("submission.csv").describe())
-""",
-    ),
-    (
         "summary",
-        "## Result",
+        """
+## Result
+
+The AUC of all out-of-fold predictions pooled, and of each fold.
+""",
         """
 made = [job.run, *(part.run for part in job.parts())] if job else []
 Markdown(summary(EXPERIMENT, made, planned))
