@@ -150,6 +150,8 @@ def test_the_packages_cells_are_folded_and_no_others(cells: dict[str, nbformat.N
         is_package = name.startswith("file-") or name == "folders"
         assert {key: value for key, value in cell.metadata.items() if key in folded} == (folded if is_package else {})
         assert cell.metadata.get("tags", []) == (["package"] if is_package else [])
+    # nbconvert shows folded cells, and gives them the class of their tag.
+    assert cells["environment"].source.count(".celltag_package ") == 2
     assert cells["package"].metadata["jp-MarkdownHeadingCollapsed"] is True
 
 

@@ -68,7 +68,7 @@ PACKAGE_TEXT = """
 ## The package
 
 The package's modules that the kernel needs, as they are in the repository, each after the modules that it imports. The cells
-are folded.
+are folded; in exported HTML, drag the lower right corner of one to read it.
 """
 
 FOLDERS = """
@@ -90,12 +90,20 @@ imports runs from an attached output of this notebook.
         """
 import os
 
+from IPython.display import HTML
+
 from pcam_kaggle.config.logs import configure_logging
 from pcam_kaggle.config.process import set_environment
 
 configure_logging()
 set_environment()
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# For HTML by nbconvert: long lines of code scroll, and of a folded cell the first line is shown, in a box that can be enlarged.
+HTML(
+    "<style>.jp-InputArea-editor .highlight {overflow: auto} .celltag_package .jp-OutputArea {display: none} "
+    ".celltag_package .highlight {height: 1.8em; resize: vertical}</style>"
+)
 """,
     ),
     (
