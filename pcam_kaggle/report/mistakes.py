@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.config.schema import Config
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.report.gallery import LABELLED_SIDE, largest_errors
 from pcam_kaggle.report.grad_cam import grad_cam
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import net_input
 from pcam_kaggle.training.fold_state import load_best
 
-LABELLED_SIDE = 32
 MISTAKES_PER_LABEL = 6
 SCALE = 2
 HEAT_OPACITY = 0.6
@@ -51,10 +51,7 @@ def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: Patch
         UserError: A checkpoint or a patch is missing.
     """
     config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
-    by_score = oof.sort_values(["probability", "id"])
-    false_negatives = by_score[by_score["label"] == 1].head(MISTAKES_PER_LABEL)
-    false_positives = by_score[by_score["label"] == 0].tail(MISTAKES_PER_LABEL)[::-1]
-    chosen = pd.concat([false_negatives, false_positives], ignore_index=True)
+    chosen = largest_errors(oof, MISTAKES_PER_LABEL)
     patches = store.images(store.rows("train", chosen["id"].to_numpy()))
     heat = np.zeros(patches.shape[:3], np.float32)
     for fold, part in chosen.groupby("fold"):

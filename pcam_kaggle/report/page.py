@@ -14,7 +14,8 @@ from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.kaggle.ledger import LEDGER_FILE
 from pcam_kaggle.report import curves, figures
-from pcam_kaggle.report.mistakes import LABELLED_SIDE, Mistake, most_wrong
+from pcam_kaggle.report.gallery import LABELLED_SIDE
+from pcam_kaggle.report.mistakes import Mistake, most_wrong
 from pcam_kaggle.report.svg import Plot
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run

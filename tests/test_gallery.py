@@ -1,0 +1,140 @@
+"""Pictures and the result of a session, as the notebooks show them."""
+
+import base64
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from pcam_kaggle import UserError
+from pcam_kaggle.config.schema import Config
+from pcam_kaggle.data.atomic_io import read_json, write_json
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, largest_errors, patch_gallery
+from pcam_kaggle.report.summary import summary
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.loader import TrainBatches
+
+TABLE = pd.DataFrame(
+    {
+        "id": list("abcdef"),
+        "label": [1, 0, 1, 0, 1, 0],
+        "fold": [0, 0, 0, 1, 1, 1],
+        "probability": [0.9, 0.8, 0.2, 0.1, 0.2, 0.8],
+    }
+)
+
+
+def pictures(gallery: Gallery) -> dict[str, np.ndarray]:
+    """Return the pictures in the HTML of `gallery`, uint8 (h, w, 3), by their text alternatives."""
+    found = re.findall(r'<img alt="(.*?)" .*?src="data:image/png;base64,(.*?)">', gallery._repr_html_())
+    return {name: cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR) for name, data in found}
+
+
+def test_examples_are_of_both_labels_and_those_with_tumour_come_first() -> None:
+    labels = pd.DataFrame({"id": [f"{n:02d}" for n in range(30)], "label": [int(n < 5) for n in range(30)]})
+    drawn = draw_examples(labels, 8)
+    assert drawn["label"].tolist() == [1] * 5 + [0] * 8
+    assert drawn["id"].is_unique
+    assert drawn.equals(draw_examples(labels, 8))
+
+
+def test_the_largest_errors_are_the_lowest_positives_and_the_highest_negatives() -> None:
+    assert largest_errors(TABLE, 2)["id"].tolist() == ["c", "e", "f", "b"]
+    assert largest_errors(TABLE)["id"].tolist() == ["c", "e", "a", "f", "b", "d"]
+
+
+def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
+    # The patches are grey, so black and white pixels are the mark.
+    patches = np.full((6, 96, 96, 3), 128, np.uint8)
+    shown = pictures(patch_gallery(patches, TABLE["label"]))
+    assert list(shown) == ["Tumour in the centre", "No tumour in the centre"]
+    for picture in shown.values():
+        # The first patch, without its edges.
+        rows, columns = (
+            (picture[:, : picture.shape[1] // 4] == 128).all(axis=2).any(axis=axis).nonzero()[0] for axis in (1, 0)
+        )
+        tile = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, 0]
+        assert abs(tile.shape[0] - tile.shape[1]) <= 2
+        for axis in (0, 1):
+            marked = (tile == 0).any(axis=axis).nonzero()[0]
+            ends = np.array([marked[0], marked[-1] + 1]) * 96 / tile.shape[1 - axis]
+            assert np.abs(ends - [32, 64]).max() < 2
+    plain = pictures(patch_gallery(patches, TABLE["label"], marked=False))
+    assert (shown["Tumour in the centre"] != plain["Tumour in the centre"]).any()
+    assert not (plain["Tumour in the centre"][60:] == 0).any()
+
+
+def test_each_title_is_above_the_patches_of_its_label() -> None:
+    patches = np.stack([np.full((64, 64, 3), 50 if label else 200, np.uint8) for label in TABLE["label"]])
+    shown = pictures(patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False))
+    assert {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown} == {
+        "one": [50],
+        "zero": [200],
+    }
+    figures = patch_gallery(patches, TABLE["label"], TABLE["probability"]).figures.values()
+    titles = [[ax.get_title() for ax in figure.axes if ax.get_title()] for figure in figures]
+    assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
+
+
+def test_one_label_alone_is_one_picture() -> None:
+    assert len(pictures(patch_gallery(np.zeros((3, 64, 64, 3), np.uint8), pd.Series([0, 0, 0])))) == 1
+
+
+def test_no_picture_is_wider_than_the_window() -> None:
+    markup = patch_gallery(np.zeros((6, 64, 64, 3), np.uint8), TABLE["label"])._repr_html_()
+    assert markup.count("max-width: 98%") == markup.count("margin: 0 1%") == markup.count("<img") == 2
+
+
+def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
+    config = Config(side=64, batch_size=8, n_splits=3)
+    rows = np.arange(8)
+    batches = TrainBatches(store, rows, np.zeros(8), config, fold=0)
+    patches = store.images(rows)
+    shown = augmented(patches, config)
+    batches.augment.set_random_seed(config.seed)
+    expected = np.stack([batches.augment(image=patch)["image"] for patch in patches])
+    assert (shown == expected).all()
+    assert shown.shape == (8, 64, 64, 3)
+
+
+def test_curves_have_a_line_for_each_fold() -> None:
+    log = pd.DataFrame({"epoch": [1.0, 2.0], "valid_auc": [0.6, 0.7]})
+    gallery = curves({"one": {0: log, 1: log}, "two": {0: log}}, TABLE)
+    learning, roc = (figure.axes[0].get_legend_handles_labels()[1] for figure in gallery.figures.values())
+    assert learning == ["one, fold 0", "one, fold 1", "two, fold 0"]
+    assert roc == ["fold 0, AUC 0.5000", "fold 1, AUC 0.5000"]
+    assert list(pictures(gallery)) == ["Learning curves", "ROC curves"]
+    assert list(curves({"probe": {}}, TABLE).figures) == ["ROC curves"]
+
+
+def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:
+    run = Run(finished_run / "runs" / "bottleneck")
+    made = read_json(run.folder / "metrics.json")
+    text = summary("quick", [run, run], [run])
+    assert text.splitlines()[0] == f"| run | `{run.name}` |"
+    assert f"| OOF AUC | **{made['pooled']['value']:.4f}** |" in text
+    assert (
+        f"| 95 % interval | [{made['pooled']['low']:.4f}, {made['pooled']['high']:.4f}] |\n| unit of the interval | patch |"
+        in text
+    )
+    assert [f"| fold {n} | {area:.4f} |" in text for n, area in enumerate(made["fold_auc"])] == [True] * 3
+    assert "make kaggle EXPERIMENT=quick" in text
+    assert "missing" not in text
+
+
+def test_the_summary_names_what_is_missing(finished_run: Path) -> None:
+    run = Run(finished_run / "runs" / "bottleneck")
+    made = read_json(run.folder / "metrics.json")
+    write_json(run.folder / "metrics.json", made | {"missing_folds": [3]})
+    text = summary("quick", [run], [run, Run(finished_run / "runs" / "other")])
+    assert "| fold 3 | missing |" in text
+    assert "not finished in time: fold 3, run `other`. To train the rest, attach this notebook's output" in text
+    assert "make kaggle" not in text
+    assert "no fold was finished in time; attach" in summary("quick", [], [run])
+    (run.folder / "metrics.json").unlink()
+    with pytest.raises(UserError, match="not blended"):
+        summary("quick", [run], [run])

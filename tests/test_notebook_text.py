@@ -1,0 +1,179 @@
+"""What the notebook for Kaggle shows before and around the training: contents, settings, folded cells and the package check."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from pcam_kaggle.config.experiments import DEMO, EXPERIMENTS
+from pcam_kaggle.kaggle.notebook import COMMENT_WIDTH, Settings, notebook
+
+ROOT = Path(__file__).parent.parent
+# The distributions of imported modules whose names differ.
+DISTRIBUTIONS = {"cv2": "opencv", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+# Names and versions of Kaggle's image.
+IMAGE = {"torch": "2.10.0+cu128", "timm": "1.0.26", "albumentations": "2.0.8", "opencv-python-headless": "4.13.0.92"}
+IMAGE |= {"numpy": "2.0.2", "pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy": "1.14.1", "pydantic": "2.12.3"}
+IMAGE |= {"matplotlib": "3.10.0", "tqdm": "4.67.1", "joblib": "1.5.2", "filelock": "3.20.0"}
+
+
+@pytest.fixture(scope="module")
+def cells() -> dict[str, nbformat.NotebookNode]:
+    """Return the cells of the notebook by id."""
+    return {cell.id: cell for cell in nbformat.reads(notebook().decode(), as_version=4).cells}
+
+
+def check(
+    cells: dict[str, nbformat.NotebookNode], installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, object]:
+    """Run the package check where the distributions in `installed` exist, and return its variables."""
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    magic, _, code = cells["check"].source.partition("\n")
+    assert magic == "%xmode Minimal"
+    variables: dict[str, object] = {}
+    exec(code, variables)  # noqa: S102
+    return variables
+
+
+def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells: dict[str, nbformat.NotebookNode]) -> None:
+    first = next(cell for cell in cells.values() if cell.cell_type == "code")
+    assert first.id == "check"
+    assert third_party([first]) == set()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"torch": "2.11.0a0+git1234567", "timm": "1.1.0.dev0"},
+        {"opencv-python-headless": None, "opencv-contrib-python": "5.0.0.93"},
+        {"opencv-python": "4.5.0.10000"},
+        {"numpy": "2.10.0", "pandas": "3.0"},
+    ],
+)
+def test_versions_of_the_image_or_newer_pass(
+    change: dict[str, str | None],
+    cells: dict[str, nbformat.NotebookNode],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = {name: release for name, release in (IMAGE | change).items() if release}
+    check(cells, installed, monkeypatch)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"Python {sys.version.split()[0]}, torch {installed['torch']};")
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        ({"torch": "2.9.1+cu128"}, "torch 2.9.1+cu128 (needed: 2.10)"),
+        ({"numpy": "1.26.4"}, "numpy 1.26.4 (needed: 2.0.2)"),
+        ({"numpy": "2.0+cpu9"}, "numpy 2.0+cpu9 (needed: 2.0.2)"),
+        ({"timm": None}, "timm missing (needed: 1.0.26)"),
+        ({"opencv-python-headless": None}, "opencv missing (needed: 4.13)"),
+        ({"opencv-python-headless": "4.9.0.80"}, "opencv 4.9.0.80 (needed: 4.13)"),
+        (
+            {"filelock": None, "timm": "1.0.9", "pandas": "2.2"},
+            "timm 1.0.9 (needed: 1.0.26), pandas 2.2 (needed: 2.2.2), filelock m",
+        ),
+    ],
+)
+def test_missing_and_old_packages_are_named_in_one_line(
+    change: dict[str, str | None],
+    problems: str,
+    cells: dict[str, nbformat.NotebookNode],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = {name: release for name, release in (IMAGE | change).items() if release}
+    with pytest.raises(RuntimeError, match="Always use latest environment") as caught:
+        check(cells, installed, monkeypatch)
+    assert str(caught.value).startswith(problems)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_check_covers_what_the_notebook_imports(
+    cells: dict[str, nbformat.NotebookNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = {DISTRIBUTIONS.get(name, name) for name in third_party(list(cells.values()))}
+    needed = check(cells, IMAGE, monkeypatch)["NEEDED"]
+    assert isinstance(needed, dict)
+    assert set(needed) == imported
+
+
+def test_the_tested_images_have_the_needed_versions(
+    cells: dict[str, nbformat.NotebookNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("requirements-kaggle.txt", "requirements-kaggle-next.txt"):
+        pinned = dict(line.split("==") for line in (ROOT / name).read_text().splitlines())
+        check(cells, IMAGE | pinned, monkeypatch)
+
+
+def third_party(cells: list[nbformat.NotebookNode]) -> set[str]:
+    """Return the top-level modules that code cells import, apart from the standard library and what every notebook has."""
+    found = set()
+    for cell in cells:
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                found |= {name.partition(".")[0] for name in names}
+    return found - sys.stdlib_module_names - {"pcam_kaggle", "IPython"}
+
+
+def test_the_contents_link_to_every_section_in_order(cells: dict[str, nbformat.NotebookNode]) -> None:
+    texts = [cell.source for cell in cells.values() if cell.cell_type == "markdown"]
+    headings = re.findall(r"^## (.+)$", "\n".join(texts), flags=re.MULTILINE)
+    links = re.findall(r"^- \[(.+)\]\(#(\S+)\)$", texts[0], flags=re.MULTILINE)
+    assert [text for text, _ in links] == headings
+    assert [anchor for _, anchor in links] == [heading.replace(" ", "-") for heading in headings]
+    # Other characters become different anchors in different programs.
+    assert all(re.fullmatch(r"[A-Za-z ]+", heading) for heading in headings)
+    assert len(set(headings)) == len(headings) > 5
+
+
+def test_the_packages_cells_are_folded_and_no_others(cells: dict[str, nbformat.NotebookNode]) -> None:
+    folded = {"_kg_hide-input": True, "_kg_hide-output": True, "jupyter": {"source_hidden": True, "outputs_hidden": True}}
+    for name, cell in cells.items():
+        is_package = name.startswith("file-") or name == "folders"
+        assert {key: value for key, value in cell.metadata.items() if key in folded} == (folded if is_package else {})
+        assert cell.metadata.get("tags", []) == (["package"] if is_package else [])
+    # nbconvert shows folded cells, and gives them the class of their tag.
+    assert cells["environment"].source.count(".celltag_package ") == 2
+    assert cells["package"].metadata["jp-MarkdownHeadingCollapsed"] is True
+
+
+def test_settings_are_python_with_a_comment_each() -> None:
+    settings = Settings("blend", ('model_args={"a": "é"}', "epochs=3"), 2.5, 3)
+    code = settings.code()
+    variables: dict[str, object] = {}
+    exec(code, variables)  # noqa: S102
+    assert {field.name: variables[field.name.upper()] for field in fields(settings)} == asdict(settings) | {
+        "changes": list(settings.changes)
+    }
+    blocks = code.split("\n\n")
+    assert len(blocks) == len(fields(settings))
+    for block in blocks:
+        *comments, assigned = block.splitlines()
+        assert comments
+        assert all(line.startswith("# ") and len(line) <= COMMENT_WIDTH for line in comments)
+        assert re.match(r"[A-Z]+ = ", assigned)
+
+
+def test_the_comment_of_the_experiment_names_all_but_the_demo() -> None:
+    comment = " ".join(line.removeprefix("# ") for line in Settings().code().split("\nEXPERIMENT")[0].splitlines())
+    without, _, needs = comment.partition("; with attached weights: ")
+    assert {*without.split(", "), *needs.split(", ")} == set(EXPERIMENTS) - {DEMO}
+    assert needs == "lite0, pretrained, blend"
