@@ -455,7 +455,7 @@ def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, capsys: 
     assert sent["machineShape"] == "NvidiaTeslaT4"
     assert (sent["enableInternet"], sent["isPrivate"], sent["enableGpu"]) == (False, True, True)
     cells = json.loads(sent["text"])["cells"]
-    assert next(cell["source"] for cell in cells if cell["id"] == "settings").startswith('EXPERIMENT = "quick"')
+    assert '\nEXPERIMENT = "quick"\n' in next(cell["source"] for cell in cells if cell["id"] == "settings")
     assert "version 3 successfully pushed" in capsys.readouterr().out
 
 
