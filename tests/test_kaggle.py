@@ -295,7 +295,7 @@ def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, home: Pa
     assert sent["machineShape"] == "NvidiaTeslaT4"
     assert (sent["enableInternet"], sent["isPrivate"], sent["enableGpu"]) == (False, True, True)
     cells = json.loads(sent["text"])["cells"]
-    assert next(cell["source"] for cell in cells if cell["id"] == "settings").startswith('EXPERIMENT = "quick"')
+    assert '\nEXPERIMENT = "quick"\n' in next(cell["source"] for cell in cells if cell["id"] == "settings")
     assert f"quick, version 3 of someone/{KERNEL} at {STARTED['url']}" in capsys.readouterr().out
 
 
