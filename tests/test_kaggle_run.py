@@ -182,6 +182,23 @@ def test_a_push_that_did_not_arrive_is_repeated(
     assert "version 1" in capsys.readouterr().out
 
 
+def test_the_check_tells_login_and_quota(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "login: someone, who has joined the competition",
+        "quota: 30.0 of 30.0 GPU hours are left until 2026-12-05",
+    ]
+    # Hours that running sessions have reserved are not left.
+    gpu = {"timeUsed": "36000s", "timeReserved": "18000s", "totalTimeAllowed": "108000s"}
+    kaggle.replies["GetAcceleratorQuotaStatistics"] = {"gpuQuota": gpu}
+    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    assert "quota: 15.0 of 30.0 GPU hours are left\n" in capsys.readouterr().out
+    kaggle.replies["GetAcceleratorQuotaStatistics"] = {}
+    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    assert "quota: unknown" in capsys.readouterr().out
+
+
 KINDS: dict[str, tuple[dict[str, Reply], str]] = {
     "credentials": ({"GetCompetition": 401}, "KAGGLE_API_TOKEN or ~/.kaggle/access_token"),
     "rules": ({"GetCompetition": {"userHasEntered": False}}, f"accept its rules at {RULES}"),
@@ -281,7 +298,7 @@ def test_a_session_survives_a_lost_connection(
     assert main(["kaggle", "run", "--work", str(home)]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("warning: ") == 1
-    assert "the session goes on" in printed.err
+    assert "the session continues" in printed.err
     assert "output: bottleneck imported" in printed.out
 
 

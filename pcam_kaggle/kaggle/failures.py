@@ -17,7 +17,7 @@ NO_KERNEL = "Kaggle shows no such kernel to this account; create it with make ke
 SOURCES = "{message}; correct the sources in kernel-metadata.json or in --weights"
 QUOTA = "{message}; wait until the quota is renewed, which `python -m pcam_kaggle kaggle check` tells"
 LATER = "{message}; Kaggle cannot answer now, try again later"
-# What a status means depends on what was asked for.
+# What a status means depends on the request.
 OF_COMPETITION = {401: CREDENTIALS, 403: ACCEPT, 404: LOOK}
 OF_KERNEL = {401: CREDENTIALS, 403: NO_KERNEL, 404: NO_KERNEL}
 ADVICE = {

@@ -1,4 +1,4 @@
-"""An experiment on Kaggle in one go: check, push, follow, download, show, submit. Interrupted, it goes on where it was."""
+"""An experiment on Kaggle in one command: check, push, follow, download, compare, submit. Interrupted, it can be resumed."""
 
 import logging
 import tempfile
@@ -45,7 +45,7 @@ SCORE_PATIENCE = 1800.0
 
 
 def run_kernel(kernel: Kernel, workspace: Workspace, submit: bool) -> None:
-    """Run an experiment on Kaggle up to its scores; what is done already is not done again.
+    """Run an experiment on Kaggle up to its scores; finished steps are not repeated.
 
     Args:
         kernel: What the user asks for.

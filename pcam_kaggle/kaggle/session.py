@@ -179,6 +179,6 @@ def _patient(ask: Callable[[], Status]) -> Status:
             if time.monotonic() >= until:
                 raise
             if not is_told:
-                log.warning("%s; the session goes on, and is asked for again", error)
+                log.warning("%s; the session continues, and its status is requested again", error)
                 is_told = True
             time.sleep(POLL_SECONDS)
