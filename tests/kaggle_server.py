@@ -31,9 +31,10 @@ class Kaggle(ThreadingHTTPServer):
     """A server that answers like Kaggle: a redirect to the archive or a status, and `replies` by the name of the request.
 
     A reply is JSON, a status, a status with JSON, None to close the connection, or a function of the request's content that
-    returns one of these. `files` can be downloaded, `put` is the last upload, `stream` has the pieces of a session's log. A
-    download of the archive can be resumed; `halfway` is called once, in its middle, and closes the connection. `hook` is called
-    with the name of each request, `upload` or `download`, before it is answered.
+    returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
+    `put` is the last upload, `stream` has the pieces of a session's log. A download of the archive can be resumed; `halfway` is
+    called once, in its middle, and closes the connection. `hook` is called with the name of each request, `upload` or
+    `download`, before it is answered.
     """
 
     def __init__(self) -> None:
@@ -47,10 +48,12 @@ class Kaggle(ThreadingHTTPServer):
         self.stream: list[str] = []
         self.replies: dict[str, Reply | Callable[[Content], Reply]] = {
             "GetCompetition": {"userHasEntered": True},
+            "GetKernelSessionStatus": {"status": "COMPLETE"},
             **quota(30.0),
         }
         self.bodies: dict[str, Content] = {}
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes | int] = {}
+        self.upload_status = 200
         self.put = b""
 
     def names(self) -> list[str]:
@@ -93,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.server.put = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.hook("upload")
-        self.answer(200, b"")
+        self.answer(self.server.upload_status, b"")
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
@@ -104,7 +107,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         if path != ARCHIVE:
             self.server.hook("download")
-            self.answer(200, self.server.files[path], **headers)
+            content = self.server.files[path]
+            if isinstance(content, int):
+                self.answer(content, b"<Error/>", **headers)
+            else:
+                self.answer(200, content, **headers)
             return
         whole = self.server.archive
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
@@ -147,4 +154,11 @@ def saved(kaggle: Kaggle, session: Path) -> None:
     names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
     kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
     listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
-    kaggle.replies["ListKernelSessionOutput"] = {"files": listed, "log": "done"}
+
+    def page(body: Content) -> Reply:
+        """List a few files at a time, whatever was asked for."""
+        start = int(body.get("pageToken") or 0)
+        more = {"nextPageToken": str(start + 7)} if start + 7 < len(listed) else {}
+        return {"files": listed[start : start + 7], "log": "done", **more}
+
+    kaggle.replies["ListKernelSessionOutput"] = page

@@ -114,7 +114,7 @@ def test_curves_have_a_line_for_each_fold() -> None:
 def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:
     run = Run(finished_run / "runs" / "bottleneck")
     made = read_json(run.folder / "metrics.json")
-    text = summary("quick", [run, run], [run])
+    text = summary([run, run], [run])
     assert text.splitlines()[0] == f"| run | `{run.name}` |"
     assert f"| OOF AUC | **{made['pooled']['value']:.4f}** |" in text
     assert (
@@ -122,7 +122,7 @@ def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:
         in text
     )
     assert [f"| fold {n} | {area:.4f} |" in text for n, area in enumerate(made["fold_auc"])] == [True] * 3
-    assert "make kaggle EXPERIMENT=quick" in text
+    assert "make kernel-output" in text
     assert "missing" not in text
 
 
@@ -130,11 +130,11 @@ def test_the_summary_names_what_is_missing(finished_run: Path) -> None:
     run = Run(finished_run / "runs" / "bottleneck")
     made = read_json(run.folder / "metrics.json")
     write_json(run.folder / "metrics.json", made | {"missing_folds": [3]})
-    text = summary("quick", [run], [run, Run(finished_run / "runs" / "other")])
+    text = summary([run], [run, Run(finished_run / "runs" / "other")])
     assert "| fold 3 | missing |" in text
     assert "not finished in time: fold 3, run `other`. To train the rest, attach this notebook's output" in text
     assert "make kaggle" not in text
-    assert "no fold was finished in time; attach" in summary("quick", [], [run])
+    assert "no fold was finished in time; attach" in summary([], [run])
     (run.folder / "metrics.json").unlink()
     with pytest.raises(UserError, match="not blended"):
-        summary("quick", [run], [run])
+        summary([run], [run])

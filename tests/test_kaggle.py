@@ -493,7 +493,7 @@ def test_status_and_log_are_told(kaggle: Kaggle, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "fold 0\nfold 1\n"
 
 
-def test_what_a_session_made_comes_home(
+def test_output_is_verified_and_imported(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)
@@ -517,7 +517,7 @@ def test_what_a_session_made_comes_home(
 
 
 @pytest.mark.parametrize("name", ["fold_1/best.pt", "fold_0/oof.csv", "fold_2/metrics.json", "config.json", "fold_0/log.csv"])
-def test_a_damaged_output_does_not_come_home(
+def test_a_damaged_output_is_not_imported(
     kaggle: Kaggle, session: Path, home: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = session / "runs" / "bottleneck" / name
@@ -531,7 +531,7 @@ def test_a_damaged_output_does_not_come_home(
     assert not [path for path in (home / "runs").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_another_config_does_not_come_home(
+def test_a_run_of_another_config_is_not_imported(
     kaggle: Kaggle, session: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import Outcome
-from kaggle_server import KERNEL, STARTED, Content, Kaggle, Reply, quota, saved
+from kaggle_server import KERNEL, SECRET, STARTED, Content, Kaggle, Reply, quota, saved
 
 from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
+from pcam_kaggle.data.atomic_io import locked
 from pcam_kaggle.kaggle import run_kernel, session
 from pcam_kaggle.kaggle.client import Quota
 from pcam_kaggle.kaggle.failures import RULES
@@ -23,6 +25,7 @@ from pcam_kaggle.kaggle.run_kernel import allowed_hours
 from pcam_kaggle.training.capacity import Needs
 
 ROOT = Path(__file__).parent.parent
+Pcam = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ class Account:
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
 
     def _submit(self, body: Content) -> Reply:
-        self.submitted.append({"ref": 1, "description": body["submissionDescription"], "status": "PENDING"})
+        self.submitted.insert(0, {"ref": 1, "description": body["submissionDescription"], "status": "PENDING"})
         return {"message": "Successfully submitted"}
 
     def _scored(self) -> list[Content]:
@@ -120,14 +123,14 @@ def test_one_command_leads_from_the_push_to_the_scores(
 
 
 def test_the_run_is_compared_with_the_local_ones(
-    account: Account, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    account: Account, home: Path, pcam: Pcam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pcam("pipeline", "--name", "local").status == 0
     capsys.readouterr()
     assert main(["kaggle", "run", "--work", str(tmp_path / "work")]) == 0
     printed = capsys.readouterr().out
     assert "local compared with bottleneck: no significant difference (+0.0000" in printed
-    assert printed.rstrip().endswith("next: the same command with --submit (make: ARGS=--submit)")
+    assert printed.rstrip().endswith("next: repeat the command with --submit (make: in ARGS)")
 
 
 # The request whose reply does not arrive, since the process is killed before it.
@@ -165,8 +168,7 @@ def test_a_killed_command_goes_on_where_it_was(kaggle: Kaggle, account: Account,
     assert "leaderboard: scores of bottleneck recorded" in second.stdout
     assert len(account.pushed) == 1
     assert len(account.submitted) == 1
-    assert state(home)["imported"]
-    assert state(home)["version"] == 1
+    assert not (home / "sessions" / f"{KERNEL}.json").exists()
 
 
 def test_a_push_that_did_not_arrive_is_repeated(
@@ -177,9 +179,32 @@ def test_a_push_that_did_not_arrive_is_repeated(
     assert main(["kaggle", "run", "--work", str(home)]) == 2
     assert state(home)["version"] == 0
     kaggle.replies["SaveKernel"] = arrived
+    # A version without the mark is another one.
+    account.pushed.append("an older version")
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 2
+    assert "version 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reply", [502, None, {"versionNumber": "three"}])
+def test_a_push_that_arrived_is_not_repeated_if_its_reply_did_not(
+    kaggle: Kaggle, account: Account, home: Path, reply: Reply, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrived = kaggle.replies["SaveKernel"]
+
+    def lost(body: Content) -> Reply:
+        assert callable(arrived)
+        arrived(body)
+        return reply
+
+    kaggle.replies["SaveKernel"] = lost
+    assert main(["kaggle", "push", "--work", str(home)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    # A second push is refused, and the run continues the first.
+    assert main(["kaggle", "push", "--work", str(home)]) == 2
+    assert "version 1" in capsys.readouterr().err
     assert main(["kaggle", "run", "--work", str(home)]) == 0
     assert len(account.pushed) == 1
-    assert "version 1" in capsys.readouterr().out
 
 
 def test_the_check_tells_login_and_quota(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +250,7 @@ def test_each_kind_of_failure_has_its_own_line(
     assert [name for name, (_, text) in KINDS.items() if text in err] == [kind], err
     assert not (home / "sessions" / f"{KERNEL}.json").exists()
     assert account.pushed == []
+    assert kaggle.names().count("SaveKernel") == ("SaveKernel" in KINDS[kind][0])
 
 
 def test_a_failed_session_is_told_and_the_same_command_starts_a_new_one(
@@ -259,34 +285,118 @@ def test_an_output_of_another_version_is_refused(account: Account, home: Path, c
 
 
 def test_missing_folds_are_trained_by_a_resumed_session(
-    kaggle: Kaggle,
-    account: Account,
-    home: Path,
-    pcam: Callable[..., Outcome],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    kaggle: Kaggle, account: Account, home: Path, pcam: Pcam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = dict(kaggle.files), kaggle.replies["ListKernelSessionOutput"]
-    assert pcam("pipeline", "--folds", "0,2").status == 0
-    assert pcam("blend", "--folds", "0,2").status == 0
-    assert pcam("submission").status == 0
+    complete = dict(kaggle.files), kaggle.replies["ListKernelSessionOutput"]
+    for command in (["pipeline", "--folds", "0,2"], ["blend", "--folds", "0,2"], ["submission"]):
+        assert pcam(*command).status == 0
     saved(kaggle, tmp_path / "work")
     run = ["kaggle", "run", "--work", str(home)]
-    assert main(run) == 0
+    assert main([*run, "--submit"]) == 0
     printed = capsys.readouterr().out
     assert "missing: folds 1" in printed
-    assert "ARGS=--resume" in printed
+    assert "with --resume" in printed
+    assert account.submitted == []
     # Without --resume there is nothing to do, with it a new session gets the output of the first.
     assert main(run) == 0
     assert len(account.pushed) == 1
-    kaggle.files, kaggle.replies["ListKernelSessionOutput"] = whole
-    assert main([*run, "--resume", "--submit"]) == 0
+    kaggle.files, kaggle.replies["ListKernelSessionOutput"] = complete
+    assert main([*run, "--resume", "--hours", "4"]) == 0
     assert len(account.pushed) == 2
     assert kaggle.bodies["SaveKernel"]["kernelDataSources"] == [f"someone/{KERNEL}"]
-    assert len(account.submitted) == 1
-    assert "-folds-" not in account.submitted[0]["description"]
+    # The run is complete, so no options of the session matter any more.
+    assert main([*run, "--submit"]) == 0
     assert main([*run, "--resume"]) == 0
     assert len(account.pushed) == 2
+    assert len(account.submitted) == 1
+    assert "-folds-" not in account.submitted[0]["description"]
+
+
+def test_a_blend_of_fewer_seeds_is_imported_and_resumed(
+    kaggle: Kaggle, account: Account, home: Path, pcam: Pcam, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What a session leaves whose time ends after the first of two seeds.
+    assert pcam("pipeline", "--name", "bottleneck-seed42").status == 0
+    saved(kaggle, tmp_path / "work")
+    run = ["kaggle", "run", "--seeds", "2", "--work", str(home)]
+    assert main(run) == 0
+    printed = capsys.readouterr().out
+    assert "bottleneck-seed42: pooled" in printed
+    assert "with --resume" in printed
+    assert main(run) == 0
+    assert len(account.pushed) == 1
+    assert main([*run, "--resume"]) == 0
+    assert len(account.pushed) == 2
+
+
+@pytest.mark.parametrize("name", ["oof.csv", "config.json", "fold_1/best.pt"])
+def test_an_error_in_place_of_a_file_is_not_saved_as_the_file(
+    kaggle: Kaggle, account: Account, home: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, kaggle.files[f"/output/runs/bottleneck/{name}"] = kaggle.files[f"/output/runs/bottleneck/{name}"], 503
+    assert main(["kaggle", "run", "--work", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "503" in err
+    assert "try again later" in err
+    assert not (home / "runs").exists()
+    kaggle.files[f"/output/runs/bottleneck/{name}"] = content
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert len(account.pushed) == 1
+
+
+def test_two_processes_do_not_work_on_one_kernel(
+    account: Account, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.data.atomic_io.LOCK_SECONDS", 0)
+    with locked(home / "sessions" / KERNEL):
+        for command in ("run", "push"):
+            assert main(["kaggle", command, "--work", str(home)]) == 2
+            assert "another process" in capsys.readouterr().err
+    assert account.pushed == []
+
+
+def test_a_login_is_renewed_in_a_long_session(
+    kaggle: Kaggle, account: Account, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+    monkeypatch.setattr("pcam_kaggle.kaggle.client.LOGIN_SECONDS", 0.0)
+    kaggle.replies["IntrospectToken"] = {"active": True, "username": "someone"}
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert kaggle.names().count("IntrospectToken") > 3
+    assert len(account.pushed) == 1
+
+
+def test_no_request_waits_forever(
+    kaggle: Kaggle, account: Account, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.kaggle.client.TIMEOUT", (0.2, 0.2))
+    # A server that accepts the connection and never answers.
+    stop = threading.Event()
+    kaggle.hook = lambda name: stop.wait(20) if name == "GetCompetition" else None
+    assert main(["kaggle", "run", "--work", str(home)]) == 2
+    stop.set()
+    assert "no connection to Kaggle: timed out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["PATIENCE", "SCORE_PATIENCE"])
+def test_waiting_has_an_end(
+    kaggle: Kaggle,
+    account: Account,
+    home: Path,
+    limit: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(session, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_kernel, "SCORE_PATIENCE", 0.1)
+    account.pending = 10**6
+    if limit == "PATIENCE":
+        kaggle.replies["GetKernelSessionStatus"] = 503
+    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 2
+    assert ("try again later" if limit == "PATIENCE" else "not scored for half an hour") in capsys.readouterr().err
 
 
 def test_a_session_survives_a_lost_connection(
@@ -337,16 +447,50 @@ def test_a_session_gets_the_hours_that_the_quota_leaves(
         allowed_hours(week, asked, needs)
 
 
-def test_a_submission_that_kaggle_cannot_score_is_an_error(
+def test_a_submission_that_kaggle_cannot_score_is_an_error_and_can_be_repeated(
     kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    scored = kaggle.replies["ListSubmissions"]
+
     def failed(_: Content) -> Reply:
-        rows = [row | {"status": "ERROR", "errorDescription": "Missing ids"} for row in account.submitted]
-        return {"submissions": rows}
+        return {"submissions": [row | {"status": "ERROR", "errorDescription": "Missing ids"} for row in account.submitted]}
 
     kaggle.replies["ListSubmissions"] = failed
-    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 2
+    run = ["kaggle", "run", "--submit", "--work", str(home)]
+    assert main(run) == 2
     assert "Kaggle can't score it: Missing ids" in capsys.readouterr().err
+    account.submitted[0] |= {"status": "ERROR"}
+
+    def newest_first(body: Content) -> Reply:
+        assert callable(scored)
+        account.submitted.sort(key=lambda row: row["status"] == "ERROR")
+        return scored(body)
+
+    kaggle.replies["ListSubmissions"] = newest_first
+    assert main(run) == 0
+    assert len(account.submitted) == 2
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_failed_upload_is_one_line_without_its_address(
+    kaggle: Kaggle, account: Account, home: Path, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.upload_status = status
+    assert main(["kaggle", "run", "--submit", "--work", str(home)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "kaggle submit: " in err
+    assert "http" not in err
+    assert account.submitted == []
+
+
+def test_a_submission_on_a_later_page_is_recognised(kaggle: Kaggle, account: Account, home: Path) -> None:
+    run = ["kaggle", "run", "--submit", "--work", str(home)]
+    assert main(run) == 0
+    others = [{"ref": n, "description": f"other {n}", "status": "COMPLETE"} for n in range(200)]
+    kaggle.replies["ListSubmissions"] = lambda body: {"submissions": others if body["page"] == 1 else account.submitted}
+    assert main(run) == 0
+    assert len(account.submitted) == 1
 
 
 def test_make_runs_it() -> None:

@@ -65,6 +65,9 @@ def test_the_auc_of_a_blend_is_that_of_its_mixture(ranked: bool, weights: dict[s
     expected = (ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * (50 - positives))
     # Equal sums of ranks may differ in their last digit.
     assert (area, nets) == (pytest.approx(expected, abs=0.002 if ranked else 1e-9), 2)
+    # Members join by id.
+    tables["b"] = tables["b"].sample(frac=1, random_state=0)
+    assert recorded_auc(Stored(), Mixture("both", weights, ranked), {name: name for name in weights})[0] == pytest.approx(area)  # type: ignore[arg-type]
     # A member that lacks an evaluation makes the blend's unknown.
     del tables["b"]
     assert recorded_auc(Stored(), Mixture("both", weights, ranked), {name: name for name in weights})[1] == 0  # type: ignore[arg-type]

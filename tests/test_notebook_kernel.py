@@ -328,7 +328,7 @@ def test_options_replace_what_the_tracked_metadata_say(tmp_path: Path) -> None:
         (Kernel(Settings("lite0"), weights="pretrained"), "add --internet"),
         (Kernel(Settings("lite0")), "lite0: needs pretrained weights"),
         (Kernel(Settings("blend")), "blend: needs pretrained weights"),
-        (Kernel(title="a+b"), "must have at least five letters"),
+        (Kernel(title="a+b"), "use at least five letters"),
         (Kernel(Settings("lite0"), weights="encoder"), "--weights encoder: must be owner/name"),
         (Kernel(Settings("blend", ("epochs=3",))), "has no settings of its own"),
     ],

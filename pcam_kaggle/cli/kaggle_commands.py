@@ -49,7 +49,9 @@ def _run_check(options: argparse.Namespace) -> None:
 def _run_push(options: argparse.Namespace) -> None:
     steps, session = _development("run_kernel"), _development("session")
     kernel = _kernel(options)
-    steps.push_kernel(Client(), kernel, session.session_file(find_workspace(options.work), kernel.slug()))
+    file = session.session_file(find_workspace(options.work), kernel.slug())
+    with locked(file.with_suffix("")):
+        steps.push_kernel(Client(), kernel, file)
     log.info("next: the same options with `kaggle run` instead of `kaggle push`, which follows and downloads it")
 
 
@@ -67,9 +69,13 @@ def _run_logs(options: argparse.Namespace) -> None:
 
 
 def _run_output(options: argparse.Namespace) -> None:
-    steps = _development("run_kernel")
-    client = Client()
-    submissions = steps.import_output(client, _name(client, options), find_workspace(options.work))
+    steps, session = _development("run_kernel"), _development("session")
+    client, workspace = Client(), find_workspace(options.work)
+    name = _name(client, options)
+    is_over = client.status(name).is_over
+    submissions = steps.import_output(client, name, workspace)
+    if is_over:
+        session.session_file(workspace, name.rpartition("/")[2]).unlink(missing_ok=True)
     submits = " or ".join(f"make submit EXPERIMENT={name}" for name in submissions)
     log.info("next: %s", f"make compare, or {submits}" if submits else "make kernel-push")
 

@@ -238,7 +238,7 @@ The AUC of all out-of-fold predictions pooled, and of each fold.
 """,
         """
 made = [job.run, *(part.run for part in job.parts())] if job else []
-Markdown(summary(EXPERIMENT, made, planned))
+Markdown(summary(made, planned))
 """,
     ),
 )

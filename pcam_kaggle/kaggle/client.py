@@ -1,26 +1,38 @@
 """Kaggle through the Python interface of its own client: login, quota, kernels, submissions and scores."""
 
 import contextlib
+import functools
 import io
+import itertools
+import json
+import operator
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
 
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.data.layout import COMPETITION
-from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, explained, refused
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, disconnected, explained, refused
 
 # Statuses of a session that is not over.
 WAITING, RUNNING = "QUEUED", "RUNNING"
 UNFINISHED = (WAITING, RUNNING, "CANCEL_REQUESTED", "NEW_SCRIPT")
 COMPLETE = "COMPLETE"
-MOST_SUBMISSIONS = 200
+# Files or submissions that are listed at a time.
+PAGE_SIZE = 200
+# Seconds until a connection is made, and between two pieces of a reply.
+TIMEOUT = (10.0, 120.0)
+# Seconds after which the client logs in again.
+LOGIN_SECONDS = 3600.0
+# Folders that a session saves for the workspace.
+SAVED_FOLDERS = ("runs", "folds", "submissions")
 SUBMISSION_COLUMNS = ["description", "status", "error", "public_score", "private_score"]
 
 
@@ -61,12 +73,16 @@ class Client:
 
     def __init__(self) -> None:
         """Log in; raises UserError if the client is not installed or has no valid credentials."""
+        self._log_in()
+
+    def _log_in(self) -> None:
         # The client logs in when it is imported, ignores a failure, and prints advice of its own.
         with _asking("login"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 from kaggle.api.kaggle_api_extended import KaggleApi
             except ModuleNotFoundError:
                 raise UserError("Kaggle's client is not installed; run pip install kaggle") from None
+            _limit_waiting()
             KaggleApi.already_printed_version_warning = True
             self._api: Any = KaggleApi()
             try:
@@ -76,6 +92,7 @@ class Client:
         self.owner = self._api.get_config_value("username") or ""
         if not self.owner:
             raise UserError(f"kaggle login: {CREDENTIALS}")
+        self._logged_in = time.monotonic()
 
     def check_rules(self) -> None:
         """Raise UserError unless the user has joined the competition, which includes accepting its rules."""
@@ -122,16 +139,17 @@ class Client:
         """
         with _asking("push"), contextlib.redirect_stdout(io.StringIO()):
             reply = self._api.kernels_push(str(folder))
+            version = operator.index(reply.version_number or 0)
         if reply.error:
             raise refused("push", reply.error)
         kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
         if left_out:
             reason = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
-            raise UserError(
+            raise Refused(
                 f"kaggle push: {reason}; stop the session at {reply.url}, correct the sources and push again", left_out
             )
-        return reply.version_number, reply.url
+        return version, str(reply.url)
 
     def current_version(self, kernel: str, mark: str) -> int | None:
         """Return the version of `kernel` (owner/slug) if its source contains `mark`; None if it doesn't or does not exist."""
@@ -151,6 +169,9 @@ class Client:
 
     def status(self, kernel: str) -> Status:
         """Return the status of the last session of `kernel` (owner/slug)."""
+        # The token of an OAuth login expires within the hours of a session.
+        if time.monotonic() - self._logged_in > LOGIN_SECONDS:
+            self._log_in()
         with _asking("status"):
             reply = self._api.kernels_status(kernel)
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
@@ -163,29 +184,64 @@ class Client:
 
     def output(self, kernel: str, folder: Path) -> None:
         """Download runs, folds and submissions that the last session of `kernel` (owner/slug) has saved into `folder`."""
-        with _asking("output"), contextlib.redirect_stdout(io.StringIO()):
-            self._api.kernels_output(kernel, str(folder), r"^(runs|folds|submissions)/", quiet=True)
+        # The client's own download does not look at the status of a reply, and saves an error's text in place of a file.
+        import requests
+
+        with _asking("output"):
+            for name, url in self._output_files(kernel):
+                path = PurePosixPath(name)
+                if path.parts[0] not in SAVED_FOLDERS:
+                    continue
+                if ".." in path.parts:
+                    raise UserError(f"{kernel}: has saved {name}, which would be written outside of {folder}")
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                with requests.get(url, stream=True, timeout=TIMEOUT) as reply, (folder / path).open("wb") as file:
+                    reply.raise_for_status()
+                    for piece in reply.iter_content(1 << 20):
+                        file.write(piece)
         if not (folder / "runs").is_dir():
             raise UserError(f"{kernel}: has saved no runs; read its log with `make kernel-logs`")
+
+    def _output_files(self, kernel: str) -> Iterator[tuple[str, str]]:
+        """Yield the name and the address of each file that the last session of `kernel` has saved."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+        request = ApiListKernelSessionOutputRequest()
+        request.user_name, _, request.kernel_slug = kernel.partition("/")
+        request.page_size, request.page_token = PAGE_SIZE, ""
+        with self._api.build_kaggle_client() as kaggle:
+            while True:
+                reply = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
+                yield from ((each.file_name, each.url) for each in reply.files or ())
+                if not reply.next_page_token:
+                    return
+                request.page_token = reply.next_page_token
 
     def submit(self, file: Path, message: str) -> None:
         """Submit `file` with `message` as its description."""
         printed = io.StringIO()
         with _asking("submit"), contextlib.redirect_stdout(printed):
             reply = self._api.competition_submit(str(file), message, COMPETITION, quiet=True)
-        # The client prints why an upload failed.
+        if reply.message == self._api.COMPETITION_SUBMIT_UPLOAD_FAILED_MESSAGE:
+            # The client prints why the upload failed, with an address that is secret.
+            raise disconnected("submit", printed.getvalue())
         if "uccess" not in reply.message:
-            raise refused("submit", f"{reply.message} {printed.getvalue()}".strip() or "no reason given")
+            raise refused("submit", reply.message or "no reason given")
 
     def submissions(self) -> pd.DataFrame:
-        """Return the user's last 200 submissions, the newest first.
+        """Return the user's submissions, the newest first.
 
         Returns:
             Columns `SUBMISSION_COLUMNS`: the description; `pending`, `complete` or `error`, and the reason of the last; float64
             scores, NaN if unknown.
         """
+        found: list[Any] = []
         with _asking("leaderboard"):
-            found = self._api.competition_submissions(COMPETITION, page_size=MOST_SUBMISSIONS) or []
+            for page in itertools.count(1):
+                part = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE, page_number=page) or []
+                found += part
+                if len(part) < PAGE_SIZE:
+                    break
             rows = [
                 [
                     each.description or "",
@@ -202,6 +258,20 @@ class Client:
         return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in scores})
 
 
+@functools.cache
+def _limit_waiting() -> None:
+    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost."""
+    from requests.adapters import HTTPAdapter
+
+    send = HTTPAdapter.send
+
+    @functools.wraps(send)
+    def limited(self: Any, request: Any, stream: bool = False, timeout: Any = None, **options: Any) -> Any:
+        return send(self, request, stream, timeout or TIMEOUT, **options)
+
+    HTTPAdapter.send = limited  # type: ignore[method-assign,assignment]
+
+
 @contextmanager
 def _asking(action: str) -> Iterator[None]:
     """Turn what Kaggle's client raises in `action` into one line for the user."""
@@ -210,10 +280,10 @@ def _asking(action: str) -> Iterator[None]:
 
     try:
         yield
-    except (RequestException, HTTPError, ValueError) as error:
-        raise explained(error, action) from None
-    except (AttributeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"kaggle {action}: the client can't read Kaggle's reply ({reason}); update it with pip install -U kaggle"
         ) from None
+    except (RequestException, HTTPError, ValueError) as error:
+        raise explained(error, action) from None

@@ -39,6 +39,10 @@ class Unreachable(UserError):
     """Kaggle can't be reached or can't answer now, so that the same request may succeed later."""
 
 
+class Refused(UserError):
+    """Kaggle has refused a request, or the client has not sent it, so that it has had no effect."""
+
+
 def explained(error: Exception, action: str) -> UserError:
     """Return the error for the user if `action` (`push`, `status`, …) has raised `error` in Kaggle's client."""
     # requests is only installed where the client is.
@@ -54,17 +58,22 @@ def explained(error: Exception, action: str) -> UserError:
         if code == 429 or code >= 500:
             return Unreachable(f"kaggle {action}: {LATER.format(message=message)}")
         advice = ADVICE.get(action, OF_COMPETITION).get(code, "{message}")
-        return UserError(f"kaggle {action}: {advice.format(message=message)}")
+        return Refused(f"kaggle {action}: {advice.format(message=message)}")
     if isinstance(error, (RequestException, TransportError)):
-        cause = ", ".join(dict.fromkeys(CAUSE.findall(str(error)))) or "it broke off"
-        return Unreachable(f"kaggle {action}: no connection to Kaggle: {cause}; check the network and try again")
-    return UserError(f"kaggle {action}: {message}")
+        return disconnected(action, str(error))
+    return Refused(f"kaggle {action}: {message}")
 
 
-def refused(action: str, message: str) -> UserError:
+def disconnected(action: str, text: str) -> Unreachable:
+    """Return the error for the user if the connection failed in `action`; `text` is what requests says of it."""
+    cause = ", ".join(dict.fromkeys(CAUSE.findall(text))) or "it broke off"
+    return Unreachable(f"kaggle {action}: no connection to Kaggle: {cause}; check the network and try again")
+
+
+def refused(action: str, message: str) -> Refused:
     """Return the error for a reply to `action` in which Kaggle says that it refuses it, and why."""
     advice = QUOTA if "quota" in message.lower() else "{message}"
-    return UserError(f"kaggle {action}: {advice.format(message=' '.join(message.split()))}")
+    return Refused(f"kaggle {action}: {advice.format(message=' '.join(message.split()))}")
 
 
 def _code(error: "HTTPError") -> int:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
 
 METADATA = Path("kernel-metadata.json")
 MOST_BYTES = 900_000
+# Kaggle ends a session after 12 hours and saves nothing of it.
+MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
 # Accelerators that the session could not use, by the beginning of Kaggle's names.
 UNUSABLE = {
@@ -69,18 +71,23 @@ class Kernel:
         settings = self.notebook_settings
         return seeds_name(changed_name(settings.experiment, settings.changes), settings.seeds)
 
-    def fields(self) -> dict[str, Any]:
-        """Return all fields as JSON, by which the same request is recognised later."""
-        made = asdict(self)
-        return made | {"settings": made["settings"] | {"changes": list(self.settings.changes)}}
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the runs that `run` blends, one per seed or member; none if it is trained itself."""
+        settings = self.notebook_settings
+        chosen = experiment(settings.experiment)
+        name = changed_name(settings.experiment, settings.changes)
+        config = chosen.changed(list(settings.changes))
+        return tuple(part.name for part in chosen.parts(settings.experiment, name, config, settings.seeds))
 
     def slug(self, root: Path = ROOT) -> str:
         """Return the last part of its id, for which `root` has the metadata; raises UserError if the title can't be one."""
         if not self.title:
             return read_json(root / METADATA, id=str)["id"].rpartition("/")[2]
         made = slugged(self.title)
-        if len(made) < 5:
-            raise UserError(f"--title {self.title!r}: must have at least five letters and digits")
+        # Kaggle has its own rules for other characters.
+        if len(made) < 5 or not re.fullmatch(r"[A-Za-z0-9 _-]+", self.title):
+            raise UserError(f"--title {self.title!r}: use at least five letters, digits, spaces and dashes")
         return made
 
 
@@ -106,14 +113,16 @@ def check_kernel(kernel: Kernel, accelerators: list[str], root: Path = ROOT) -> 
 
     Raises:
         UserError: The tracked notebook does not match the package, metadata are missing or not what the notebook needs, the
-            title's slug is not the id's, the accelerator can't be used, weights are needed and none attached, or the experiment
-            does not admit the settings. Kaggle itself would accept these and misinterpret them.
+            title's slug is not the id's, accelerator, hours or title can't be used, weights are needed and none attached, or
+            the experiment does not admit the settings. Kaggle itself would accept these and misinterpret them.
     """
     for prefix, reason in UNUSABLE.items():
         if kernel.accelerator.startswith(prefix):
             raise UserError(f"--accelerator {kernel.accelerator}: {reason}; choose one of {', '.join(accelerators)}")
     if kernel.accelerator not in accelerators:
         raise UserError(f"--accelerator {kernel.accelerator}: choose one of {', '.join(accelerators)}")
+    if kernel.settings.hours > MOST_HOURS:
+        raise UserError(f"--hours {kernel.settings.hours:g}: Kaggle ends a session after 12; use at most {MOST_HOURS}")
     metadata = _metadata(kernel, root)
     file = root / METADATA
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if metadata[key] != value]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle import UserError, examples
+from pcam_kaggle.config.experiments import experiment
 from pcam_kaggle.config.logs import status_line
-from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.data.atomic_io import locked, read_json
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, trained_configs
@@ -18,12 +19,10 @@ from pcam_kaggle.kaggle.leaderboard import print_leaderboard
 from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
 from pcam_kaggle.kaggle.session import (
     Session,
-    find_version,
     follow,
-    read_session,
+    pending_session,
     session_file,
     start_session,
-    write_session,
 )
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
@@ -53,28 +52,31 @@ def run_kernel(kernel: Kernel, workspace: Workspace, submit: bool) -> None:
         submit: Whether to submit its submission and to wait for the scores.
 
     Raises:
-        UserError: A step fails; or the kernel's last session was started by another command and is not downloaded yet.
+        UserError: A step fails, a session of another experiment is not downloaded yet, or another process works on the kernel.
     """
     client = Client()
     client.check_rules()
     log.info("login: %s, who has joined the competition", client.owner)
     file = session_file(workspace, kernel.slug())
-    session = _existing(client, kernel, file, workspace)
-    if session is None:
-        session = push_kernel(client, kernel, file)
-    if session.imported:
-        log.info("output: %s (up to date)", session)
-    else:
-        _wait(client, session, file)
-        import_output(client, session.kernel, workspace, session.run)
-        write_session(replace(session, imported=True), file)
-    show(workspace, session.run)
-    if not is_complete(workspace, session.run):
-        log.info("next: the same command with --resume (make: ARGS=--resume), which trains the missing folds")
-    elif submit:
-        submit_and_wait(client, workspace, submission_of(workspace, session.run))
-    else:
-        log.info("next: the same command with --submit (make: ARGS=--submit)")
+    with locked(file.with_suffix("")):
+        session = pending_session(client, file)
+        if session and session.run != kernel.run:
+            raise _not_downloaded(session, file)
+        if session is None and _is_trained(workspace, kernel):
+            log.info("output: %s (up to date)", workspace.run(kernel.run))
+        else:
+            if session is None:
+                session = push_kernel(client, kernel, file)
+            _wait(client, session, file)
+            import_output(client, session.kernel, workspace, kernel)
+            file.unlink()
+        show(workspace, kernel)
+        if not is_complete(workspace, kernel.run):
+            log.info("next: repeat the command with --resume (make: in ARGS), which trains what is missing")
+        elif submit:
+            submit_and_wait(client, workspace, submission_of(workspace, kernel.run))
+        else:
+            log.info("next: repeat the command with --submit (make: in ARGS)")
 
 
 def check_request(kernel: Kernel) -> Needs | None:
@@ -97,8 +99,10 @@ def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
     """Push `kernel` with at most the hours that the quota leaves, and describe its session in `file`.
 
     Raises:
-        UserError: The quota is too small, or as `check_request` and `start_session`.
+        UserError: The quota is too small, a session is not downloaded yet, or as `check_request` and `start_session`.
     """
+    if session := pending_session(client, file):
+        raise _not_downloaded(session, file)
     needs = check_request(kernel)
     quota = client.quota()
     hours = kernel.settings.hours
@@ -108,7 +112,7 @@ def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
         hours = allowed_hours(quota, hours, needs)
         log.info("quota: %s; the session ends after %.1f", quota, hours)
     limited = replace(kernel, settings=replace(kernel.settings, hours=hours))
-    session = start_session(client, limited, kernel.fields(), file)
+    session = start_session(client, limited, file)
     log.info("push: %s at %s", session, session.url)
     return session
 
@@ -131,46 +135,49 @@ def allowed_hours(quota: Quota, hours: float, needs: Needs | None) -> float:
     return left
 
 
-def import_output(client: Client, kernel: str, workspace: Workspace, run: str = "") -> list[str]:
-    """Download what the last session of `kernel` (owner/slug) has saved, verify it, and copy its runs into `workspace`.
+def import_output(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> list[str]:
+    """Download what the last session of the kernel `name` (owner/slug) has saved, verify it, and import its runs.
 
     Args:
         client: Kaggle.
-        kernel: The kernel's id.
+        name: The kernel's id.
         workspace: Where to copy the runs.
-        run: A run that it must have saved; empty for any.
+        kernel: What the session was asked for, of which it must have saved a run; None for anything.
 
     Returns:
         The names of its submissions.
 
     Raises:
-        UserError: Nothing was saved, files are damaged, or `run` is missing.
+        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        client.output(kernel, Path(folder))
+        client.output(name, Path(folder))
         found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
-        if run and run not in found:
-            raise UserError(f"{kernel}: has saved {examples(found)}, not {run}; another version has run since")
+        if kernel and not set(found) & {kernel.run, *kernel.parts}:
+            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
         imported = ", ".join(import_runs(Path(folder), workspace))
         submissions = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
     return submissions
 
 
-def show(workspace: Workspace, name: str) -> None:
-    """Print the AUC of each finished fold of the run `name`, and its comparison with the other runs once all are finished."""
-    run = Run(workspace.run(name))
-    if not run.has_score:
-        print(f"{name}: no fold is finished")
+def show(workspace: Workspace, kernel: Kernel) -> None:
+    """Print the AUC of each finished fold of the run of `kernel`; once it is complete, also its comparison with other runs."""
+    # A blend that lacks a run has a name of its own.
+    partial = sorted(path.name for path in (workspace.root / "runs").glob(f"{kernel.run}-without-*"))
+    scored = [name for name in (kernel.run, *partial, *kernel.parts) if Run(workspace.run(name)).has_score]
+    if not scored:
+        print(f"{kernel.run}: no fold is finished")
         return
-    metrics = run.blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
+    name = scored[0]
+    metrics = Run(workspace.run(name)).blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
     table = pd.DataFrame({"fold": metrics["folds"], "OOF AUC": [f"{area:.4f}" for area in metrics["fold_auc"]]})
     print(table.to_string(index=False))
     pooled, missing = metrics["pooled"], metrics["missing_folds"]
     interval = interval_text(pooled["low"], pooled["high"], pooled.get("undefined", ""))
     lacking = f"; missing: folds {', '.join(map(str, missing))}" if missing else ""
-    print(f"pooled {pooled['value']:.4f}, 95 % interval {interval} (unit: {pooled.get('unit', 'patch')}){lacking}")
-    if not missing and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
+    print(f"{name}: pooled {pooled['value']:.4f}, 95 % interval {interval} (unit: {pooled.get('unit', 'patch')}){lacking}")
+    if is_complete(workspace, kernel.run) and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
         print(render(compare_runs(workspace, [], name, None), "text"), end="")
 
 
@@ -197,7 +204,8 @@ def submit_and_wait(client: Client, workspace: Workspace, name: str) -> None:
     """
     file, description = describe(workspace.submissions, name)
     mark = submission_mark(file)
-    if _of(client.submissions(), mark).empty:
+    # One that Kaggle could not score is submitted again.
+    if (_of(client.submissions(), mark)["status"] == "error").all():
         client.submit(file, description)
         log.info("submit: %s, %s", file, description)
     else:
@@ -218,26 +226,20 @@ def submit_and_wait(client: Client, workspace: Workspace, name: str) -> None:
     print_leaderboard(workspace, found)
 
 
-def _existing(client: Client, kernel: Kernel, file: Path, workspace: Workspace) -> Session | None:
-    """Return the session that the same request has started; None if a new one is to be started.
+def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
+    """Return whether no session is needed: the run is complete, or it is not and `kernel` does not resume it."""
+    if is_complete(workspace, kernel.run):
+        return True
+    # Members of a blend may have been trained for themselves.
+    own = [] if experiment(kernel.settings.experiment).members else kernel.parts
+    runs = [Run(workspace.run(name)) for name in (kernel.run, *own)]
+    return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
 
-    Raises:
-        UserError: Another request has started a session that is not downloaded.
-    """
-    session = read_session(file)
-    session = find_version(client, session, file) if session else None
-    if session is None:
-        return None
-    if session.imported:
-        has_gaps = Run(workspace.run(session.run)).has_score and not kernel.resume
-        is_used = session.request == kernel.fields() and (is_complete(workspace, session.run) or has_gaps)
-        return session if is_used else None
-    if session.request == kernel.fields():
-        log.info("push: %s was started before", session)
-        return session
-    raise UserError(
-        f"{session}: not downloaded yet; repeat the command that started it, use --title for a second kernel, or delete {file} "
-        "to give it up"
+
+def _not_downloaded(session: Session, file: Path) -> UserError:
+    return UserError(
+        f"{session}: was started and is not downloaded yet; continue it with `kaggle run`, use --title for a second kernel, or "
+        f"delete {file} to give it up"
     )
 
 

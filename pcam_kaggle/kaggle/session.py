@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pcam_kaggle import UserError
 from pcam_kaggle.config.logs import status_line
 from pcam_kaggle.data.atomic_io import read_json, reading, write_json
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.kaggle.client import Client, Status
-from pcam_kaggle.kaggle.failures import Unreachable
+from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, pack
 
 log = logging.getLogger(__name__)
@@ -29,93 +28,75 @@ PATIENCE = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A pushed kernel's session.
+    """A pushed kernel's session whose output is not downloaded yet.
 
     Attributes:
         kernel: The kernel's id, owner/slug.
-        request: What the user asked for, as `Kernel.fields`.
         run: Name of the run that it makes.
         mark: Text in its notebook by which its version is recognised on Kaggle.
         version: Its version; 0 until Kaggle has confirmed the push.
         url: Its address; empty until then.
-        imported: Whether its runs were downloaded.
     """
 
     kernel: str
-    request: dict[str, Any]
     run: str
     mark: str
     version: int = 0
     url: str = ""
-    imported: bool = False
 
     def __str__(self) -> str:
         return f"{self.run}, version {self.version} of {self.kernel}"
 
 
 def session_file(workspace: Workspace, slug: str) -> Path:
-    """Return the file that describes the last session of the kernel with this slug."""
+    """Return the file that describes the session of the kernel with this slug until its output is downloaded."""
     return workspace.root / "sessions" / f"{slug}.json"
 
 
-def read_session(file: Path) -> Session | None:
-    """Return the session that `file` describes; None if there is no such file. Raises UserError if it is damaged."""
-    if not file.is_file():
-        return None
-    content = read_json(file, kernel=str, request=dict, run=str, mark=str, version=int, url=str, imported=bool)
-    with reading(file):
-        return Session(**content)
-
-
-def start_session(client: Client, kernel: Kernel, request: dict[str, Any], file: Path) -> Session:
-    """Push `kernel` and describe its session in `file`.
-
-    The file is written before the push: if the process is killed before Kaggle's reply has arrived, `find_version` recognises
-    the pushed version by its mark.
-
-    Args:
-        client: Kaggle.
-        kernel: What to push.
-        request: What the user asked for.
-        file: Where to describe the session.
+def pending_session(client: Client, file: Path) -> Session | None:
+    """Return the session that `file` describes; None if there is none, or if its push did not arrive.
 
     Raises:
-        UserError: Kaggle refuses it; `file` is then deleted.
+        UserError: `file` is damaged, or Kaggle can't be asked for the version of a push whose reply was lost.
     """
-    mark = f"push {secrets.token_hex(8)}"
-    with tempfile.TemporaryDirectory() as folder:
-        name = pack(kernel, client.owner, Path(folder), mark)
-        session = Session(name, request, kernel.run, mark)
-        write_session(session, file)
-        try:
-            version, url = client.push(Path(folder))
-        except Unreachable:
-            # The push may have arrived.
-            raise
-        except UserError:
-            file.unlink()
-            raise
-    session = replace(session, version=version, url=url)
-    write_session(session, file)
-    return session
-
-
-def find_version(client: Client, session: Session, file: Path) -> Session | None:
-    """Return `session` with its version, which is asked for if its push was interrupted; None if Kaggle has no such version."""
+    if not file.is_file():
+        return None
+    content = read_json(file, kernel=str, run=str, mark=str, version=int, url=str)
+    with reading(file):
+        session = Session(**content)
     if session.version:
         return session
     version = client.current_version(session.kernel, session.mark)
     if version is None:
         return None
     session = replace(session, version=version)
-    write_session(session, file)
+    write_json(file, asdict(session))
     return session
 
 
-def write_session(session: Session, file: Path) -> None:
-    """Write `session` to `file`."""
+def start_session(client: Client, kernel: Kernel, file: Path) -> Session:
+    """Push `kernel` and describe its session in `file`.
+
+    The file is written before the push: if Kaggle's reply does not arrive, `pending_session` recognises the pushed version by
+    its mark.
+
+    Raises:
+        UserError: The push fails; if Kaggle refuses it, `file` is deleted.
+    """
+    mark = f"push {secrets.token_hex(8)}"
     file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        name = pack(kernel, client.owner, Path(folder), mark)
+        session = Session(name, kernel.run, mark)
+        write_json(file, asdict(session))
+        try:
+            version, url = client.push(Path(folder))
+        except Refused:
+            file.unlink()
+            raise
+    session = replace(session, version=version, url=url)
     write_json(file, asdict(session))
+    return session
 
 
 def follow(client: Client, session: Session) -> Status:
@@ -133,7 +114,7 @@ def follow(client: Client, session: Session) -> Status:
         with status_line() as show:
             while True:
                 status = _patient(lambda: client.status(session.kernel))
-                show(_told(session, status, line))
+                show(_status_text(session, status, line))
                 if status.is_over:
                     return status
                 until = time.monotonic() + POLL_SECONDS
@@ -143,12 +124,12 @@ def follow(client: Client, session: Session) -> Status:
                     except queue.Empty:
                         break
                     line = next((text for text in reversed(piece.splitlines()) if text.strip()), line)
-                    show(_told(session, status, line))
+                    show(_status_text(session, status, line))
     finally:
         over.set()
 
 
-def _told(session: Session, status: Status, line: str) -> str:
+def _status_text(session: Session, status: Status, line: str) -> str:
     return f"{session}: {status.name.lower()}{line and f', {line}'}"
 
 
@@ -171,14 +152,14 @@ def _read_log(client: Client, kernel: str, pieces: "queue.SimpleQueue[str]", ove
 def _patient(ask: Callable[[], Status]) -> Status:
     """Return what `ask` returns; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
     until = time.monotonic() + PATIENCE
-    is_told = False
+    has_warned = False
     while True:
         try:
             return ask()
         except Unreachable as error:
             if time.monotonic() >= until:
                 raise
-            if not is_told:
+            if not has_warned:
                 log.warning("%s; the session continues, and its status is requested again", error)
-                is_told = True
+                has_warned = True
             time.sleep(POLL_SECONDS)

@@ -8,11 +8,10 @@ from pcam_kaggle.scoring.metrics import interval_text
 RESUME = "attach this notebook's output as an input (*Add Input*, *Your Work*) and run it again with the same settings"
 
 
-def summary(experiment: str, made: Sequence[Run], planned: Sequence[Run]) -> str:
+def summary(made: Sequence[Run], planned: Sequence[Run]) -> str:
     """Return the OOF AUC of the blended runs, and the next step.
 
     Args:
-        experiment: Name of the experiment.
         made: The blended run, and the runs that it blends if it is a blend; none if no fold was finished.
         planned: The runs that the session was to train.
 
@@ -34,13 +33,13 @@ def summary(experiment: str, made: Sequence[Run], planned: Sequence[Run]) -> str
     rows += [[f"fold {n}", *(f"{area[n]:.4f}" if n in area else "missing" for area in areas)] for n in folds]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     unfinished = [*(f"fold {fold}" for fold in missing), *(f"run `{run.name}`" for run in planned if run.name not in runs)]
-    return f"{table}\n\n{_next_step(experiment, unfinished)}"
+    return f"{table}\n\n{_next_step(unfinished)}"
 
 
-def _next_step(experiment: str, unfinished: Sequence[str]) -> str:
+def _next_step(unfinished: Sequence[str]) -> str:
     if unfinished:
         return f"**Next step:** not finished in time: {', '.join(unfinished)}. To train the rest, {RESUME}."
     return (
-        f"**Next step:** *Submit to Competition* sends `submission.csv`. In the clone, `make kaggle EXPERIMENT={experiment}` "
-        "downloads the runs to compare and to blend them."
+        "**Next step:** *Submit to Competition* sends `submission.csv`. In the clone, `make kernel-output` downloads the runs "
+        "to compare and blend them."
     )
