@@ -177,6 +177,26 @@ def test_matrices_are_chosen_as_timm_chooses_them() -> None:
     assert [is_matrix(torch.zeros(shape)) for shape in shapes] == [suitable(torch.zeros(shape)) for shape in shapes]
 
 
+def test_a_closure_computes_the_gradients_of_a_step() -> None:
+    net = tiny_net()
+    twin = copy.deepcopy(net)
+    images = torch.rand(4, 3, 64, 64)
+    optimizer, other = create_optimizer(net, CONFIG), create_optimizer(twin, CONFIG)
+
+    def closure() -> Tensor:
+        loss = net(images).square().mean()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    expected = twin(images).square().mean()
+    expected.backward()
+    assert other.step() is None
+    torch.testing.assert_close(loss, expected)
+    for parameter, same in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same)
+
+
 def test_a_parameter_without_a_gradient_is_no_error() -> None:
     net = tiny_net()
     made = create_optimizer(net, CONFIG)

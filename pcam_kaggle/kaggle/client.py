@@ -19,7 +19,7 @@ import pandas as pd
 
 from pcam_kaggle import UserError, examples
 from pcam_kaggle.data.layout import COMPETITION
-from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, disconnected, explained, refused
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, disconnected, explained, refused
 
 # Statuses of a session that is not over.
 WAITING, RUNNING = "QUEUED", "RUNNING"
@@ -223,8 +223,10 @@ class Client:
         with _asking("submit"), contextlib.redirect_stdout(printed):
             reply = self._api.competition_submit(str(file), message, COMPETITION, quiet=True)
         if reply.message == self._api.COMPETITION_SUBMIT_UPLOAD_FAILED_MESSAGE:
-            # The client prints why the upload failed, with an address that is secret.
-            raise disconnected("submit", printed.getvalue())
+            # The client prints why a connection failed, with an address that is secret, and nothing if the upload was refused.
+            if reason := printed.getvalue():
+                raise disconnected("submit", reason)
+            raise Unreachable("kaggle submit: Kaggle's storage has refused the upload; try again later")
         if "uccess" not in reply.message:
             raise refused("submit", reply.message or "no reason given")
 

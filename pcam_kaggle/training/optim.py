@@ -1,6 +1,6 @@
 """Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -165,8 +165,12 @@ class Muon(torch.optim.Optimizer):
             self.state[p] = tensors
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the parameters from their gradients."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters from their gradients, which `closure` computes first if there is one; return its loss."""
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
         keep = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(self._steps)
         rates = [group["lr"] * keep for group in self.param_groups]
         for rate, group in zip(rates, self.param_groups, strict=True):
@@ -176,6 +180,7 @@ class Muon(torch.optim.Optimizer):
             if members:
                 steps = [-rates[number] for number, _ in members]
                 torch._foreach_add_([p for _, p in members], direction(_gradients(members, keep), keep, steps))
+        return loss
 
     def _matrix_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
         self._momentum.lerp_(gradients, (1 - MOMENTUM) * keep)
