@@ -488,9 +488,7 @@ def test_a_lost_upload_is_one_line_without_its_address(
 
     def lost(*_: object) -> object:
         # What the client prints after its ten tries, which take minutes.
-        print(
-            "HTTPSConnectionPool(host='storage'): Max retries exceeded with url: /x?Signature=abc ([Errno 113] No route to host)"
-        )
+        print("HTTPSConnectionPool(host='storage'): Max retries with url: /x?Signature=abc ([Errno 113] No route to host)")
         return ResumableUploadResult.INCOMPLETE
 
     monkeypatch.setattr(KaggleApi, "upload_complete", lost)

@@ -178,7 +178,7 @@ def test_matrices_are_chosen_as_timm_chooses_them() -> None:
 
 
 def test_a_closure_computes_the_gradients_of_a_step() -> None:
-    net = tiny_net()
+    net = tiny_net().eval()
     twin = copy.deepcopy(net)
     images = torch.rand(4, 3, 64, 64)
     optimizer, other = create_optimizer(net, CONFIG), create_optimizer(twin, CONFIG)
