@@ -135,6 +135,8 @@ def lightning(task: Task, on_step: OnStep) -> None:
 
         def configure_optimizers(self) -> dict:
             optimizer = create_optimizer(self.net, task.config)
+            # Otherwise Lightning refuses to clip, whose gradients are not scaled here.
+            optimizer._step_supports_amp_scaling = False
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": task.schedule(optimizer), "interval": "step"}}
 
     class Steps(Callback):
