@@ -157,7 +157,7 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
         assert read_json(session)[key] == home[key]
     assert all(f"| fold {fold} | {area:.4f} |" in result for fold, area in enumerate(home["fold_auc"]))
     assert f"**{home['pooled']['value']:.4f}**" in result
-    assert "`make kaggle EXPERIMENT=quick`" in result
+    assert "`make kernel-output`" in result
 
 
 def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
