@@ -124,7 +124,8 @@ def test_the_tracked_notebook_is_the_packages() -> None:
 @on_every_image
 @pytest.mark.parametrize("layout", ["competitions", ""])
 def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str, python: str, tmp_path: Path) -> None:
-    here = stand_in("kaggle", layout)
+    # The real patches once, which take longer.
+    here = stand_in("kaggle", layout, small=bool(layout) or python != PYTHONS[0])
     executed = here.run(Settings("quick", CHANGES))
     submission = pd.read_csv(here.working / "submission.csv")
     sample = pd.read_csv(here.data.sample)
