@@ -33,8 +33,8 @@ class Kaggle(ThreadingHTTPServer):
     A reply is JSON, a status, a status with JSON, None to close the connection, or a function of the request's content that
     returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
     `put` is the last upload, `stream` has the pieces of a session's log. A download of the archive can be resumed; `halfway` is
-    called once, in its middle, and closes the connection. `hook` is called with the name of each request, `upload` or
-    `download`, before it is answered.
+    called once, in its middle, and closes the connection. `hook` is called with the name of each request, `upload`,
+    `download` or `log`, before it is answered.
     """
 
     def __init__(self) -> None:
@@ -105,6 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
         if "/logs/stream/" in path:
+            self.server.hook("log")
             events = "".join(f"data: {json.dumps({'data': piece})}\n\n" for piece in self.server.stream)
             self.answer(200, f"{events}data: END_OF_LOG\n\n".encode(), **{"Content-Type": "text/event-stream"})
             return

@@ -412,6 +412,17 @@ def test_a_session_survives_a_lost_connection(
     assert "output: bottleneck imported" in printed.out
 
 
+def test_a_log_that_starts_again_is_not_shown_again(
+    kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # At each new connection the server sends the log from its beginning.
+    streams: list[str] = []
+    kaggle.hook = lambda name: streams.append(name) if name == "log" else None
+    kaggle.replies["GetKernelSessionStatus"] = lambda _: {"status": "COMPLETE" if len(streams) > 3 else "RUNNING"}
+    assert main(["kaggle", "run", "--work", str(home)]) == 0
+    assert capsys.readouterr().out.count("prepare: 36 patches") == 1
+
+
 def test_a_session_ends_before_the_quota_does(account: Account, kaggle: Kaggle, home: Path) -> None:
     kaggle.replies |= quota(6.0)
     assert main(["kaggle", "run", "--work", str(home)]) == 0

@@ -330,6 +330,9 @@ def test_options_replace_what_the_tracked_metadata_say(tmp_path: Path) -> None:
         (Kernel(Settings("lite0")), "lite0: needs pretrained weights"),
         (Kernel(Settings("blend")), "blend: needs pretrained weights"),
         (Kernel(title="a+b"), "use at least five letters"),
+        # Kaggle writes other letters in its own way.
+        (Kernel(title="Für PCam"), "use at least five letters"),
+        (Kernel(Settings(hours=12.0)), "--hours 12: Kaggle ends a session after 12; use at most 11.5"),
         (Kernel(Settings("lite0"), weights="encoder"), "--weights encoder: must be owner/name"),
         (Kernel(Settings("blend", ("epochs=3",))), "has no settings of its own"),
     ],
