@@ -42,8 +42,6 @@ from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE, Damaged, read_patch_into
 Ids = Literal["sha1", "names"]
 # Patches that a process packs at a time; they fit into its cache.
 CHUNK = 64
-# Chunks that a process is given at a time.
-GIVEN_CHUNKS = 2
 # The file is flushed to the disk after this many bytes, so that the disk writes while the workers read.
 FLUSHED_BYTES = 64e6
 
@@ -200,8 +198,7 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> Packed:
     try:
         with ProcessPoolExecutor(workers, initializer=_follow_parent) as pool:
             offsets = [header + start * PATCH_BYTES for start in starts]
-            parts = [rows[start : start + CHUNK] for start in starts]
-            chunks = pool.map(pack, parts, offsets, chunksize=GIVEN_CHUNKS)
+            chunks = pool.map(pack, [rows[start : start + CHUNK] for start in starts], offsets)
             flushed = 0
             for chunk in progress(chunks, "prepare", len(starts)):
                 packed.digests.extend(chunk.digests)

@@ -22,8 +22,7 @@ from pcam_kaggle.data.layout import COMPETITION
 from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, disconnected, explained, refused
 
 # Statuses of a session that is not over.
-WAITING, RUNNING = "QUEUED", "RUNNING"
-UNFINISHED = (WAITING, RUNNING, "CANCEL_REQUESTED", "NEW_SCRIPT")
+UNFINISHED = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 COMPLETE = "COMPLETE"
 # Files or submissions that are listed at a time.
 PAGE_SIZE = 200

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import changed_name, experiment, seeds_name
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.config.experiments import Part, changed_name, experiment, seeds_name
 from pcam_kaggle.data.atomic_io import read_json, write, write_json
 from pcam_kaggle.data.layout import COMPETITION
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
@@ -72,13 +71,18 @@ class Kernel:
         return seeds_name(changed_name(settings.experiment, settings.changes), settings.seeds)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of the runs that `run` blends, one per seed or member; none if it is trained itself."""
+    def parts(self) -> tuple[Part, ...]:
+        """The runs that its session trains: `run`, or one per seed or member that `run` blends.
+
+        Raises:
+            UserError: There is no such experiment, or it does not admit the settings.
+        """
         settings = self.notebook_settings
         chosen = experiment(settings.experiment)
-        name = changed_name(settings.experiment, settings.changes)
         config = chosen.changed(list(settings.changes))
-        return tuple(part.name for part in chosen.parts(settings.experiment, name, config, settings.seeds))
+        name = changed_name(settings.experiment, settings.changes)
+        own = Part(name, settings.experiment, config)
+        return chosen.parts(settings.experiment, name, config, settings.seeds) or (own,)
 
     def slug(self, root: Path = ROOT) -> str:
         """Return the last part of its id, for which `root` has the metadata; raises UserError if the title can't be one."""
@@ -89,18 +93,6 @@ class Kernel:
         if len(made) < 5 or not re.fullmatch(r"[A-Za-z0-9 _-]+", self.title):
             raise UserError(f"--title {self.title!r}: use at least five letters, digits, spaces and dashes")
         return made
-
-
-def trained_configs(settings: Settings) -> list[Config]:
-    """Return the configs of the runs that a session with `settings` trains.
-
-    Raises:
-        UserError: There is no such experiment, or it does not admit the changes.
-    """
-    chosen = experiment(settings.experiment)
-    config = chosen.changed(list(settings.changes))
-    parts = chosen.parts(settings.experiment, settings.experiment, config, settings.seeds)
-    return [part.config for part in parts] or [config]
 
 
 def check_kernel(kernel: Kernel, accelerators: list[str], root: Path = ROOT) -> None:
@@ -131,7 +123,7 @@ def check_kernel(kernel: Kernel, accelerators: list[str], root: Path = ROOT) -> 
         wrong.append(f"title {metadata['title']!r} must become the id's {slug!r}, not {slugged(metadata['title'])!r}")
     if wrong:
         raise UserError(f"{file}: {'; '.join(wrong)}")
-    sources = {config.weights for config in trained_configs(kernel.notebook_settings)} - {""}
+    sources = {part.config.weights for part in kernel.parts} - {""}
     if "pretrained" in sources and not kernel.settings.internet:
         raise UserError("weights=pretrained: are downloaded, for which the session needs internet; add --internet")
     if sources - {"pretrained"} and not (metadata["dataset_sources"] or metadata["model_sources"]):

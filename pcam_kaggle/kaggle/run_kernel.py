@@ -14,7 +14,7 @@ from pcam_kaggle.config.logs import status_line
 from pcam_kaggle.data.atomic_io import locked, read_json
 from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
-from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, trained_configs
+from pcam_kaggle.kaggle.kernel import Kernel, check_kernel
 from pcam_kaggle.kaggle.leaderboard import print_leaderboard
 from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
 from pcam_kaggle.kaggle.session import (
@@ -90,7 +90,7 @@ def check_request(kernel: Kernel) -> Needs | None:
     if any(change.startswith("weights=") for change in settings.changes):
         log.info("needs: the session checks at its start whether the net of these weights fits")
         return None
-    needs = check_capacity(trained_configs(settings), *PATCHES, kaggle_machine(kernel.accelerator, settings.hours))
+    needs = check_capacity([part.config for part in kernel.parts], *PATCHES, kaggle_machine(kernel.accelerator, settings.hours))
     log.info("%s: %s", kernel.run, needs)
     return needs
 
@@ -153,7 +153,7 @@ def import_output(client: Client, name: str, workspace: Workspace, kernel: Kerne
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder))
         found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
-        if kernel and not set(found) & {kernel.run, *kernel.parts}:
+        if kernel and not set(found) & {kernel.run, *(part.name for part in kernel.parts)}:
             raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
         imported = ", ".join(import_runs(Path(folder), workspace))
         submissions = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
@@ -165,7 +165,8 @@ def show(workspace: Workspace, kernel: Kernel) -> None:
     """Print the AUC of each finished fold of the run of `kernel`; once it is complete, also its comparison with other runs."""
     # A blend that lacks a run has a name of its own.
     partial = sorted(path.name for path in (workspace.root / "runs").glob(f"{kernel.run}-without-*"))
-    scored = [name for name in (kernel.run, *partial, *kernel.parts) if Run(workspace.run(name)).has_score]
+    names = [kernel.run, *partial, *(part.name for part in kernel.parts)]
+    scored = [name for name in names if Run(workspace.run(name)).has_score]
     if not scored:
         print(f"{kernel.run}: no fold is finished")
         return
@@ -231,8 +232,8 @@ def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
     if is_complete(workspace, kernel.run):
         return True
     # Members of a blend may have been trained for themselves.
-    own = [] if experiment(kernel.settings.experiment).members else kernel.parts
-    runs = [Run(workspace.run(name)) for name in (kernel.run, *own)]
+    own = () if experiment(kernel.settings.experiment).members else kernel.parts
+    runs = [Run(workspace.run(name)) for name in (kernel.run, *(part.name for part in own))]
     return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
 
 

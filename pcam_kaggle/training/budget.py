@@ -42,7 +42,7 @@ class Forecast:
         validations: Duration of a fold's predictions, in durations of a validation.
         epoch_seconds: Longest duration of an epoch, its validation included; 0 before the first one.
         valid_seconds: Longest duration of a validation.
-        is_told: Whether the forecast has been logged.
+        is_logged: Whether the forecast has been logged.
     """
 
     folds: list[int]
@@ -50,7 +50,7 @@ class Forecast:
     validations: float
     epoch_seconds: float = 0.0
     valid_seconds: float = 0.0
-    is_told: bool = False
+    is_logged: bool = False
 
     def add_epoch(self, index: int, seconds: float, valid_seconds: float) -> None:
         """Count an epoch of the fold at `index`, with its durations."""

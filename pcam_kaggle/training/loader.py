@@ -156,7 +156,9 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
     first = next(read, None)
     # The workers have been forked by now, and share the memory as it is.
     pinned = [part for slot in slots for part in slot if not int(cuda.cudaHostRegister(part.data_ptr(), part.nbytes, 0))]
-    log.debug("loader: %d of %d tensors pinned", len(pinned), sum(map(len, slots)))
+    unpinned = sum(map(len, slots)) - len(pinned)
+    if unpinned:
+        log.warning("loader: %d tensors can't be pinned, so training waits while they are copied to the GPU", unpinned)
     # A refusal would be raised by the next kernel, whichever that is.
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda")

@@ -129,9 +129,9 @@ def _train_stretch(
                 f"fold {stretch.fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
                 f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
             )
-            if not forecast.is_told and budget.left() < math.inf:
+            if not forecast.is_logged and budget.left() < math.inf:
                 log.info("train: %s", forecast.summary(budget.left()))
-            forecast.is_told = True
+            forecast.is_logged = True
         if stretch.until == config.epochs:
             # Writes the result of the fold.
             next(epochs, None)
