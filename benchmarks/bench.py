@@ -21,11 +21,11 @@ import numpy as np
 
 from benchmarks.results import RESULTS, comparison, markdown, provenance, replace_block, spread
 from benchmarks.turns import Bench, Turn
-from pcam_kaggle import UserError
-from pcam_kaggle.config.process import ENVIRONMENT, MALLOC_OPTIONS
-from pcam_kaggle.data.atomic_io import read_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.paths import Data, find_data, find_workspace
+from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import Data, find_data, find_workspace
 from pcam_kaggle.training.device import find_device, precisions
 
 NET = "bottleneck"

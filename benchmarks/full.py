@@ -17,9 +17,9 @@ from PIL import Image
 from benchmarks.measures import TRAIN_PATCHES
 from benchmarks.results import RESULTS, markdown, provenance, replace_block
 from benchmarks.turns import Bench
-from pcam_kaggle.data.atomic_io import write_csv
+from pcam_kaggle.core.files import write_csv
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import draw_patch, tumour_place
-from pcam_kaggle.data.layout import Data
 
 SIZES = {"train": TRAIN_PATCHES, "test": 57_458}
 DRAWN, SLIDES = 500, 216

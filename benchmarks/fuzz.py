@@ -25,10 +25,10 @@ import pandas as pd
 from PIL import Image
 
 from benchmarks.mutations import mutated
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main as run_command
-from pcam_kaggle.data.atomic_io import PART
-from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import PART
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.kaggle.archive import unpack
 from pcam_kaggle.runs.import_run import import_runs
 

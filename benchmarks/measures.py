@@ -28,11 +28,11 @@ from sklearn.model_selection import StratifiedKFold
 
 from benchmarks.peers import PEERS, WORKERS, Patches, Task, plain_loop, predict
 from benchmarks.turns import gpu_utilization
-from pcam_kaggle.config.experiments import experiment
-from pcam_kaggle.config.process import hold_memory
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import write_csv
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.experiments import experiment
+from pcam_kaggle.core.files import write_csv
+from pcam_kaggle.core.paths import Data
+from pcam_kaggle.core.process import hold_memory
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
@@ -40,9 +40,9 @@ from pcam_kaggle.training import tta
 from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend, choose_backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
+from pcam_kaggle.training.gpus import configure_torch, loader_processes
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.processes import configure_torch, loader_processes
 from pcam_kaggle.training.step import Learner, TrainStep
 
 # Steps before the clock starts.

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.augment import augmentation, center_crop

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import write
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import write
 from pcam_kaggle.runs.provenance import commit, versions
 from pcam_kaggle.training.device import device_name, find_device
 

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import RESULTS, markdown, provenance, replace_block
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.layout import find_data, find_workspace
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import experiment
+from pcam_kaggle.core.paths import find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create

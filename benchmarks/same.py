@@ -25,6 +25,7 @@ D4 = ("symmetry=d4", "width=16", "max_width=32", "head=pool")
 TIMM = ("model=timm:resnet10t", "resize=64", "tta=1", "epochs=1")
 DEFAULT_NET = ("side=64", "n_splits=3", "epochs=1", "batch_size=32", "precision=bf16")
 WHEEL = ("side=64", "n_splits=3", "tta=1", "precision=fp32", "pool=catavgmax")
+SCORES = "kaggle scores climbed-not-for-kaggle --public 0.9 --private 0.8"
 # The commands, each with its fields; `{held_out}` is a folder of labelled patches.
 COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipeline -e bottleneck --name adamw --set optimizer=adamw", TINY),
@@ -42,10 +43,10 @@ COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("evaluate muon climbed ranked --patches {held_out}/patches --labels {held_out}/labels.csv --ids names --format json", ()),
     ("compare adamw muon d4 climbed --format json", ()),
     ("compare stratified --format json", ()),
-    ("kaggle scores climbed-not-for-kaggle --public 0.9 --private 0.8", ()),
+    (SCORES, ()),
 )
 # Names of commands at commits before they were renamed.
-RENAMED = {"kaggle scores": "kaggle ledger"}
+RENAMED = {SCORES: SCORES.replace("scores", "ledger", 1)}
 # Last parts of the names of measurements, which differ in every run.
 MEASURED = (".images_per_second", ".minutes")
 # Files, or keys of JSON (`file:path.to.key`), that differ on purpose.
@@ -57,9 +58,8 @@ def run_all(source: Path, work: Path, held_out: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     is_old = not (source / "pcam_kaggle" / "core").is_dir()
     for number, (command, fields) in enumerate(COMMANDS):
-        for new, old in RENAMED.items() if is_old else ():
-            command = command.replace(new, old)
-        words = command.format(held_out=held_out).split()
+        known = RENAMED.get(command, command) if is_old else command
+        words = known.format(held_out=held_out).split()
         if words[0] in ("pipeline", "probe", "blend", "submission"):
             words.append("--demo")
         words += [part for field in fields for part in ("--set", field)]

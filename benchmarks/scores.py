@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.results import markdown, replace_block
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main as run_command
-from pcam_kaggle.config.experiments import BASELINE, PROBE, QUICK, experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import write
-from pcam_kaggle.data.csv_io import read_numbers
-from pcam_kaggle.data.layout import Workspace, find_data, find_workspace
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import BASELINE, PROBE, QUICK, experiment
+from pcam_kaggle.core.files import write
+from pcam_kaggle.core.paths import Workspace, find_data, find_workspace
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import Unit, auc

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.data.atomic_io import write_csv
+from pcam_kaggle.core.files import write_csv
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.pipeline.stages import STAGES
 
 KILLS = 30

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 
 ROUNDS = 3
 Turn = Callable[[], dict[str, Any]]

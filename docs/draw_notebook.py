@@ -12,7 +12,7 @@ import cv2
 import nbformat
 from nbclient import NotebookClient
 
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))

@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.data.tables import read_labels
 
 COLUMNS, EACH, GAP = 6, 144, 12
 POSITIVE, NEGATIVE, PAPER = (60, 160, 30), (120, 120, 120), (255, 255, 255)

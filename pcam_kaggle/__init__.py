@@ -1,31 +1,3 @@
 """From the patches of Kaggle's Histopathologic Cancer Detection to a submission, scored out of fold."""
 
-from collections.abc import Collection, Sequence
-from itertools import islice
-
 __version__ = "0.1.0"
-
-EXAMPLES = 5
-
-
-class UserError(Exception):
-    """An error that the user can fix: the message names the file, id or key and what to do, in one line.
-
-    The command line prints the message without a traceback and exits with status 2. A message shows at most five examples of
-    what it lists (see `examples`).
-
-    Attributes:
-        details: The whole list that the message shows examples of, one line each; the command line writes it to a file.
-    """
-
-    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
-        """Store `message` and the full list `details` behind it."""
-        super().__init__(message)
-        self.details = tuple(details)
-
-
-def examples(items: Collection[str]) -> str:
-    """Return the first five of `items`, separated by commas, and how many more there are."""
-    shown = ", ".join(islice(items, EXAMPLES))
-    more = len(items) - EXAMPLES
-    return f"{shown} and {more:,} more" if more > 0 else shown

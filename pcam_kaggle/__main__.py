@@ -4,7 +4,7 @@ import gc
 import sys
 
 from pcam_kaggle.cli.main import main as run
-from pcam_kaggle.config.process import set_environment
+from pcam_kaggle.core.process import set_environment
 
 
 def main() -> int:

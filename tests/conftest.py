@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.folds import Folds, Scheme, make
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels
 
 # Tests compare bytes, which a GPU does not reproduce, and simulate two GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

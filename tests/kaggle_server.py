@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.core.paths import COMPETITION
 
 SECRET = "0123456789abcdef" * 2
 ARCHIVE = f"/{COMPETITION}.zip"

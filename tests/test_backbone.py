@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.weights_source import weights_file, with_folder_settings
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.backbone import Backbone, GeM, copy_trained, enlarge, trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.models.weights_source import weights_file, with_folder_settings
 from pcam_kaggle.pipeline.job import make_job
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.schedule import MovingAverage

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import EXPERIMENTS
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.training import capacity
 from pcam_kaggle.training.capacity import Size, check_capacity, kaggle_machine, measure, needs
 

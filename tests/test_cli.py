@@ -12,14 +12,14 @@ from typing import get_args
 import pytest
 from conftest import Outcome
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.cli.parser import COMMANDS as PARSED
 from pcam_kaggle.cli.parser import METHODS, Command
-from pcam_kaggle.config.process import ENVIRONMENT
-from pcam_kaggle.data.atomic_io import read_json
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.paths import Data
+from pcam_kaggle.core.process import ENVIRONMENT
 from pcam_kaggle.scoring.blend import Method
 
 ROOT = Path(__file__).parent.parent

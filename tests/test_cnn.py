@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.blocks import Bottleneck, MeanMaxPool
 from pcam_kaggle.models.cnn import BottleneckCNN, conv_output_shape, most_blocks
 

@@ -12,7 +12,7 @@ from conftest import Outcome
 from scipy import stats
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.data.atomic_io import csv_bytes, read_json, sha256, write_csv, write_json
+from pcam_kaggle.core.files import csv_bytes, read_json, sha256, write_csv, write_json
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
 from pcam_kaggle.scoring.bootstrap import bootstrap_difference, concordant_pairs

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import BASELINE, EXPERIMENTS, experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.config.table import GROUPS, config_table, render_config
+from pcam_kaggle.cli.config_table import GROUPS, config_table, render_config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS, experiment
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
 INTEGERS = [name for name, value in asdict(Config()).items() if type(value) is int]

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from pcam_kaggle.config.experiments import QUICK, experiment
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.experiments import QUICK, experiment
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import CENTRE, draw_patch, make_demo, tumour_place
 from pcam_kaggle.data.folds import Scheme, make
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.device import Backend

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import EXPERIMENTS
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training import device, processes
+from pcam_kaggle.training import device, gpus
 from pcam_kaggle.training.device import Backend, choose_backend, precisions
 
 SMALL = Config(n_blocks=2, width=8, side=32)
@@ -80,40 +80,45 @@ def test_a_gpu_computes_in_its_own_units_untimed(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "find_device", lambda: kind)
+    monkeypatch.setattr(gpus, "find_device", lambda: kind)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        processes.configure_torch()
+        gpus.configure_torch()
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
-    ("cores", "gpus", "folds", "local", "loaders"),
+    ("cores", "devices", "folds", "local", "loaders"),
     [(4, 0, 5, 1, 4), (4, 2, 5, 1, 2), (4, 2, 1, 1, 4), (1, 2, 5, 1, 1), (32, 1, 5, 1, 32), (4, 1, 5, 2, 2), (3, 2, 5, 1, 1)],
 )
 def test_loaders_share_the_cores_of_the_processes_that_train(
-    cores: int, gpus: int, folds: int, local: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cores: int, devices: int, folds: int, local: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
-    monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: devices)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
-    assert processes.loader_processes(folds, 1) == loaders
+    monkeypatch.setattr(gpus, "SHARED_MEMORY", tmp_path)
+    assert gpus.loader_processes(folds, 1) == loaders
 
 
-@pytest.mark.parametrize(("free", "gpus", "loaders"), [(10, 1, 3), (9, 1, 2), (20, 2, 3), (1, 1, 1), (100, 1, 16)])
+@pytest.mark.parametrize(("free", "devices", "loaders"), [(10, 1, 3), (9, 1, 2), (20, 2, 3), (1, 1, 1), (100, 1, 16)])
 def test_batches_in_flight_fit_into_shared_memory(
-    free: int, gpus: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+    free: int,
+    devices: int,
+    loaders: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package_log: pytest.LogCaptureFixture,
 ) -> None:
     """Three batches per process are in flight, and one is read."""
-    monkeypatch.setattr(processes, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(processes, "gpu_count", lambda: gpus)
-    monkeypatch.setattr("joblib.cpu_count", lambda: 16 * gpus)
-    monkeypatch.setattr(processes.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
-    assert processes.loader_processes(5, 1000) == loaders
+    monkeypatch.setattr(gpus, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: devices)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16 * devices)
+    monkeypatch.setattr(gpus.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
+    assert gpus.loader_processes(5, 1000) == loaders
     assert ("shared memory has room for" in package_log.text) == (loaders < 16)
 
 
@@ -122,7 +127,7 @@ def test_only_cores_that_this_process_may_use_are_counted() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert processes.loader_processes(1, 1) == 1
+        assert gpus.loader_processes(1, 1) == 1
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import Data
 
 SIZE = 60 * 2**20
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import TINY
 
 import pcam_kaggle
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.training import augment

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.data.atomic_io import file_sha256
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.files import file_sha256
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.stain import Image
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.perturb import PERTURBATIONS, Perturbed
@@ -163,7 +163,7 @@ def test_few_patches_are_said_to_be_few_for_batch_norm_statistics(
     evaluate: Callable[..., Outcome], others: Others, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "takes batch norm statistics from these 12 patches" in evaluate("bottleneck", *others.options).err
-    monkeypatch.setattr("pcam_kaggle.training.evaluate.FEW_PATCHES", 12)
+    monkeypatch.setattr("pcam_kaggle.training.held_out.FEW_PATCHES", 12)
     assert not evaluate("bottleneck", *others.options).err
 
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import EXPERIMENTS
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data import weights_source
-from pcam_kaggle.data.weights_source import weights_sha256
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS
+from pcam_kaggle.models import weights_source
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.pretrained import create_timm
+from pcam_kaggle.models.timm_model import create_timm
 from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.models.weights_source import weights_sha256
 
 RESNET = Config(model="timm:resnet18")
 

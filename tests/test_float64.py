@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import read_labels
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.report.grad_cam import grad_cam
 from pcam_kaggle.training.device import Backend

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.folded import MaxPool, fold_norms
 

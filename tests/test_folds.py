@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, sha256, write_json
-from pcam_kaggle.data.csv_io import labels_sha256, read_labels, read_slides
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256, write_json
 from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw, groups, load, make
+from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, "stratified")
 SLIDES = Scheme(5, "slides")

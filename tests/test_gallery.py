@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, write_json
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json, write_json
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, largest_errors, patch_gallery
 from pcam_kaggle.report.summary import summary

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data import atomic_io as artifacts
-from pcam_kaggle.data.atomic_io import PART, locked
-from pcam_kaggle.data.layout import Data, Workspace
-from pcam_kaggle.models import checkpoint
-from pcam_kaggle.runs import import_run
+from pcam_kaggle.core import files
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
+from pcam_kaggle.core.files import PART, locked
+from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.runs import checkpoint, import_run
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 
@@ -189,7 +188,7 @@ def test_a_hash_of_weights_that_one_place_lacks_is_no_other_config(elsewhere: Pa
 def test_nothing_is_imported_while_another_process_writes_there(
     elsewhere: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     with locked(here.root / RUN), pytest.raises(UserError, match="another process is writing there"):
         import_runs(elsewhere, here)
     assert not (here.root / RUN).exists()

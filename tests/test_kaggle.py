@@ -18,7 +18,7 @@ from conftest import Outcome, on_terminal
 from kaggle_server import KERNEL, SECRET, STARTED, Kaggle, Reply, saved, zipped
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.data.layout import COMPETITION, Data, find_data
+from pcam_kaggle.core.paths import COMPETITION, Data, find_data
 from pcam_kaggle.kaggle.archive import PARTS, ArchiveError, unpack
 from pcam_kaggle.kaggle.failures import RULES
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import Outcome
 from kaggle_server import KERNEL, SECRET, STARTED, Content, Kaggle, Reply, quota, saved
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked
 from pcam_kaggle.kaggle import run_kernel, session
 from pcam_kaggle.kaggle.client import Quota
 from pcam_kaggle.kaggle.failures import RULES
@@ -348,7 +348,7 @@ def test_an_error_in_place_of_a_file_is_not_saved_as_the_file(
 def test_two_processes_do_not_work_on_one_kernel(
     account: Account, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pcam_kaggle.data.atomic_io.LOCK_SECONDS", 0)
+    monkeypatch.setattr("pcam_kaggle.core.files.LOCK_SECONDS", 0)
     with locked(home / "sessions" / KERNEL):
         for command in ("run", "push"):
             assert main(["kaggle", command, "--work", str(home)]) == 2

@@ -8,7 +8,7 @@ import pcam_kaggle
 from pcam_kaggle.kaggle.notebook import imported_modules
 
 PACKAGE = Path(pcam_kaggle.__file__).parent
-LAYERS = ("config", "data", "models", "runs", "scoring", "training", "kaggle", "report", "pipeline", "cli", "__main__")
+LAYERS = ("core", "data", "models", "runs", "scoring", "training", "kaggle", "report", "pipeline", "cli", "__main__")
 LAYER = {name: number for number, name in enumerate(LAYERS)}
 RUN_FILES = (
     *("metrics.json", "log.csv", "predictions.json", "best.pt", "last.pt", "oof.csv", "test.csv"),

@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import Outcome, sha1, write_tif
 
-from pcam_kaggle.config.experiments import QUICK, experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.experiments import QUICK, experiment
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.folds import Folds, Scheme, make
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.models import checkpoint
+from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
+from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score

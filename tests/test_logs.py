@@ -5,7 +5,7 @@ import logging
 import pytest
 from conftest import on_terminal
 
-from pcam_kaggle.config.logs import configure_logging, fold_context, logging_verbosity, progress, status_line
+from pcam_kaggle.core.logs import configure_logging, fold_context, logging_verbosity, progress, status_line
 
 log = logging.getLogger("pcam_kaggle.test")
 

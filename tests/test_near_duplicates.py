@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from conftest import Outcome, write_tif
 
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import draw_patch
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.near_duplicates import MAX_BITS, near_duplicates, near_pairs, nearest_in_other_folds, perceptual_hashes
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels
 
 
 def some_patch(seed: int) -> np.ndarray:

@@ -20,9 +20,9 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import read_json
-from pcam_kaggle.data.layout import COMPETITION, Data
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.paths import COMPETITION, Data
 from pcam_kaggle.kaggle.kernel import METADATA, MOST_BYTES, Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, Settings, notebook
 from pcam_kaggle.models.weights import import_timm

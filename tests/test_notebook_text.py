@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pcam_kaggle.config.experiments import DEMO, EXPERIMENTS
+from pcam_kaggle.core.experiments import DEMO, EXPERIMENTS
 from pcam_kaggle.kaggle.notebook import COMMENT_WIDTH, Settings, notebook
 
 ROOT = Path(__file__).parent.parent

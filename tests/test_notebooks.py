@@ -8,7 +8,7 @@ import pytest
 from conftest import Outcome
 from nbclient import NotebookClient
 
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.paths import Data
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 

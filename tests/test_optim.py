@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle.config.experiments import experiment
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.optim import (

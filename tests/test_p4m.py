@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle.config.experiments import EXPERIMENTS
+from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.blocks import LAYERS, Bottleneck
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.models.factory import create

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 from conftest import TINY, Outcome
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.experiments import EXPERIMENTS, Experiment, experiment
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data import atomic_io as artifacts
-from pcam_kaggle.data.atomic_io import read_json
-from pcam_kaggle.data.layout import COMPETITION, Data, find_data, find_workspace
+from pcam_kaggle.core import files
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment
+from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.paths import COMPETITION, Data, find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.pipeline.job import make_job
@@ -156,8 +156,8 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
     data: Data, pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "work" / "runs" / "bottleneck"
-    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
-    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data.atomic_io import locked\n"
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
+    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

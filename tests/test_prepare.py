@@ -14,13 +14,13 @@ import pytest
 from conftest import Outcome, sha1, write_tif
 from PIL import Image
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json, write_json
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data import prepare as packing
-from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_json
-from pcam_kaggle.data.csv_io import read_labels, read_sample, read_slides
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels, read_sample, read_slides
 from pcam_kaggle.data.tif import Damaged, read_patch
 
 Command = Callable[..., Outcome]

@@ -12,22 +12,22 @@ import pytest
 import torch
 from scipy.special import expit
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import Folds
-from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
+from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import embed as embedding
+from pcam_kaggle.training import gpus
 from pcam_kaggle.training import probe as probing
-from pcam_kaggle.training import processes
 from pcam_kaggle.training.budget import Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import embed
@@ -128,7 +128,7 @@ def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypat
     alone, _ = embed(config, store, CPU) or ({}, 0.0)
     monkeypatch.setattr(embedding, "CHUNK", 16)
     monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
-    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
     shared, _ = embed(config, store, CPU) or ({}, 0.0)
     for split in ("train", "test"):
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)

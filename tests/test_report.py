@@ -15,10 +15,10 @@ import torch
 from conftest import run_quietly, run_tiny
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.report.curves import Reference, learning, precision_recall, roc
 from pcam_kaggle.report.figures import correlation, cv_versus_lb, histogram, reliability, slide_aucs

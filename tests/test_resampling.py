@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.data.layout import Data, Workspace
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.kaggle.ledger import describe, write_ledger
 from pcam_kaggle.kaggle.submission import write_submission
 from pcam_kaggle.pipeline.job import Job

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import configure_logging
-from pcam_kaggle.data.atomic_io import write_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import write_json
+from pcam_kaggle.core.logs import configure_logging
 from pcam_kaggle.runs.run import Run
 
 OOF = pd.DataFrame({"id": ["b", "a"], "label": [1, 0], "fold": [0, 1], "probability": [0.75, 0.25]})

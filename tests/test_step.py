@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training.cuda_graph import _graph_of, compared, fastest_function, fastest_step
 from pcam_kaggle.training.device import Backend

@@ -19,20 +19,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import configure_logging
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import read_json, write_csv
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json, write_csv
+from pcam_kaggle.core.logs import configure_logging
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
-from pcam_kaggle.runs import provenance
+from pcam_kaggle.runs import checkpoint, provenance
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.training import augment, budget, device, engine, loader, processes, session
+from pcam_kaggle.training import augment, budget, device, engine, gpus, loader, session
 from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
@@ -212,7 +211,7 @@ def test_folds_on_two_devices_equal_those_on_one(
     configure_logging()
     lines = []
     for run, devices in (("one", 1), ("two", 2)):
-        monkeypatch.setattr(processes, "gpu_count", lambda devices=devices: devices)
+        monkeypatch.setattr(gpus, "gpu_count", lambda devices=devices: devices)
         monkeypatch.setattr(training, "gpu_count", lambda devices=devices: devices)
         training.train(Run(tmp_path / run), "tiny", config, store, folds, [0, 1, 2])
         predict(Run(tmp_path / run), config, store, folds, [0, 1, 2])
@@ -227,9 +226,9 @@ def test_folds_on_two_devices_equal_those_on_one(
 
 
 def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"^fold 1$"):
-        processes.spread_over_gpus(_refuse, [[0], [1]])
+        gpus.spread_over_gpus(_refuse, [[0], [1]])
 
 
 def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
@@ -252,22 +251,22 @@ def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
 ORPHANS = """
 import os, time
 from pathlib import Path
-from pcam_kaggle.training import processes
+from pcam_kaggle.training import gpus
 
 def work(share):
     Path(str(os.getpid())).touch()
     time.sleep(600)
 
 if __name__ == "__main__":
-    processes.gpu_count = lambda: 2
-    processes.spread_over_gpus(work, [[0], [1]])
+    gpus.gpu_count = lambda: 2
+    gpus.spread_over_gpus(work, [[0], [1]])
 """
 
 
 def test_a_gpus_process_that_is_killed_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "gpu_count", lambda: 2)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match=r"^a GPU's process was killed"):
-        processes.spread_over_gpus(_die, [[0], [1]])
+        gpus.spread_over_gpus(_die, [[0], [1]])
 
 
 def _die(share: list[int]) -> None:
@@ -629,7 +628,7 @@ def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, 
 def test_freed_memory_is_held_for_the_next_step() -> None:
     code = """
 import resource, torch
-from pcam_kaggle.config.process import hold_memory
+from pcam_kaggle.core.process import hold_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)

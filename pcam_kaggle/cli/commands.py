@@ -7,12 +7,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pcam_kaggle import UserError
+from pcam_kaggle.cli.config_table import render_config
 from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
-from pcam_kaggle.config.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment
-from pcam_kaggle.config.table import render_config
-from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import (
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment
+from pcam_kaggle.core.paths import (
     Workspace,
     demo_data,
     demo_workspace,
@@ -20,8 +19,9 @@ from pcam_kaggle.data.layout import (
     find_workspace,
     runs_workspace,
 )
-from pcam_kaggle.data.weights_source import with_folder_settings
-from pcam_kaggle.pipeline.evaluate import evaluate
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.models.weights_source import with_folder_settings
+from pcam_kaggle.pipeline.held_out import evaluate
 from pcam_kaggle.pipeline.job import Job, make_job
 from pcam_kaggle.pipeline.run_all import run_all
 from pcam_kaggle.pipeline.stages import STAGES

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import DEFAULT
-from pcam_kaggle.data.atomic_io import locked
-from pcam_kaggle.data.layout import COMPETITION, Data, find_workspace
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import DEFAULT
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.paths import COMPETITION, Data, find_workspace
 from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.leaderboard import print_leaderboard

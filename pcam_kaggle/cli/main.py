@@ -7,9 +7,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pcam_kaggle import EXAMPLES, UserError
 from pcam_kaggle.cli.parser import parser
-from pcam_kaggle.config.logs import configure_logging
+from pcam_kaggle.core.errors import EXAMPLES, UserError
+from pcam_kaggle.core.logs import configure_logging
 
 DETAILS = "error-details.txt"
 
@@ -58,8 +58,8 @@ def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
         return f"{where}{error.strerror or error}; --debug shows where it was raised"
     if len(error.details) <= EXAMPLES:
         return str(error)
-    from pcam_kaggle.data.atomic_io import write
-    from pcam_kaggle.data.layout import find_workspace
+    from pcam_kaggle.core.files import write
+    from pcam_kaggle.core.paths import find_workspace
 
     file = find_workspace(options.work).root / DETAILS
     try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pcam_kaggle.config.experiments import DEFAULT, EXPERIMENTS
+from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
 
 METHODS = ("mean", "rank", "climb")
 MOST_SEEDS = 100

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import PATCH_SIDE
-from pcam_kaggle.data.atomic_io import building, locked, read_json, write_csv, write_json
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.config import PATCH_SIDE
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import building, locked, read_json, write_csv, write_json
+from pcam_kaggle.core.paths import Data
 
 SEED = 1
 N_TRAIN, N_TEST = 480, 120

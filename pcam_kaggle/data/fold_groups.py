@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 from sklearn.cluster import KMeans
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import locked, write_csv
-from pcam_kaggle.data.csv_io import read_labels, read_slides
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked, write_csv
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.data.folds import Scheme
-from pcam_kaggle.data.layout import Data, Workspace
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels, read_slides
 
 STAIN_GROUPS = 50
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
-from pcam_kaggle.data.csv_io import labels_sha256, read_numbers
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
+from pcam_kaggle.data.tables import labels_sha256, read_numbers
 
 UNMAPPED = "unmapped"
 

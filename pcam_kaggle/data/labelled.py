@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.logs import progress
-from pcam_kaggle.data.atomic_io import sha256
-from pcam_kaggle.data.csv_io import read_labels
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import sha256
+from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.listing import (
     OTHER_PIXELS,
     SHA1,
@@ -26,6 +25,7 @@ from pcam_kaggle.data.listing import (
     repeated_files,
 )
 from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.data.tif import SHAPE, Damaged, read_patch_into
 
 log = logging.getLogger(__name__)

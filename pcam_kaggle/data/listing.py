@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pcam_kaggle import EXAMPLES, UserError, examples
+from pcam_kaggle.core.errors import EXAMPLES, UserError, examples
 
 TIF = (".tif", ".tiff")
 OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")

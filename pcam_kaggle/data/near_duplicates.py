@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.data.atomic_io import sha256
+from pcam_kaggle.core.files import sha256
 from pcam_kaggle.data.store import PatchStore
 
 BITS = 64

@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.logs import progress
-from pcam_kaggle.config.process import end_with_parent
-from pcam_kaggle.data.atomic_io import building, file_sha256, locked, read_json, sha256, write_csv, write_json
-from pcam_kaggle.data.csv_io import read_labels, read_sample
-from pcam_kaggle.data.layout import Data
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import building, file_sha256, locked, read_json, sha256, write_csv, write_json
+from pcam_kaggle.core.logs import progress
+from pcam_kaggle.core.paths import Data
+from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.data.listing import (
     OTHER_PIXELS,
     SHA1,
@@ -37,6 +36,7 @@ from pcam_kaggle.data.listing import (
 )
 from pcam_kaggle.data.near_duplicates import perceptual_hashes
 from pcam_kaggle.data.store import INDEX_COLUMNS, complete_manifest, is_store
+from pcam_kaggle.data.tables import read_labels, read_sample
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE, Damaged, read_patch_into
 
 Ids = Literal["sha1", "names"]

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import file_sha256, read_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json
 
 # Columns of index.csv; perceptual_hash is 16 hexadecimal digits. A store with other columns is of an earlier version.
 INDEX_COLUMNS = ["id", "split", "perceptual_hash"]

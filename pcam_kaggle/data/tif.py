@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pcam_kaggle.config.schema import PATCH_SIDE
+from pcam_kaggle.core.config import PATCH_SIDE
 
 SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
 PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3

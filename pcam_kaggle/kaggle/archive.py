@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.logs import progress
-from pcam_kaggle.data.atomic_io import locked
-from pcam_kaggle.data.layout import COMPETITION, Data
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.logs import progress
+from pcam_kaggle.core.paths import COMPETITION, Data
 from pcam_kaggle.kaggle.client import Client
 
 # Contents of the competition's archive.

@@ -92,8 +92,8 @@ import os
 
 from IPython.display import HTML
 
-from pcam_kaggle.config.logs import configure_logging
-from pcam_kaggle.config.process import set_environment
+from pcam_kaggle.core.logs import configure_logging
+from pcam_kaggle.core.process import set_environment
 
 configure_logging()
 set_environment()
@@ -116,8 +116,8 @@ import shutil
 import pandas as pd
 from IPython.display import Markdown
 
-from pcam_kaggle.data.csv_io import read_labels
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.pipeline.job import kernel_job
 from pcam_kaggle.pipeline.run_all import finished
 from pcam_kaggle.pipeline.stages import run_blend, run_folds, run_predict, run_prepare, run_submission, run_train

@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, disconnected, explained, refused
 
 # Statuses of a session that is not over.

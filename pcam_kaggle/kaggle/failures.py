@@ -3,8 +3,8 @@
 import re
 from typing import TYPE_CHECKING
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.paths import COMPETITION
 
 if TYPE_CHECKING:
     from requests import HTTPError

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import Part, changed_name, experiment, seeds_name
-from pcam_kaggle.data.atomic_io import read_json, write, write_json
-from pcam_kaggle.data.layout import COMPETITION
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_name
+from pcam_kaggle.core.files import read_json, write, write_json
+from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
 
 METADATA = Path("kernel-metadata.json")

@@ -5,12 +5,12 @@ import logging
 import pandas as pd
 from scipy import stats
 
-from pcam_kaggle.data.atomic_io import locked
-from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.kaggle.ledger import LEDGER_FILE, record_scores, write_ledger
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.evaluate import Mixture, recorded_auc
+from pcam_kaggle.scoring.held_out import Mixture, recorded_auc
 from pcam_kaggle.scoring.metrics import interval_text
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
-from pcam_kaggle.data.layout import DEMO_SUFFIX
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, reading, sha256, write_csv, write_json
+from pcam_kaggle.core.paths import DEMO_SUFFIX
 from pcam_kaggle.scoring.metrics import interval_text
 
 SCORES = ["oof_auc", "oof_low", "oof_high", "public_score", "private_score"]

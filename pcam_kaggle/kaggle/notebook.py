@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from pcam_kaggle.config.experiments import DEFAULT, DEMO, EXPERIMENTS
-from pcam_kaggle.data.atomic_io import write
+from pcam_kaggle.core.experiments import DEFAULT, DEMO, EXPERIMENTS
+from pcam_kaggle.core.files import write
 from pcam_kaggle.kaggle.cells import CHECK, CHECK_TEXT, FOLDERS, INTRODUCTION, PACKAGE_TEXT, SETTINGS_TEXT, STAGES
 
 PACKAGE = Path(__file__).parents[1]

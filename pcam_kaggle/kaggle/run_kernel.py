@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.experiments import experiment
-from pcam_kaggle.config.logs import status_line
-from pcam_kaggle.data.atomic_io import locked, read_json
-from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.experiments import experiment
+from pcam_kaggle.core.files import locked, read_json
+from pcam_kaggle.core.logs import status_line
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel
 from pcam_kaggle.kaggle.leaderboard import print_leaderboard

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import status_line
-from pcam_kaggle.data.atomic_io import read_json, reading, write_json
-from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import read_json, reading, write_json
+from pcam_kaggle.core.logs import status_line
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.kaggle.client import Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, pack

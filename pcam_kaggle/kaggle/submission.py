@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, sha256, write_csv, write_json
-from pcam_kaggle.data.csv_io import read_sample
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import csv_bytes, file_sha256, sha256, write_csv, write_json
+from pcam_kaggle.data.tables import read_sample
 from pcam_kaggle.runs.provenance import commit, versions
 from pcam_kaggle.runs.run import Run
 

@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.cnn import Normalize
-from pcam_kaggle.models.pretrained import classifier_prefixes
+from pcam_kaggle.models.timm_model import classifier_prefixes
 from pcam_kaggle.models.weights import import_timm
 
 # Exponent at the start, and the least value that is raised to it (Radenović et al. 2018).

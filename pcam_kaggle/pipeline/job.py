@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import Part, changed_name, experiment, seeds_name
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.csv_io import PLAIN_NAME, read_labels, read_sample
-from pcam_kaggle.data.layout import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_name
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.prepare import Ids
-from pcam_kaggle.data.weights_source import with_folder_settings
+from pcam_kaggle.data.tables import PLAIN_NAME, read_labels, read_sample
+from pcam_kaggle.models.weights_source import with_folder_settings
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Method

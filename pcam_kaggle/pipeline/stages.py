@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import locked, write_csv
 from pcam_kaggle.data import folds as fold_files
-from pcam_kaggle.data.atomic_io import locked, write_csv
 from pcam_kaggle.data.fold_groups import fold_inputs
 from pcam_kaggle.data.folds import Folds, Scheme
 from pcam_kaggle.data.near_duplicates import near_duplicates

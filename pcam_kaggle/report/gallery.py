@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.augment import augmentation
 

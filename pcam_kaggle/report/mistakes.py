@@ -10,7 +10,7 @@ import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report.gallery import LABELLED_SIDE, largest_errors
 from pcam_kaggle.report.grad_cam import grad_cam

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import write
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import write
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import groups
-from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.kaggle.ledger import LEDGER_FILE
 from pcam_kaggle.report import curves, figures

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.data.csv_io import read_numbers
+from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.run import Run
 
 UNCHANGED = "unchanged"

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.data.csv_io import check_oof, read_numbers
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import check_oof, read_numbers
 
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
 # The tables of predictions, and the columns of numbers in each.

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import PART, file_sha256, locked, read_json, write, write_json
-from pcam_kaggle.data.csv_io import PLAIN_NAME, read_numbers
-from pcam_kaggle.data.layout import Workspace
-from pcam_kaggle.models import checkpoint
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import PART, file_sha256, locked, read_json, write, write_json
+from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
+from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
 from pcam_kaggle.runs.run import BLEND_FILES, Run, with_defaults
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import FIELDS, Config
-from pcam_kaggle.data.atomic_io import csv_bytes, file_sha256, read_json, reading, sha256, write, write_csv, write_json
-from pcam_kaggle.data.csv_io import check_oof, read_numbers
+from pcam_kaggle.core.config import FIELDS, Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, reading, sha256, write, write_csv, write_json
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import check_oof, read_numbers
 from pcam_kaggle.runs.fold import Fold
 
 log = logging.getLogger(__name__)

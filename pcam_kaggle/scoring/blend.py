@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import Difference, Floats, Unit, auc, json_fields, rank_within
 from pcam_kaggle.scoring.resampling import cluster_codes, interval, paired_test

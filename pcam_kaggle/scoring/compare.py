@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.layout import Workspace
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import Difference, Unit, holm
 from pcam_kaggle.scoring.resampling import cluster_codes, paired_test, resampling, unit_of

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.scoring.evaluate import Score, Scores
+from pcam_kaggle.scoring.held_out import Score, Scores
 from pcam_kaggle.scoring.metrics import interval_text, json_fields
 from pcam_kaggle.scoring.render import markdown, p_text
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.csv_io import read_numbers, read_slides
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.folds import groups
+from pcam_kaggle.data.tables import read_numbers, read_slides
 from pcam_kaggle.scoring.bootstrap import Codes, bootstrap_interval, bootstrap_test
 from pcam_kaggle.scoring.delong import delong_difference, delong_interval
 from pcam_kaggle.scoring.metrics import Difference, Estimate, Floats, Labels, Unit

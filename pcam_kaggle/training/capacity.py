@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.experiments import PROBE
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import PROBE
 from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.training.engine import NORM_PATCHES, PREDICT_BATCH
 

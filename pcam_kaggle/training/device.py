@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import progress
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import locked, read_json, sha256, write, write_json
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked, read_json, sha256, write, write_json
+from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.weights_source import weights_sha256
-from pcam_kaggle.models import backbone, cnn, factory, pretrained, weights
+from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
 from pcam_kaggle.models.backbone import Backbone
+from pcam_kaggle.models.weights_source import weights_sha256
 from pcam_kaggle.runs.provenance import versions
 from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
-from pcam_kaggle.training.processes import rotated, spread_over_gpus
+from pcam_kaggle.training.gpus import rotated, spread_over_gpus
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ FEATURE_FIELDS = (
     *("model", "model_args", "weights", "side", "resize", "pool"),
     *("tta", "tta_shift", "chroma_blur", "norm"),
 )
-CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, pretrained, weights, augment, device, engine, tta)
+CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
 
 
 class Chunk(NamedTuple):

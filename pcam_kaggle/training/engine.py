@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import progress
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.models.folded import fold_norms
 from pcam_kaggle.training import tta

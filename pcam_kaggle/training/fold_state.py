@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import reading
-from pcam_kaggle.data.weights_source import weights_sha256
-from pcam_kaggle.models import checkpoint
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import reading
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend

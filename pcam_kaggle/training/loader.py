@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.process import release_memory
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.process import release_memory
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.training.augment import augmentation
 from pcam_kaggle.training.distributed import rank, world_size

@@ -10,9 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import nn
 
-from pcam_kaggle.config.logs import fold_context
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
@@ -22,7 +22,7 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
 from pcam_kaggle.training.fold_state import load_best
-from pcam_kaggle.training.processes import rotated, spread_over_gpus
+from pcam_kaggle.training.gpus import rotated, spread_over_gpus
 from pcam_kaggle.training.session import open_session
 
 log = logging.getLogger(__name__)

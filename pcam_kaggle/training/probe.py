@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.weights_source import weights_sha256
-from pcam_kaggle.models import checkpoint
 from pcam_kaggle.models.backbone import Backbone, trained_state
 from pcam_kaggle.models.factory import create, macs
+from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.backbone import trained_state
 
 # The average's weight after t steps is at least AVERAGE_START / (AVERAGE_START + t).

@@ -3,16 +3,16 @@
 import dataclasses
 import logging
 
-from pcam_kaggle.config.process import hold_memory
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import reading
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.files import reading
+from pcam_kaggle.core.process import hold_memory
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.provenance import session_environment
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device, precisions
 from pcam_kaggle.training.distributed import rank
-from pcam_kaggle.training.processes import configure_torch
+from pcam_kaggle.training.gpus import configure_torch
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
-from pcam_kaggle.config.schema import Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import average_gradients
 from pcam_kaggle.training.schedule import MovingAverage

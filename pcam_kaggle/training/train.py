@@ -12,15 +12,15 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import fold_context
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.weights_source import weights_sha256
 from pcam_kaggle.models.backbone import copy_trained
 from pcam_kaggle.models.factory import create, macs
+from pcam_kaggle.models.weights_source import weights_sha256
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
@@ -30,9 +30,9 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, one_rank_at_a_time, rank, world_size
 from pcam_kaggle.training.engine import predict_logits, train_epoch
 from pcam_kaggle.training.fold_state import Row, best_row, resume, save_epoch, update_files
+from pcam_kaggle.training.gpus import gpu_count, loader_processes, spread_over_gpus
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.processes import gpu_count, loader_processes, spread_over_gpus
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.session import open_session
 from pcam_kaggle.training.shares import Stretch, balanced

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
-from pcam_kaggle.config.experiments import Experiment
-from pcam_kaggle.config.schema import FIELDS, Config, allowed
+from pcam_kaggle.core.config import FIELDS, Config, allowed
+from pcam_kaggle.core.experiments import Experiment
 
 COLUMNS = ("field", "value", "allowed", "meaning")
 # The first field of each group, in the order of the fields.

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 
 PART = ".part"
 AGAIN = "delete it and run the command again"

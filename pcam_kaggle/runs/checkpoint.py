@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle import UserError
-from pcam_kaggle.data.atomic_io import reading, write
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import reading, write
 
 ANEW = "delete its folder and train again"
 

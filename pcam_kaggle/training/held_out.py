@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.logs import fold_context
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256
-from pcam_kaggle.data.csv_io import read_numbers
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import file_sha256
+from pcam_kaggle.core.logs import fold_context
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.labelled import LabelledPatches, Patches
-from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.listing import SHA1
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import UNCHANGED, Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import locked
-from pcam_kaggle.data.csv_io import PLAIN_NAME, read_slides
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.labelled import LabelledPatches, read_labelled
-from pcam_kaggle.data.layout import Workspace
 from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.tables import PLAIN_NAME, read_slides
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.evaluate import Mixture, Predictions, read_oof, score_runs
 from pcam_kaggle.scoring.evaluation_table import Result, result_json
+from pcam_kaggle.scoring.held_out import Mixture, Predictions, read_oof, score_runs
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def evaluate(
     evaluation = _evaluation(workspace, set_name, labels)
     groups = read_slides(slides) if slides else None
     # torch takes seconds to import.
-    from pcam_kaggle.training.evaluate import predict_labelled, trained_folds
+    from pcam_kaggle.training.held_out import predict_labelled, trained_folds
     from pcam_kaggle.training.perturb import PERTURBATIONS
 
     runs = {name: Run(workspace.run(name)) for name in dict.fromkeys(name for each in mixtures for name in each.weights)}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from conftest import Outcome, sha1
 
-from pcam_kaggle import UserError
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.data import atomic_io as artifacts
-from pcam_kaggle.data.atomic_io import locked
+from pcam_kaggle.core import files
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.layout import Data
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 
@@ -30,7 +30,7 @@ def hold() -> Callable[[Path], subprocess.Popen[str]]:
     """Return a function that starts a process which holds the lock of a folder until it is killed."""
 
     def start(folder: Path) -> subprocess.Popen[str]:
-        code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data.atomic_io import locked\n"
+        code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
         code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -89,9 +89,9 @@ def test_every_writer_holds_the_lock(
             return pcam(stage)
         return Outcome(main(["kaggle", stage, "--work", str(work)]), *capsys.readouterr())
 
-    monkeypatch.setattr(artifacts, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     with hold(work / folder) as other:
-        partial = work / folder / f".oof.csv.x{artifacts.PART}"
+        partial = work / folder / f".oof.csv.x{files.PART}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         outcome = call()
@@ -163,7 +163,7 @@ def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> Non
 
 def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path: Path) -> None:
     code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data import prepare as patches\n"
-    code += "from pcam_kaggle.data.layout import Data\n"
+    code += "from pcam_kaggle.core.paths import Data\n"
     code += "real = patches._pack_chunk\ndef slow(*arguments):\n    print('packing', flush=True)\n    time.sleep(60)\n"
     code += "patches._pack_chunk = slow\npatches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))"
     line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]

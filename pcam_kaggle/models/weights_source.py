@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.atomic_io import file_sha256, read_json
-from pcam_kaggle.data.layout import attached, attached_folder
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import file_sha256, read_json
+from pcam_kaggle.core.paths import attached, attached_folder
 
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

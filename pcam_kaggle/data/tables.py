@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.data.atomic_io import csv_bytes, sha256
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import csv_bytes, sha256
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)

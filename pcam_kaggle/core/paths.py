@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 
 COMPETITION = "histopathologic-cancer-detection"
 # Another folder only where a kernel is tested outside of Kaggle.

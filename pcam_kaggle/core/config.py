@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 
 PATCH_SIDE = 96
 LEAST_SIDE = 32

@@ -13,9 +13,9 @@ from typing import TypeVar
 import joblib
 import torch
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.logs import configure_logging, logging_verbosity
-from pcam_kaggle.config.process import end_with_parent
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.logs import configure_logging, logging_verbosity
+from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.training.device import find_device
 from pcam_kaggle.training.loader import PREFETCH
 

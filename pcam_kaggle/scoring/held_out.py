@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle import UserError
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.runs.evaluation import UNCHANGED, Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run

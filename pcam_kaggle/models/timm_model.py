@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pcam_kaggle import UserError, examples
-from pcam_kaggle.config.schema import Config
-from pcam_kaggle.data.weights_source import is_wheel_file, weights_file
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.models.misfit import advice, patch_size
 from pcam_kaggle.models.weights import import_timm, read_weights
+from pcam_kaggle.models.weights_source import is_wheel_file, weights_file
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pcam_kaggle import UserError
-from pcam_kaggle.config.schema import Config, closest
+from pcam_kaggle.core.config import Config, closest
+from pcam_kaggle.core.errors import UserError
 
 DEFAULT = "bottleneck"
 BASELINE = "plain"
