@@ -7,13 +7,12 @@ from typing import Any
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import locked, write_csv
+from pcam_kaggle.core.files import locked
 from pcam_kaggle.data import folds as fold_files
 from pcam_kaggle.data.fold_groups import fold_inputs
 from pcam_kaggle.data.folds import Folds, Scheme
-from pcam_kaggle.data.near_duplicates import near_duplicates
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore, complete_manifest
+from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.kaggle.ledger import write_ledger
 from pcam_kaggle.kaggle.submission import write_submission
 from pcam_kaggle.pipeline.job import Job
@@ -52,20 +51,7 @@ def run_folds(job: Job) -> bool:
         unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
         kind = "stain group" if job.config.groups == "stain" else "mapped slide"
         log.info("folds: no %s is in two folds; groups per fold %s%s", kind, manifest["slides"], unmapped)
-    if complete_manifest(job.workspace.store):
-        _list_near_duplicates(job, folds, new)
     return new
-
-
-def _list_near_duplicates(job: Job, folds: Folds, new: bool) -> None:
-    file = job.workspace.folds / f"{folds.manifest['scheme']}_near_duplicates.csv"
-    if file.exists() and not new:
-        return
-    found = near_duplicates(PatchStore(job.workspace.store), folds.table)
-    with locked(job.workspace.folds):
-        write_csv(file, found)
-    share, copies = f"{len(found):,} of {len(folds.table):,}", f"{found['copy'].sum():,}"
-    log.info("folds: %s patches are near-duplicates of one in another fold, %s are copies; listed in %s", share, copies, file)
 
 
 def run_train(job: Job) -> bool:

@@ -1,0 +1,40 @@
+"""JSON files as typed records: each file has one class, which alone knows its fields."""
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import AGAIN, write
+
+
+class Record(BaseModel):
+    """The content of a JSON file.
+
+    Files of other versions stay readable: unknown fields are ignored, and fields that were added later have defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the record in the file at `path`.
+
+        Raises:
+            UserError: The file is missing, is not JSON, or a field is missing or has another type.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {f'{field}: ' if field else ''}{first['msg'][:200]}; {AGAIN}") from None
+
+    def write(self, path: Path) -> None:
+        """Write the record atomically to `path` as indented UTF-8 JSON."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write(path, lambda file: file.write(text.encode()))
