@@ -21,13 +21,13 @@ from pcam_kaggle.core.paths import (
 )
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.models.weights_source import with_folder_settings
-from pcam_kaggle.pipeline.held_out import evaluate
+from pcam_kaggle.pipeline.compare import compare_runs
+from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
 from pcam_kaggle.pipeline.job import Job, make_job
 from pcam_kaggle.pipeline.run_all import run_all
 from pcam_kaggle.pipeline.stages import STAGES
-from pcam_kaggle.scoring.compare import Comparison, compare_runs
-from pcam_kaggle.scoring.evaluation_table import render_evaluation
-from pcam_kaggle.scoring.render import render
+from pcam_kaggle.scoring.compare import Comparison
+from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
 log = logging.getLogger(__name__)
@@ -135,22 +135,13 @@ def _repeated(options: argparse.Namespace, job: Job, stage: str) -> str:
 
 def _run_compare(options: argparse.Namespace) -> None:
     _, comparison = _comparison(options)
-    print(render(comparison, options.format), end="")
+    print(render_comparison(comparison, options.format), end="")
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    result = evaluate(
-        runs_workspace(find_workspace(options.work)),
-        options.runs,
-        options.patches,
-        options.labels,
-        ids=options.ids,
-        set_name=options.name,
-        baseline=options.baseline,
-        slides=options.slides,
-        folds=options.folds,
-        perturb=options.perturb,
-    )
+    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
+    workspace = runs_workspace(find_workspace(options.work))
+    result = evaluate(workspace, options.runs, held_out, options.baseline, options.folds)
     print(render_evaluation(result, options.format), end="")
 
 

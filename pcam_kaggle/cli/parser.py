@@ -93,7 +93,6 @@ PATCHES = option("--patches", type=Path, required=True, help="folder of <id>.tif
 LABELS = option("--labels", type=Path, required=True, help="CSV of id,label")
 SET_NAME = option("--name", help="name of this set of patches [that of the folder that holds the labels]")
 SLIDES_OF_PATCHES = option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]")
-PERTURB = option("--perturb", action="store_true", help="repeat it under a list of corruptions")
 SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
 WEIGHTS = option(
     "--weights",
@@ -134,7 +133,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "score runs on labelled patches of other slides",
-        (EVALUATED, PATCHES, LABELS, IDS_OF_PATCHES, SLIDES_OF_PATCHES, SET_NAME, FOLDS, PERTURB, BASELINE, FORMAT),
+        (EVALUATED, PATCHES, LABELS, IDS_OF_PATCHES, SLIDES_OF_PATCHES, SET_NAME, FOLDS, BASELINE, FORMAT),
     ),
     Command("report", "the same with figures, as one HTML file in reports/", (RUNS, BASELINE, SLIDES_OF_RUNS)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),

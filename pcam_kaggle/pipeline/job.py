@@ -68,8 +68,8 @@ class Job:
 
     def submission(self) -> Path:
         """Return the file of the submission; the name of one that lacks folds lists those it has."""
-        made = self.run.blend_metrics(folds=list, missing_folds=list)
-        part = f"-folds-{'-'.join(map(str, made['folds']))}" if made["missing_folds"] else ""
+        made = self.run.blend_metrics()
+        part = f"-folds-{'-'.join(map(str, made.folds))}" if made.missing_folds else ""
         return self.workspace.submissions / f"{self.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
     def parts(self) -> list["Job"]:

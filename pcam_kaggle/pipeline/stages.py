@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 
@@ -13,13 +12,14 @@ from pcam_kaggle.data.fold_groups import fold_inputs
 from pcam_kaggle.data.folds import Folds, Scheme
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.kaggle.ledger import write_ledger
-from pcam_kaggle.kaggle.submission import write_submission
+from pcam_kaggle.pipeline.compare import resampled_groups
 from pcam_kaggle.pipeline.job import Job
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import Member, Method, blend, read_member
-from pcam_kaggle.scoring.metrics import interval_text
-from pcam_kaggle.scoring.resampling import resampling
+from pcam_kaggle.runs.submissions import write_ledger, write_submission
+from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
+from pcam_kaggle.scoring.intervals import Clusters
+from pcam_kaggle.scoring.results import BlendMetrics
+from pcam_kaggle.scoring.tables import score_lines
 from pcam_kaggle.training.distributed import one_rank_at_a_time
 
 log = logging.getLogger(__name__)
@@ -115,47 +115,24 @@ def _predict(job: Job) -> bool:
 def run_blend(job: Job) -> bool:
     """Blend the folds of the members and print the OOF table; return whether anything was done."""
     names = job.members or tuple(part.name for part in job.parts())
-    members = [read_member(Run(job.workspace.run(name)), job.chosen) for name in names]
+    members = [Run(job.workspace.run(name)).predictions(job.chosen) for name in names]
     for part in job.parts() if job.trains else ():
         # A member may have all folds where the blend lacks some, and is then complete by itself.
         has_all = all(fold.has_predictions for fold in part.run.folds())
-        _blend(job, [read_member(part.run, None if has_all else job.chosen)], "mean", part.run)
+        _blend(job, [part.run.predictions(None if has_all else job.chosen)], "mean", part.run)
     metrics, new = _blend(job, members, job.method, job.run)
-    for line in _score_lines(metrics):
+    for line in score_lines(metrics):
         log.info("  %s", line)
-    _report(f"blend: {metrics['method']} of {', '.join(metrics['members'])} in {job.run.folder}", new)
+    _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
     return new
 
 
-def _score_lines(metrics: dict[str, Any]) -> list[str]:
-    """Return the OOF AUC as lines of text: per fold, pooled, and the gain of weights if any were climbed."""
-    folds = zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True)
-    lines = [f"fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}" for fold, size, area in folds]
-    deviation = "" if metrics["sd"] is None else f" ± {metrics['sd']:.4f} (SD over folds)"
-    lines.append(f"mean     {metrics['mean']:.4f}{deviation}")
-    for kind, title in (("pooled", "pooled"), ("ranked", "pooled after ranking within folds")):
-        made = metrics[kind]
-        interval = interval_text(made["low"], made["high"], made["undefined"])
-        lines.append(f"{title}   {made['value']:.4f}, 95 % interval {interval} (unit: {made['unit']})")
-    if metrics["pooled"]["unit"] == "patch":
-        lines.append("folds by label share slides: on other slides, nets scored up to 0.03 lower (docs/scores.md)")
-    if gain := metrics["gain_of_weights"]:
-        if gain["undefined"]:
-            verdict = "not known to be more than noise, so the mean is used"
-        elif metrics["method"] == "climb":
-            verdict = "more than noise, so weights are used"
-        else:
-            verdict = "within the noise, so the mean is used"
-        interval = interval_text(gain["low"], gain["high"], gain["undefined"], "+.4f")
-        lines.append(f"weights minus mean   {gain['value']:+.4f} {interval} (unit: {gain['unit']}): {verdict}")
-    return lines
-
-
-def _blend(job: Job, members: list[Member], method: Method, out: Run) -> tuple[dict[str, Any], bool]:
+def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
     """Blend `members` into `out`; intervals and tests resample the groups of their folds, or of the job's slide map."""
-    groups = resampling(members[0].scheme, members[0].oof, job.workspace.folds, job.slides)
+    first = members[0]
+    groups, unit = resampled_groups(first.scheme, first.oof, job.workspace.folds, job.slides)
     with locked(out.folder):
-        return blend(members, method, out, *groups)
+        return out.write_blend(blend(members, method, Clusters.of(first.oof["id"], groups, unit)))
 
 
 @one_rank_at_a_time()

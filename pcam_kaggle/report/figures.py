@@ -4,11 +4,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from scipy.stats import rankdata
 
-from pcam_kaggle.kaggle.leaderboard import MIN_RANKED_SUBMISSIONS, rank_correlation
 from pcam_kaggle.report.svg import GREY, HEIGHT, PRIMARY, SECONDARY, STYLE, WIDTH, Plot, make_plot, panel
-from pcam_kaggle.scoring.calibration import calibration_bins, calibration_error
-from pcam_kaggle.scoring.metrics import Floats, Unit, auc, midranks
+from pcam_kaggle.scoring.metrics import Floats, auc, calibration_bins, calibration_error
+from pcam_kaggle.scoring.results import Unit
 
 MAX_NAMED_SLIDES = 30
 
@@ -90,7 +90,7 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     It is undefined (n/a) for a run whose predictions are all equal.
     """
     with np.errstate(invalid="ignore"):
-        matrix = np.corrcoef([midranks(row) for row in probabilities])
+        matrix = np.corrcoef([rankdata(row) for row in probabilities])
     count = len(names)
     size = max(WIDTH, 1.2 + 0.48 * count)
     figure, ax = panel(size, size * 0.85)
@@ -131,8 +131,6 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
             continue
         ax.scatter(known["oof_auc"], known[column], color=colour, marker=marker, s=24, label=word)
         text = f"{word}: {len(known)} submission{'s' if len(known) > 1 else ''}"
-        if len(known) >= MIN_RANKED_SUBMISSIONS:
-            text += f", Spearman's rank correlation {rank_correlation(known['oof_auc'], known[column])}"
         parts.append(text)
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle score (LB)")
     ax.legend(loc="best")

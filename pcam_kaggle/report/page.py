@@ -12,18 +12,16 @@ from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import groups
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE
 from pcam_kaggle.report import curves, figures
 from pcam_kaggle.report.gallery import LABELLED_SIDE
 from pcam_kaggle.report.mistakes import Mistake, most_wrong
 from pcam_kaggle.report.svg import Plot
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.compare import Comparison, Entry
-from pcam_kaggle.scoring.evaluation_table import caption as evaluation_caption
-from pcam_kaggle.scoring.evaluation_table import perturbation_table, score_table
-from pcam_kaggle.scoring.render import caption, comparison_table, conclusions, display_table
-from pcam_kaggle.scoring.resampling import unit_of
+from pcam_kaggle.runs.submissions import LEDGER_FILE
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_caption, evaluation_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SCORES = ["public_score", "private_score"]
@@ -56,11 +54,10 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
 
     A section whose input is missing (patch store, checkpoints, slides, Kaggle scores) gives the reason instead.
     """
-    baseline, rows = comparison.baseline, comparison_table(comparison)
+    baseline, shown = comparison.baseline, display_table(comparison)
     assert baseline.oof is not None
-    by_name = {entry.name: entry for entry in comparison.entries}
-    entries = [by_name[name] for name in rows["run"]]
-    shown = display_table(rows)
+    by_name = {entry.name: entry for entry in comparison.runs}
+    entries = [by_name[name] for name in shown["run"]]
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -89,28 +86,28 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     write(target, lambda file: file.write(text.encode()))
 
 
-def _scored(entries: list[Entry]) -> list[tuple[Entry, pd.DataFrame]]:
+def _scored(entries: list[ComparedRun]) -> list[tuple[ComparedRun, pd.DataFrame]]:
     """Return the entries that can be scored, with their OOF tables."""
     return [(entry, entry.oof) for entry in entries if entry.oof is not None and not entry.problem]
 
 
-def _reference(entry: Entry, baseline: Entry) -> curves.Reference | None:
+def _reference(entry: ComparedRun, baseline: ComparedRun) -> curves.Reference | None:
     """Return the baseline as a reference curve for `entry`, or None where the two are not paired."""
     assert baseline.oof is not None
     return curves.Reference(baseline.name, baseline.oof) if entry.pooled else None
 
 
-def _roc(entries: list[Entry], baseline: Entry) -> Section:
+def _roc(entries: list[ComparedRun], baseline: ComparedRun) -> Section:
     plots = [curves.roc(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
     return Section("roc", "ROC curves", FOLD_RANGE, plots)
 
 
-def _precision_recall(entries: list[Entry], baseline: Entry) -> Section:
+def _precision_recall(entries: list[ComparedRun], baseline: ComparedRun) -> Section:
     plots = [curves.precision_recall(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
     return Section("precision-recall", "Precision-recall curves", FOLD_RANGE, plots)
 
 
-def _learning(entries: list[Entry], workspace: Workspace) -> Section:
+def _learning(entries: list[ComparedRun], workspace: Workspace) -> Section:
     section = Section("learning", "Learning curves", "Per epoch, from each fold's log.")
     for entry in entries:
         logs = Run(workspace.run(entry.name)).logs()
@@ -121,18 +118,18 @@ def _learning(entries: list[Entry], workspace: Workspace) -> Section:
     return section
 
 
-def _histograms(entries: list[Entry]) -> Section:
+def _histograms(entries: list[ComparedRun]) -> Section:
     plots = [figures.histogram(entry.name, oof) for entry, oof in _scored(entries)]
     return Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", plots)
 
 
-def _reliability(entries: list[Entry]) -> Section:
+def _reliability(entries: list[ComparedRun]) -> Section:
     text = "The points of a calibrated model are on the diagonal. Calibration affects thresholds, not the AUC."
     plots = [figures.reliability(entry.name, oof) for entry, oof in _scored(entries)]
     return Section("reliability", "Calibration", text, plots)
 
 
-def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspace) -> Section:
+def _slide_aucs(entries: list[ComparedRun], comparison: Comparison, workspace: Workspace) -> Section:
     text = "Out of fold, within each slide or stain group that has patches of both labels."
     section = Section("slides", "AUC by slide", text)
     for entry, oof in _scored(entries):
@@ -153,17 +150,12 @@ def _evaluations(workspace: Workspace) -> Section:
     for folder in sorted(workspace.evaluations.glob("*/")):
         try:
             result = Evaluation(folder).result()
-            tables = (
-                (f"Scores on {folder.name}", score_table(result)),
-                (f"{folder.name} under corruptions", perturbation_table(result)),
-            )
-            captions.append(f"{folder.name}: {evaluation_caption(result)}")
-        except (UserError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except UserError as error:
             captions.append(f"Left out: {' '.join(str(error).split())[:300]}.")
             continue
-        section.tables += [
-            Table(title, table.columns.tolist(), table.to_numpy().tolist()) for title, table in tables if len(table)
-        ]
+        captions.append(f"{folder.name}: {evaluation_caption(result)}")
+        table = evaluation_table(result)
+        section.tables.append(Table(f"Scores on {folder.name}", table.columns.tolist(), table.to_numpy().tolist()))
     section.text = (
         " ".join(captions)
         or "Not available: no run was evaluated on other labelled patches (`python -m pcam_kaggle evaluate`)."
@@ -171,7 +163,7 @@ def _evaluations(workspace: Workspace) -> Section:
     return section
 
 
-def _correlation(entries: list[Entry], baseline: Entry) -> Section:
+def _correlation(entries: list[ComparedRun], baseline: ComparedRun) -> Section:
     section = Section("correlation", "Correlation between runs", "A blend gains most from runs that are accurate and differ.")
     paired = [entry for entry in entries if entry is baseline or entry.pooled]
     if len(paired) < 2:
@@ -198,7 +190,7 @@ def _leaderboard(workspace: Workspace) -> Section:
     return section
 
 
-def _mistakes(base: Entry, workspace: Workspace) -> Section:
+def _mistakes(base: ComparedRun, workspace: Workspace) -> Section:
     section = Section(
         "mistakes",
         "Where it is most wrong",
