@@ -255,7 +255,7 @@ def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
 def _inputs(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
-        "folds": folds.manifest["scheme"],
-        "folds_sha256": folds.manifest["csv_sha256"],
-        "train_sha256": store.manifest["train_sha256"],
+        "folds": folds.manifest.scheme,
+        "folds_sha256": folds.manifest.csv_sha256,
+        "train_sha256": store.manifest.train_sha256,
     }
