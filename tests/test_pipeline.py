@@ -56,7 +56,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     run = "runs/bottleneck"
     assert left == {
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_near_duplicates.csv"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
@@ -276,7 +276,7 @@ def test_what_was_edited_is_not_submitted(pcam: Command, finished_run: Path, tmp
     "name",
     [
         *("store/manifest.json", "store/index.csv", "store/patches.npy"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_near_duplicates.csv"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *("submissions/bottleneck.json", "submissions/ledger.csv"),
         *(f"runs/bottleneck/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"runs/bottleneck/fold_1/{name}" for name in ("best.pt", "metrics.json", "oof.csv", "test.csv", "predictions.json")),
@@ -425,7 +425,7 @@ def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.
         pcam("pipeline", "--groups", "stain").err
         == "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
     )
-    monkeypatch.setattr("pcam_kaggle.data.fold_groups.STAIN_GROUPS", 6)
+    monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
     table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
     assert (table.groupby("group")["fold"].nunique() == 1).all()

@@ -10,7 +10,7 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.labelled import LabelledPatches, read_labelled
-from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.tables import PLAIN_NAME, read_slides
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold

@@ -7,9 +7,7 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.data import folds as fold_files
-from pcam_kaggle.data.fold_groups import fold_inputs
-from pcam_kaggle.data.folds import Folds, Scheme
+from pcam_kaggle.data.folds import Folds, Scheme, fold_inputs, load_folds, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.pipeline.compare import resampled_groups
@@ -29,11 +27,10 @@ log = logging.getLogger(__name__)
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
     made, new = prepare(job.data, job.workspace.store, job.ids, job.skip_damaged)
-    skipped = f", {made['skipped']} skipped, see {job.workspace.store / 'skipped.csv'}" if made["skipped"] else ""
-    _report(f"prepare: {made['train']:,} train and {made['test']:,} test patches in {job.workspace.store}{skipped}", new)
-    in_both = made.get("in_both")
-    if in_both:
-        log.warning("ids in both train and test: %s (%s)", f"{len(in_both):,}", examples(in_both))
+    skipped = f", {made.skipped} skipped, see {job.workspace.store / 'skipped.csv'}" if made.skipped else ""
+    _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {job.workspace.store}{skipped}", new)
+    if made.in_both:
+        log.warning("ids in both train and test: %s (%s)", f"{len(made.in_both):,}", examples(made.in_both))
     return new
 
 
@@ -42,15 +39,15 @@ def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
     inputs = _fold_inputs(job)
     with locked(job.workspace.folds):
-        folds, new = fold_files.make(*inputs, job.workspace.folds)
+        folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
-    counts = ", ".join(f"{n:,}" for n in manifest["patches"])
-    positives = ", ".join(f"{n:,}" for n in manifest["positives"])
-    _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest['scheme']}.csv", new)
-    if manifest["slides"]:
-        unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
+    counts = ", ".join(f"{n:,}" for n in manifest.patches)
+    positives = ", ".join(f"{n:,}" for n in manifest.positives)
+    _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest.scheme}.csv", new)
+    if manifest.slides:
+        unmapped = f"; {manifest.unmapped:,} ids that the map lacks share one fold" if manifest.unmapped else ""
         kind = "stain group" if job.config.groups == "stain" else "mapped slide"
-        log.info("folds: no %s is in two folds; groups per fold %s%s", kind, manifest["slides"], unmapped)
+        log.info("folds: no %s is in two folds; groups per fold %s%s", kind, manifest.slides, unmapped)
     return new
 
 
@@ -163,7 +160,7 @@ def _fold_inputs(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
 def _open(job: Job) -> tuple[PatchStore, Folds]:
     """Return the store and the folds, after checking that an existing run belongs to them."""
     store = PatchStore(job.workspace.store)
-    folds = fold_files.load(*_fold_inputs(job), job.workspace.folds)
+    folds = load_folds(*_fold_inputs(job), job.workspace.folds)
     job.run.check(job.config, store, folds)
     return store, folds
 

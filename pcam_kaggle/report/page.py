@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import groups
+from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report import curves, figures
 from pcam_kaggle.report.gallery import LABELLED_SIDE
@@ -134,7 +134,7 @@ def _slide_aucs(entries: list[ComparedRun], comparison: Comparison, workspace: W
     section = Section("slides", "AUC by slide", text)
     for entry, oof in _scored(entries):
         if entry.unpaired_reason:
-            slides, unit = groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
+            slides, unit = read_groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
         else:
             slides, unit = comparison.groups, comparison.unit
         plot = None if slides is None else figures.slide_aucs(entry.name, oof, slides, unit)

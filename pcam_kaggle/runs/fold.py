@@ -203,6 +203,6 @@ class Fold:
     def _sources(self, store: PatchStore) -> PredictionSources:
         return PredictionSources(
             best_sha256=file_sha256(self.best_checkpoint),
-            train_sha256=store.manifest["train_sha256"],
-            test_sha256=store.manifest["test_sha256"],
+            train_sha256=store.manifest.train_sha256,
+            test_sha256=store.manifest.test_sha256,
         )

@@ -284,7 +284,7 @@ def _made_from(experiment: str, config: Config, store: PatchStore, folds: Folds)
     return RunConfig(
         experiment=experiment,
         config=dataclasses.asdict(config),
-        folds=folds.manifest["scheme"],
-        folds_sha256=folds.manifest["csv_sha256"],
-        train_sha256=store.manifest["train_sha256"],
+        folds=folds.manifest.scheme,
+        folds_sha256=folds.manifest.csv_sha256,
+        train_sha256=store.manifest.train_sha256,
     )

@@ -161,7 +161,7 @@ def _save_joined(parts: list[NDArray[np.float16]], file: BinaryIO) -> None:
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:
     """Return the hash of what the features depend on: patches, weights, settings, precision, code and versions."""
     content = {
-        "patches": [store.manifest[f"{split}_sha256"] for split in SPLITS],
+        "patches": [getattr(store.manifest, f"{split}_sha256") for split in SPLITS],
         "weights": weights_sha256(config),
         "config": {name: getattr(config, name) for name in FEATURE_FIELDS},
         "precision": backend.precision,

@@ -5,7 +5,7 @@ import logging
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.files import reading
-from pcam_kaggle.core.process import hold_memory
+from pcam_kaggle.core.process import tune_malloc
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.provenance import session_environment
@@ -51,7 +51,7 @@ def find_backend(run: Run, config: Config) -> Backend:
     Raises:
         UserError: The device cannot compute, or environment.json is damaged.
     """
-    hold_memory()
+    tune_malloc()
     configure_torch()
     kind = find_device()
     used = [entry.backend for entry in run.environments() if entry.backend.kind == kind]

@@ -255,8 +255,8 @@ def _train_targets(
 
 def _check_teacher(teacher: Run, folds: Folds) -> None:
     """Raise UserError if the teacher has other folds, since its net of a fold then saw labels of this run's validation."""
-    if teacher.made_from().folds_sha256 != folds.manifest["csv_sha256"]:
-        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {folds.manifest['scheme']}")
+    if teacher.made_from().folds_sha256 != folds.manifest.csv_sha256:
+        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {folds.manifest.scheme}")
 
 
 def _seed(config: Config, fold: int, epoch: int) -> int:
