@@ -20,7 +20,7 @@ from pcam_kaggle.core.paths import (
     runs_workspace,
 )
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.models.weights_source import with_folder_settings
+from pcam_kaggle.models.weights import with_folder_settings
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
 from pcam_kaggle.pipeline.job import Job, make_job

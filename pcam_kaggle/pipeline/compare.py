@@ -7,7 +7,7 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import groups
+from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
 from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
@@ -116,7 +116,7 @@ def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path 
     needed = f"intervals and tests need its {unit}s; restore it, or pass a slide map with --slides"
     if not file.is_file():
         raise UserError(f"{file}: missing; {needed}")
-    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], groups(file)
+    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
     if table is None or not np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
         raise UserError(f"{file}: not the folds of these runs; {needed}")
     return table, unit

@@ -11,7 +11,7 @@ from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_n
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.tables import PLAIN_NAME, read_labels, read_sample
-from pcam_kaggle.models.weights_source import with_folder_settings
+from pcam_kaggle.models.weights import with_folder_settings
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Method

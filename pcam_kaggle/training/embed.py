@@ -21,7 +21,7 @@ from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
 from pcam_kaggle.models.backbone import Backbone
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.provenance import versions
 from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget

@@ -18,7 +18,7 @@ from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import Backbone, trained_state
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.records import FoldMetrics
