@@ -14,7 +14,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS, experiment
 
 NAMES = [field.name for field in dataclasses.fields(Config)]
-INTEGERS = [name for name, value in asdict(Config()).items() if type(value) is int]
+INTEGERS = [name for name, value in asdict(Config()).items() if type(value) is int and name != "tta"]
 FLOATS = [name for name, value in asdict(Config()).items() if type(value) is float]
 
 
@@ -67,7 +67,7 @@ def test_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
         ({"symmetry": "d4", "head": "flatten"}, "head=flatten: needs"),
         ({"symmetry": "d4", "width": 8}, "symmetry=d4 with width=8"),
         ({"teacher": "../old"}, "not a path"),
-        ({"weights": "wheel"}, "weights=wheel: for nets of timm only"),
+        ({"weights": "wheel"}, "weights=wheel: for timm models only"),
         ({"model": "resnet18"}, "choose cnn or timm:NAME"),
     ],
 )
@@ -230,6 +230,7 @@ def test_the_baseline_is_frozen() -> None:
         "color_jitter": 0.1,
         "epochs": 10,
         "batch_size": 64,
+        "probe": False,
         "optimizer": "adamw",
         "lr": 0.002,
         "layer_decay": 1.0,

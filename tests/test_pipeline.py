@@ -18,12 +18,11 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment
+from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment, plan
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import COMPETITION, Data, find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.pipeline.job import make_job
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import Budget
@@ -56,7 +55,7 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     run = "runs/bottleneck"
     assert left == {
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_near_duplicates.csv"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
@@ -276,7 +275,7 @@ def test_what_was_edited_is_not_submitted(pcam: Command, finished_run: Path, tmp
     "name",
     [
         *("store/manifest.json", "store/index.csv", "store/patches.npy"),
-        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json", "folds/stratified_3_42_near_duplicates.csv"),
+        *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *("submissions/bottleneck.json", "submissions/ledger.csv"),
         *(f"runs/bottleneck/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
         *(f"runs/bottleneck/fold_1/{name}" for name in ("best.pt", "metrics.json", "oof.csv", "test.csv", "predictions.json")),
@@ -481,11 +480,10 @@ def test_a_stage_repeats_its_seeds_in_the_next_command(data: Data, pcam: Callabl
     assert "--name twins --seeds 2" in out.splitlines()[-1]
 
 
-def test_seeds_of_a_blend_are_refused(data: Data, tmp_path: Path) -> None:
+def test_seeds_of_a_blend_are_refused(pcam: Command) -> None:
     with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck"):
-        make_job(data, None, "blend", seeds=2)
-    with pytest.raises(UserError, match=r"--seeds 2: trains runs"):
-        make_job(data, None, "lite0", members=("one", "two"), seeds=2)
+        plan("blend", seeds=2)
+    assert "--seeds 2: trains runs" in pcam("blend", "one", "two", "--seeds", "2").err
     assert experiment("lite0-seed7").config == replace(experiment("lite0").config, seed=7)
     with pytest.raises(UserError, match="no such experiment"):
         experiment("blend-seed7")

@@ -59,7 +59,9 @@ class Backbone(nn.Module):
         """
         layers = [self.net.get_submodule(prefix.removesuffix(".")) for prefix in classifier_prefixes(self.net)]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-            raise UserError("optimizer=logistic: the net's classifier is not a single linear layer; use adamw or another net")
+            raise UserError(
+                "probe=true: the model's classifier is not a single linear layer; leave it out or use another model"
+            )
         return layers[0]
 
     def freeze(self, fraction: float) -> None:

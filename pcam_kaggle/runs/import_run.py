@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.config import Config, upgraded
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import PART, file_sha256, locked, read_json, write, write_json
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
-from pcam_kaggle.runs.run import BLEND_FILES, Run, with_defaults
+from pcam_kaggle.runs.run import BLEND_FILES, Run
 
 OLD = ".old"
 
@@ -106,7 +106,7 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
 
 def _made_from(run: Run) -> dict[str, Any]:
     made = read_json(run.folder / "config.json", config=dict)
-    return made | {"config": with_defaults(made["config"])}
+    return made | {"config": upgraded(made["config"])}
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:

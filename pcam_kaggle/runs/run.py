@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.config import FIELDS, Config
+from pcam_kaggle.core.config import Config, upgraded
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, reading, sha256, write, write_csv, write_json
 from pcam_kaggle.data.folds import Folds
@@ -93,14 +93,15 @@ class Run:
         return logs
 
     def made_from(self) -> dict[str, Any]:
-        """Return the content of `config.json`: at least `config`, `folds` (the scheme) and `folds_sha256`.
+        """Return the content of `config.json`: at least `config` (upgraded), `folds` (the scheme) and `folds_sha256`.
 
         Raises:
             UserError: The file is missing or damaged.
         """
         if not self.is_experiment:
             raise UserError(f"{self.folder}: no such run; train it, or name an existing one")
-        return read_json(self.folder / "config.json", config=dict, folds=str, folds_sha256=str)
+        made = read_json(self.folder / "config.json", config=dict, folds=str, folds_sha256=str)
+        return made | {"config": upgraded(made["config"])}
 
     def check(self, config: Config, store: PatchStore, folds: Folds) -> None:
         """Check that an existing run was made from this config, these folds and these patches.
@@ -118,7 +119,7 @@ class Run:
         wanted = _inputs(config, store, folds)
         made = read_json(file, **{key: type(value) for key, value in wanted.items()})
         differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
-        old = with_defaults(made["config"])
+        old = upgraded(made["config"])
         differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
         differ += [f"{key} (no longer a field)" for key in old.keys() - wanted["config"].keys()]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
@@ -245,11 +246,6 @@ class Run:
 
     def _blend_hashes(self) -> dict[str, str]:
         return {f"{name}_sha256": file_sha256(self.folder / f"{name}.csv") for name in ("oof", "test")}
-
-
-def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the config `fields` of a run with the defaults of fields that were added after it was made."""
-    return {name: field.default for name, field in FIELDS.items()} | fields
 
 
 def _inputs(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
