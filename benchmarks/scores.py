@@ -57,7 +57,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        return "-".join([self.experiment, *(change.removeprefix("groups=").replace("=", "_") for change in self.changes)])
+        # The records name probes as the package did when they were scored.
+        changes = [change.removeprefix("groups=").replace("probe=true", "optimizer=logistic") for change in self.changes]
+        return "-".join([self.experiment, *changes]).replace("=", "_")
 
     @property
     def scheme(self) -> str:

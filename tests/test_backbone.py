@@ -16,10 +16,11 @@ from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import plan
 from pcam_kaggle.models.backbone import Backbone, GeM, copy_trained, enlarge, trained_state
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.weights import import_timm, weights_file, with_folder_settings
-from pcam_kaggle.pipeline.job import make_job
+from pcam_kaggle.models.weights import import_timm, weights_file
+from pcam_kaggle.pipeline.weights_folder import with_folder_settings
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.schedule import MovingAverage
 
@@ -329,18 +330,18 @@ def test_checkpointing_changes_no_gradient() -> None:
 def test_settings_for_timm_only_are_refused_for_our_net() -> None:
     for change in ({"resize": 192}, {"freeze": 1}, {"pool": "avg"}, {"layer_decay": 0.8}, {"grad_checkpointing": True}):
         [name] = change
-        with pytest.raises(UserError, match=rf"{name}=.*: for nets of timm only"):
+        with pytest.raises(UserError, match=rf"{name}=.*: for timm models only"):
             Config(**change)
     for text in ("{", "[1]", "3"):
         with pytest.raises(UserError, match=r"model_args=.*must be a JSON object"):
             replace(RESNET, model_args=text)
 
 
-def test_a_job_takes_its_net_from_the_folder(tmp_path: Path, data: Any) -> None:
+def test_a_run_takes_its_model_from_the_folder(tmp_path: Path) -> None:
     hub_folder(tmp_path / "hub")
-    job = make_job(data, None, "lite0", [f"weights={tmp_path / 'hub'}"])
-    assert job.config.model == f"timm:{ENCODER}"
-    assert job.config.epochs == 5
+    config = plan("lite0", with_folder_settings([f"weights={tmp_path / 'hub'}"])).runs[0].config
+    assert config.model == f"timm:{ENCODER}"
+    assert config.epochs == 5
 
 
 def encoders() -> dict[str, tuple[dict[str, Any], list[str]]]:

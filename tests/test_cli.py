@@ -59,38 +59,32 @@ def test_every_command_that_is_parsed_is_carried_out() -> None:
     assert paths(PARSED) == list(commands.COMMANDS)
 
 
-@pytest.fixture
-def empty(tmp_path: Path) -> Path:
-    """Return an empty working folder, without any data of the competition."""
-    return tmp_path
-
-
 @pytest.mark.parametrize("arguments", [["-e", "quick"], ["--set", "epochs=1"], ["--groups", "none"], ["--slides", "map.csv"]])
 def test_options_for_real_data_do_not_fall_back_to_the_demo(
-    arguments: list[str], empty: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pipeline", "--work", str(empty), *arguments]) == 2
+    assert main(["pipeline", "--work", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {' '.join(arguments)}: no data of the competition found")
     assert "--demo" in error
     assert error.count("\n") == 1
-    assert not list(empty.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["-e", "unheard"], ["--set", "epochs=many"], ["--name", "a/b"], ["--folds", "0,7"], ["--slides", "none.csv"]],
 )
-def test_a_mistake_is_noticed_before_the_demo_is_written(arguments: list[str], empty: Path) -> None:
-    assert main(["pipeline", "--demo", "--work", str(empty), *arguments]) == 2
-    assert not list(empty.iterdir())
+def test_a_mistake_is_noticed_before_the_demo_is_written(arguments: list[str], tmp_path: Path) -> None:
+    assert main(["pipeline", "--demo", "--work", str(tmp_path), *arguments]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_demo_can_be_asked_for_beside_real_data(
-    data: Data, empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PCAM_DATA", str(data.root))
-    work = empty / "work"
+    work = tmp_path / "work"
     assert main(["prepare", "--demo", "-e", "quick", "--work", str(work)]) == 0
     assert [path.name for path in work.iterdir()] == ["demo"]
     printed = capsys.readouterr().out
@@ -101,18 +95,14 @@ def test_the_demo_can_be_asked_for_beside_real_data(
 
 def test_a_fold_named_twice_is_worked_on_once(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
     assert pcam("pipeline", "--folds", "1,0,1").status == 0
-    outcome = pcam("blend", "--folds", "1,0,0")
-    assert outcome.status == 0, outcome.err
+    assert pcam("blend", "--folds", "1,0,0").status == 0
     assert read_json(tmp_path / "work" / "runs" / "bottleneck" / "metrics.json")["folds"] == [0, 1]
 
 
 def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome]) -> None:
     assert pcam("pipeline", "--set", "n_splits=7").status == 0
-    outcome = pcam("blend", "bottleneck", "--name", "other", "--folds", "6")
-    assert outcome.status == 0, outcome.err
-    outcome = pcam("blend", "bottleneck", "--name", "other", "--folds", "7")
-    assert outcome.status == 2
-    assert "bottleneck has folds 0 to 6" in outcome.err
+    assert pcam("blend", "bottleneck", "--name", "other", "--folds", "6").status == 0
+    assert "bottleneck has folds 0 to 6" in pcam("blend", "bottleneck", "--name", "other", "--folds", "7").err
 
 
 def test_runs_of_the_demo_are_not_compared_in_silence(
@@ -143,25 +133,32 @@ def test_debug_prints_where_an_error_was_raised(
     monkeypatch.setenv("PCAM_DEBUG", variable)
     blocked = tmp_path / "file"
     blocked.touch()
-    assert main(["kaggle", "ledger", "--work", str(blocked), *option]) == 2
+    line = ["prepare", "--demo", "--work", str(blocked)]
+    assert main([*line, *option]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert lines[-1].startswith("error: ")
     monkeypatch.setenv("PCAM_DEBUG", "0")
-    assert main(["kaggle", "ledger", "--work", str(blocked)]) == 2
+    assert main(line) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def raising(error: UserError) -> Callable[[object], None]:
+    """Return a command that raises `error` where another exception has been caught."""
+
+    def fail(_: object) -> None:
+        try:
+            raise KeyError("the cause")
+        except KeyError:
+            raise error from None
+
+    return fail
 
 
 def test_debug_shows_what_a_users_error_was_raised_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(options: object) -> None:
-        try:
-            raise KeyError("the cause")
-        except KeyError:
-            raise UserError("the message") from None
-
-    monkeypatch.setitem(commands.COMMANDS, "compare", fail)
+    monkeypatch.setitem(commands.COMMANDS, "compare", raising(UserError("the message")))
     assert main(["compare", "--debug", "--work", str(tmp_path)]) == 2
     assert "the cause" in capsys.readouterr().err
 
@@ -169,17 +166,12 @@ def test_debug_shows_what_a_users_error_was_raised_from(
 def test_a_long_list_goes_to_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(count: int) -> Callable[[object], None]:
-        def raised(options: object) -> None:
-            raise UserError("too many", details=[f"item {number}" for number in range(count)])
-
-        return raised
-
-    monkeypatch.setitem(commands.COMMANDS, "compare", fail(6))
+    items = [f"item {number}" for number in range(6)]
+    monkeypatch.setitem(commands.COMMANDS, "compare", raising(UserError("too many", items)))
     assert main(["compare", "--work", str(tmp_path)]) == 2
     file = tmp_path / "error-details.txt"
     assert capsys.readouterr().err == f"error: too many; all 6 are listed in {file}\n"
-    assert file.read_text().splitlines() == [f"item {number}" for number in range(6)]
+    assert file.read_text().splitlines() == items
     file.unlink()
     file.mkdir()
     assert main(["compare", "--work", str(tmp_path)]) == 2
@@ -233,7 +225,6 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
 
 def test_the_next_command_after_a_blend_names_it(finished_run: Path, pcam: Callable[..., Outcome]) -> None:
     shutil.copytree(finished_run / "runs" / "bottleneck", finished_run / "runs" / "second")
-    outcome = pcam("blend", "bottleneck", "second")
-    assert outcome.status == 0, outcome.err
-    assert "submission --" in outcome.out.splitlines()[-1]
-    assert "--name bottleneck-second" in outcome.out.splitlines()[-1]
+    *_, last = pcam("blend", "bottleneck", "second").out.splitlines()
+    assert last.startswith("next: python -m pcam_kaggle submission --data ")
+    assert "--name bottleneck-second" in last

@@ -9,17 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Outcome
+from pcam_kaggle.scoring.bootstrap import bootstrap_difference, concordant_pairs
+from pcam_kaggle.scoring.delong import delong_difference
+from pcam_kaggle.scoring.render import describe_difference, differing_keys
 from scipy import stats
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.files import csv_bytes, read_json, sha256, write_csv, write_json
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
-from pcam_kaggle.scoring.bootstrap import bootstrap_difference, concordant_pairs
 from pcam_kaggle.scoring.compare import compare, find_baseline, read_entry
-from pcam_kaggle.scoring.delong import delong_difference
 from pcam_kaggle.scoring.metrics import Difference, auc, holm
-from pcam_kaggle.scoring.render import describe_difference, differing_keys
 
 N, FOLDS = 900, 3
 RNG = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from conftest import Others, Outcome
 from numpy.typing import NDArray
+from pcam_kaggle.training.perturb import PERTURBATIONS, Perturbed
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
@@ -17,7 +18,6 @@ from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.stain import Image
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.perturb import PERTURBATIONS, Perturbed
 
 
 @pytest.fixture

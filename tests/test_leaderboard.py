@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Others
+from pcam_kaggle.kaggle.leaderboard import leaderboard, render_leaderboard
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.kaggle.leaderboard import leaderboard, render_leaderboard
 from pcam_kaggle.scoring.held_out import Mixture, recorded_auc
 
 

@@ -21,12 +21,13 @@ def printed(capsys: pytest.CaptureFixture[str], verbosity: int) -> tuple[list[st
     return out.splitlines(), err.splitlines()
 
 
-def test_progress_is_on_standard_output_and_warnings_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_on_standard_output_and_warnings_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert printed(capsys, 0) == (["step 1"], ["warning: careful"])
-
-
-def test_quiet_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, -1) == ([], ["warning: careful"])
+    monkeypatch.setenv("RANK", "1")
+    assert printed(capsys, 0) == ([], [])
 
 
 def test_verbose_lines_have_time_rank_and_fold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,15 +40,8 @@ def test_verbose_lines_have_time_rank_and_fold(capsys: pytest.CaptureFixture[str
     assert [line.partition(" rank ")[2] for line in err] == ["1 fold 3: details", "1 fold 3: step 1", "1 fold 3: careful"]
 
 
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert printed(capsys, 0) == ([], [])
-
-
 def test_the_fold_is_known_only_in_its_context(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging(1)
-    with fold_context(0):
-        pass
+    printed(capsys, 1)
     log.info("done")
     assert capsys.readouterr().out.endswith("fold -: done\n")
 

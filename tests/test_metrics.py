@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
+from pcam_kaggle.scoring.delong import delong, delong_difference, delong_interval
+from pcam_kaggle.scoring.resampling import paired_test
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
-from pcam_kaggle.scoring.delong import delong, delong_difference, delong_interval
 from pcam_kaggle.scoring.metrics import Difference, Estimate, auc, holm, interval_text, json_fields, midranks, rank_within
-from pcam_kaggle.scoring.resampling import paired_test
 
 # From pROC 1.18 in R: roc(direction = "<"), var, cov, ci.auc and roc.test(method = "delong", paired = TRUE).
 LABELS = np.array([0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0])

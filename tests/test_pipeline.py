@@ -1,6 +1,7 @@
 """The pipeline through the command line, on a small set and on real patches."""
 
 import hashlib
+import itertools
 import json
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +20,12 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment
+from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment, plan
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import COMPETITION, Data, find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.pipeline.job import make_job
+from pcam_kaggle.pipeline.stages import STAGES
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import Budget
@@ -38,17 +40,11 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Path) -> None:
-    for stage, following in (
-        ("prepare", "folds"),
-        ("folds", "train"),
-        ("train", "predict"),
-        ("predict", "blend"),
-        ("blend", "submission"),
-    ):
+    for stage, following in itertools.pairwise([*STAGES, ""]):
         outcome = pcam(stage)
         assert outcome.status == 0, outcome.err
-        assert outcome.out.splitlines()[-1].startswith(f"next: python -m pcam_kaggle {following} --data ")
-    assert pcam("submission").status == 0
+        expected = f"next: python -m pcam_kaggle {following} --data " if following else "next: submit "
+        assert outcome.out.splitlines()[-1].startswith(expected)
     work = tmp_path / "work"
     files = [path.relative_to(work) for path in work.rglob("*") if path.is_file()]
     left = {str(path) for path in files if path.parent.name != "events" and path.suffix != ".lock"}
@@ -61,20 +57,16 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
         *(f"{run}/fold_{fold}/{name}" for fold in range(3) for name in fold_files),
         *("submissions/bottleneck.csv", "submissions/bottleneck.json", "submissions/ledger.csv"),
     }
-    oof = pd.read_csv(work / run / "oof.csv")
-    labels = pd.read_csv(data.labels)
+    oof, labels = pd.read_csv(work / run / "oof.csv"), pd.read_csv(data.labels)
     assert sorted(oof["id"]) == sorted(labels["id"])
     assert oof.merge(labels, on="id").eval("label_x == label_y").all()
-    assert read_json(work / run / "metrics.json")["pooled"]["value"] == auc(
-        oof["label"].to_numpy(), oof["probability"].to_numpy()
-    )
+    pooled = read_json(work / run / "metrics.json")["pooled"]["value"]
+    assert pooled == auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
 
 
-def test_a_second_run_does_nothing_but_say_so(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
+def test_a_second_run_does_nothing_and_reports_it(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
     before = contents(tmp_path / "work")
-    second = pcam("pipeline")
-    assert second.status == 0
-    assert second.out.splitlines()[-1].startswith("nothing to do: ")
+    assert pcam("pipeline").out.splitlines()[-1].startswith("nothing to do: ")
     assert contents(tmp_path / "work") == before
 
 
@@ -88,17 +80,14 @@ def test_the_pipeline_and_its_stages_agree_whatever_the_order_of_labels(
     assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == first
 
 
-def test_folds_can_be_trained_in_turns(pcam: Command, tmp_path: Path) -> None:
-    part = pcam("pipeline", "--folds", "2")
-    assert part.status == 0
-    assert part.out.splitlines()[-1] == "next: folds 0, 1, then the blend"
+def test_folds_can_be_trained_one_after_the_other(pcam: Command, tmp_path: Path) -> None:
+    assert pcam("pipeline", "--folds", "2").out.splitlines()[-1] == "next: folds 0, 1, then the blend"
     assert pcam("blend").status == 2
-    whole = pcam("pipeline")
-    assert whole.status == 0
+    assert pcam("pipeline").status == 0
     assert (tmp_path / "work" / "submissions" / "bottleneck.csv").exists()
 
 
-def test_what_is_said_to_be_next_leads_from_one_fold_to_its_submission(pcam: Command, tmp_path: Path) -> None:
+def test_the_printed_commands_lead_from_one_fold_to_its_submission(pcam: Command, tmp_path: Path) -> None:
     assert pcam("prepare").status == pcam("folds").status == 0
     stages, arguments = [], ["train", "--folds", "2"]
     while arguments:
@@ -111,7 +100,7 @@ def test_what_is_said_to_be_next_leads_from_one_fold_to_its_submission(pcam: Com
     assert (tmp_path / "work" / "submissions" / "bottleneck-folds-2.csv").exists()
 
 
-def test_what_the_time_left_unfinished_is_missing_and_said_so(
+def test_folds_unfinished_at_the_time_limit_are_left_out(
     pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
@@ -135,7 +124,7 @@ def test_what_the_time_left_unfinished_is_missing_and_said_so(
     assert part.exists()
 
 
-def test_without_a_fold_in_time_there_is_no_submission(pcam: Command, tmp_path: Path) -> None:
+def test_without_a_finished_fold_there_is_no_submission(pcam: Command, tmp_path: Path) -> None:
     outcome = pcam("pipeline", "--hours", "0.001")
     assert outcome.status == 0
     assert "no fold was finished in time" in outcome.out.splitlines()[-1]
@@ -171,19 +160,37 @@ def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
     assert pcam("train", "--folds", "0").status == 0
 
 
-def test_another_config_needs_another_name(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
-    outcome = pcam("train", "--set", "lr=0.5", "--folds", "0")
-    assert outcome.status == 2
-    assert "lr (0.004 → 0.5)" in outcome.err
+def test_another_config_needs_another_name(pcam: Command, finished_run: Path) -> None:
+    run = finished_run / "runs" / "bottleneck"
+    assert "lr (0.004 → 0.5)" in pcam("train", "--set", "lr=0.5", "--folds", "0").err
     assert pcam("train", "--set", "lr=0.5", "--folds", "0", "--name", "faster").status == 0
-    assert (tmp_path / "work" / "runs" / "faster" / "fold_0" / "best.pt").exists()
-
-
-def test_folds_of_an_unknown_config_are_not_taken_for_this_ones(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "work" / "runs" / "bottleneck" / "config.json").unlink()
+    assert (run.with_name("faster") / "fold_0" / "best.pt").exists()
+    (run / "config.json").unlink()
     outcome = pcam("pipeline", "--set", "lr=0.5")
     assert outcome.status == 2
     assert "config.json: missing, but there are folds beside it" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("stored", "arguments", "status", "printed"),
+    [
+        # A field that was added later has its default.
+        ({"chroma_blur": None}, [], 0, "nothing to do"),
+        ({"chroma_blur": None}, ["--set", "chroma_blur=1"], 2, "chroma_blur (0.0 → 1.0)"),
+        ({"depth": 1}, [], 2, "holds a run with other depth (no longer a field); use --name"),
+        ({"probe": None, "optimizer": "logistic"}, [], 2, "probe (True → False)"),
+    ],
+)
+def test_runs_of_other_versions(
+    stored: dict[str, Any], arguments: list[str], status: int, printed: str, pcam: Command, finished_run: Path
+) -> None:
+    file = finished_run / "runs" / "bottleneck" / "config.json"
+    made = read_json(file)
+    made["config"] = {key: value for key, value in (made["config"] | stored).items() if value is not None}
+    file.write_text(json.dumps(made))
+    outcome = pcam("pipeline", *arguments)
+    assert outcome.status == status, outcome.err
+    assert printed in outcome.out + outcome.err
 
 
 def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
@@ -203,20 +210,15 @@ def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, fin
 
 def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_path: Path) -> None:
     ids = pd.read_csv(data.labels)["id"]
-    pd.DataFrame({"id": ids, "wsi": [f"slide_{n % 12}" for n in range(len(ids))]}).to_csv(
-        data.root / "patch_id_wsi.csv", index=False
-    )
+    slides = pd.DataFrame({"id": ids, "wsi": [f"slide_{n % 12}" for n in range(len(ids))]})
+    slides.to_csv(data.root / "patch_id_wsi.csv", index=False)
     outcome = pcam("pipeline")
     assert outcome.status == 0, outcome.err
     assert "no mapped slide is in two folds" in outcome.out
     assert (tmp_path / "work" / "folds" / "slides_3_42.csv").exists()
-    assert "share slides" not in outcome.out
-
-
-def test_a_score_on_folds_by_label_says_that_they_share_slides(pcam: Command, finished_run: Path) -> None:
-    outcome = pcam("blend")
-    assert outcome.status == 0, outcome.err
-    assert "folds by label share slides" in outcome.out
+    warning = "folds by label share slides"
+    assert warning not in outcome.out
+    assert warning in pcam("pipeline", "--groups", "none", "--name", "by_label").out
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,7 @@ def test_a_score_on_folds_by_label_says_that_they_share_slides(pcam: Command, fi
         (["pipeline", "--folds", "0,7"], "7"),
         (["folds", "--set", "groups=slides"], "--slides"),
         (["folds", "--slides", "nowhere.csv"], "nowhere.csv"),
+        (["prepare", "--data", "nowhere"], "nowhere/train_labels.csv: no such file"),
         (["blend", "one", "two"], "one"),
         (["blend", "one", "one"], "one"),
         (["submission"], "not blended"),
@@ -250,7 +253,7 @@ def test_a_users_mistake_is_one_line(arguments: list[str], printed: str, pcam: C
     assert outcome.err.count("\n") == 1
 
 
-def test_a_mistake_does_not_claim_a_name(pcam: Command, tmp_path: Path) -> None:
+def test_after_a_mistake_the_name_is_free(pcam: Command, tmp_path: Path) -> None:
     assert pcam("pipeline", "--folds", "0,7").status == 2
     assert not (tmp_path / "work").exists()
     assert pcam("pipeline", "--set", "n_blocks=9").status == 2
@@ -283,7 +286,9 @@ def test_what_was_edited_is_not_submitted(pcam: Command, finished_run: Path, tmp
     ],
 )
 @pytest.mark.parametrize("damage", ["cut", "empty", "delete"])
-def test_a_damaged_file_is_mended_or_named(name: str, damage: str, pcam: Command, finished_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_written_again_or_named(
+    name: str, damage: str, pcam: Command, finished_run: Path, tmp_path: Path
+) -> None:
     submission = (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes()
     file = tmp_path / "work" / name
     if damage == "delete":
@@ -306,11 +311,6 @@ def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.Captur
         main(arguments)
     assert leave.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_data_that_is_given_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prepare", "--data", str(tmp_path / "none"), "--work", str(tmp_path)]) == 2
-    assert "train_labels.csv" in capsys.readouterr().err
 
 
 def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
@@ -353,139 +353,123 @@ def test_real_patches_are_what_their_ids_say_and_a_net_learns_from_them(
     assert np.isfinite(oof["probability"]).all()
 
 
-def test_an_experiment_that_blends_trains_its_members_once(
-    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, config in (("one", tiny), ("two", tiny.changed(["seed=43"]))):
+@pytest.fixture
+def pipeline(data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that runs stages of the experiments `one`, `two` and their blend `both`, without other settings."""
+    for name, config in (("one", tiny), ("two", replace(tiny, seed=43))):
         monkeypatch.setitem(EXPERIMENTS, name, Experiment("", config))
     monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
-    arguments = ["--data", str(data.root), "--work", str(tmp_path / "work")]
-    assert main(["pipeline", "-e", "one", *arguments]) == 0
-    alone = contents(tmp_path / "work" / "runs" / "one")
-    assert main(["pipeline", "-e", "both", *arguments]) == 0
-    assert contents(tmp_path / "work" / "runs" / "one") == alone
-    tables = [pd.read_csv(tmp_path / "work" / "runs" / name / "oof.csv")["probability"] for name in ("one", "two", "both")]
+
+    def call(experiment_name: str, *arguments: str, stage: str = "pipeline") -> int:
+        where = ["--data", str(data.root), "--work", str(tmp_path / "work")]
+        return main([stage, "-e", experiment_name, *where, *arguments])
+
+    return call
+
+
+def test_an_experiment_that_blends_trains_its_members_once(
+    pipeline: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "work" / "runs"
+    assert pipeline("one") == 0
+    alone = contents(runs / "one")
+    assert pipeline("both") == 0
+    assert contents(runs / "one") == alone
+    tables = [pd.read_csv(runs / name / "oof.csv")["probability"] for name in ("one", "two", "both")]
     np.testing.assert_allclose(tables[2], (tables[0] + tables[1]) / 2, atol=1e-12)
     before = contents(tmp_path / "work")
     capsys.readouterr()
-    assert main(["pipeline", "-e", "both", *arguments]) == 0
+    assert pipeline("both") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do: ")
     assert contents(tmp_path / "work") == before
-    assert main(["train", "-e", "both", *arguments, "--set", "epochs=3"]) == 2
+    assert pipeline("both", "--set", "epochs=3", stage="train") == 2
     assert "a blend of one, two has no settings of its own" in capsys.readouterr().err
+    assert pipeline("both", "--name", "two") == 2
+    assert capsys.readouterr().err == "error: --name two: is a run that both blends (one, two); choose another name\n"
 
 
 def test_a_member_that_was_not_begun_in_time_is_left_out(
-    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pipeline: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("one", "two"):
-        monkeypatch.setitem(EXPERIMENTS, name, Experiment("", tiny))
-    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
     work = tmp_path / "work"
     over = work / "runs" / "one" / "fold_2" / "metrics.json"
     with monkeypatch.context() as patch:
         patch.setattr(Budget, "left", lambda _: -1.0 if over.exists() else 1e6)
-        assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work), "--hours", "1"]) == 0
+        assert pipeline("both", "--hours", "1") == 0
     assert "missing: run two, not finished in time" in capsys.readouterr().out
     assert [path.name for path in (work / "submissions").glob("*.csv") if path.name != "ledger.csv"] == ["both-without-two.csv"]
-    assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work)]) == 0
+    assert read_json(work / "runs" / "both-without-two" / "metrics.json")["members"] == {"one": 1.0}
+    assert pipeline("both") == 0
     assert (work / "submissions" / "both.csv").exists()
 
 
-def test_a_blend_of_some_folds_leaves_its_whole_members_alone(
-    data: Data, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("one", "two"):
-        monkeypatch.setitem(EXPERIMENTS, name, Experiment("", tiny))
-    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
-    where = ["--data", str(data.root), "--work", str(tmp_path / "work")]
-    assert main(["pipeline", "-e", "one", *where]) == 0
-    alone = contents(tmp_path / "work" / "runs" / "one")
+def test_a_blend_of_some_folds_leaves_its_complete_members_alone(pipeline: Callable[..., int], tmp_path: Path) -> None:
+    runs = tmp_path / "work" / "runs"
+    assert pipeline("one") == 0
+    alone = contents(runs / "one")
     for stage in ("train", "predict", "blend"):
-        assert main([stage, "-e", "both", "--folds", "0,1", *where]) == 0
-    assert contents(tmp_path / "work" / "runs" / "one") == alone
-    assert read_json(tmp_path / "work" / "runs" / "two" / "metrics.json")["missing_folds"] == [2]
+        assert pipeline("both", "--folds", "0,1", stage=stage) == 0
+    assert contents(runs / "one") == alone
+    assert read_json(runs / "two" / "metrics.json")["missing_folds"] == [2]
 
 
+@pytest.mark.parametrize("stage", ["pipeline", "train"])
 def test_weights_that_a_later_member_lacks_are_missed_at_once(
-    data: Data, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    pipeline: Callable[..., int],
+    tiny: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lacking = replace(tiny, model="timm:resnet18", weights="nowhere.pth")
-    for name, chosen in (("one", Experiment("", tiny)), ("two", Experiment("", lacking))):
-        monkeypatch.setitem(EXPERIMENTS, name, chosen)
-    monkeypatch.setitem(EXPERIMENTS, "both", Experiment("", tiny, members=("one", "two")))
-    work = tmp_path / "work"
-    assert main(["pipeline", "-e", "both", "--data", str(data.root), "--work", str(work)]) == 2
+    monkeypatch.setitem(EXPERIMENTS, "two", Experiment("", lacking))
+    assert pipeline("both", stage=stage) == 2
     assert capsys.readouterr().err.startswith("error: weights=nowhere.pth: no such file or folder")
-    assert not (work / "runs").exists()
+    # Not even the patches were packed.
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_what_is_about_to_be_trained_is_rehearsed_once(pcam: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed: list[Config] = []
+    monkeypatch.setattr("pcam_kaggle.training.rehearsal.rehearse", rehearsed.append)
+    for arguments in (["--folds", "0"], ["--folds", "0"], []):
+        assert pcam("pipeline", "--seeds", "2", "--set", "epochs=1", *arguments).status == 0
+    # The second command finds everything trained.
+    assert [config.seed for config in rehearsed] == [42, 42]
 
 
 def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        pcam("pipeline", "--groups", "stain").err
-        == "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
-    )
+    few = "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
+    assert pcam("pipeline", "--groups", "stain").err == few
     monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
     table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
     assert (table.groupby("group")["fold"].nunique() == 1).all()
     assert table["group"].nunique() == 6
-    second = pcam("pipeline", "--groups", "stain")
-    assert second.out.splitlines()[-1].startswith("nothing to do: ")
+    assert pcam("pipeline", "--groups", "stain").out.splitlines()[-1].startswith("nothing to do: ")
     assert "stain and --slides contradict" in pcam("folds", "--groups", "stain", "--slides", __file__).err
 
 
-def test_a_run_made_before_a_field_was_added_has_its_default(pcam: Command, finished_run: Path) -> None:
-    file = finished_run / "runs" / "bottleneck" / "config.json"
-    made = read_json(file)
-    del made["config"]["chroma_blur"]
-    file.write_text(json.dumps(made))
-    outcome = pcam("pipeline")
-    assert outcome.status == 0, outcome.err
-    assert "nothing to do" in outcome.out
-    outcome = pcam("pipeline", "--set", "chroma_blur=1")
-    assert outcome.status == 2
-    assert "chroma_blur (0.0 → 1.0)" in outcome.err
-
-
-def test_a_run_made_with_a_field_that_is_gone_is_not_continued(pcam: Command, finished_run: Path) -> None:
-    file = finished_run / "runs" / "bottleneck" / "config.json"
-    made = read_json(file)
-    made["config"]["depth"] = 1
-    file.write_text(json.dumps(made))
-    outcome = pcam("pipeline")
-    assert outcome.status == 2
-    assert "holds a run with other depth (no longer a field); use --name" in outcome.err
-
-
-def test_several_seeds_are_trained_and_blended(data: Data, tmp_path: Path, pcam: Callable[..., Outcome]) -> None:
-    status, _, err = pcam("pipeline", "--seeds", "2", "--set", "epochs=1")
+def test_several_seeds_are_trained_and_blended(tmp_path: Path, pcam: Command) -> None:
+    arguments = ("--seeds", "2", "--set", "epochs=1")
+    status, _, err = pcam("pipeline", *arguments)
     assert status == 0, err
     runs = tmp_path / "work" / "runs"
-    seeds = [json.loads((runs / f"bottleneck-seed{seed}" / "config.json").read_text())["config"]["seed"] for seed in (42, 43)]
-    assert seeds == [42, 43]
-    made = json.loads((runs / "bottleneck-seeds2" / "metrics.json").read_text())
-    assert made["members"] == {"bottleneck-seed42": 0.5, "bottleneck-seed43": 0.5}
-    parts = [pd.read_csv(runs / name / "test.csv")["probability"] for name in made["members"]]
-    blended = pd.read_csv(runs / "bottleneck-seeds2" / "test.csv")["probability"]
-    np.testing.assert_allclose(blended, sum(parts) / 2)
+    names = ["bottleneck-seed42", "bottleneck-seed43"]
+    assert [read_json(runs / name / "config.json")["config"]["seed"] for name in names] == [42, 43]
+    assert read_json(runs / "bottleneck-seeds2" / "metrics.json")["members"] == dict.fromkeys(names, 0.5)
+    *seeds, blended = (pd.read_csv(runs / name / "test.csv")["probability"] for name in (*names, "bottleneck-seeds2"))
+    np.testing.assert_allclose(blended, sum(seeds) / 2)
     assert (tmp_path / "work" / "submissions" / "bottleneck-seeds2.csv").is_file()
-    assert "nothing to do" in pcam("pipeline", "--seeds", "2", "--set", "epochs=1").out
+    assert "nothing to do" in pcam("pipeline", *arguments).out
+    assert "--seeds 2" in pcam("train", *arguments).out.splitlines()[-1]
 
 
-def test_a_stage_repeats_its_seeds_in_the_next_command(data: Data, pcam: Callable[..., Outcome]) -> None:
-    assert pcam("prepare").status == 0
-    assert pcam("folds").status == 0
-    out = pcam("train", "--seeds", "2", "--set", "epochs=1", "--name", "twins").out
-    assert "predict" in out.splitlines()[-1]
-    assert "--name twins --seeds 2" in out.splitlines()[-1]
-
-
-def test_seeds_of_a_blend_are_refused(data: Data, tmp_path: Path) -> None:
+def test_seeds_of_a_blend_are_refused(pcam: Command) -> None:
     with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck"):
-        make_job(data, None, "blend", seeds=2)
-    with pytest.raises(UserError, match=r"--seeds 2: trains runs"):
-        make_job(data, None, "lite0", members=("one", "two"), seeds=2)
+        plan("blend", seeds=2)
+    assert "--seeds 2: trains runs" in pcam("blend", "one", "two", "--seeds", "2").err
     assert experiment("lite0-seed7").config == replace(experiment("lite0").config, seed=7)
     with pytest.raises(UserError, match="no such experiment"):
         experiment("blend-seed7")

@@ -45,7 +45,7 @@ def config(tmp_path: Path) -> Config:
     torch.manual_seed(5)
     net = import_timm().create_model("resnet10t")
     torch.save(net.state_dict(), tmp_path / "weights.pth")
-    fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "optimizer=logistic", "norm=train"]
+    fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "probe=true", "norm=train"]
     return Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
 
 
@@ -205,7 +205,7 @@ def test_the_command_runs_everything(config: Config, pcam: Callable[..., Any], t
     work = tmp_path / "work"
     assert len(pd.read_csv(work / "submissions" / "bottleneck-probe.csv")) == 7
     made = json.loads((work / "runs" / "bottleneck-probe" / "config.json").read_text())["config"]
-    assert (made["freeze"], made["optimizer"]) == (1, "logistic")
+    assert (made["freeze"], made["probe"]) == (1, True)
     assert "nothing to do" in pcam("probe", "-e", "bottleneck", *options).out
     assert main(["report", "--work", str(work)]) == 0
     assert (work / "reports" / "runs.html").stat().st_size > 10_000

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_quietly, run_tiny
+from pcam_kaggle.scoring.calibration import calibration_error
 from torch import Tensor, nn
 
 from pcam_kaggle.cli.main import main
@@ -32,7 +33,6 @@ from pcam_kaggle.report.figures import (
 )
 from pcam_kaggle.report.mistakes import feature_module, grad_cam
 from pcam_kaggle.report.page import write_report
-from pcam_kaggle.scoring.calibration import calibration_error
 from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
 
 MOST_BYTES = 3_000_000

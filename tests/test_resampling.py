@@ -9,23 +9,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
+from pcam_kaggle.scoring.delong import delong_difference, delong_interval
+from pcam_kaggle.scoring.resampling import cluster_codes, resampling, unit_of
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.core.paths import Data, Workspace
-from pcam_kaggle.runs.submissions import describe, write_ledger
-from pcam_kaggle.runs.submissions import write_submission
 from pcam_kaggle.pipeline.job import Job
 from pcam_kaggle.pipeline.stages import run_blend
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
 from pcam_kaggle.scoring.blend import Member, blend
-from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
 from pcam_kaggle.scoring.compare import compare_runs, read_entry
-from pcam_kaggle.scoring.delong import delong_difference, delong_interval
-from pcam_kaggle.scoring.resampling import cluster_codes, resampling, unit_of
 
 SLIDES, PATCHES, FOLDS = 18, 40, 3
 N = SLIDES * PATCHES

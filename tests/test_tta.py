@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from pcam_kaggle.training.perturb import chroma_blur
 
 from pcam_kaggle.training import tta
-from pcam_kaggle.training.perturb import chroma_blur
 
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 

@@ -10,55 +10,45 @@ from dataclasses import replace
 from pcam_kaggle.cli.config_table import render_config
 from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment
-from pcam_kaggle.core.paths import (
-    Workspace,
-    demo_data,
-    demo_workspace,
-    find_data,
-    find_workspace,
-    runs_workspace,
-)
-from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.models.weights import with_folder_settings
+from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment, plan
+from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
-from pcam_kaggle.pipeline.job import Job, make_job
-from pcam_kaggle.pipeline.run_all import run_all
-from pcam_kaggle.pipeline.stages import STAGES
+from pcam_kaggle.pipeline.job import Job, Selection, time_limit
+from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
+from pcam_kaggle.pipeline.weights_folder import with_folder_settings
 from pcam_kaggle.scoring.compare import Comparison
 from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
-from pcam_kaggle.training.distributed import one_rank_at_a_time, process_group
 
 log = logging.getLogger(__name__)
 
+# Options that the next stage takes too.
+REPEATED = ("--demo", "--data", "--work", "-e", "--name", "--seeds", "--slides", "--groups", "--folds", "--set")
+
 
 def _run_pipeline(options: argparse.Namespace) -> None:
-    with process_group():
-        run_all(_job(options))
+    run_all(_job(options))
 
 
 def _run_probe(options: argparse.Namespace) -> None:
-    with process_group():
-        run_all(_job(options, PRETRAINED, PROBE, "-probe"))
+    run_all(_job(options, PRETRAINED, PROBE, "-probe"))
 
 
 def _run_stage(options: argparse.Namespace) -> None:
-    with process_group():
-        job = _job(options)
-        STAGES[options.command](job)
-        order = [*STAGES]
-        rest = order[order.index(options.command) + 1 :]
-        if rest:
-            log.info("next: python -m pcam_kaggle %s%s", rest[0], _repeated(options, job, rest[0]))
-        elif job.demo:
-            log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
-        else:
-            log.info("next: submit %s to Kaggle", job.submission())
+    job, order = _job(options), [*STAGES]
+    run_stage(job, options.command)
+    following = order[order.index(options.command) + 1 :]
+    if following:
+        flags = [flag for flag in REPEATED if (flag, following[0]) != ("--folds", "submission")]
+        log.info("next: python -m pcam_kaggle %s", shlex.join([following[0], *_given(options, flags)]))
+    elif job.demo:
+        log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
+    else:
+        log.info("next: submit %s to Kaggle", job.submission())
 
 
 def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
-    """Return the job that `options` ask for; the demo's patches are written once everything else is validated.
+    """Return the job that `options` ask for.
 
     Args:
         options: Parsed options.
@@ -66,71 +56,69 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
         changes: Assignments to the fields of its config, before those of the options.
         suffix: End of the run's name if none is given.
     """
-    with one_rank_at_a_time():
-        workspace = find_workspace(options.work)
-        data = None if options.demo else find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
-        members = tuple(getattr(options, "members", ()))
-        if data is None and not options.demo and not members:
-            _refuse_options_without_data(options)
-        is_demo = data is None
-        if data is None:
-            # Runs are blended without the data that they were trained on.
-            real_runs = runs_workspace(workspace) if members and not options.demo else demo_workspace(workspace)
-            is_demo, workspace = real_runs != workspace, real_runs
-            data = demo_data(workspace)
-        chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
-        job = make_job(
-            data,
-            workspace,
-            chosen,
-            [*changes, *options.set, *([f"groups={options.groups}"] if options.groups else [])],
-            name=options.name or (suffix and f"{chosen}{suffix}"),
-            folds=getattr(options, "folds", None),
-            slides=options.slides,
-            ids=getattr(options, "ids", None),
-            skip_damaged=getattr(options, "skip_damaged", False),
-            members=members,
-            method=getattr(options, "method", "mean"),
-            hours=getattr(options, "hours", None),
-            seeds=getattr(options, "seeds", 1),
-            demo=is_demo,
-        )
-        if is_demo:
-            reason = "" if options.demo else ", since no data of the competition was found"
-            log.info("This is the synthetic demo in %s%s.", workspace.root, reason)
-        if is_demo and not members:
-            make_demo(data)
-        return job
+    runs = tuple(options.members)
+    if runs and options.seeds > 1:
+        raise UserError(f"--seeds {options.seeds}: trains runs, so it can't be combined with runs to blend")
+    data, workspace, is_demo = _folders(options)
+    chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
+    changes = [*changes, *options.set, *([f"groups={options.groups}"] if options.groups else [])]
+    name = options.name or "-".join(runs) or (suffix and f"{chosen}{suffix}")
+    job = Job(
+        plan(chosen, with_folder_settings(changes), name, options.seeds),
+        data,
+        workspace,
+        Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs),
+        options.method,
+        time_limit(options.hours),
+        is_demo,
+    )
+    if is_demo:
+        reason = "" if options.demo else ", since no data of the competition was found"
+        log.info("This is the synthetic demo in %s%s.", workspace.root, reason)
+    return job
 
 
-def _refuse_options_without_data(options: argparse.Namespace) -> None:
-    """Raise UserError on an option that means real data, where the demo would run instead."""
-    given = [f"-e {options.experiment}"] if options.experiment else []
-    given += [f"--set {assignment}" for assignment in options.set]
-    given += [f"--{name} {value}" for name in ("groups", "slides") if (value := getattr(options, name))]
-    if given:
+def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
+    """Return the data and the workspace, and whether they are the synthetic demo's.
+
+    Raises:
+        UserError: There are no data, and an option means real ones.
+    """
+    workspace = find_workspace(options.work)
+    demo = demo_workspace(workspace)
+    demo_data = Data(demo.root / "data")
+    data = None if options.demo else find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
+    if data:
+        return data, workspace, False
+    if options.members and not options.demo:
+        # Runs are blended without the data that they were trained on.
+        found = runs_workspace(workspace)
+        return demo_data, found, found == demo
+    given = _given(options, ("-e", "--set", "--groups", "--slides"))
+    if given and not options.demo:
         raise UserError(
-            f"{given[0]}: no data of the competition found; name its folder with --data (make: DATA=), or add --demo (make: "
-            "ARGS=--demo) for the synthetic demo"
+            f"{' '.join(given[:2])}: no data of the competition found; name its folder with --data (make: DATA=), or add "
+            "--demo (make: ARGS=--demo) for the synthetic demo"
         )
+    return demo_data, demo, True
 
 
-def _repeated(options: argparse.Namespace, job: Job, stage: str) -> str:
-    """Return the given options that also apply to `stage`, quoted for the shell."""
-    given = {
-        "--data": options.data,
-        "--work": options.work if options.work != os.environ.get("PCAM_WORK") else None,
-        "-e": options.experiment,
-        "--name": options.name or "-".join(job.members),
-        "--seeds": seeds if (seeds := getattr(options, "seeds", 1)) > 1 else None,
-        "--slides": options.slides,
-        "--groups": options.groups,
-        "--folds": ",".join(map(str, job.chosen)) if job.chosen and stage != "submission" else None,
+def _given(options: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """Return the options of a job called `flags` that were given, as words."""
+    values = {
+        "--demo": [""] if options.demo else [],
+        "--data": [options.data],
+        "--work": [options.work if options.work != os.environ.get("PCAM_WORK") else None],
+        "-e": [options.experiment],
+        "--name": [options.name or "-".join(options.members) or None],
+        "--seeds": [options.seeds if options.seeds > 1 else None],
+        "--slides": [options.slides],
+        "--groups": [options.groups],
+        "--folds": [options.folds and ",".join(map(str, options.folds))],
+        "--set": options.set,
     }
-    parts = ["--demo"] if options.demo else []
-    parts += [part for key, value in given.items() if value for part in (key, str(value))]
-    parts += [part for assignment in options.set for part in ("--set", assignment)]
-    return "".join(f" {shlex.quote(part)}" for part in parts)
+    found = [(flag, str(value)) for flag in flags for value in values[flag] if value is not None]
+    return [word for pair in found for word in pair if word]
 
 
 def _run_compare(options: argparse.Namespace) -> None:

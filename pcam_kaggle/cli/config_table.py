@@ -12,7 +12,7 @@ from pcam_kaggle.core.experiments import Experiment
 
 COLUMNS = ("field", "value", "allowed", "meaning")
 # The first field of each group, in the order of the fields.
-GROUPS = {"groups": "folds", "model": "net", "stain_jitter": "augmentation", "epochs": "training", "tta": "prediction"}
+GROUPS = {"groups": "folds", "model": "model", "stain_jitter": "augmentation", "epochs": "training", "tta": "prediction"}
 ALLOWED_WIDTH = 21
 LEAST_MEANING_WIDTH = 24
 
@@ -44,7 +44,7 @@ def render_config(experiment: Experiment, width: int | None = None) -> str:
     lines += ["", *_lines(COLUMNS, widths)]
     for row in rows:
         heading = GROUPS.get(row[0])
-        if experiment.members and heading == "net":
+        if experiment.members and heading == "model":
             break
         lines += ([heading] if heading else []) + _lines(row, widths)
     return "".join(f"{line}\n" for line in lines)

@@ -14,11 +14,11 @@ MOST_SEEDS = 100
 FORMATS = ("text", "md", "csv", "json")
 
 
-class Option(NamedTuple):
-    """An option or argument as argparse takes it."""
+class Option:
+    """An option or argument as `ArgumentParser.add_argument` takes it."""
 
-    flags: tuple[str, ...]
-    settings: dict[str, Any]
+    def __init__(self, *flags: str, **settings: Any) -> None:
+        self.flags, self.settings = flags, settings
 
 
 class Command(NamedTuple):
@@ -39,18 +39,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def option(*flags: str, **settings: Any) -> Option:
-    """Return the option with these flags and settings of `ArgumentParser.add_argument`."""
-    return Option(flags, settings)
-
-
 def _folds(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like 0,2")
     return tuple(sorted(set(map(int, text.split(",")))))
 
 
-def _count(text: str) -> int:
+def _seeds(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= MOST_SEEDS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEEDS}")
     return int(text)
@@ -63,79 +58,84 @@ def _hours(text: str) -> float:
     return hours
 
 
-WORK = option("--work", help="folder to write in [PCAM_WORK, or the current one]")
-DEBUG = option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]")
-VERBOSE = option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold")
-QUIET = option("-q", "--quiet", action="store_true", help="print warnings and errors only")
-COMMON = (WORK, DEBUG, (VERBOSE, QUIET))
-
-DATA = option("--data", help="the competition's folder [PCAM_DATA]")
-DEMO = option("--demo", action="store_true", help="work on the synthetic demo, in demo/")
-EXPERIMENT = option("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
-NAME = option("--name", help="name of the run and of its submission [the experiment's]")
-SET = option("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
-SLIDES = option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]")
-GROUPS = option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups=")
-IDS = option("--ids", choices=["sha1", "names"], help="how ids are made [sha1, or as dataset.json says]")
-SKIP_DAMAGED = option("--skip-damaged", action="store_true", help="skip damaged train patches")
-FOLDS = option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
-SEEDS = option("--seeds", type=_count, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
-HOURS = option("--hours", type=_hours, help="stop in time, with the folds that are finished [no limit]")
-MEMBERS = option("members", nargs="*", help="runs to blend [the experiment's folds]")
-METHOD = option("--method", choices=METHODS, default="mean", help="how to average [mean]")
-RUNS = option("runs", nargs="*", help="runs to compare [all]")
-BASELINE = option("--baseline", help="run to compare the others with [the best]")
-SLIDES_OF_RUNS = option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
-FORMAT = option("--format", choices=FORMATS, default="text", help="what to print [text]")
-EVALUATED = option("runs", nargs="+", help="runs to evaluate")
-IDS_OF_PATCHES = option("--ids", choices=["sha1", "names"], default="sha1", help="how ids are made [sha1]")
-PATCHES = option("--patches", type=Path, required=True, help="folder of <id>.tif")
-LABELS = option("--labels", type=Path, required=True, help="CSV of id,label")
-SET_NAME = option("--name", help="name of this set of patches [that of the folder that holds the labels]")
-SLIDES_OF_PATCHES = option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]")
-SESSION_HOURS = option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
-WEIGHTS = option(
+COMMON = (
+    Option("--work", help="folder to write in [PCAM_WORK, or the current one]"),
+    Option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]"),
+    (
+        Option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold"),
+        Option("-q", "--quiet", action="store_true", help="print warnings and errors only"),
+    ),
+)
+EXPERIMENT = Option("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
+SET = Option("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
+IDS = Option("--ids", choices=["sha1", "names"], help="ID scheme [sha1, or as dataset.json says]")
+SKIP_DAMAGED = Option("--skip-damaged", action="store_true", help="skip damaged train patches")
+FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
+SEEDS = Option("--seeds", type=_seeds, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
+HOURS = Option("--hours", type=_hours, help="time limit; unfinished folds are left out [none]")
+METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend [mean]")
+RUNS = Option("runs", nargs="*", help="names of runs [all]")
+BASELINE = Option("--baseline", help="run to compare the others with [the best]")
+SLIDES = Option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
+FORMAT = Option("--format", choices=FORMATS, default="text", help="what to print [text]")
+SESSION_HOURS = Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
+WEIGHTS = Option(
     "--weights",
     metavar="owner/name",
     help="dataset, or model as owner/name/framework/variation/version, to attach and to use; with --internet also pretrained",
 )
-RESUME = option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
-ACCELERATOR = option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]")
-INTERNET = option("--internet", action="store_true", help="let the session use the internet")
-PUBLIC_KERNEL = option("--public", action="store_true", help="let everyone see the notebook")
-TITLE = option("--title", default="", help="title of the notebook, which names the kernel [that of kernel-metadata.json]")
-SUBMIT = option("--submit", action="store_true", help="submit the result and wait for its scores")
-SUBMITTED = option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
-SCORED = option("name", nargs="?", help="the submission that was scored")
-PUBLIC = option("--public", type=float, help="its public score")
-PRIVATE = option("--private", type=float, help="its private score")
+RESUME = Option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
+ACCELERATOR = Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]")
+INTERNET = Option("--internet", action="store_true", help="let the session use the internet")
+PUBLIC_KERNEL = Option("--public", action="store_true", help="let everyone see the notebook")
+TITLE = Option("--title", default="", help="title of the notebook, which names the kernel [that of kernel-metadata.json]")
+SUBMIT = Option("--submit", action="store_true", help="submit the result and wait for its scores")
+SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
+SCORED = Option("name", nargs="?", help="the submission that was scored")
+PUBLIC = Option("--public", type=float, help="its public score")
+PRIVATE = Option("--private", type=float, help="its private score")
 
+JOB = (
+    (
+        Option("--data", help="the competition's folder [PCAM_DATA]"),
+        Option("--demo", action="store_true", help="work on the synthetic demo, in demo/"),
+    ),
+    EXPERIMENT,
+    Option("--name", help="name of the run and of its submission [the experiment's]"),
+    SET,
+    Option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
+    Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
+)
+BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")
+HELD_OUT = (
+    Option("runs", nargs="+", help="runs to evaluate"),
+    Option("--patches", type=Path, required=True, help="folder of <id>.tif"),
+    Option("--labels", type=Path, required=True, help="CSV of id,label"),
+    Option("--ids", choices=["sha1", "names"], default="sha1", help="ID scheme [sha1]"),
+    Option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
+    Option("--name", help="name of the held-out set [that of the folder that holds the labels]"),
+)
+# What `commands` reads of a command that lacks the option.
+DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
 PUSHED = (EXPERIMENT, SET, SEEDS, SESSION_HOURS, WEIGHTS, RESUME, ACCELERATOR, INTERNET, PUBLIC_KERNEL, TITLE)
-JOB = ((DATA, DEMO), EXPERIMENT, NAME, SET, SLIDES, GROUPS)
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
     Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
-    Command("train", "train a net per fold, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
-    Command("predict", "predict out of fold and the test set", (*JOB, FOLDS, SEEDS)),
+    Command("train", "train a model per fold, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
+    Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS)),
     Command(
-        "blend", "average the folds of one experiment or of several, print the OOF AUC", (*JOB, FOLDS, SEEDS, MEMBERS, METHOD)
+        "blend", "blend the folds of an experiment or of several runs, print the OOF AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)
     ),
     Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
-    Command("pipeline", "all of these, in order", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
+    Command("pipeline", "run every stage from prepare to submission", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
     Command(
         "probe",
-        "the same with a logistic regression on the features of the pretrained net, into runs/<name>-probe/",
+        "run every stage with a logistic regression on a pretrained model's features, into runs/<name>-probe/",
         (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD),
     ),
-    Command(
-        "compare", "compare runs: AUC per fold, paired differences, what differs", (RUNS, BASELINE, SLIDES_OF_RUNS, FORMAT)
-    ),
-    Command(
-        "evaluate",
-        "score runs on labelled patches of other slides",
-        (EVALUATED, PATCHES, LABELS, IDS_OF_PATCHES, SLIDES_OF_PATCHES, SET_NAME, FOLDS, BASELINE, FORMAT),
-    ),
-    Command("report", "the same with figures, as one HTML file in reports/", (RUNS, BASELINE, SLIDES_OF_RUNS)),
+    Command("compare", "compare runs: AUC per fold, paired differences, differing settings", (RUNS, BASELINE, SLIDES, FORMAT)),
+    Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
+    Command("report", "write an HTML report of runs, into reports/", (RUNS, BASELINE, SLIDES)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
     Command(
         "kaggle",
@@ -160,6 +160,7 @@ COMMANDS = (
 def parser() -> Parser:
     """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle push`."""
     top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
+    top.set_defaults(**DEFAULTS)
     _add_commands(top, COMMANDS, "")
     return top
 

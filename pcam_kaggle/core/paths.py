@@ -11,8 +11,9 @@ COMPETITION = "histopathologic-cancer-detection"
 # Another folder only where a kernel is tested outside of Kaggle.
 KAGGLE_ROOT = Path(os.environ.get("PCAM_KAGGLE", "/kaggle"))
 DEMO_SUFFIX = "-not-for-kaggle"
-PLAIN_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
+MOUNTS = ("*", "datasets/*/*", "notebooks/*/*", "models/*/*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Data:
 
     @property
     def declaration(self) -> Path:
-        """Optional JSON that declares how ids are made, if they are not the SHA-1 of the pixels."""
+        """Optional JSON that declares the ID scheme, if ids are not the SHA-1 of the pixels."""
         return self.root / "dataset.json"
 
     def patches(self, split: str) -> Path:
@@ -51,7 +52,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders that the pipeline writes: patch store, folds, runs and submissions."""
+    """The folders that the pipeline writes: patch store, folds, runs, evaluations and submissions."""
 
     root: Path
     store: Path
@@ -67,7 +68,7 @@ class Workspace:
 
     @property
     def evaluations(self) -> Path:
-        """A folder per set of other labelled patches, with predictions and scores."""
+        """A folder per held-out set, with predictions and scores."""
         return self.root / "evaluations"
 
     @property
@@ -87,32 +88,25 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
         if not data.labels.is_file():
             raise UserError(f"{data.labels}: no such file; DATA must be a folder in the competition's layout")
         return data
-    folders = (
-        kaggle / "input" / "competitions" / COMPETITION,
-        kaggle / "input" / COMPETITION,
-        work / "data" / COMPETITION,
-    )
-    return next((Data(folder) for folder in folders if (folder / "train_labels.csv").is_file()), None)
+    parents = (kaggle / "input" / "competitions", kaggle / "input", work / "data")
+    found = (Data(parent / COMPETITION) for parent in parents)
+    return next((data for data in found if data.labels.is_file()), None)
 
 
 def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
     """Return the folders of datasets, models and notebook outputs attached to a kernel, in both of Kaggle's layouts."""
-    mounts = [
-        path for layout in ("*", "datasets/*/*", "notebooks/*/*", "models/*/*") for path in (kaggle / "input").glob(layout)
-    ]
+    mounts = [path for layout in MOUNTS for path in (kaggle / "input").glob(layout)]
     return sorted(path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION))
 
 
 def attached_folder(handle: str, kaggle: Path = KAGGLE_ROOT) -> Path | None:
     """Return the folder of a dataset or model attached to a kernel, in either of Kaggle's layouts; None if there is none.
 
-    Args:
-        handle: `owner/name` of a dataset, or `owner/name/framework/variation/version` of a model.
-        kaggle: Kaggle's root folder.
+    A `handle` is `owner/name` of a dataset, or `owner/name/framework/variation/version` of a model.
     """
     kinds = {2: "datasets", 5: "models"}
     parts = handle.split("/")
-    if len(parts) not in kinds or not all(map(PLAIN_PART.fullmatch, parts)):
+    if len(parts) not in kinds:
         return None
     mounts = (_below(kaggle / "input", [kinds[len(parts)], *parts]), _below(kaggle / "input", parts[1:]))
     return next((mount for mount in mounts if mount), None)
@@ -143,15 +137,10 @@ def _home(text: str) -> Path:
 
 
 def demo_workspace(workspace: Workspace) -> Workspace:
-    """Return the demo's own workspace within `workspace`."""
+    """Return the demo's own workspace within `workspace`; its data are in `data/`."""
     return Workspace(workspace.root / "demo", workspace.root / "demo" / "store")
 
 
 def runs_workspace(workspace: Workspace) -> Workspace:
     """Return `workspace` if it has runs, otherwise the demo's."""
     return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
-
-
-def demo_data(demo: Workspace) -> Data:
-    """Return the synthetic data in the demo's workspace."""
-    return Data(demo.root / "data")

@@ -119,9 +119,8 @@ from IPython.display import Markdown
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.pipeline.job import kernel_job
-from pcam_kaggle.pipeline.run_all import finished
-from pcam_kaggle.pipeline.stages import run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
-from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
+from pcam_kaggle.pipeline.stages import finished, run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
+from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, worst_mistakes, patch_gallery
 from pcam_kaggle.report.summary import summary
 
 job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS)
@@ -158,8 +157,8 @@ patch_gallery(patches, shown["label"])
 The same patches as the net sees them in training: shifted by a few pixels, rotated or reflected, with changed stain and colour.
 """,
         """
-config = job.parts()[0].config
-if config.optimizer == "logistic":
+config = job.config
+if config.probe:
     print("A logistic regression on the features of a frozen net is fitted without augmentation.")
 else:
     display(patch_gallery(augmented(patches, config), shown["label"], marked=False))
@@ -173,7 +172,7 @@ else:
 One net per fold. After the first epoch a line says how many folds will be finished in time.
 """,
         """
-planned = [part.run for part in job.parts()]
+planned = job.runs
 run_train(job)
 job = finished(job)
 """,
@@ -211,7 +210,7 @@ Validation AUC of each fold after each epoch, and the ROC curve of each fold on 
 """,
         """
 if job:
-    display(curves({part.name: part.run.logs() for part in job.parts()}, job.run.oof()))
+    display(curves({run.name: run.logs() for run in job.runs}, job.run.oof()))
 """,
     ),
     (
@@ -237,7 +236,7 @@ if job:
 The AUC of all out-of-fold predictions pooled, and of each fold.
 """,
         """
-made = [job.run, *(part.run for part in job.parts())] if job else []
+made = [job.run, *job.runs] if job else []
 Markdown(summary(made, planned))
 """,
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_name
+from pcam_kaggle.core.experiments import Plan, RunSpec, changed_name, experiment, plan
 from pcam_kaggle.core.files import read_json, write, write_json
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
@@ -65,24 +65,25 @@ class Kernel:
         return replace(self.settings, changes=(*self.settings.changes, f"weights={self.weights}"))
 
     @property
-    def run(self) -> str:
-        """The name of the run that its session makes."""
-        settings = self.notebook_settings
-        return seeds_name(changed_name(settings.experiment, settings.changes), settings.seeds)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The runs that its session trains: `run`, or one per seed or member that `run` blends.
+    def plan(self) -> Plan:
+        """The runs that its session trains, and the name of their blend or of the single run.
 
         Raises:
             UserError: There is no such experiment, or it does not admit the settings.
         """
         settings = self.notebook_settings
-        chosen = experiment(settings.experiment)
-        config = chosen.changed(list(settings.changes))
         name = changed_name(settings.experiment, settings.changes)
-        own = Part(name, settings.experiment, config)
-        return chosen.parts(settings.experiment, name, config, settings.seeds) or (own,)
+        return plan(settings.experiment, settings.changes, name, settings.seeds)
+
+    @property
+    def run(self) -> str:
+        """The name of the run that its session makes."""
+        return self.plan.name
+
+    @property
+    def parts(self) -> tuple[RunSpec, ...]:
+        """The runs that its session trains: `run`, or those that `run` blends."""
+        return self.plan.runs
 
     def slug(self, root: Path = ROOT) -> str:
         """Return the last part of its id, for which `root` has the metadata; raises UserError if the title can't be one."""

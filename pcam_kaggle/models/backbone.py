@@ -53,7 +53,9 @@ class Backbone(nn.Module):
         """
         layers = [self.net.get_submodule(prefix.removesuffix(".")) for prefix in classifier_prefixes(self.net)]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-            raise UserError("optimizer=logistic: the model's classifier is not one linear layer; use adamw or another model")
+            raise UserError(
+                "probe=true: the model's classifier is not a single linear layer; leave it out or use another model"
+            )
         return layers[0]
 
     def freeze(self, fraction: float) -> None:

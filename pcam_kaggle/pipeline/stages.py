@@ -1,32 +1,49 @@
-"""The stages: each one works on a job, and skips what is up to date."""
+"""The stages: each one works on a job, and skips what is up to date. The whole pipeline runs all of them in order."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, wraps
 
 import pandas as pd
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.experiments import RunSpec
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.data.folds import Folds, Scheme, fold_inputs, load_folds, make_folds
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.data.folds import Scheme, fold_inputs, load_folds, make_folds
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.pipeline.compare import resampled_groups
-from pcam_kaggle.pipeline.job import Job
+from pcam_kaggle.pipeline.job import Job, run_rehearsal
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import write_ledger, write_submission
 from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
 from pcam_kaggle.scoring.intervals import Clusters
 from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import score_lines
-from pcam_kaggle.training.distributed import one_rank_at_a_time
+from pcam_kaggle.training.distributed import on_first_rank, process_group
+from pcam_kaggle.training.task import Task
 
 log = logging.getLogger(__name__)
 
+Stage = Callable[[Job], bool]
 
-@one_rank_at_a_time()
+
+def _once(stage: Stage) -> Stage:
+    """Return `stage` for torchrun: rank 0 works, the other ranks wait for what it returns."""
+
+    @wraps(stage)
+    def run(job: Job) -> bool:
+        return on_first_rank(partial(stage, job))
+
+    return run
+
+
+@_once
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
-    made, new = prepare(job.data, job.workspace.store, job.ids, job.skip_damaged)
+    made, new = prepare(job.data, job.workspace.store, job.selection.ids, job.selection.skip_damaged)
     skipped = f", {made.skipped} skipped, see {job.workspace.store / 'skipped.csv'}" if made.skipped else ""
     _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {job.workspace.store}{skipped}", new)
     if made.in_both:
@@ -34,10 +51,10 @@ def run_prepare(job: Job) -> bool:
     return new
 
 
-@one_rank_at_a_time()
+@_once
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
-    inputs = _fold_inputs(job)
+    inputs = _fold_inputs(job, job.config)
     with locked(job.workspace.folds):
         folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
@@ -54,69 +71,62 @@ def run_folds(job: Job) -> bool:
 def run_train(job: Job) -> bool:
     """Train what is not finished; return whether anything was done.
 
-    A member of a blend is predicted before the next one is trained, so that the budget covers its predictions; training ends
-    with the first member that the budget leaves unfinished.
+    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions; training ends with
+    the first run that the budget leaves unfinished.
     """
-    from pcam_kaggle.models.factory import create
-
-    # Missing weights are better reported now than after the hours of another member.
-    for part in job.parts():
-        if not all(fold.is_started or fold.is_trained for fold in map(part.run.fold, part.folds)):
-            create(part.config)
     done = []
-    for part in job.parts():
-        done.append(_train(part))
-        if not all(part.run.fold(number).is_trained for number in part.folds):
+    for spec, run in zip(job.plan.runs, job.runs, strict=True):
+        done.append(_train(job, spec))
+        if not all(run.fold(number).is_trained for number in job.folds):
             break
-        if job.trains:
-            done.append(_predict(part))
+        if job.plan.is_blend:
+            done.append(_predict(job, spec))
     return any(done)
 
 
-def _train(job: Job) -> bool:
-    store, folds = _open(job)
-    todo = [number for number in job.folds if not job.run.fold(number).is_trained]
+def _train(job: Job, spec: RunSpec) -> bool:
+    task = _task(job, spec)
+    todo = [number for number in job.folds if not task.run.fold(number).is_trained]
     if todo:
-        # torch and albumentations take seconds to import, and a finished run needs neither.
         from pcam_kaggle.training.probe import probe
         from pcam_kaggle.training.train import train
 
-        work = probe if job.config.optimizer == "logistic" else train
-        work(job.run, job.experiment, job.config, store, folds, todo, job.budget)
-    _report(f"train: folds {_listed(job.folds)} of {job.run.folder}", bool(todo))
+        work = probe if spec.config.probe else train
+        work(task, todo, job.budget)
+    _report(f"train: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
     return bool(todo)
 
 
 def run_predict(job: Job) -> bool:
     """Predict what is missing or out of date; return whether anything was done."""
-    done = [_predict(part) for part in job.parts()]
+    done = [_predict(job, spec) for spec in job.plan.runs]
     return any(done)
 
 
-def _predict(job: Job) -> bool:
-    store, folds = _open(job)
-    parts = [job.run.fold(number) for number in job.folds]
-    for fold in parts:
+def _predict(job: Job, spec: RunSpec) -> bool:
+    task = _task(job, spec)
+    folds = [task.run.fold(number) for number in job.folds]
+    for fold in folds:
         if not fold.is_trained:
             raise UserError(f"{fold.folder}: training is not finished; run `python -m pcam_kaggle train` first")
-    todo = [fold.number for fold in parts if not fold.is_predicted(store)]
+    todo = [fold.number for fold in folds if not fold.is_predicted(task.store)]
     if todo:
         from pcam_kaggle.training.predict import predict
 
-        predict(job.run, job.config, store, folds, todo)
-    _report(f"predict: folds {_listed(job.folds)} of {job.run.folder}", bool(todo))
+        predict(task, todo)
+    _report(f"predict: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
     return bool(todo)
 
 
-@one_rank_at_a_time()
+@_once
 def run_blend(job: Job) -> bool:
-    """Blend the folds of the members and print the OOF table; return whether anything was done."""
-    names = job.members or tuple(part.name for part in job.parts())
-    members = [Run(job.workspace.run(name)).predictions(job.chosen) for name in names]
-    for part in job.parts() if job.trains else ():
-        # A member may have all folds where the blend lacks some, and is then complete by itself.
-        has_all = all(fold.has_predictions for fold in part.run.folds())
-        _blend(job, [part.run.predictions(None if has_all else job.chosen)], "mean", part.run)
+    """Blend the folds of the runs and print the OOF table; return whether anything was done."""
+    chosen, blended = job.selection.folds, [Run(job.workspace.run(name)) for name in job.selection.runs] or job.runs
+    members = [run.predictions(chosen) for run in blended]
+    for run in job.runs if job.plan.is_blend and not job.selection.runs else ():
+        # A run may have all folds where the blend lacks some, and is then complete by itself.
+        has_all = all(fold.has_predictions for fold in run.folds())
+        _blend(job, [run.predictions(None if has_all else chosen)], "mean", run)
     metrics, new = _blend(job, members, job.method, job.run)
     for line in score_lines(metrics):
         log.info("  %s", line)
@@ -127,12 +137,12 @@ def run_blend(job: Job) -> bool:
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
     """Blend `members` into `out`; intervals and tests resample the groups of their folds, or of the job's slide map."""
     first = members[0]
-    groups, unit = resampled_groups(first.scheme, first.oof, job.workspace.folds, job.slides)
+    groups, unit = resampled_groups(first.scheme, first.oof, job.workspace.folds, job.selection.slides)
     with locked(out.folder):
         return out.write_blend(blend(members, method, Clusters.of(first.oof["id"], groups, unit)))
 
 
-@one_rank_at_a_time()
+@_once
 def run_submission(job: Job) -> bool:
     """Write the submission; return whether anything was done."""
     target = job.submission()
@@ -143,7 +153,7 @@ def run_submission(job: Job) -> bool:
     return new
 
 
-STAGES: dict[str, Callable[[Job], bool]] = {
+STAGES: dict[str, Stage] = {
     "prepare": run_prepare,
     "folds": run_folds,
     "train": run_train,
@@ -153,16 +163,81 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 }
 
 
-def _fold_inputs(job: Job) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
-    return fold_inputs(job.data, job.config, job.slides, job.workspace)
+@process_group()
+def run_stage(job: Job, name: str) -> None:
+    """Run the stage called `name`, in every process that torchrun has started."""
+    _make_demo(job)
+    if name == "train":
+        run_rehearsal(job)
+    STAGES[name](job)
 
 
-def _open(job: Job) -> tuple[PatchStore, Folds]:
-    """Return the store and the folds, after checking that an existing run belongs to them."""
-    store = PatchStore(job.workspace.store)
-    folds = load_folds(*_fold_inputs(job), job.workspace.folds)
-    job.run.check(job.config, store, folds)
-    return store, folds
+@process_group()
+def run_all(job: Job) -> None:
+    """Run every stage, in every process that torchrun has started.
+
+    If the job's selection leaves folds to be trained, stop after the predictions and say so. Folds that the budget left
+    unfinished are missing from the blend and from the submission, whose name lists the others; without a finished fold there is
+    none.
+    """
+    _make_demo(job)
+    run_rehearsal(job)
+    done = [run_prepare(job), run_folds(job), run_train(job)]
+    part = finished(job)
+    if part is None:
+        return
+    done.append(run_predict(part))
+    store = part.store()
+    missing = [n for n in range(job.config.n_splits) if not all(run.fold(n).is_predicted(store) for run in part.runs)]
+    if missing and job.selection.folds is not None:
+        log.info("next: folds %s, then the blend", _listed(missing))
+        return
+    part = part if missing else replace(part, selection=replace(part.selection, folds=None))
+    done += [run_blend(part), run_submission(part)]
+    if part.demo:
+        log.info("This was the synthetic demo: its score and its submission mean nothing for Kaggle.")
+    if not any(done):
+        log.info("nothing to do: %s is up to date", part.submission())
+    elif part.demo:
+        log.info("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
+    else:
+        log.info("next: compare %s with other runs, or submit %s to Kaggle", part.plan.name, part.submission())
+
+
+def finished(job: Job) -> Job | None:
+    """Return `job` restricted to runs and folds whose training is finished, and report the others; None if there is none.
+
+    A run without a finished fold is left out, and a fold that any other run has not finished is left out of all.
+    """
+    started = [run for run in job.runs if any(run.fold(n).is_trained for n in job.folds)]
+    folds = tuple(n for n in job.folds if started and all(run.fold(n).is_trained for run in started))
+    if not folds:
+        log.info("missing: all of %s, no fold was finished in time; the same command resumes", job.run.folder)
+        return None
+    dropped = [run.name for run in job.runs if run not in started]
+    missing = [f"run {name}" for name in dropped] + [f"fold {n}" for n in job.folds if n not in folds]
+    if not missing:
+        return job
+    log.info("missing: %s, not finished in time; the same command resumes", ", ".join(missing))
+    return replace(job, plan=job.plan.without(dropped), selection=replace(job.selection, folds=folds))
+
+
+def _make_demo(job: Job) -> None:
+    if job.demo and not job.selection.runs:
+        on_first_rank(partial(make_demo, job.data))
+
+
+def _task(job: Job, spec: RunSpec) -> Task:
+    """Return what training and prediction take, after checking that an existing run belongs to the store and the folds."""
+    store = job.store()
+    folds = load_folds(*_fold_inputs(job, spec.config), job.workspace.folds)
+    task = Task(Run(job.workspace.run(spec.name)), spec.experiment, spec.config, store, folds)
+    task.run.check(spec.config, store, folds)
+    return task
+
+
+def _fold_inputs(job: Job, config: Config) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
+    return fold_inputs(job.data, config, job.selection.slides, job.workspace)
 
 
 def _report(text: str, new: bool) -> None:

@@ -12,7 +12,7 @@ from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
 from pcam_kaggle.runs.records import Environment, RunConfig
-from pcam_kaggle.runs.run import BLEND_FILES, Run, with_defaults
+from pcam_kaggle.runs.run import BLEND_FILES, Run
 from pcam_kaggle.runs.submissions import SubmissionRecord
 
 OLD = ".old"
@@ -97,9 +97,7 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
 def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
     # The hash of pretrained weights is recorded when the first fold starts.
     hashes = {each.weights_sha256 for each in (theirs, ours)} - {None}
-    one, other = (
-        each.model_copy(update={"config": with_defaults(each.config), "weights_sha256": None}) for each in (theirs, ours)
-    )
+    one, other = (each.model_copy(update={"weights_sha256": None}) for each in (theirs, ours))
     return one == other and len(hashes) < 2
 
 

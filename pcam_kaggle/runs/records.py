@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from pydantic import field_validator
+
+from pcam_kaggle.core.config import upgraded
 from pcam_kaggle.core.records import Record
 
 
@@ -20,6 +23,11 @@ class RunConfig(Record):
     folds_sha256: str
     train_sha256: str = ""
     weights_sha256: str | None = None
+
+    @field_validator("config")
+    @classmethod
+    def _of_this_version(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return upgraded(config)
 
 
 class FoldMetrics(Record):

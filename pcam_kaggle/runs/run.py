@@ -6,13 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 
-from pcam_kaggle.core.config import FIELDS, Config
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, reading, sha256, write, write_csv
 from pcam_kaggle.data.folds import Folds
@@ -108,7 +107,7 @@ class Run:
     def config(self) -> Config:
         """Return the config of the run; raises UserError if it is not one of this version."""
         try:
-            return Config(**with_defaults(self.made_from().config))
+            return Config(**self.made_from().config)
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}; use the version that trained it") from None
 
@@ -127,7 +126,7 @@ class Run:
             return
         made, wanted = self.made_from(), _made_from("", config, store, folds)
         differ = [key for key in ("folds", "folds_sha256", "train_sha256") if getattr(made, key) != getattr(wanted, key)]
-        old = with_defaults(made.config)
+        old = made.config
         differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted.config.items() if old.get(key) != new]
         differ += [f"{key} (no longer a field)" for key in old.keys() - wanted.config.keys()]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
@@ -270,11 +269,6 @@ class Run:
 
     def _blend_hashes(self) -> dict[str, str]:
         return {f"{name}_sha256": file_sha256(self.folder / f"{name}.csv") for name in ("oof", "test")}
-
-
-def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the config `fields` of a run with the defaults of fields that were added after it was made."""
-    return {name: field.default for name, field in FIELDS.items()} | fields
 
 
 _ENVIRONMENTS = TypeAdapter(list[Environment])

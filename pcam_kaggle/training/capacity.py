@@ -149,7 +149,7 @@ def needs(config: Config, size: Size, train_patches: int, test_patches: int, mac
     rate = machine.operations * REACHED_SHARE / 2
     read = READ_BYTES * size.parameters
     predicted = read + PREDICT_BATCH * HELD_LAYERS * size.largest * ACTIVATION_SHARE
-    if config.optimizer == "logistic":
+    if config.probe:
         passes = (train_patches + test_patches) * config.tta + 2 * NORM_PATCHES
         hours = passes * size.macs / rate / 3600 / machine.gpus
         return Needs(predicted, 0, hours, hours)

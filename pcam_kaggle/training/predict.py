@@ -13,7 +13,6 @@ from torch import nn
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import fold_context
-from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.fold import Fold
@@ -24,25 +23,24 @@ from pcam_kaggle.training.engine import adapt_norms, predict_logits
 from pcam_kaggle.training.fold_state import load_best
 from pcam_kaggle.training.gpus import rotated, spread_over_gpus
 from pcam_kaggle.training.session import open_session
+from pcam_kaggle.training.task import Task
 
 log = logging.getLogger(__name__)
 
 
-def predict(run: Run, config: Config, store: PatchStore, folds: Folds, chosen: list[int]) -> None:
+def predict(task: Task, chosen: list[int]) -> None:
     """Predict the validation part and the test set with the net of each trained fold, and write the predictions.
 
     Probabilities are averaged over the config's views. Each rank predicts a share of the folds.
 
     Args:
-        run: The run.
-        config: Config of the run.
-        store: The packed patches.
-        folds: The folds of the labelled patches.
+        task: The run and what it is made from.
         chosen: Numbers of the folds to predict.
 
     Raises:
         UserError: Another process works in `run`, or a checkpoint is missing or damaged.
     """
+    run, config, store, folds = task.run, task.config, task.store, task.folds
     with locked(run.folder) if rank() == 0 else nullcontext():
         with one_rank_at_a_time():
             backend = open_session(run, config, store)

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import Backbone, trained_state
 from pcam_kaggle.models.factory import create, macs
@@ -22,12 +20,12 @@ from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.records import FoldMetrics
-from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.distributed import world_size
 from pcam_kaggle.training.embed import embed
 from pcam_kaggle.training.session import open_session
+from pcam_kaggle.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -62,25 +60,13 @@ class Features:
         return (len(self.train) + len(self.test)) / self.images_per_second
 
 
-def probe(
-    run: Run,
-    experiment: str,
-    config: Config,
-    store: PatchStore,
-    folds: Folds,
-    chosen: list[int],
-    budget: Budget = ENDLESS,
-) -> None:
+def probe(task: Task, chosen: list[int], budget: Budget = ENDLESS) -> None:
     """Fit the classifiers of folds of a run on features that are computed once for all folds, and predict.
 
     A fold writes `best.pt` with the classifier alone, `metrics.json` and its predictions.
 
     Args:
-        run: Folder of the run.
-        experiment: Name of the experiment, recorded in the run.
-        config: Config of the run, with `optimizer=logistic`.
-        store: The packed patches.
-        folds: The folds of the labelled patches.
+        task: The run and what it is made from, with `probe=true`.
         chosen: Numbers of the folds.
         budget: Time that the session has.
 
@@ -88,8 +74,9 @@ def probe(
         UserError: The config makes no net with a linear classifier, torchrun has started several ranks, a fold has one
             label, or another process works in `run`.
     """
+    run, config, store, folds = task.run, task.config, task.store, task.folds
     if world_size() > 1:
-        raise UserError("optimizer=logistic: uses all GPUs by itself; run it without torchrun")
+        raise UserError("probe=true: uses all GPUs by itself; run it without torchrun")
     net = create(config, weights=False)
     assert isinstance(net, Backbone)
     classifier, names = net.classifier(), tuple(trained_state(net))
@@ -98,7 +85,7 @@ def probe(
     # A second net, with the weights, is created for the features.
     del net, classifier
     with locked(run.folder):
-        run.open(experiment, config, store, folds, weights_sha256(config))
+        run.open(task.experiment, config, store, folds, weights_sha256(config))
         backend = open_session(run, config, store)
         log.info("train: %d of %d folds on %s", len(chosen), config.n_splits, backend)
         embedded = embed(config, store, backend, budget)

@@ -59,7 +59,7 @@ def find_backend(run: Run, config: Config) -> Backend:
         backend = Backend(**used[-1].model_dump()) if used else None
     if backend is None:
         # Without a backward pass there is nothing to time, and a second net may not fit into memory.
-        precision = precisions(kind)[0] if config.optimizer == "logistic" and config.precision == "auto" else config.precision
+        precision = precisions(kind)[0] if config.probe and config.precision == "auto" else config.precision
         backend = choose_backend(lambda: create(config, weights=False), config.side, config.batch_size, precision)
     log.debug("%s: backend %s, %s", run.name, backend, "as before" if used else "chosen now")
     return backend

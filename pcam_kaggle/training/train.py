@@ -38,31 +38,20 @@ from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.session import open_session
 from pcam_kaggle.training.shares import Stretch, balanced
 from pcam_kaggle.training.step import Learner, TrainStep
+from pcam_kaggle.training.task import Task
 from pcam_kaggle.training.tensorboard import Scalars
 
 log = logging.getLogger(__name__)
 
 
-def train(
-    run: Run,
-    experiment: str,
-    config: Config,
-    store: PatchStore,
-    folds: Folds,
-    chosen: list[int],
-    budget: Budget = ENDLESS,
-) -> None:
+def train(task: Task, chosen: list[int], budget: Budget = ENDLESS) -> None:
     """Train folds of a run until the budget ends.
 
     A fold writes `best.pt`, the averaged weights of the epoch with the highest validation AUC, `last.pt` to resume from,
     `log.csv` with a row per epoch and, when it is finished, `metrics.json`.
 
     Args:
-        run: Folder of the run; fold k is in `fold_<k>`.
-        experiment: Name of the experiment, recorded in the run.
-        config: Config of the run.
-        store: The packed patches.
-        folds: The folds of the labelled patches.
+        task: The run and what it is made from.
         chosen: Numbers of the folds to train.
         budget: Time that the session has.
 
@@ -70,13 +59,14 @@ def train(
         UserError: The config makes no net, another process works in `run`, memory is too small for a batch, a loader process
             was killed, or a loss is not finite.
     """
+    run, config, store, folds = task.run, task.config, task.store, task.folds
     create(config, weights=False)
     if config.teacher:
         _check_teacher(Run(run.folder.parent / config.teacher), folds)
     with locked(run.folder) if rank() == 0 else nullcontext():
         with one_rank_at_a_time():
             loads = config.freeze > 0 or not all(run.fold(number).is_started for number in chosen)
-            run.open(experiment, config, store, folds, weights_sha256(config) if loads else None)
+            run.open(task.experiment, config, store, folds, weights_sha256(config) if loads else None)
             backend = open_session(run, config, store)
         log.info("train: %d of %d folds on %s", len(chosen), config.n_splits, backend)
         loaders = loader_processes(len(chosen), batch_bytes(config))

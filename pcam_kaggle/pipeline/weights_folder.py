@@ -1,0 +1,69 @@
+"""What a folder of weights in Hugging Face's layout says about its model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.paths import attached_folder
+
+# Arguments that this package passes itself, or that a config has a field for.
+OWN_ARGUMENTS = ("num_classes", "in_chans", "drop_rate", "img_size")
+
+
+def with_folder_settings(assignments: Sequence[str]) -> list[str]:
+    """Return `assignments` (`key=value`) preceded by what the folder that they assign to `weights` says about its model.
+
+    A folder in Hugging Face's layout has a `config.json` as timm writes it: architecture, its arguments, and the mean, standard
+    deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
+
+    Raises:
+        UserError: The folder has several config.json, or one that does not name a model of timm while no assignment does.
+    """
+    given = dict(assignment.partition("=")[::2] for assignment in assignments)
+    folder = _folder(given.get("weights", ""))
+    files = sorted(folder.rglob("config.json")) if folder else []
+    if folder and len(files) > 1:
+        found = examples([str(file.relative_to(folder)) for file in files])
+        raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
+    content = read_json(files[0]) if files else {}
+    if files and "architecture" not in content and "model" not in given:
+        raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
+    if "architecture" not in content:
+        return list(assignments)
+    # Older versions of timm write these keys at the top.
+    about = content.get("pretrained_cfg") or content
+    model_args = content.get("model_args", {})
+    arguments = {
+        # Encoders without a classifier may have an empty global_pool, which returns tokens that are not pooled.
+        **{key: value for key, value in model_args.items() if key not in OWN_ARGUMENTS and value != ""},
+        **({"global_pool": content["global_pool"]} if content.get("global_pool") else {}),
+        **{key: list(about[key]) for key in ("mean", "std") if key in about},
+        **_json_object(given.get("model_args", "")),
+    }
+    side = model_args.get("img_size") or about.get("input_size", [0])[-1]
+    side = side[-1] if isinstance(side, list) else side
+    settings = {"model": f"timm:{content['architecture'].partition('.')[0]}"}
+    if "img_size" not in arguments:
+        settings["resize"] = str(side)
+    added = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    kept = [assignment for assignment in assignments if not assignment.startswith("model_args=")]
+    return [*added, *kept, f"model_args={json.dumps(arguments)}"]
+
+
+def _folder(weights: str) -> Path | None:
+    """Return the folder that `weights` names, perhaps a dataset or model attached to a kernel; None if it is no folder."""
+    if weights in ("", "wheel", "pretrained"):
+        return None
+    return Path(weights) if Path(weights).is_dir() else attached_folder(weights)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Return the JSON object in `text`, empty if it is none, which `Config` reports."""
+    try:
+        content = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
