@@ -10,7 +10,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_name
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.listing import Ids
-from pcam_kaggle.data.tables import PLAIN_NAME, read_labels, read_sample
+from pcam_kaggle.data.tables import PLAIN_NAME
 from pcam_kaggle.models.weights import with_folder_settings
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
@@ -177,14 +177,10 @@ def kernel_job(experiment_name: str, changes: list[str], hours: float, seeds: in
     job = make_job(data, workspace, experiment_name, changes, name=name, hours=hours, seeds=seeds)
     # A missing GPU or missing weights are better reported now than after an hour of preparation.
     from pcam_kaggle.models.factory import create
-    from pcam_kaggle.training.capacity import check_capacity, this_machine
     from pcam_kaggle.training.device import device_name, find_device
 
     device = find_device()
     log.info("%s on %s, from %s", job.name, device_name(device), data.root)
-    if device == "cuda":
-        counts = len(read_labels(data.labels)), len(read_sample(data.sample))
-        log.info("%s %s", job.name, check_capacity([part.config for part in job.parts()], *counts, this_machine(hours)))
     for part in job.parts():
         create(part.config)
     return job
