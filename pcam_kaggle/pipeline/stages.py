@@ -79,10 +79,11 @@ def _train(job: Job) -> bool:
     if todo:
         # torch and albumentations take seconds to import, and a finished run needs neither.
         from pcam_kaggle.training.probe import probe
+        from pcam_kaggle.training.task import Task
         from pcam_kaggle.training.train import train
 
         work = probe if job.config.optimizer == "logistic" else train
-        work(job.run, job.experiment, job.config, store, folds, todo, job.budget)
+        work(Task(job.run, job.experiment, job.config, store, folds), todo, job.budget)
     _report(f"train: folds {_listed(job.folds)} of {job.run.folder}", bool(todo))
     return bool(todo)
 
@@ -102,8 +103,9 @@ def _predict(job: Job) -> bool:
     todo = [fold.number for fold in parts if not fold.is_predicted(store)]
     if todo:
         from pcam_kaggle.training.predict import predict
+        from pcam_kaggle.training.task import Task
 
-        predict(job.run, job.config, store, folds, todo)
+        predict(Task(job.run, job.experiment, job.config, store, folds), todo)
     _report(f"predict: folds {_listed(job.folds)} of {job.run.folder}", bool(todo))
     return bool(todo)
 
