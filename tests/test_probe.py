@@ -165,6 +165,14 @@ def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:
         assert weight[5] == 0
 
 
+def test_a_feature_that_never_changes_has_no_weight_among_many_patches() -> None:
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.normal(size=176_000), np.full(176_000, 0.1), np.full(176_000, 431.0)]).astype(np.float16)
+    ((weight, _),) = fit(x, (x[:, 0] > 0).astype(np.int64), [0.1])
+    assert weight[0] > 0
+    np.testing.assert_allclose(weight[1:], 0, atol=1e-9)
+
+
 def test_labels_of_a_fold_change_nothing_that_predicts_it(task: Task) -> None:
     table = task.folds.table
     turned = table.assign(label=table["label"].where(table["fold"] != 1, 1 - table["label"]))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
@@ -140,15 +141,13 @@ def fit(
     Returns:
         For each penalty, coefficients (features,) and intercept for features that are not standardised.
     """
-    x = features.astype(np.float32)
-    mean, deviation = x.mean(0), x.std(0)
-    # A feature that never changes says nothing; its standardised value is 0.
-    deviation[deviation == 0] = 1
-    x = (x - mean) / deviation
+    # It sums in float64, and leaves a feature that never changes at 0.
+    scaler = StandardScaler(copy=False)
+    x = scaler.fit_transform(features.astype(np.float32))
     model = LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS)
     found = []
     for penalty in penalties:
         model.set_params(C=1 / (penalty * len(x))).fit(x, labels)
-        weight = model.coef_[0].astype(np.float64) / deviation
-        found.append((weight, float(model.intercept_[0] - weight @ mean)))
+        weight = model.coef_[0].astype(np.float64) / scaler.scale_
+        found.append((weight, float(model.intercept_[0] - weight @ scaler.mean_)))
     return found
