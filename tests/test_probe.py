@@ -58,6 +58,21 @@ def named(task: Task, name: str, **fields: Any) -> Task:
     return replace(task, run=Run(task.run.folder.with_name(name)), config=replace(task.config, **fields))
 
 
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the rows of the patches that are embedded from now on, in parts of eight."""
+    rows: list[int] = []
+    compute = embedding.mean_features
+
+    def watched(net: Any, store: PatchStore, given: Any, *rest: Any) -> Any:
+        rows.extend(given)
+        return compute(net, store, given, *rest)
+
+    monkeypatch.setattr(embedding, "CHUNK", 8)
+    monkeypatch.setattr(embedding, "mean_features", watched)
+    return rows
+
+
 def test_predictions_are_those_of_the_model_with_the_fitted_classifier(task: Task) -> None:
     probe(task, [0, 1, 2])
     for fold in task.run.folds():
@@ -71,13 +86,7 @@ def test_predictions_are_those_of_the_model_with_the_fitted_classifier(task: Tas
     assert set(checkpoint.load(fold.best_checkpoint)["net"]) == {"net.fc.weight", "net.fc.bias"}
 
 
-def test_a_patch_is_embedded_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    embedded: list[int] = []
-    compute = embedding.mean_features
-    monkeypatch.setattr(embedding, "CHUNK", 8)
-    monkeypatch.setattr(
-        embedding, "mean_features", lambda net, store, rows, *rest: embedded.extend(rows) or compute(net, store, rows, *rest)
-    )
+def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
     probe(task, [0])
     assert sorted(embedded) == list(range(36 + 7))
     probe(named(task, "two", seed=3), [1])
@@ -86,42 +95,34 @@ def test_a_patch_is_embedded_once(task: Task, monkeypatch: pytest.MonkeyPatch) -
     assert len(embedded) == 2 * (36 + 7)
 
 
-def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "CHUNK", 8)
-    compute, embedded = embedding.mean_features, []
+def test_an_interrupted_embedding_continues(
+    store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, join = embedding.write, embedding._join
 
-    def fails(net: Any, store: PatchStore, rows: Any, *rest: Any) -> Any:
-        if len(embedded) == 2:
+    def fails(*arguments: Any) -> None:
+        if len(embedded) > 16:
             raise KeyboardInterrupt
-        embedded.append(rows[0])
-        return compute(net, store, rows, *rest)
-
-    monkeypatch.setattr(embedding, "mean_features", fails)
-    with pytest.raises(KeyboardInterrupt):
-        embed(config, store, CPU)
-    monkeypatch.setattr(
-        embedding, "mean_features", lambda net, store, rows, *rest: embedded.append(rows[0]) or compute(net, store, rows, *rest)
-    )
-    joined = embedding._join
+        write(*arguments)
 
     def fails_late(*arguments: Any) -> None:
-        joined(*arguments)
+        join(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding, "_join", fails_late)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embedding, "write", fails)
+        embed(config, store, CPU)
+    for _ in ("train", "test"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(embedding, "_join", fails_late)
             embed(config, store, CPU)
-    monkeypatch.setattr(embedding, "_join", joined)
     found, rate = embed(config, store, CPU) or ({}, 0.0)
-    assert embedded == [0, 8, 16, 24, 32, 36]
+    assert embedded == [*range(24), *range(16, 43)]
     assert rate > 0
-    assert {split: (array.shape, array.dtype.name) for split, array in found.items()} == {
-        "train": ((36, 512), "float16"),
-        "test": ((7, 512), "float16"),
-    }
-    monkeypatch.undo()
-    fresh, _ = embed(replace(config, lr=0.5), store, CPU) or ({}, 0.0)
+    shapes = {split: (array.shape, array.dtype.name) for split, array in found.items()}
+    assert shapes == {"train": ((36, 512), "float16"), "test": ((7, 512), "float16")}
+    monkeypatch.setattr(embedding, "_key", lambda *_: "fresh")
+    fresh, _ = embed(config, store, CPU) or ({}, 0.0)
     assert np.array_equal(fresh["train"], found["train"])
 
 

@@ -332,12 +332,6 @@ def test_tensorboard_sees_the_log(task: Task) -> None:
         np.testing.assert_allclose([point.value for point in points], log[name], rtol=1e-6)
 
 
-def test_another_config_does_not_resume_in_the_same_folder(task: Task) -> None:
-    task.run.open("tiny", task.config, task.store, task.folds)
-    with pytest.raises(UserError, match=r"lr \(0.002 → 0.1\)"):
-        train(changed(task, lr=0.1), [0])
-
-
 def test_a_loss_that_is_not_finite_stops_with_the_losses_before(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: Config, weights: bool) -> torch.nn.Module:
         net = create(config)
