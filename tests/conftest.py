@@ -30,6 +30,8 @@ from pcam_kaggle.data.folds import Folds, Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.task import Task
 
 # Tests compare bytes, which a GPU does not reproduce, and simulate two GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -190,6 +192,12 @@ def finished_run(data: Data, shared_work: Path, tmp_path: Path) -> Path:
 def tiny() -> Config:
     """Return a net and a training that take a second."""
     return Config().changed(TINY)
+
+
+@pytest.fixture
+def task(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> Task:
+    """Return the task of the run `tmp_path / "run"`, with the tiny config."""
+    return Task(Run(tmp_path / "run"), "tiny", tiny, store, folds)
 
 
 @pytest.fixture

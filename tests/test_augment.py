@@ -8,6 +8,8 @@ import pytest
 from pcam_kaggle.data.stain import DENSITY, STAINS
 from pcam_kaggle.training.augment import MAX_SHIFT, ShiftedCrop, SquareSymmetry, StainJitter, augmentation, center_crop
 
+RANDOM = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+
 
 def marked() -> np.ndarray:
     """Return a patch whose centre 32x32 is black and whose rest is white."""
@@ -30,65 +32,60 @@ def test_the_centre_moves_by_the_shift_at_most(side: int) -> None:
     assert moved == set(range(-MAX_SHIFT, MAX_SHIFT + 1))
 
 
-@pytest.mark.parametrize("side", [64, 90, 96])
-@pytest.mark.parametrize("shift", [0, 1, 4])
-def test_the_shift_is_the_crops_that_albumentations_draws(side: int, shift: int) -> None:
-    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+def crops(side: int, shift: int) -> list[A.BasicTransform]:
+    """Return albumentations' equivalent of a shifted crop."""
     reach = side + 2 * shift
-    padded = A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)
-    ours, theirs = A.Compose([ShiftedCrop(side, shift)]), A.Compose([padded, A.RandomCrop(side, side)])
-    for transform in (ours, theirs):
-        transform.set_random_seed(3)
-    assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
+    return [A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(side, side)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        *((ShiftedCrop(side, shift), crops(side, shift)) for side in (64, 90, 96) for shift in (0, 1, 4)),
+        (SquareSymmetry(p=1.0), [A.D4(p=1.0)]),
+    ],
+)
+def test_draws_and_pixels_are_those_of_albumentations(ours: A.BasicTransform, theirs: list[A.BasicTransform]) -> None:
+    chains = A.Compose([ours]), A.Compose(theirs)
+    for chain in chains:
+        chain.set_random_seed(3)
+    for _ in range(50):
+        made, expected = (chain(image=RANDOM)["image"] for chain in chains)
+        assert np.array_equal(made, expected)
 
 
 def test_all_eight_symmetries_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.training.augment.MAX_SHIFT", 0)
-    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     augment = augmentation(96, 0.0, 0.0)
     augment.set_random_seed(0)
-    seen = {augment(image=patch)["image"].tobytes() for _ in range(200)}
-    assert seen == {np.rot90(face, turns).tobytes() for face in (patch, patch[:, ::-1]) for turns in range(4)}
-
-
-def test_the_symmetry_is_the_one_that_albumentations_draws() -> None:
-    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    ours, theirs = SquareSymmetry(p=1.0), A.D4(p=1.0)
-    for transform in (ours, theirs):
-        transform.set_random_seed(3)
-    assert all(np.array_equal(ours(image=patch)["image"], theirs(image=patch)["image"]) for _ in range(50))
+    seen = {augment(image=RANDOM)["image"].tobytes() for _ in range(200)}
+    assert seen == {np.rot90(face, turns).tobytes() for face in (RANDOM, RANDOM[:, ::-1]) for turns in range(4)}
 
 
 def test_same_seed_same_patches() -> None:
-    patch = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     augment = augmentation(96, 0.1, 0.1)
 
     def drawn(seed: int) -> list[bytes]:
         augment.set_random_seed(seed)
-        return [augment(image=patch)["image"].tobytes() for _ in range(5)]
+        return [augment(image=RANDOM)["image"].tobytes() for _ in range(5)]
 
     assert drawn(3) == drawn(3) != drawn(4)
     assert len(set(drawn(3))) == 5
 
 
 def test_stain_jitter_is_unmix_scale_mix() -> None:
-    patch = np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    jitter = StainJitter(0.2)
-    jitter.set_random_seed(5)
-    reference = StainJitter(0.2)
-    reference.set_random_seed(5)
+    jitter, reference = StainJitter(0.2), StainJitter(0.2)
+    for each in (jitter, reference):
+        each.set_random_seed(5)
     factors = 1 + 0.2 * reference.random_generator.uniform(-1, 1, 3)
     offsets = 0.08 * reference.random_generator.uniform(-1, 1, 3)
-    stains = DENSITY[patch].astype(np.float64) @ np.linalg.inv(STAINS) * factors + offsets
+    stains = DENSITY[RANDOM].astype(np.float64) @ np.linalg.inv(STAINS) * factors + offsets
     expected = np.clip(256 * np.exp(-(stains @ STAINS)) - 1, 0, 255)
-    affine = StainJitter(0.2)
-    affine.set_random_seed(5)
-    assert np.abs(jitter.apply(patch, **affine.get_params()) - expected).max() <= 0.51
+    assert np.abs(jitter.apply(RANDOM, **jitter.get_params()) - expected).max() <= 0.51
 
 
 def test_stain_jitter_of_nothing_is_nothing() -> None:
-    patch = np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    assert np.array_equal(StainJitter(0.0)(image=patch)["image"], patch)
+    assert np.array_equal(StainJitter(0.0)(image=RANDOM)["image"], RANDOM)
 
 
 def test_evaluation_sees_the_centre() -> None:

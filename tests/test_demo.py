@@ -15,11 +15,12 @@ from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
-from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.fold_state import load_best
-from pcam_kaggle.training.train import fold_epochs
+from pcam_kaggle.training.learner import load_best
+from pcam_kaggle.training.task import Task
+from pcam_kaggle.training.train import train_fold
 
 
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
@@ -73,8 +74,9 @@ def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> No
     folds = make_folds(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
     # Twenty epochs of the demo are still fewer steps than the experiment takes on real patches.
     config = replace(experiment(QUICK).config, n_splits=3, epochs=20, batch_size=32)
-    list(fold_epochs(Fold(tmp_path, 0), config, PatchStore(tmp_path / "store"), folds.table, backend))
-    net = load_best(Fold(tmp_path, 0), config, backend)
+    task = Task(Run(tmp_path), QUICK, config, PatchStore(tmp_path / "store"), folds)
+    list(train_fold(task, 0, backend))
+    net = load_best(task.run.fold(0), config, backend)
     pairs = torch.from_numpy(np.array([pair(number) for number in range(60)]))
     with torch.inference_mode():
         logits = torch.stack([net(backend.images(patches)) for patches in pairs.unbind(1)]).double().numpy()

@@ -1,90 +1,57 @@
-"""How a net is run: as the device is built for, and as measured where that is clearly faster."""
+"""How a model is run: as the device is built for, and with loader processes that leave it its cores."""
 
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training import device, gpus
-from pcam_kaggle.training.device import Backend, choose_backend, precisions
-
-SMALL = Config(n_blocks=2, width=8, side=32)
-
-
-def small() -> torch.nn.Module:
-    """Return a small net."""
-    return create(SMALL)
+from pcam_kaggle.training.device import Backend, choose_backend
 
 
 @pytest.mark.parametrize(
-    ("flags", "seconds", "chosen"),
+    ("kind", "units", "given", "chosen"),
     [
-        ("avx512f avx512_bf16", {"bf16": 1.0, "fp32": 0.9}, "bf16"),
-        ("avx512f avx512_bf16", {"bf16": 1.3, "fp32": 1.0}, "fp32"),
-        ("avx512f", {"bf16": 0.9, "fp32": 1.0}, "fp32"),
-        ("avx512f", {"bf16": 0.7, "fp32": 1.0}, "bf16"),
-        ("avx512f avx512_bf16", {"fp32": 1.0}, "fp32"),
+        ("cpu", "avx512f avx512_bf16", "auto", "bf16"),
+        ("cpu", "avx512f", "auto", "fp32"),
+        ("cpu", "", "auto", "fp32"),
+        ("cpu", "avx512f avx512_bf16", "fp32", "fp32"),
+        ("mps", "avx512f avx512_bf16", "auto", "fp32"),
+        ("cuda", (6, 0), "auto", "fp32"),
+        ("cuda", (7, 5), "auto", "fp16"),
+        ("cuda", (8, 0), "auto", "bf16"),
+        ("cuda", (9, 0), "fp32", "fp32"),
     ],
 )
-def test_what_the_processor_has_units_for_is_used_unless_another_is_clearly_faster(
-    flags: str, seconds: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
+def test_a_device_computes_in_the_precision_it_has_units_for(
+    kind: str, units: str | tuple[int, int], given: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "exists", lambda self: True)
-    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {flags}")
-    monkeypatch.setattr(device, "find_device", lambda: "cpu")
-
-    def steps(backend: Backend, *_: object) -> Iterator[float]:
-        if backend.precision not in seconds:
-            raise RuntimeError("not implemented\nfor this dtype")
-        slower = 1.0 if backend.memory_format == "channels_last" else 1.05
-        # In the first turn the machine has other work.
-        yield from itertools.chain([2 * seconds["fp32"]], itertools.repeat(slower * seconds[backend.precision]))
-
-    monkeypatch.setattr(device, "_timed_steps", steps)
-    assert choose_backend(small, 32, 16, "auto") == Backend("cpu", chosen, "channels_last")
+    monkeypatch.setattr(device, "find_device", lambda: kind)
+    monkeypatch.setattr(Path, "exists", lambda self: bool(units))
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {units}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: units)
+    assert choose_backend(given) == Backend(kind, chosen, "channels_last")
 
 
-def test_a_step_is_taken_with_each_backend_that_the_device_admits() -> None:
-    for precision in precisions("cpu"):
-        [seconds] = itertools.islice(device._timed_steps(Backend("cpu", precision, "contiguous"), small, 32, 4), 1)
-        assert seconds > 0
-    assert choose_backend(small, 32, 16, "fp32") == Backend("cpu", "fp32", "channels_last")
-
-
-@pytest.mark.parametrize(("capability", "first"), [((6, 0), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_a_gpu_starts_from_its_own_units(capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert precisions("cuda")[0] == first
-    assert sorted(precisions("cuda")) == ["bf16", "fp16", "fp32"]
-
-
-def test_a_gpu_computes_in_its_own_units_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "find_device", lambda: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-
-    def created() -> torch.nn.Module:
-        raise AssertionError
-
-    assert choose_backend(created, 96, 64, "auto") == Backend("cuda", "fp16", "channels_last")
+@pytest.mark.parametrize("fields", [("tpu", "fp32", "contiguous"), ("cpu", "fp8", "contiguous"), ("cpu", "fp32", "rows")])
+def test_an_unknown_backend_is_an_error(fields: tuple[str, str, str]) -> None:
+    with pytest.raises(ValueError, match="no such backend"):
+        Backend(*fields)
 
 
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "find_device", lambda: kind)
+    monkeypatch.setattr(device, "find_device", lambda: kind)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        gpus.configure_torch()
+        device.configure_torch()
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
@@ -106,15 +73,10 @@ def test_loaders_share_the_cores_of_the_processes_that_train(
 
 @pytest.mark.parametrize(("free", "devices", "loaders"), [(10, 1, 3), (9, 1, 2), (20, 2, 3), (1, 1, 1), (100, 1, 16)])
 def test_batches_in_flight_fit_into_shared_memory(
-    free: int,
-    devices: int,
-    loaders: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    package_log: pytest.LogCaptureFixture,
+    free: int, devices: int, loaders: int, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
 ) -> None:
     """Three batches per process are in flight, and one is read."""
-    monkeypatch.setattr(gpus, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(gpus, "SHARED_MEMORY", Path.cwd())
     monkeypatch.setattr(gpus, "gpu_count", lambda: devices)
     monkeypatch.setattr("joblib.cpu_count", lambda: 16 * devices)
     monkeypatch.setattr(gpus.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
@@ -142,27 +104,6 @@ def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
     assert int(shown[1]) - os.nice(0) <= 5
 
 
-def test_a_device_that_refuses_all_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> Iterator[float]:
-        raise RuntimeError("not implemented\nfor this dtype")
-        yield
-
-    monkeypatch.setattr(device, "_timed_steps", refuse)
-    with pytest.raises(UserError, match=r"^cpu: no precision works for this net \(not implemented for this dtype\)$"):
-        choose_backend(small, 32, 16, "auto")
-
-
-def test_what_a_device_refuses_after_a_first_step_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def steps(backend: Backend, *_: object) -> Iterator[float]:
-        if backend.precision == "fp32":
-            yield from itertools.repeat(1.0)
-        yield 0.1
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(device, "_timed_steps", steps)
-    assert choose_backend(small, 32, 16, "auto").precision == "fp32"
-
-
 def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
     torch.manual_seed(0)
     config = EXPERIMENTS["bottleneck"].config
@@ -172,8 +113,3 @@ def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
         logits = net(torch.rand(64, 3, config.side, config.side))
     assert logits.dtype == torch.float32
     assert len(logits.unique()) == 64
-
-
-def test_a_net_with_frozen_layers_is_timed() -> None:
-    config = Config(model="timm:resnet10t", weights="unused", freeze=0.5)
-    assert choose_backend(lambda: create(config, weights=False), 32, 4, "auto").kind == "cpu"

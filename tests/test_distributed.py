@@ -17,7 +17,6 @@ from conftest import TINY
 import pcam_kaggle
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.training import augment
 from pcam_kaggle.training.loader import TrainBatches
@@ -40,10 +39,14 @@ with process_group():
 """
 
 
-def launch(data: Data, work: Path, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
-    """Start the pipeline on small settings, by `launcher`."""
+OPTIONS = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *OPTIONS]
+
+
+def launch(data: Data, work: Path) -> subprocess.Popen[str]:
+    """Start the pipeline on small settings in two processes, which are started again should one be lost."""
     changes = [part for change in (*TINY, "epochs=8", "lr=0.01") for part in ("--set", change)]
-    line = [sys.executable, *launcher, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
+    line = [*TORCHRUN, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
     return subprocess.Popen(
         line,
         stdout=subprocess.PIPE,
@@ -52,11 +55,6 @@ def launch(data: Data, work: Path, launcher: tuple[str, ...]) -> subprocess.Pope
         start_new_session=True,
         env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
-
-
-def torchrun(processes: int) -> tuple[str, ...]:
-    """Return the start of a command line that starts `processes` of the rest, and again should one be lost."""
-    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", "2")
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -71,9 +69,7 @@ def a_worker_of(launcher: int) -> int:
     return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[-1])
 
 
-def test_two_processes_share_a_batch(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(data, tmp_path / "store")
-    store = PatchStore(tmp_path / "store")
+def test_two_processes_share_a_batch(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "MAX_SHIFT", 0)
     config = replace(Config().changed(TINY), side=96, stain_jitter=0.0, color_jitter=0.0)
     rows = np.arange(24)
@@ -91,7 +87,7 @@ def test_two_processes_share_a_batch(data: Data, tmp_path: Path, monkeypatch: py
 def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
     (tmp_path / "step.py").write_text(SHARED_STEP)
     environment = {**os.environ, "PYTHONPATH": str(Path(pcam_kaggle.__file__).parent.parent)}
-    line = [sys.executable, *torchrun(2), str(tmp_path / "step.py")]
+    line = [*TORCHRUN, str(tmp_path / "step.py")]
     done = subprocess.run(line, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -99,12 +95,12 @@ def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_and_a_lost_worker_changes_nothing(data: Data, tmp_path: Path) -> None:
     whole, lost = tmp_path / "whole", tmp_path / "lost"
-    printed = ended(launch(data, whole, torchrun(2)))
+    printed = ended(launch(data, whole))
     assert printed.count("submission: ") == 1
     oof, labels = pd.read_csv(whole / RUN / "oof.csv"), pd.read_csv(data.labels)
     assert sorted(oof["id"]) == sorted(labels["id"])
 
-    process = launch(data, lost, torchrun(2))
+    process = launch(data, lost)
     try:
         while not (lost / RUN / "fold_1" / "last.pt").exists():
             assert process.poll() is None

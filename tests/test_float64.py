@@ -1,9 +1,7 @@
 """A stand-in for Apple's GPUs, which have no float64: training, prediction and Grad-CAM leave it to the CPU."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.report.mistakes import grad_cam
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import adapt_norms, predict_logits, train_epoch
+from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.loader import TrainBatches
-from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.step import Learner, TrainStep
 
 
 class OnCpu(Tensor):
@@ -69,10 +65,8 @@ NETS = {
 
 @pytest.mark.parametrize("fields", NETS.values(), ids=NETS)
 def test_no_float64_is_made_on_the_device(
-    fields: dict[str, Any], data: Data, tiny: Config, tmp_path: Path, gpu: WithoutFloat64
+    fields: dict[str, Any], data: Data, store: PatchStore, tiny: Config, gpu: WithoutFloat64
 ) -> None:
-    prepare(data, tmp_path / "store")
-    store = PatchStore(tmp_path / "store")
     config = replace(tiny, **fields)
     labels = read_labels(data.labels)
     rows = store.rows("train", labels["id"].to_numpy())
@@ -80,9 +74,8 @@ def test_no_float64_is_made_on_the_device(
     backend = Backend("cpu", "fp32", "channels_last")
     with gpu:
         net = backend.place(create(config))
-        learner = Learner(net, copy.deepcopy(net), create_optimizer(net, config), backend.scaler(), backend)
-        step = TrainStep(learner, config, batches.count)
-        loss = train_epoch(step, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
+        learner = Learner(net, config, backend, batches.count)
+        loss = train_epoch(learner, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
         adapt_norms(net, store, rows, config, backend)
         logits = predict_logits(net, store, rows, config, backend, 8, "predict")
         heat = grad_cam(net, backend.images(batches[0][0]), torch.ones(config.batch_size))

@@ -22,7 +22,6 @@ from pcam_kaggle.kaggle import run_kernel, session
 from pcam_kaggle.kaggle.client import Quota
 from pcam_kaggle.kaggle.failures import RULES
 from pcam_kaggle.kaggle.run_kernel import allowed_hours
-from pcam_kaggle.training.capacity import Needs
 
 ROOT = Path(__file__).parent.parent
 Pcam = Callable[..., Outcome]
@@ -227,7 +226,7 @@ def test_the_check_tells_login_and_quota(kaggle: Kaggle, home: Path, capsys: pyt
 KINDS: dict[str, tuple[dict[str, Reply], str]] = {
     "credentials": ({"GetCompetition": 401}, "KAGGLE_API_TOKEN or ~/.kaggle/access_token"),
     "rules": ({"GetCompetition": {"userHasEntered": False}}, f"accept its rules at {RULES}"),
-    "quota": (quota(0.5), "0.5 of 30.0 GPU hours are left"),
+    "quota": (quota(0.1), "0.1 of 30.0 GPU hours are left"),
     "quota that Kaggle refuses": (
         {"SaveKernel": {"error": "Maximum weekly GPU quota of 30 hours reached"}},
         "which `python -m pcam_kaggle kaggle check` tells",
@@ -434,28 +433,15 @@ def test_a_session_ends_before_the_quota_does(account: Account, kaggle: Kaggle, 
 
 
 @pytest.mark.parametrize(
-    ("left", "asked", "hours", "least", "expected"),
-    [
-        (30.0, 11.0, 4.0, 0.8, 11.0),
-        (6.0, 11.0, 4.0, 0.8, 5.8),
-        # A session that the user wants to be short ends in time with the folds that it has.
-        (3.0, 2.0, 4.0, 0.8, 2.0),
-        (3.0, 11.0, 4.0, 0.8, "at least 4.0; wait until .*, or train the folds that fit with --hours 2.8"),
-        (0.5, 11.0, 4.0, 0.8, r"at least 4.0; wait until 2026-12-05 00:00 UTC$"),
-        (0.1, 11.0, None, None, "none can be started"),
-        (6.0, 11.0, None, None, 5.8),
-    ],
+    ("left", "asked", "expected"), [(30.0, 11.0, 11.0), (6.0, 11.0, 5.8), (3.0, 2.0, 2.0), (0.1, 11.0, "none can be started")]
 )
-def test_a_session_gets_the_hours_that_the_quota_leaves(
-    left: float, asked: float, hours: float | None, least: float | None, expected: float | str
-) -> None:
-    needs = None if hours is None or least is None else Needs(memory=1, output=1, hours=hours, least_hours=least)
+def test_a_session_gets_the_hours_that_the_quota_leaves(left: float, asked: float, expected: float | str) -> None:
     week = Quota(left, 30.0, pd.Timestamp("2026-12-05").to_pydatetime())
     if isinstance(expected, float):
-        assert allowed_hours(week, asked, needs) == expected
+        assert allowed_hours(week, asked) == expected
         return
     with pytest.raises(UserError, match=expected):
-        allowed_hours(week, asked, needs)
+        allowed_hours(week, asked)
 
 
 def test_a_submission_that_kaggle_cannot_score_is_an_error_and_can_be_repeated(

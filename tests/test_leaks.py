@@ -14,13 +14,12 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import QUICK, experiment
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.folds import Folds, Scheme, make_folds
+from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs import checkpoint
-from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
 from pcam_kaggle.scoring.metrics import auc
@@ -28,7 +27,8 @@ from pcam_kaggle.training import augment
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import predict_logits
 from pcam_kaggle.training.predict import predict
-from pcam_kaggle.training.train import fold_epochs, train
+from pcam_kaggle.training.task import Task
+from pcam_kaggle.training.train import train, train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
 SCHEME = Scheme(3, "stratified")
@@ -40,10 +40,11 @@ def once(tiny: Config) -> Config:
     return replace(tiny, epochs=1)
 
 
-def packed(data: Data, folder: Path) -> tuple[PatchStore, Folds]:
-    """Return the store and three folds of `data`."""
+def packed(data: Data, folder: Path, config: Config) -> Task:
+    """Return the task of a run in `folder / "run"`, with the store and three folds of `data`."""
     prepare(data, folder / "store")
-    return PatchStore(folder / "store"), make_folds(read_labels(data.labels), SCHEME, None, folder / "folds")[0]
+    folds = make_folds(read_labels(data.labels), SCHEME, None, folder / "folds")[0]
+    return Task(Run(folder / "run"), "tiny", config, PatchStore(folder / "store"), folds)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,31 +58,32 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_weights_do_not_see_the_labels_of_their_fold(data: Data, once: Config, tmp_path: Path) -> None:
-    store, folds = packed(data, tmp_path)
-    inside = folds.table["fold"] == 1
-    turned = folds.table.assign(label=folds.table["label"].where(~inside, 1 - folds.table["label"]))
-    for name, table in (("as_is", folds.table), ("turned", turned)):
+    task = packed(data, tmp_path, once)
+    table = task.folds.table
+    turned = table.assign(label=table["label"].where(table["fold"] != 1, 1 - table["label"]))
+    for name, labels in (("as_is", table), ("turned", turned)):
         for fold in (0, 1):
-            list(fold_epochs(Fold(tmp_path / name, fold), once, store, table, CPU))
+            list(train_fold(replace(task, run=Run(tmp_path / name), folds=replace(task.folds, table=labels)), fold, CPU))
     nets = {name: [weights(tmp_path / name / f"fold_{fold}") for fold in (0, 1)] for name in ("as_is", "turned")}
     assert same(nets["as_is"][1], nets["turned"][1])
     assert not same(nets["as_is"][0], nets["turned"][0])
 
 
 def test_weights_do_not_see_the_pixels_of_their_fold_nor_the_test_set(data: Data, once: Config, tmp_path: Path) -> None:
-    store, folds = packed(data, tmp_path)
-    list(fold_epochs(Fold(tmp_path / "as_is", 1), once, store, folds.table, CPU))
+    task = packed(data, tmp_path, once)
+    store, folds = task.store, task.folds
+    list(train_fold(task, 1, CPU))
     valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
     patches = np.load(store.folder / "patches.npy", mmap_mode="r+")
     patches[np.concatenate([valid, store.rows("test", store.ids("test"))])] ^= 255
     patches.flush()
-    list(fold_epochs(Fold(tmp_path / "inverted", 1), once, PatchStore(store.folder), folds.table, CPU))
-    assert same(weights(tmp_path / "as_is" / "fold_1"), weights(tmp_path / "inverted" / "fold_1"))
+    list(train_fold(replace(task, run=Run(tmp_path / "inverted"), store=PatchStore(store.folder)), 1, CPU))
+    assert same(weights(tmp_path / "run" / "fold_1"), weights(tmp_path / "inverted" / "fold_1"))
 
 
 def test_each_row_comes_from_the_one_net_that_did_not_see_it(data: Data, once: Config, tmp_path: Path) -> None:
-    store, folds = packed(data, tmp_path)
-    train(Run(tmp_path / "run"), "tiny", once, store, folds, [0, 1, 2])
+    task = packed(data, tmp_path, once)
+    train(task, [0, 1, 2])
     for fold in range(3):
         # A net whose logit is the number of its fold plus one.
         content = checkpoint.load(tmp_path / "run" / f"fold_{fold}" / "best.pt")
@@ -89,11 +91,11 @@ def test_each_row_comes_from_the_one_net_that_did_not_see_it(data: Data, once: C
         content["net"] = {key: torch.zeros_like(value) for key, value in content["net"].items()}
         content["net"][last] += fold + 1.0
         checkpoint.save(tmp_path / "run" / f"fold_{fold}" / "best.pt", content)
-    predict(Run(tmp_path / "run"), once, store, folds, [0, 1, 2])
+    predict(task, [0, 1, 2])
     oof = pd.concat([pd.read_csv(tmp_path / "run" / f"fold_{fold}" / "oof.csv").assign(by=fold) for fold in range(3)])
-    assert sorted(oof["id"]) == sorted(folds.table["id"])
+    assert sorted(oof["id"]) == sorted(task.folds.table["id"])
     logits = np.log(oof["probability"] / (1 - oof["probability"])).round().astype(int) - 1
-    assert oof.assign(logit=logits).merge(folds.table, on="id").eval("logit == fold and by == fold").all()
+    assert oof.assign(logit=logits).merge(task.folds.table, on="id").eval("logit == fold and by == fold").all()
 
 
 def test_labels_of_the_sample_submission_are_nowhere(data: Data, once: Config, tmp_path: Path) -> None:
@@ -101,9 +103,9 @@ def test_labels_of_the_sample_submission_are_nowhere(data: Data, once: Config, t
     for label in (0, 1):
         pd.read_csv(data.sample).assign(label=label).to_csv(data.sample, index=False)
         work = tmp_path / str(label)
-        store, folds = packed(data, work)
-        train(Run(work / "run"), "tiny", once, store, folds, [0])
-        predict(Run(work / "run"), once, store, folds, [0])
+        task = packed(data, work, once)
+        train(task, [0])
+        predict(task, [0])
         written.append([(work / "run" / "fold_0" / name).read_bytes() for name in ("oof.csv", "test.csv")])
     assert written[0] == written[1]
 
@@ -123,9 +125,10 @@ def test_what_can_only_be_memorised_is_not_known_out_of_fold(
         table = pd.DataFrame({"id": [sha1(patch) for patch in patches], "label": rng.permutation(count) % 2})
         table.to_csv(noise.labels if split == "train" else noise.sample, index=False)
     config = replace(tiny, width=16, epochs=25, stain_jitter=0.0, color_jitter=0.0, dropout=0.0, head="flatten")
-    store, folds = packed(noise, tmp_path)
-    train(Run(tmp_path / "run"), "tiny", config, store, folds, [0, 1, 2])
-    predict(Run(tmp_path / "run"), config, store, folds, [0, 1, 2])
+    task = packed(noise, tmp_path, config)
+    train(task, [0, 1, 2])
+    predict(task, [0, 1, 2])
+    store, folds = task.store, task.folds
     seen = folds.table[folds.table["fold"] != 0]
     net = create(config)
     net.load_state_dict(checkpoint.load(tmp_path / "run" / "fold_0" / "last.pt")["net"])
@@ -151,9 +154,9 @@ def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
     config = replace(
         experiment(QUICK).config, width=16, max_width=32, side=48, n_blocks=3, n_splits=3, epochs=2, precision="fp32"
     )
-    store, folds = packed(data, tmp_path)
-    train(Run(tmp_path / "run"), QUICK, config, store, folds, [0, 1, 2])
-    predict(Run(tmp_path / "run"), config, store, folds, [0, 1, 2])
+    task = packed(data, tmp_path, config)
+    train(task, [0, 1, 2])
+    predict(task, [0, 1, 2])
     assert_chance(tmp_path / "run")
 
 

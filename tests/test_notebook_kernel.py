@@ -23,10 +23,9 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import COMPETITION, Data
-from pcam_kaggle.kaggle.kernel import METADATA, MOST_BYTES, Kernel, check_kernel, pack
+from pcam_kaggle.kaggle.kernel import ACCELERATORS, METADATA, MOST_BYTES, Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, Settings, notebook
 from pcam_kaggle.models.weights import import_timm
-from pcam_kaggle.training.capacity import ACCELERATORS
 
 ROOT = Path(__file__).parent.parent
 # Interpreters of environments with the package versions of Kaggle's images, current one first, made by `make kernel-test`.

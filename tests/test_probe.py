@@ -16,25 +16,23 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.runs import checkpoint
-from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import embed as embedding
 from pcam_kaggle.training import gpus
-from pcam_kaggle.training import probe as probing
 from pcam_kaggle.training.budget import Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import embed
-from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
-from pcam_kaggle.training.probe import choose_penalty, fit, probe
-from pcam_kaggle.training.train import fold_epochs
+from pcam_kaggle.training.probe import PENALTIES, fit, probe
+from pcam_kaggle.training.task import Task
+from pcam_kaggle.training.train import train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
@@ -49,77 +47,82 @@ def config(tmp_path: Path) -> Config:
     return Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
 
 
-def test_predictions_are_those_of_the_net_with_the_fitted_classifier(
-    store: PatchStore, folds: Folds, config: Config, tmp_path: Path
-) -> None:
-    run = Run(tmp_path / "runs" / "probe")
-    probe(run, "lite0", config, store, folds, [0, 1, 2])
-    for number in range(3):
-        fold = run.fold(number)
+@pytest.fixture
+def task(task: Task, config: Config) -> Task:
+    """Return the task of a probe."""
+    return replace(task, config=config)
+
+
+def named(task: Task, name: str, **fields: Any) -> Task:
+    """Return the task of another run, with `fields` of its config changed."""
+    return replace(task, run=Run(task.run.folder.with_name(name)), config=replace(task.config, **fields))
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the rows of the patches that are embedded from now on, in parts of eight."""
+    rows: list[int] = []
+    compute = embedding.mean_features
+
+    def watched(net: Any, store: PatchStore, given: Any, *rest: Any) -> Any:
+        rows.extend(given)
+        return compute(net, store, given, *rest)
+
+    monkeypatch.setattr(embedding, "CHUNK", 8)
+    monkeypatch.setattr(embedding, "mean_features", watched)
+    return rows
+
+
+def test_predictions_are_those_of_the_model_with_the_fitted_classifier(task: Task) -> None:
+    probe(task, [0, 1, 2])
+    for fold in task.run.folds():
         assert fold.is_trained
-        assert fold.is_predicted(store)
-        oof, test = fold.predictions()
-        net = load_best(fold, config, CPU)
-        for split, table in (("train", oof), ("test", test)):
-            rows = store.rows(split, table["id"].to_numpy())
-            again = predict_probabilities(net, store, rows, config, CPU, "")
+        assert fold.is_predicted(task.store)
+        net = load_best(fold, task.config, CPU)
+        for split, table in zip(("train", "test"), fold.predictions(), strict=True):
+            rows = task.store.rows(split, table["id"].to_numpy())
+            again = predict_probabilities(net, task.store, rows, task.config, CPU, "")
             np.testing.assert_allclose(table["probability"], again, atol=0.01)
     assert set(checkpoint.load(fold.best_checkpoint)["net"]) == {"net.fc.weight", "net.fc.bias"}
 
 
-def test_a_patch_is_embedded_once(
-    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedded: list[int] = []
-    compute = embedding._features
-    monkeypatch.setattr(embedding, "CHUNK", 8)
-    monkeypatch.setattr(
-        embedding, "_features", lambda net, store, rows, *rest: embedded.extend(rows) or compute(net, store, rows, *rest)
-    )
-    probe(Run(tmp_path / "one"), "lite0", config, store, folds, [0])
+def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
+    probe(task, [0])
     assert sorted(embedded) == list(range(36 + 7))
-    probe(Run(tmp_path / "two"), "lite0", replace(config, seed=3), store, folds, [1])
+    probe(named(task, "two", seed=3), [1])
     assert len(embedded) == 36 + 7
-    probe(Run(tmp_path / "three"), "lite0", replace(config, tta=1), store, folds, [0])
+    probe(named(task, "three", tta=1), [0])
     assert len(embedded) == 2 * (36 + 7)
 
 
-def test_an_interrupted_embedding_continues(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "CHUNK", 8)
-    compute, embedded = embedding._features, []
+def test_an_interrupted_embedding_continues(
+    store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, join = embedding.write, embedding._join
 
-    def fails(net: Any, store: PatchStore, rows: Any, *rest: Any) -> Any:
-        if len(embedded) == 2:
+    def fails(*arguments: Any) -> None:
+        if len(embedded) > 16:
             raise KeyboardInterrupt
-        embedded.append(rows[0])
-        return compute(net, store, rows, *rest)
-
-    monkeypatch.setattr(embedding, "_features", fails)
-    with pytest.raises(KeyboardInterrupt):
-        embed(config, store, CPU)
-    monkeypatch.setattr(
-        embedding, "_features", lambda net, store, rows, *rest: embedded.append(rows[0]) or compute(net, store, rows, *rest)
-    )
-    joined = embedding._join
+        write(*arguments)
 
     def fails_late(*arguments: Any) -> None:
-        joined(*arguments)
+        join(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding, "_join", fails_late)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embedding, "write", fails)
+        embed(config, store, CPU)
+    for _ in ("train", "test"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(embedding, "_join", fails_late)
             embed(config, store, CPU)
-    monkeypatch.setattr(embedding, "_join", joined)
     found, rate = embed(config, store, CPU) or ({}, 0.0)
-    assert embedded == [0, 8, 16, 24, 32, 36]
+    assert embedded == [*range(24), *range(16, 43)]
     assert rate > 0
-    assert {split: (array.shape, array.dtype.name) for split, array in found.items()} == {
-        "train": ((36, 512), "float16"),
-        "test": ((7, 512), "float16"),
-    }
-    monkeypatch.undo()
-    fresh, _ = embed(replace(config, lr=0.5), store, CPU) or ({}, 0.0)
+    shapes = {split: (array.shape, array.dtype.name) for split, array in found.items()}
+    assert shapes == {"train": ((36, 512), "float16"), "test": ((7, 512), "float16")}
+    monkeypatch.setattr(embedding, "_key", lambda *_: "fresh")
+    fresh, _ = embed(config, store, CPU) or ({}, 0.0)
     assert np.array_equal(fresh["train"], found["train"])
 
 
@@ -134,13 +137,11 @@ def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypat
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
 
 
-def test_an_embedding_ends_with_the_budget(
-    store: PatchStore, folds: Folds, config: Config, tmp_path: Path, package_log: pytest.LogCaptureFixture
-) -> None:
-    assert embed(config, store, CPU, Budget(0.0)) is None
-    probe(Run(tmp_path / "run"), "lite0", config, store, folds, [0], Budget(0.0))
+def test_an_embedding_ends_with_the_budget(task: Task, package_log: pytest.LogCaptureFixture) -> None:
+    assert embed(task.config, task.store, CPU, Budget(0.0)) is None
+    probe(task, [0], Budget(0.0))
     assert "out of time while embedding" in package_log.text
-    assert not Run(tmp_path / "run").fold(0).is_trained
+    assert not task.run.fold(0).is_trained
 
 
 def test_features_belong_to_weights_and_precision(store: PatchStore, config: Config) -> None:
@@ -155,7 +156,7 @@ def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 0] + 3).astype(np.float16)
     y = (x[:, 0] + rng.normal(size=400) > 3).astype(np.int64)
-    for penalty, (weight, bias) in zip(probing.PENALTIES, fit(x, y, probing.PENALTIES), strict=True):
+    for penalty, (weight, bias) in zip(PENALTIES, fit(x, y, PENALTIES), strict=True):
         deviation = x.astype(np.float64).std(0)
         residual = expit(x.astype(np.float64) @ weight + bias) - y
         gradient = x.astype(np.float64).T @ residual / len(y)
@@ -165,35 +166,46 @@ def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:
         assert weight[5] == 0
 
 
-def test_labels_of_a_fold_change_nothing_that_predicts_it() -> None:
+def test_a_feature_that_never_changes_has_no_weight_among_many_patches() -> None:
     rng = np.random.default_rng(0)
-    x, y, folds = rng.normal(size=(90, 20)).astype(np.float16), rng.integers(0, 2, 90), np.arange(90) % 3.0
-    train = np.flatnonzero(folds != 0)
-    other = np.where(folds == 0, 1 - y, y)
-    assert choose_penalty(x, y, folds, train) == choose_penalty(x, other, folds, train)
+    x = np.column_stack([rng.normal(size=176_000), np.full(176_000, 0.1), np.full(176_000, 431.0)]).astype(np.float16)
+    ((weight, _),) = fit(x, (x[:, 0] > 0).astype(np.int64), [0.1])
+    assert weight[0] > 0
+    np.testing.assert_allclose(weight[1:], 0, atol=1e-9)
 
 
-def test_frozen_layers_need_their_weights(store: PatchStore, folds: Folds, config: Config, tmp_path: Path) -> None:
-    run = Run(tmp_path / "runs" / "probe")
-    probe(run, "lite0", config, store, folds, [0])
-    torch.save(import_timm().create_model("resnet10t").state_dict(), config.weights)
+def test_labels_of_a_fold_change_nothing_that_predicts_it(task: Task) -> None:
+    table = task.folds.table
+    turned = table.assign(label=table["label"].where(table["fold"] != 1, 1 - table["label"]))
+    other = replace(named(task, "turned"), folds=replace(task.folds, table=turned))
+    states = []
+    for each in (task, other):
+        probe(each, [0, 1])
+        states.append([checkpoint.load(each.run.fold(fold).best_checkpoint)["net"]["net.fc.weight"] for fold in (0, 1)])
+    assert not torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+
+
+def test_frozen_layers_need_their_weights(task: Task) -> None:
+    probe(task, [0])
+    torch.save(import_timm().create_model("resnet10t").state_dict(), task.config.weights)
     with pytest.raises(UserError, match="its folds started from other weights"):
-        load_best(Fold(run.folder, 0), config, CPU)
+        load_best(task.run.fold(0), task.config, CPU)
 
 
-def test_a_fold_with_frozen_layers_resumes_exactly(store: PatchStore, folds: Folds, config: Config, tmp_path: Path) -> None:
-    half = replace(config, freeze=0.5, optimizer="adamw", epochs=2, batch_size=8, tta=1)
-    whole, stopped = Fold(tmp_path / "whole", 0), Fold(tmp_path / "stopped", 0)
-    rows = list(fold_epochs(whole, half, store, folds.table, CPU))
-    next(fold_epochs(stopped, half, store, folds.table, CPU))
-    again = list(fold_epochs(stopped, half, store, folds.table, CPU))
+def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
+    fields: dict[str, Any] = {"freeze": 0.5, "optimizer": "adamw", "epochs": 2, "batch_size": 8, "tta": 1}
+    whole, stopped = named(task, "whole", **fields), named(task, "stopped", **fields)
+    rows = list(train_fold(whole, 0, CPU))
+    next(train_fold(stopped, 0, CPU))
+    again = list(train_fold(stopped, 0, CPU))
     assert [row["valid_auc"] for row in again] == [rows[1]["valid_auc"]]
-    ours, theirs = (checkpoint.load(fold.last_checkpoint)["net"] for fold in (stopped, whole))
-    assert ours.keys() == theirs.keys() == trained_state(create(half, weights=False)).keys()
+    ours, theirs = (checkpoint.load(each.run.fold(0).last_checkpoint)["net"] for each in (stopped, whole))
+    assert ours.keys() == theirs.keys() == trained_state(create(whole.config, weights=False)).keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # The checkpoint lacks the lower layers, which are those of the weights' file.
-    net = load_best(stopped, half, CPU)
-    assert torch.equal(net.net.conv1[0].weight, torch.load(config.weights)["conv1.0.weight"])
+    net = load_best(stopped.run.fold(0), stopped.config, CPU)
+    assert torch.equal(net.net.conv1[0].weight, torch.load(task.config.weights)["conv1.0.weight"])
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""A training step from static tensors: equal to a plain loop, and a CUDA graph is used only where it agrees with it."""
+"""A step of training: equal to a plain loop, and a CUDA graph of it is used only where it agrees with the eager step."""
 
-import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +10,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training.cuda_graph import _graph_of, compared, fastest_function, fastest_step
+from pcam_kaggle.training.cuda_graph import compared, fastest_step
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.step import CLIP_NORM, Learner, TrainStep
+from pcam_kaggle.training.learner import CLIP_NORM, Learner
 
 CPU = Backend("cpu", "fp32", "channels_last")
 COUNT = 6
@@ -25,10 +24,9 @@ NETS = {
 Work = Callable[[], None]
 
 
-def new_step(config: Config, backend: Backend = CPU) -> TrainStep:
+def new_learner(config: Config) -> Learner:
     torch.manual_seed(0)
-    net = backend.place(create(config)).train()
-    return TrainStep(Learner(net, copy.deepcopy(net), create_optimizer(net, config), backend.scaler(), backend), config, COUNT)
+    return Learner(CPU.place(create(config)).train(), config, CPU, COUNT)
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -37,33 +35,33 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return patches, torch.rand(COUNT, generator=draw).round()
 
 
-def state(step: TrainStep) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in step.learner.tensors()]
+def state(learner: Learner) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in learner.tensors()]
 
 
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_a_step_equals_a_plain_loop(config: Config) -> None:
-    step = new_step(config)
-    plain = new_step(config).learner
+    learner = new_learner(config)
+    plain = new_learner(config)
     for seed in range(3):
         patches, targets = batch(seed)
         torch.manual_seed(seed)
-        step.load(patches, targets, 1e-3, 0.25)
-        step.run()
+        learner.load(patches, targets, 1e-3, 0.25)
+        learner.step()
         torch.manual_seed(seed)
         for group in plain.optimizer.param_groups:
             group["lr"].fill_(1e-3 * group["lr_scale"])
         plain.optimizer.zero_grad()
         images = (patches.permute(0, 3, 1, 2).float() / 255).to(memory_format=torch.channels_last)
-        loss = binary_cross_entropy_with_logits(plain.net(images), targets)
+        loss = binary_cross_entropy_with_logits(plain.model(images), targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.net.parameters(), CLIP_NORM)
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), CLIP_NORM)
         plain.optimizer.step()
         with torch.no_grad():
-            for to, new in zip(plain.average.state_dict().values(), plain.net.state_dict().values(), strict=True):
+            for to, new in zip(plain.ema.state_dict().values(), plain.model.state_dict().values(), strict=True):
                 to.copy_(to.lerp(new, 0.25) if to.is_floating_point() else new)
-        assert float(step.loss) == float(loss.detach())
-    for made, expected in zip(step.learner.tensors(), plain.tensors(), strict=True):
+        assert float(learner.loss) == float(loss.detach())
+    for made, expected in zip(learner.tensors(), plain.tensors(), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -73,138 +71,104 @@ def replayed(work: Work) -> Work:
     return work
 
 
-def refused(work: Work) -> Work:
+def refused(learner: Learner, work: Work) -> Work:
     """Fail as a GPU does, after the state has changed."""
     work()
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def stale(work: Work) -> Work:
+def half_done(learner: Learner, work: Work) -> Work:
+    """Fail inside the optimizer, as where it waits for the device."""
+
+    def fail() -> None:
+        raise AssertionError("not all groups are capturable")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner.optimizer, "step", fail)
+        work()
+    return work
+
+
+def stale(learner: Learner, work: Work) -> Work:
     """Repeat nothing, as a graph would that reads other tensors than the caller sets."""
     work()
     return lambda: None
 
 
-def explosive(step: TrainStep) -> Callable[[Work], Work]:
-    def capture(work: Work) -> Work:
-        def run() -> None:
-            work()
-            next(step.learner.net.parameters()).data.fill_(torch.nan)
+def explosive(learner: Learner, work: Work) -> Work:
+    """Make a weight that is not a number."""
 
-        return run
+    def run() -> None:
+        work()
+        next(learner.model.parameters()).data.fill_(torch.nan)
 
-    return capture
+    return run
 
 
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_a_graph_that_agrees_is_used_and_nothing_changes(config: Config) -> None:
-    step, untouched = new_step(config), new_step(config)
+    learner, untouched = new_learner(config), new_learner(config)
     torch.manual_seed(5)
-    work, reason = compared(step, replayed)
+    work, reason = compared(learner, replayed)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
     assert work is not None
     assert "both differ by 0," in reason
     # The same steps from here give the same weights, as if nothing had been tried.
-    for each in (step, untouched):
+    for each in (learner, untouched):
         torch.manual_seed(1)
         each.load(*batch(0), 1e-3, 0.5)
-        each.run()
-    for made, expected in zip(step.learner.tensors(), untouched.learner.tensors(), strict=True):
+        each.step()
+    for made, expected in zip(learner.tensors(), untouched.tensors(), strict=True):
         assert torch.equal(made, expected)
 
 
-@pytest.mark.parametrize(("capture", "said"), [(refused, "not permitted when stream is capturing"), (stale, "both differ by")])
-def test_a_graph_that_fails_or_disagrees_is_not_used(capture: Callable[[Work], Work], said: str) -> None:
-    step = new_step(NETS["muon"])
-    before = state(step)
-    work, reason = compared(step, capture)
-    assert work is None
-    assert said in reason
-    assert all(map(torch.equal, before, state(step)))
-
-
-def test_a_graph_whose_weights_are_not_numbers_is_not_used() -> None:
-    step = new_step(NETS["muon"])
-    work, reason = compared(step, explosive(step))
-    assert work is None
-    assert "differ by nan" in reason
+@pytest.mark.parametrize("config", NETS.values(), ids=NETS)
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        (refused, "not permitted when stream is capturing"),
+        (half_done, "not all groups are capturable"),
+        (stale, "both differ by"),
+        (explosive, "differ by nan"),
+    ],
+)
+def test_a_graph_that_fails_or_disagrees_is_not_used_and_leaves_no_trace(
+    capture: Callable[[Learner, Work], Work], message: str, config: Config
+) -> None:
+    learner = new_learner(config)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = state(learner)
+    replay, reason = compared(learner, partial(capture, learner))
+    assert replay is None
+    assert message in reason
+    assert learner.scaler.get_scale() == 8.0
+    assert all(map(torch.equal, before, state(learner)[: len(before)]))
+    learner.load(*batch(0), 1e-3, 0.5)
+    learner.step()
+    assert not torch.equal(before[0], state(learner)[0])
 
 
 def test_a_cpu_takes_eager_steps_and_says_so(package_log: pytest.LogCaptureFixture) -> None:
-    step = new_step(NETS["muon"])
-    assert fastest_step(step, refused) is None
+    learner = new_learner(NETS["muon"])
+    assert fastest_step(learner, partial(refused, learner)) is None
     assert "eager steps, because the device is cpu" in package_log.text
 
 
 def test_a_scaled_step_whose_gradient_overflows_changes_no_weight() -> None:
-    step = new_step(NETS["muon"])
-    step.learner.scaler = torch.amp.GradScaler("cpu", init_scale=torch.inf)
-    parameters = [parameter.detach().clone() for parameter in step.learner.net.parameters()]
-    step.load(*batch(0), 1e-3, 0.5)
-    step.run()
-    assert all(map(torch.equal, parameters, step.learner.net.parameters()))
-
-
-def doubled(batch: Tensor) -> Tensor:
-    return batch.float() * 2
-
-
-def test_a_function_on_a_cpu_is_called_itself() -> None:
-    assert fastest_function(doubled, "cpu", refused) is doubled
-
-
-@pytest.mark.parametrize("capture", [refused, stale])
-def test_a_function_whose_graph_disagrees_stays_eager(capture: Callable[[Work], Work]) -> None:
-    # A stale graph repeats the result of its capture.
-    call, reason = _graph_of(doubled, torch.ones(4), torch.full((4,), 3.0), "cpu", capture)
-    assert call is None
-    assert "failed" in reason or "differ by 1" in reason
-
-
-def test_results_of_a_replayed_function_are_not_overwritten_by_the_next() -> None:
-    call, _ = _graph_of(doubled, torch.ones(4), torch.full((4,), 2.0), "cpu", replayed)
-    assert call is not None
-    first = call(torch.ones(4))
-    call(torch.zeros(4))
-    assert torch.equal(first, torch.full((4,), 2.0))
-
-
-def half_done(step: TrainStep) -> Callable[[Work], Work]:
-    """Return a capture that fails inside the optimizer, as where it waits for the device."""
-
-    def capture(work: Work) -> Work:
-        def fail() -> None:
-            raise AssertionError("not all groups are capturable")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step.learner.optimizer, "step", fail)
-            work()
-        return work
-
-    return capture
-
-
-@pytest.mark.parametrize("config", NETS.values(), ids=NETS)
-def test_a_capture_that_fails_in_the_optimizer_leaves_the_scaler_usable(config: Config) -> None:
-    step = new_step(config)
-    step.learner.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = state(step)
-    replay, reason = compared(step, half_done(step))
-    assert replay is None
-    assert "not all groups are capturable" in reason
-    assert step.learner.scaler.get_scale() == 8.0
-    assert all(map(torch.equal, before, state(step)[: len(before)]))
-    step.load(*batch(0), 1e-3, 0.5)
-    step.run()
-    assert not torch.equal(before[0], state(step)[0])
+    learner = new_learner(NETS["muon"])
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=torch.inf)
+    parameters = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    learner.load(*batch(0), 1e-3, 0.5)
+    learner.step()
+    assert all(map(torch.equal, parameters, learner.model.parameters()))
 
 
 def test_a_graph_is_compared_where_the_scale_of_a_training_overflows() -> None:
-    step = new_step(NETS["muon"])
-    step.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    replay, reason = compared(step, replayed)
+    learner = new_learner(NETS["muon"])
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    replay, reason = compared(learner, replayed)
     assert replay is not None
     assert "have moved by 0," not in reason
-    assert step.learner.scaler.get_scale() == 2.0**127
+    assert learner.scaler.get_scale() == 2.0**127

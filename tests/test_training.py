@@ -1,4 +1,4 @@
-"""Training: independent of the number of workers, resumed exactly, and its best net reproduces the stored score."""
+"""Training: independent of the number of workers, resumed exactly, and its best model reproduces the stored score."""
 
 import os
 import platform
@@ -28,56 +28,52 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.runs import checkpoint, provenance
-from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.records import BackendRecord, Environment
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.training import augment, budget, device, engine, gpus, loader, session
+from pcam_kaggle.training import augment, budget, device, engine, gpus, loader
 from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import predict_logits
-from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
-from pcam_kaggle.training.schedule import MovingAverage, average_weight, learning_rate
-from pcam_kaggle.training.train import fold_epochs
+from pcam_kaggle.training.schedule import MovingAverage, ema_weight, learning_rate
+from pcam_kaggle.training.task import Task, open_session
+from pcam_kaggle.training.train import FoldData, train, train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
 
 
-def train_batches(store: PatchStore, folds: Folds, config: Config, fold: int = 0) -> TrainBatches:
-    """Return the batches of one fold."""
-    table = folds.table[folds.table["fold"] != fold]
-    return TrainBatches(store, store.rows("train", table["id"].to_numpy()), table["label"].to_numpy(), config, fold)
+def changed(task: Task, name: str = "run", **fields: Any) -> Task:
+    """Return the task of the run `name`, with `fields` of its config changed."""
+    return replace(task, run=Run(task.run.folder.with_name(name)), config=replace(task.config, **fields))
 
 
-def train_fold(fold: Fold, config: Config, store: PatchStore, folds: Folds) -> None:
-    """Train `fold` to its end on the CPU."""
-    list(fold_epochs(fold, config, store, folds.table, CPU))
+def finish(task: Task, fold: int) -> Path:
+    """Train `fold` to its end on the CPU; return its folder."""
+    list(train_fold(task, fold, CPU))
+    return task.run.fold(fold).folder
 
 
-def test_validation_patches_are_never_trained_on(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    monkeypatch.setattr(training, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
-    train_fold(Fold(tmp_path, 1), tiny, store, folds)
-    trained = set(store.ids("train")[seen[0].rows])
-    valid = set(folds.table["id"][folds.table["fold"] == 1])
+def test_validation_patches_are_never_trained_on(task: Task) -> None:
+    table = task.folds.table
+    data = FoldData.of(task, 1)
+    trained, valid = set(task.store.ids("train")[data.train.rows]), set(table["id"][table["fold"] == 1])
+    assert set(task.store.ids("train")[data.valid_rows]) == valid
     assert not trained & valid
-    assert trained | valid == set(folds.table["id"])
+    assert trained | valid == set(table["id"])
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
-def test_batches_are_the_same_for_any_number_of_workers(
-    cpus: int, store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_the_same_for_any_number_of_workers(cpus: int, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader.os, "cpu_count", lambda: cpus)
-    data = train_batches(store, folds, replace(tiny, epochs=6))
+    data = FoldData.of(changed(task, epochs=6), 0).train
     count = 0
     for index, (patches, targets) in enumerate(batches(data, 2, 2), 2 * data.steps):
-        # Time for the workers to write all that they may while this batch is with the net.
+        # Time for the workers to write all that they may while this batch is trained on.
         time.sleep(0.02)
         expected, same = data[index]
         assert torch.equal(patches, expected)
@@ -86,27 +82,14 @@ def test_batches_are_the_same_for_any_number_of_workers(
     assert count == 4 * (24 // 8)
 
 
-def test_a_killed_worker_is_one_error_and_the_fold_resumes(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainBatches, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(UserError, match=r"^fold 1: a loader process was killed") as caught:
-            training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
-    assert "\n" not in str(caught.value)
-    training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
-    assert len(pd.read_csv(tmp_path / "run" / "fold_1" / "log.csv")) == tiny.epochs
+def killed(*_: object) -> None:
+    """End this process as the system does where memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_bug_in_a_worker_is_not_reported_as_a_killed_process(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def mistaken(self: TrainBatches, index: int) -> None:
-        raise RuntimeError("a shape is wrong")
-
-    monkeypatch.setattr(TrainBatches, "__getitem__", mistaken)
-    with pytest.raises(RuntimeError, match="a shape is wrong"):
-        training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
+def mistaken(*_: object) -> None:
+    """Fail with a bug."""
+    raise RuntimeError("a shape is wrong")
 
 
 def out_of_a_gpus_memory(*_: object) -> float:
@@ -119,116 +102,118 @@ def out_of_memory(*_: object) -> float:
     return float(torch.empty(2**50)[0])
 
 
-@pytest.mark.parametrize("epoch", [out_of_a_gpus_memory, out_of_memory])
-def test_a_batch_too_large_for_memory_is_one_error(
-    epoch: Callable[..., float],
-    store: PatchStore,
-    folds: Folds,
-    tiny: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "message"),
+    [
+        (TrainBatches, "__getitem__", killed, "^fold 1: a loader process was killed[^\n]*$"),
+        (TrainBatches, "__getitem__", mistaken, "a shape is wrong"),
+        (training, "train_epoch", out_of_a_gpus_memory, "^batch_size=8: too large for the device's memory; use a smaller one$"),
+        (training, "train_epoch", out_of_memory, "^batch_size=8: too large for the device's memory; use a smaller one$"),
+    ],
+)
+def test_a_failure_is_told_and_the_fold_resumes(
+    owner: object, name: str, broken: Callable[..., object], message: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "train_epoch", epoch)
-    with pytest.raises(UserError, match=r"^batch_size=8: too large for the device's memory; use a smaller one$"):
-        training.train(Run(tmp_path / "run"), "tiny", tiny, store, folds, [1])
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, broken)
+        with pytest.raises(RuntimeError if broken is mistaken else UserError, match=message):
+            train(task, [1])
+    train(task, [1])
+    assert len(task.run.fold(1).log()) == task.config.epochs
 
 
-def test_shared_memory_that_is_too_small_is_one_error(
-    store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_memory_that_is_too_small_is_one_error(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(part: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_1_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match=r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"):
-        next(batches(train_batches(store, folds, tiny), 0, 2))
+        next(batches(FoldData.of(task, 0).train, 0, 2))
 
 
-def test_workers_start_after_opencv_has_used_its_threads(store: PatchStore, folds: Folds, tiny: Config) -> None:
+def test_workers_start_after_opencv_has_used_its_threads(task: Task) -> None:
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
-    assert len(list(batches(train_batches(store, folds, tiny), 0, 2))) == 6
+    assert len(list(batches(FoldData.of(task, 0).train, 0, 2))) == 6
 
 
-def test_each_epoch_takes_every_patch_once_in_a_new_order(
-    store: PatchStore, folds: Folds, tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_epoch_takes_every_patch_once_in_a_new_order(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "MAX_SHIFT", 0)
-    config = replace(tiny, side=96, stain_jitter=0.0, color_jitter=0.0)
-    data = train_batches(store, folds, config)
+    data = FoldData.of(changed(task, side=96, stain_jitter=0.0, color_jitter=0.0), 0).train
     sums = [[int(patch.sum()) for index in range(3) for patch in data[epoch * 3 + index][0]] for epoch in range(2)]
-    expected = sorted(int(patch.sum()) for patch in store.images(data.rows))
+    expected = sorted(int(patch.sum()) for patch in task.store.images(data.rows))
     assert sorted(sums[0]) == sorted(sums[1]) == expected
     assert sums[0] != sums[1]
 
 
-def test_folds_and_seeds_draw_differently(store: PatchStore, folds: Folds, tiny: Config) -> None:
-    table = folds.table
-    rows, labels = store.rows("train", table["id"].to_numpy()), table["label"].to_numpy()
-    first = TrainBatches(store, rows, labels, tiny, 0)[0][0]
-    assert not torch.equal(first, TrainBatches(store, rows, labels, tiny, 1)[0][0])
-    assert not torch.equal(first, TrainBatches(store, rows, labels, replace(tiny, seed=43), 0)[0][0])
+def test_folds_and_seeds_draw_differently(task: Task) -> None:
+    rows, labels = np.arange(36), np.zeros(36)
+    first = TrainBatches(task.store, rows, labels, task.config, 0)[0][0]
+    assert not torch.equal(first, TrainBatches(task.store, rows, labels, task.config, 1)[0][0])
+    assert not torch.equal(first, TrainBatches(task.store, rows, labels, replace(task.config, seed=43), 0)[0][0])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    optimizer: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny, epochs=3, optimizer=optimizer, width=16)
-    train_fold(Fold(tmp_path / "whole", 0), config, store, folds)
+    whole, stopped = (changed(task, name, epochs=3, optimizer=optimizer, width=16) for name in ("whole", "stopped"))
+    finish(whole, 0)
 
-    class Stop(Exception):
-        pass
-
-    def stop_in_the_second_epoch(step, source, steps, epoch, config):  # noqa: ANN001, ANN202
+    def stop_in_the_second_epoch(learner, source, steps, epoch, config):  # noqa: ANN001, ANN202
         if epoch == 1:
-            raise Stop
-        return engine.train_epoch(step, source, steps, epoch, config)
+            raise KeyboardInterrupt
+        return engine.train_epoch(learner, source, steps, epoch, config)
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "train_epoch", stop_in_the_second_epoch)
-        train_fold(Fold(tmp_path / "stopped", 0), config, store, folds)
-    assert len(pd.read_csv(tmp_path / "stopped" / "fold_0" / "log.csv")) == 1
-    train_fold(Fold(tmp_path / "stopped", 0), config, store, folds)
+        finish(stopped, 0)
+    assert len(stopped.run.fold(0).log()) == 1
+    finish(stopped, 0)
     for name in ("best.pt", "last.pt"):
-        whole, stopped = (checkpoint.load(tmp_path / run / "fold_0" / name)["net"] for run in ("whole", "stopped"))
-        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
-    logs = [Fold(tmp_path / run, 0).log()[["epoch", "train_loss", "valid_auc"]] for run in ("whole", "stopped")]
+        one, other = (checkpoint.load(each.run.fold(0).folder / name)["net"] for each in (whole, stopped))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    logs = [each.run.fold(0).log()[["epoch", "train_loss", "valid_auc"]] for each in (whole, stopped)]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
 @pytest.mark.slow
 def test_folds_on_two_devices_equal_those_on_one(
-    store: PatchStore,
-    folds: Folds,
-    tiny: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Of three folds with two epochs, the second is split between the devices.
-    config = replace(tiny, epochs=2)
     configure_logging()
-    lines = []
-    for run, devices in (("one", 1), ("two", 2)):
+    lines, folders = [], []
+    for name, devices in (("one", 1), ("two", 2)):
+        each = changed(task, name)
         monkeypatch.setattr(gpus, "gpu_count", lambda devices=devices: devices)
         monkeypatch.setattr(training, "gpu_count", lambda devices=devices: devices)
-        training.train(Run(tmp_path / run), "tiny", config, store, folds, [0, 1, 2])
-        predict(Run(tmp_path / run), config, store, folds, [0, 1, 2])
+        train(each, [0, 1, 2])
+        predict(each, [0, 1, 2])
         lines.append(sorted(line.partition(":")[0] for line in capfd.readouterr().out.splitlines()))
+        folders.append(each.run.folder)
     assert lines[0] == lines[1]
     assert "fold 2, epoch  1 of 2" in lines[1]
-    for name in ("oof.csv", "test.csv", "best.pt"):
-        for fold in range(3):
-            assert (tmp_path / "one" / f"fold_{fold}" / name).read_bytes() == (
-                tmp_path / "two" / f"fold_{fold}" / name
-            ).read_bytes()
+    names = [f"fold_{fold}/{name}" for fold in range(3) for name in ("oof.csv", "test.csv", "best.pt")]
+    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
 
-def test_a_device_that_fails_in_its_own_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
-    with pytest.raises(UserError, match=r"^fold 1$"):
-        gpus.spread_over_gpus(_refuse, [[0], [1]])
+def die(items: list[int]) -> None:
+    """Kill the process of the second GPU."""
+    if items == [1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(items: list[int]) -> None:
+    """Fail on the second GPU."""
+    if items == [1]:
+        raise UserError("fold 1")
+
+
+@pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 1$"), (die, "^a GPU's process was killed")])
+def test_a_gpu_that_fails_in_its_own_process_is_one_error(work: Callable[[list[int]], None], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        gpus.run_on_gpus(work, [[0], [1]])
 
 
 def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
@@ -253,30 +238,13 @@ import os, time
 from pathlib import Path
 from pcam_kaggle.training import gpus
 
-def work(share):
+def work(items):
     Path(str(os.getpid())).touch()
     time.sleep(600)
 
 if __name__ == "__main__":
-    gpus.gpu_count = lambda: 2
-    gpus.spread_over_gpus(work, [[0], [1]])
+    gpus.run_on_gpus(work, [[0], [1]])
 """
-
-
-def test_a_gpus_process_that_is_killed_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
-    with pytest.raises(UserError, match=r"^a GPU's process was killed"):
-        gpus.spread_over_gpus(_die, [[0], [1]])
-
-
-def _die(share: list[int]) -> None:
-    if share == [1]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _refuse(share: list[int]) -> None:
-    if share == [1]:
-        raise UserError("fold 1")
 
 
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,34 +260,29 @@ def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(caught.value)
 
 
-def test_training_ends_with_the_budget_and_resumes(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Clock:
-        """A budget that ends after `epochs` epochs."""
+def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    def logged_epochs() -> int:
+        return sum(len(task.run.fold(fold).log()) for fold in range(3))
 
-        def __init__(self, epochs: int) -> None:
-            self.epochs = epochs
+    class Clock:
+        """A budget that ends after three epochs."""
 
         def left(self) -> float:
-            return 1e6 if logged_epochs(tmp_path / "run") < self.epochs else -1.0
+            return 1e6 if logged_epochs() < 3 else -1.0
 
-    def logged_epochs(run: Path) -> int:
-        return sum(len(Run(run).fold(fold).log()) for fold in range(3))
-
-    config = replace(tiny, epochs=2)
     configure_logging()
-    training.train(Run(tmp_path / "run"), "tiny", config, store, folds, [0, 1, 2], Clock(3))
+    train(task, [0, 1, 2], Clock())
     printed = capsys.readouterr().out
-    assert [Run(tmp_path / "run").fold(fold).is_trained for fold in range(3)] == [True, False, False]
-    assert logged_epochs(tmp_path / "run") == 3
+    assert [task.run.fold(fold).is_trained for fold in range(3)] == [True, False, False]
+    assert logged_epochs() == 3
     assert "out of time in fold 1" in printed
-    assert "folds 0, 1, 2 need" in printed
-    training.train(Run(tmp_path / "run"), "tiny", config, store, folds, [1, 2])
-    training.train(Run(tmp_path / "whole"), "tiny", config, store, folds, [0, 1, 2])
+    assert printed.count("folds 0, 1, 2 need") == 1
+    train(task, [1, 2])
+    whole = changed(task, "whole")
+    train(whole, [0, 1, 2])
     for fold in range(3):
-        whole, stopped = (checkpoint.load(tmp_path / run / f"fold_{fold}" / "best.pt")["net"] for run in ("whole", "run"))
-        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+        one, other = (checkpoint.load(each.run.fold(fold).best_checkpoint)["net"] for each in (whole, task))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,52 +299,40 @@ def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
-def test_an_interruption_between_two_files_is_repaired(
-    broken: str, store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
-) -> None:
-    config = replace(tiny, epochs=1)
-    train_fold(Fold(tmp_path, 0), config, store, folds)
-    before = {name: (tmp_path / "fold_0" / name).read_bytes() for name in ("log.csv", "metrics.json")}
+def test_an_interruption_between_two_files_is_repaired(broken: str, task: Task) -> None:
+    task = changed(task, epochs=1)
+    folder = finish(task, 0)
+    before = {name: (folder / name).read_bytes() for name in ("log.csv", "metrics.json")}
     for name in (broken, "metrics.json"):
-        (tmp_path / "fold_0" / name).unlink()
-    train_fold(Fold(tmp_path, 0), config, store, folds)
-    assert {name: (tmp_path / "fold_0" / name).read_bytes() for name in before} == before
-    assert checkpoint.load(tmp_path / "fold_0" / "best.pt")["epoch"] == 1
+        (folder / name).unlink()
+    finish(task, 0)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert checkpoint.load(folder / "best.pt")["epoch"] == 1
 
 
-def test_best_reloaded_gives_the_stored_auc(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    train_fold(Fold(tmp_path, 2), tiny, store, folds)
-    valid = folds.table[folds.table["fold"] == 2]
-    net = load_best(Fold(tmp_path, 2), tiny, CPU)
-    rows = store.rows("train", valid["id"].to_numpy())
-    logits = predict_logits(net, store, rows, tiny, CPU, 1, "test")[0].double().numpy()
-    stored = read_json(tmp_path / "fold_2" / "metrics.json")["valid_auc"]
+def test_best_reloaded_gives_the_stored_auc(task: Task) -> None:
+    folder = finish(task, 2)
+    valid = task.folds.table[task.folds.table["fold"] == 2]
+    net = load_best(task.run.fold(2), task.config, CPU)
+    rows = task.store.rows("train", valid["id"].to_numpy())
+    logits = predict_logits(net, task.store, rows, task.config, CPU, 1, "test")[0].double().numpy()
+    stored = read_json(folder / "metrics.json")["valid_auc"]
     assert auc(valid["label"].to_numpy(), logits) == stored
-    assert stored == pd.read_csv(tmp_path / "fold_2" / "log.csv")["valid_auc"].max()
+    assert stored == pd.read_csv(folder / "log.csv")["valid_auc"].max()
 
 
-def test_tensorboard_sees_the_log(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
+def test_tensorboard_sees_the_log(task: Task) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train_fold(Fold(tmp_path, 0), tiny, store, folds)
-    seen = events.EventAccumulator(str(tmp_path / "fold_0" / "events")).Reload()
-    log = pd.read_csv(tmp_path / "fold_0" / "log.csv")
+    folder = finish(task, 0)
+    seen = events.EventAccumulator(str(folder / "events")).Reload()
+    log = pd.read_csv(folder / "log.csv")
     for name in ("valid_auc", "train_loss", "lr"):
         points = seen.Scalars(name)
         assert [point.step for point in points] == log["epoch"].tolist()
         np.testing.assert_allclose([point.value for point in points], log[name], rtol=1e-6)
 
 
-def test_another_config_does_not_resume_in_the_same_folder(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
-) -> None:
-    Run(tmp_path / "run").open("tiny", tiny, store, folds)
-    with pytest.raises(UserError, match=r"lr \(0.002 → 0.1\)"):
-        Run(tmp_path / "run").check(replace(tiny, lr=0.1), store, folds)
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_losses_before(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_with_the_losses_before(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: Config, weights: bool) -> torch.nn.Module:
         net = create(config)
         torch.nn.init.constant_(net.head[-1].bias, torch.inf)
@@ -389,16 +340,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_losses_before(
 
     monkeypatch.setattr(training, "create", broken)
     with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is .* smaller lr"):
-        train_fold(Fold(tmp_path, 0), tiny, store, folds)
-    assert not list((tmp_path / "fold_0").glob("*.pt"))
+        finish(task, 0)
+    assert not list(task.run.fold(0).folder.glob("*.pt"))
 
 
-def test_validation_logits_that_are_not_finite_are_one_line(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_logits_that_are_not_finite_are_one_line(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "predict_logits", lambda net, store, rows, *_: torch.full((1, len(rows)), torch.nan))
     with pytest.raises(UserError, match="fold 1: a validation logit is not finite"):
-        next(fold_epochs(Fold(tmp_path, 1), tiny, store, folds.table, CPU))
+        next(train_fold(task, 1, CPU))
 
 
 def test_the_learning_rate_rises_once_and_falls_once() -> None:
@@ -411,28 +360,21 @@ def test_the_learning_rate_rises_once_and_falls_once() -> None:
     assert rates[-1] == pytest.approx(0.01)
 
 
-def test_the_average_forgets_its_start_and_keeps_a_horizon() -> None:
+def test_the_ema_forgets_its_start_and_keeps_a_horizon() -> None:
     config = replace(Config(), average_epochs=2.0)
-    net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
-    torch.nn.init.constant_(net.weight, 3.0)
-    MovingAverage(average, net).update(torch.tensor(average_weight(config, 10, 0)))
-    assert torch.equal(average.weight, net.weight)
-    assert average_weight(config, 10, 10_000) == pytest.approx(1 / 20)
-    assert average_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
+    net, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    MovingAverage(ema, net).update(torch.tensor(ema_weight(config, 10, 0)))
+    assert torch.equal(ema.weight, net.weight)
+    assert ema_weight(config, 10, 10_000) == pytest.approx(1 / 20)
+    assert ema_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
 
 
-def test_averaging_includes_the_norms_statistics() -> None:
-    net, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+def test_the_ema_includes_the_norms_statistics() -> None:
+    net, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     net(torch.randn(8, 2) + 5)
-    MovingAverage(average, net).update(torch.tensor(0.5))
-    torch.testing.assert_close(average.running_mean, net.running_mean / 2)
-    assert average.num_batches_tracked == net.num_batches_tracked == 1
-
-
-def test_a_net_without_norms_is_averaged_too() -> None:
-    net, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    MovingAverage(average, net).update(torch.tensor(1.0))
-    assert torch.equal(average.weight, net.weight)
+    MovingAverage(ema, net).update(torch.tensor(0.5))
+    torch.testing.assert_close(ema.running_mean, net.running_mean / 2)
+    assert ema.num_batches_tracked == net.num_batches_tracked == 1
 
 
 def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
@@ -443,9 +385,7 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_layers_learn_at_rates_that_fall_towards_the_input(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_learn_at_rates_that_fall_towards_the_input(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
 
     class Watched(torch.optim.AdamW):
@@ -454,10 +394,10 @@ def test_layers_learn_at_rates_that_fall_towards_the_input(
             return super().step(*arguments)
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    config = replace(tiny, model="timm:resnet10t", layer_decay=0.8, epochs=1)
-    train_fold(Fold(tmp_path, 0), config, store, folds)
+    task = changed(task, model="timm:resnet10t", layer_decay=0.8, epochs=1)
+    finish(task, 0)
     assert len(rates[0]) > 4
-    expected = [learning_rate(config, (step + 1) / len(rates)) for step in range(len(rates))]
+    expected = [learning_rate(task.config, (step + 1) / len(rates)) for step in range(len(rates))]
     np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
 
 
@@ -469,93 +409,94 @@ def test_vectors_get_no_weight_decay() -> None:
     assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,), (1,)]
 
 
-def test_a_teachers_answers_are_learnt_for_its_own_fold(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(tiny, teacher="old", epochs=1)
+def teach(task: Task, fold: int, first: float = 0.1) -> pd.DataFrame:
+    """Write a teacher's predictions of the test patches in the run `old`; return them."""
+    answers = pd.DataFrame({"id": task.store.ids("test")[::-1], "probability": np.linspace(first, 0.7, 7)})
+    write_csv(task.run.folder.with_name("old") / f"fold_{fold}" / "test.csv", answers)
+    return answers
+
+
+def test_a_teachers_answers_are_learnt_for_its_own_fold(task: Task) -> None:
+    task = changed(task, teacher="old", epochs=1)
     with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
-        train_fold(Fold(tmp_path / "new", 1), config, store, folds)
-    (tmp_path / "old" / "fold_1").mkdir(parents=True)
-    answers = pd.DataFrame({"id": store.ids("test")[::-1], "probability": np.linspace(0.1, 0.7, 7)})
-    answers.to_csv(tmp_path / "old" / "fold_1" / "test.csv", index=False)
-    seen = []
-    monkeypatch.setattr(training, "batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
-    train_fold(Fold(tmp_path / "new", 1), config, store, folds)
-    learnt = dict(zip(seen[0].rows, seen[0].targets, strict=True))
+        finish(task, 1)
+    answers = teach(task, 1)
+    data = FoldData.of(task, 1)
+    learnt = dict(zip(data.train.rows, data.train.targets, strict=True))
     for name, probability in answers.itertuples(index=False):
-        assert learnt[store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
-    valid = store.rows("train", folds.table["id"][folds.table["fold"] == 1].to_numpy())
-    assert not set(valid) & set(learnt)
+        assert learnt[task.store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
+    assert not set(data.valid_rows) & set(learnt)
 
 
-def test_a_student_does_not_resume_with_another_teacher(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    teacher, student = tmp_path / "old", tmp_path / "new"
-    config = replace(tiny, teacher="old")
-    Run(teacher).open("tiny", tiny, store, folds)
-    answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
+def test_a_student_does_not_resume_with_another_teacher(task: Task, tmp_path: Path) -> None:
+    teacher = Run(tmp_path / "old")
+    teacher.open("tiny", task.config, task.store, task.folds)
+    student = changed(task, teacher="old")
     for fold in range(3):
-        write_csv(teacher / f"fold_{fold}" / "test.csv", answers)
-    training.train(Run(student), "tiny", config, store, folds, [1])
-    next(fold_epochs(Fold(student, 0), config, store, folds.table, CPU))
-    write_csv(teacher / "fold_2" / "test.csv", answers.assign(probability=0.5))
-    training.train(Run(student), "tiny", config, store, folds, [2])
-    write_csv(teacher / "fold_0" / "test.csv", answers.assign(probability=0.5))
+        teach(task, fold)
+    train(student, [1])
+    next(train_fold(student, 0, CPU))
+    teach(task, 2, first=0.5)
+    train(student, [2])
+    teach(task, 0, first=0.5)
     with pytest.raises(UserError, match="other predictions of its teacher old"):
-        training.train(Run(student), "tiny", config, store, folds, [0])
-    write_csv(teacher / "fold_0" / "test.csv", answers)
-    training.train(Run(student), "tiny", config, store, folds, [0])
-    shutil.rmtree(teacher)
-    Run(student).check(config, store, folds)
+        train(student, [0])
+    teach(task, 0)
+    train(student, [0])
+    shutil.rmtree(teacher.folder)
+    student.run.check(student.config, student.store, student.folds)
 
 
-def test_a_student_whose_teacher_was_not_recorded_does_not_resume(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path
-) -> None:
-    answers = pd.DataFrame({"id": store.ids("test"), "probability": np.linspace(0.1, 0.7, 7)})
-    write_csv(tmp_path / "old" / "fold_1" / "test.csv", answers)
-    fold = Fold(tmp_path / "new", 1)
-    next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, CPU))
-    (fold.folder / "teacher.json").unlink()
+def test_a_student_whose_teacher_was_not_recorded_does_not_resume(task: Task) -> None:
+    student = changed(task, teacher="old")
+    teach(task, 1)
+    next(train_fold(student, 1, CPU))
+    (student.run.fold(1).folder / "teacher.json").unlink()
     with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
-        next(fold_epochs(fold, replace(tiny, teacher="old"), store, folds.table, CPU))
+        next(train_fold(student, 1, CPU))
 
 
-def test_folds_of_a_run_start_from_the_same_weights(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    timm, file, run = import_timm(), tmp_path / "weights.pth", tmp_path / "run"
-    config = replace(tiny, model="timm:mobilenetv3_small_050", weights=str(file), epochs=1)
+def test_a_teacher_with_other_folds_is_refused(task: Task, tmp_path: Path) -> None:
+    other = Folds(task.folds.table, task.folds.manifest.model_copy(update={"csv_sha256": "0" * 64}))
+    Run(tmp_path / "old").open("tiny", task.config, task.store, other)
+    with pytest.raises(UserError, match="the teacher has other folds"):
+        train(changed(task, teacher="old"), [0])
+    assert not task.run.folder.exists()
+
+
+def test_folds_of_a_run_start_from_the_same_weights(task: Task, tmp_path: Path) -> None:
+    timm, file = import_timm(), tmp_path / "weights.pth"
+    task = changed(task, model="timm:mobilenetv3_small_050", weights=str(file), epochs=1)
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
-    training.train(Run(run), "tiny", config, store, folds, [0])
+    train(task, [0])
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), file)
     with pytest.raises(UserError, match="its folds started from other weights"):
-        training.train(Run(run), "tiny", config, store, folds, [1])
+        train(task, [1])
     file.unlink()
-    training.train(Run(run), "tiny", config, store, folds, [0])
+    train(task, [0])
 
 
-def test_every_session_that_works_on_a_run_is_recorded(
-    store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    monkeypatch.setattr(session, "find_device", lambda: "cuda")
-    monkeypatch.setattr(session, "configure_torch", lambda: None)
-    monkeypatch.setattr(session, "choose_backend", lambda *_: Backend("cuda", "fp16", "channels_last"))
-    monkeypatch.setattr(session, "device_name", lambda kind: f"a {kind}")
-    on_gpu = session.open_session(Run(run), tiny, store)
-    monkeypatch.undo()
-    training.train(Run(run), "tiny", tiny, store, folds, [0])
-    training.train(Run(run), "tiny", tiny, store, folds, [1])
-    first, second = Run(run).environments()
-    assert (first["device"], first["backend"]["precision"]) == ("a cuda", on_gpu.precision)
-    assert second["backend"]["kind"] == "cpu"
+def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "find_device", lambda: "cuda")
+        patch.setattr(device, "configure_torch", lambda: None)
+        patch.setattr(device, "native_precision", lambda kind: "fp16")
+        patch.setattr("pcam_kaggle.training.task.device_name", lambda kind: f"a {kind}")
+        assert open_session(changed(task, precision="auto")).precision == "fp16"
+    for fold in (0, 1):
+        train(task, [fold])
+    first, second = task.run.environments()
+    assert (first.device, first.backend.precision) == ("a cuda", "fp16")
+    assert second.backend.kind == "cpu"
     monkeypatch.setattr(provenance, "session_start", lambda: "another day")
-    training.train(Run(run), "tiny", tiny, store, folds, [2])
-    assert [entry["started"] for entry in Run(run).environments()][-1] == "another day"
-    assert len(Run(run).environments()) == 3
+    train(task, [2])
+    assert [entry.started for entry in task.run.environments()][-1] == "another day"
+    assert len(task.run.environments()) == 3
 
 
 def test_an_environment_of_one_session_is_read_as_a_list(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu"}}')
-    assert Run(tmp_path).environments() == [{"backend": {"kind": "cpu"}}]
+    (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu", "precision": "fp32"}}')
+    assert [entry.backend.kind for entry in Run(tmp_path).environments()] == ["cpu"]
     (tmp_path / "environment.json").write_text('[{"device": 3}]')
     with pytest.raises(UserError, match=r"environment.json: not in the format of this version"):
         Run(tmp_path).environments()
@@ -614,16 +555,6 @@ def test_statistics_come_from_the_predicted_patches_alone(store: PatchStore, tin
     assert not np.array_equal(predict_probabilities(net, store, rows, tiny, CPU, "")[12:], other)
 
 
-def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    other = Folds(folds.table, folds.manifest.model_copy(update={"csv_sha256": "0" * 64}))
-    Run(tmp_path / "old").open("tiny", tiny, store, other)
-    with pytest.raises(UserError, match="the teacher has other folds"):
-        training.train(Run(tmp_path / "new"), "tiny", replace(tiny, teacher="old"), store, folds, [0])
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="not a path"):
-        replace(tiny, teacher="../old")
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
 def test_freed_memory_is_held_for_the_next_step() -> None:
     code = """
@@ -644,8 +575,12 @@ print(given_back > 1000, held < 100)
     assert printed == "True True\n"
 
 
-def test_an_unknown_backend_names_the_file_that_has_it(store: PatchStore, tiny: Config, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.add_environment({"backend": {"kind": "cpu", "precision": "fp8", "memory_format": "contiguous"}})
+@pytest.mark.parametrize(("precision", "memory_format"), [("bf16", "contiguous"), ("fp8", "contiguous")])
+def test_a_run_keeps_the_backend_of_its_last_session(precision: str, memory_format: str, task: Task) -> None:
+    backend = BackendRecord(kind="cpu", precision=precision, memory_format=memory_format)
+    task.run.add_environment(Environment(backend=backend))
+    if precision == "bf16":
+        assert open_session(task) == Backend("cpu", precision, memory_format)
+        return
     with pytest.raises(UserError, match=r"environment\.json"):
-        session.open_session(run, tiny, store)
+        open_session(task)

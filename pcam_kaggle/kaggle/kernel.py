@@ -17,6 +17,11 @@ MOST_BYTES = 900_000
 # Kaggle ends a session after 12 hours and saves nothing of it.
 MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
+# The accelerators that Kaggle offers and this package can use, by Kaggle's name.
+ACCELERATORS = (
+    *("NvidiaTeslaT4", "NvidiaTeslaT4Highmem", "NvidiaL4", "NvidiaL4X1"),
+    *("NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000"),
+)
 # Accelerators that the session could not use, by the beginning of Kaggle's names.
 UNUSABLE = {
     "NvidiaTeslaP100": "the PyTorch of Kaggle's image has no kernels for it",

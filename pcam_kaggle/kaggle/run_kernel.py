@@ -14,7 +14,7 @@ from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
-from pcam_kaggle.kaggle.kernel import Kernel, check_kernel
+from pcam_kaggle.kaggle.kernel import ACCELERATORS, Kernel, check_kernel
 from pcam_kaggle.kaggle.session import (
     Session,
     follow,
@@ -26,12 +26,9 @@ from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import LEDGER_FILE, describe, print_scores, read_submissions
-from pcam_kaggle.training.capacity import ACCELERATORS, Needs, check_capacity, kaggle_machine
 
 log = logging.getLogger(__name__)
 
-# The competition's train and test patches.
-PATCHES = (220_025, 57_458)
 # Hours of the quota that a session leaves, since it ends a little after its time.
 SPARE_HOURS = 0.2
 # Seconds between two questions for the score of a submission.
@@ -76,20 +73,9 @@ def run_kernel(kernel: Kernel, workspace: Workspace, submit: bool) -> None:
             log.info("next: repeat the command with --submit (make: in ARGS)")
 
 
-def check_request(kernel: Kernel) -> Needs | None:
-    """Check, without Kaggle, that a session can run `kernel`; return what it needs, None if only the session can know.
-
-    Raises:
-        UserError: As `check_kernel` and `check_capacity`.
-    """
+def check_request(kernel: Kernel) -> None:
+    """Check `kernel` without Kaggle; raises UserError as `check_kernel` does."""
     check_kernel(kernel, [*ACCELERATORS])
-    settings = kernel.notebook_settings
-    if any(change.startswith("weights=") for change in settings.changes):
-        log.info("needs: the session checks at its start whether the net of these weights fits")
-        return None
-    needs = check_capacity([part.config for part in kernel.parts], *PATCHES, kaggle_machine(kernel.accelerator, settings.hours))
-    log.info("%s: %s", kernel.run, needs)
-    return needs
 
 
 def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
@@ -100,13 +86,13 @@ def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
     """
     if session := pending_session(client, file):
         raise _not_downloaded(session, file)
-    needs = check_request(kernel)
+    check_request(kernel)
     quota = client.quota()
     hours = kernel.settings.hours
     if quota is None:
         log.info("quota: unknown")
     else:
-        hours = allowed_hours(quota, hours, needs)
+        hours = allowed_hours(quota, hours)
         log.info("quota: %s; the session ends after %.1f", quota, hours)
     limited = replace(kernel, settings=replace(kernel.settings, hours=hours))
     session = start_session(client, limited, file)
@@ -114,22 +100,17 @@ def push_kernel(client: Client, kernel: Kernel, file: Path) -> Session:
     return session
 
 
-def allowed_hours(quota: Quota, hours: float, needs: Needs | None) -> float:
+def allowed_hours(quota: Quota, hours: float) -> float:
     """Return how many of the asked `hours` a session may take.
 
     Raises:
-        UserError: The quota leaves less than `hours` and less than the session needs.
+        UserError: The quota leaves nothing.
     """
     left = round(quota.left - SPARE_HOURS, 1)
-    if hours <= left:
-        return hours
-    least = needs.hours if needs else 0.0
-    if left <= 0 or left < least:
-        need = f"the session needs at least {least:.1f}" if needs else "none can be started"
-        shorter = f", or train the folds that fit with --hours {left}" if needs and left >= needs.least_hours else ""
+    if left <= 0:
         renewed = "until it is renewed" if quota.renewed is None else f"until {quota.renewed:%Y-%m-%d %H:%M} UTC"
-        raise UserError(f"quota: {quota}, {need}; wait {renewed}{shorter}")
-    return left
+        raise UserError(f"quota: {quota}, none can be started; wait {renewed}")
+    return min(hours, left)
 
 
 def import_output(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> list[str]:

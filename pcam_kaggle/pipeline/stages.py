@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -23,7 +24,9 @@ from pcam_kaggle.scoring.intervals import Clusters
 from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import score_lines
 from pcam_kaggle.training.distributed import on_first_rank, process_group
-from pcam_kaggle.training.task import Task
+
+if TYPE_CHECKING:
+    from pcam_kaggle.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +230,10 @@ def _make_demo(job: Job) -> None:
         on_first_rank(partial(make_demo, job.data))
 
 
-def _task(job: Job, spec: RunSpec) -> Task:
+def _task(job: Job, spec: RunSpec) -> "Task":
     """Return what training and prediction take, after checking that an existing run belongs to the store and the folds."""
+    from pcam_kaggle.training.task import Task
+
     store = job.store()
     folds = load_folds(*_fold_inputs(job, spec.config), job.workspace.folds)
     task = Task(Run(job.workspace.run(spec.name)), spec.experiment, spec.config, store, folds)

@@ -20,7 +20,7 @@ from pcam_kaggle.report.gallery import LABELLED_SIDE, worst_mistakes
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import net_input
-from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.learner import load_best
 
 MISTAKES_PER_LABEL = 6
 SCALE = 2

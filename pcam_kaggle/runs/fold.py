@@ -1,7 +1,9 @@
 """One fold of a run: its files, and when each of them is complete."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock
@@ -96,8 +98,8 @@ class Fold:
         except ValueError:
             raise UserError(f"{file}: not a training log; delete {self.folder} to train the fold again") from None
 
-    def write_log(self, rows: list[dict[str, float]]) -> None:
-        """Write the log, a dictionary per finished epoch."""
+    def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the log, a row per finished epoch."""
         write_csv(self.folder / "log.csv", pd.DataFrame(rows))
 
     def metrics(self) -> FoldMetrics:

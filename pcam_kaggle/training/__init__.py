@@ -1,4 +1,4 @@
 """Training and prediction: loops over batches, augmentation, devices and processes.
 
-Nets are defined in `models`, the files of a run in `runs`.
+Models are defined in `models`, the files of a run in `runs`.
 """

@@ -35,10 +35,8 @@ SYMMETRIES: dict[str, Callable[[Image], Image]] = {
 def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compose:
     """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
 
-    Args:
-        side: Side of the crop in pixels.
-        stain_jitter: Strength of `StainJitter`, in [0, 1).
-        color_jitter: Half width of the random factors of brightness, contrast and saturation, in [0, 1).
+    `stain_jitter` is the strength of `StainJitter`, `color_jitter` the half width of the random factors of brightness, contrast
+    and saturation, both in [0, 1).
     """
     factors = (1 - color_jitter, 1 + color_jitter)
     return A.Compose(
@@ -54,18 +52,13 @@ def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compo
 
 
 class ShiftedCrop(A.ImageOnlyTransform):
-    """Crop a square around a randomly shifted centre; pixels outside the image are reflected.
+    """Crop a square of `side` px around a centre shifted by up to `max_shift` px at random; pixels outside are reflected.
 
     The draws and the pixels are those of albumentations' CenterCrop, padded, followed by RandomCrop, in a quarter of the time.
-
-    Args:
-        side: Side of the crop in pixels.
-        max_shift: Largest shift on each axis, in pixels.
-        p: Probability of the transform.
     """
 
-    def __init__(self, side: int, max_shift: int, p: float = 1.0) -> None:
-        super().__init__(p=p)
+    def __init__(self, side: int, max_shift: int) -> None:
+        super().__init__(p=1.0)
         self.side, self.max_shift = side, max_shift
 
     def get_params(self) -> dict[str, int]:
@@ -97,14 +90,10 @@ class StainJitter(A.ImageOnlyTransform):
 
     Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`. Separating the stains, changing and recombining them is
     one affine map of the optical density.
-
-    Args:
-        strength: In [0, 1).
-        p: Probability of the transform.
     """
 
-    def __init__(self, strength: float, p: float = 1.0) -> None:
-        super().__init__(p=p)
+    def __init__(self, strength: float) -> None:
+        super().__init__(p=1.0)
         self.strength = strength
 
     def get_params(self) -> dict[str, Any]:
@@ -119,6 +108,6 @@ class StainJitter(A.ImageOnlyTransform):
 
 
 def center_crop(images: Images, side: int) -> Images:
-    """Return the centre squares (..., side, side, 3) of `images` (..., h, w, 3), on which the net predicts."""
+    """Return the centre squares (..., side, side, 3) of `images` (..., h, w, 3), on which a model predicts."""
     top, left = (images.shape[-3] - side) // 2, (images.shape[-2] - side) // 2
     return images[..., top : top + side, left : left + side, :]

@@ -11,11 +11,7 @@ RESERVED = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The time by which everything must be written.
-
-    Attributes:
-        end: In seconds of the system's monotonic clock; infinite without a limit.
-    """
+    """The time by which everything must be written: `end`, in seconds of the monotonic clock, infinite without a limit."""
 
     end: float = math.inf
 
@@ -34,15 +30,9 @@ ENDLESS = Budget()
 
 @dataclass(slots=True)
 class Forecast:
-    """The time that the folds of one process still need, from the slowest epoch so far.
+    """The time that the `folds` of one process, in the order of their training, still need, from the slowest epoch so far.
 
-    Attributes:
-        folds: Numbers of the folds, in the order of their training.
-        epochs_left: Epochs left to train of each fold.
-        validations: Duration of a fold's predictions, in durations of a validation.
-        epoch_seconds: Longest duration of an epoch, its validation included; 0 before the first one.
-        valid_seconds: Longest duration of a validation.
-        is_logged: Whether the forecast has been logged.
+    The predictions of a fold take as long as `validations` validations; an epoch's `epoch_seconds` include its validation.
     """
 
     folds: list[int]

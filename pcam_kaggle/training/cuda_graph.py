@@ -1,4 +1,4 @@
-"""CUDA graphs: a fixed sequence of kernels, launched at once, and used only where it computes what the eager code does."""
+"""The step as a CUDA graph: its kernels launched at once, and used only where it computes what the eager code does."""
 
 import logging
 from collections.abc import Callable
@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from pcam_kaggle.training.distributed import world_size
-from pcam_kaggle.training.step import TrainStep
+from pcam_kaggle.training.learner import Learner
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
 Capture = Callable[[Work], Work]
-Function = Callable[[Tensor], Tensor]
 
-# Steps that are compared, and the learning rate and the weight of the average during them.
+# Steps that are compared, and the learning rate and the weight of the EMA during them.
 CHECKED_STEPS = 3
 CHECKED_LR, CHECKED_WEIGHT = 1e-3, 0.1
 # Largest difference between graph and eager code, relative to what the steps change; kernels that add in any order differ too.
@@ -25,8 +24,7 @@ TOLERANCE = 0.02
 def capture(work: Work) -> Work:
     """Return a call that repeats the kernels of `work` with the same tensors.
 
-    Raises:
-        RuntimeError: `work` waits for the device, allocates on the host, or does not fit into memory.
+    Raises RuntimeError if `work` waits for the device, allocates on the host, or does not fit into memory.
     """
     current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(current)
@@ -52,35 +50,31 @@ def capture(work: Work) -> Work:
     return graph.replay
 
 
-def fastest_step(step: TrainStep, capture: Capture = capture) -> Work | None:
-    """Return a CUDA graph of `step` if a few steps with it end as the eager ones do, otherwise None.
+def fastest_step(learner: Learner, capture: Capture = capture) -> Work | None:
+    """Return a CUDA graph of the step of `learner` if a few steps with it end as the eager ones do, otherwise None.
 
     The state after this call is the one before, random numbers included. The log says which is used, and why.
-
-    Args:
-        step: The step, with its learner in the state to train from.
-        capture: Captures a graph.
     """
-    kind = step.learner.backend.kind
+    kind = learner.backend.kind
     if kind != "cuda" or world_size() > 1:
         log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
         return None
-    replay, reason = compared(step, capture)
+    replay, reason = compared(learner, capture)
     log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)
     return replay
 
 
-def compared(step: TrainStep, capture: Capture) -> tuple[Work | None, str]:
-    """Return the graph of `step` if it agrees with the eager steps, otherwise None; and the reason."""
-    learner, random = step.learner, _random_state()
+def compared(learner: Learner, capture: Capture) -> tuple[Work | None, str]:
+    """Return the graph of the step if it agrees with the eager steps, otherwise None; and the reason."""
     scaler = learner.scaler
+    random = random_state()
     # The scaler makes its tensors in its first call.
-    scaler.scale(step.loss.detach())
+    scaler.scale(learner.loss.detach())
     scaling = scaler.state_dict()
     saved = {id(tensor): tensor.detach().clone() for tensor in learner.tensors()}
 
     def restore() -> None:
-        _set_random_state(random)
+        set_random_state(random)
         if scaler.is_enabled():
             # Also forgets an optimizer step that was cut short.
             scaler.update(scaling["scale"])
@@ -99,16 +93,16 @@ def compared(step: TrainStep, capture: Capture) -> tuple[Work | None, str]:
             scaler.update(1.0)
         draw = torch.Generator().manual_seed(0)
         for _ in range(CHECKED_STEPS):
-            patches = torch.randint(0, 256, step.patches.shape, dtype=torch.uint8, generator=draw)
-            step.load(patches, torch.rand(step.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
+            patches = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8, generator=draw)
+            learner.load(patches, torch.rand(learner.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
             work()
-        moved: list[Tensor] = [parameter for parameter in learner.net.parameters() if parameter.requires_grad]
-        moved += [buffer for buffer in learner.average.buffers() if buffer.is_floating_point()]
+        moved: list[Tensor] = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        moved += [buffer for buffer in learner.ema.buffers() if buffer.is_floating_point()]
         return [tensor.detach() - saved[id(tensor)] for tensor in moved]
 
     try:
-        eager = changed_by(step.compute)
-        replay = capture(step.compute)
+        eager = changed_by(learner.compute)
+        replay = capture(learner.compute)
         graph = changed_by(replay)
         size, difference = (
             float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, torch._foreach_sub(graph, eager))
@@ -122,58 +116,13 @@ def compared(step: TrainStep, capture: Capture) -> tuple[Work | None, str]:
     return (replay if size > 0 and difference <= TOLERANCE * size else None), found
 
 
-def fastest_function(function: Function, kind: str, capture: Capture = capture) -> Function:
-    """Return what computes `function` of batches: on a GPU a CUDA graph, from the second batch on, if it agrees on the first.
-
-    Batches of another shape than the first are computed eagerly. Without a gradient only.
-
-    Args:
-        function: Of a tensor on the host; its result is on the device.
-        kind: Kind of device.
-        capture: Captures a graph.
-    """
-    if kind != "cuda":
-        return function
-    replay: Function | None = None
-    shape: torch.Size | None = None
-
-    def call(batch: Tensor) -> Tensor:
-        nonlocal replay, shape
-        # Pinned, so that the copy does not wait for the kernels before it.
-        batch = batch.pin_memory() if torch.cuda.is_available() else batch
-        if shape is None:
-            shape, expected = batch.shape, function(batch)
-            replay, reason = _graph_of(function, batch, expected, kind, capture)
-            log.debug("predict: %s, because %s", "as a CUDA graph" if replay else "eager", reason)
-            return expected
-        return replay(batch) if replay and batch.shape == shape else function(batch)
-
-    return call
-
-
-def _graph_of(function: Function, batch: Tensor, expected: Tensor, kind: str, capture: Capture) -> tuple[Function | None, str]:
-    """Return a graph of `function` for batches of the shape of `batch`, None if it is not as `expected`; and the reason."""
-    read = batch.to(kind, copy=True)
-    made = torch.empty_like(expected)
-    try:
-        replay = capture(lambda: made.copy_(function(read)))
-    except (RuntimeError, AssertionError) as error:
-        return None, f"the graph failed: {' '.join(str(error).split())[:200]}"
-
-    def call(batch: Tensor) -> Tensor:
-        read.copy_(batch, non_blocking=True)
-        replay()
-        return made.clone()
-
-    size, difference = float(expected.abs().max()), float((call(batch) - expected).abs().max())
-    return (call if difference <= TOLERANCE * size else None), f"logits up to {size:.2g} differ by {difference:.2g}"
-
-
-def _random_state() -> list[Tensor]:
+def random_state() -> list[Tensor]:
+    """Return the state of torch's generators: the CPU's, then each GPU's."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
-def _set_random_state(states: list[Tensor]) -> None:
+def set_random_state(states: list[Tensor]) -> None:
+    """Set the state of torch's generators to one that `random_state` returned."""
     torch.set_rng_state(states[0])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states[1:])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# The other ranks wait while rank 0 packs the patches, or validates.
+# The other ranks wait while rank 0 packs the patches, validates, or predicts.
 TIMEOUT = timedelta(hours=4)
 
 
@@ -28,10 +28,7 @@ def world_size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the ranks and give each one GPU, if there are any; only rank 0 prints on standard output.
-
-    Does nothing with a single rank.
-    """
+    """Connect the ranks and give each one GPU, if there are any; only rank 0 prints. Does nothing with a single rank."""
     if world_size() == 1:
         yield
         return
@@ -61,7 +58,8 @@ def one_rank_at_a_time() -> Iterator[None]:
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:
-    """Call `work` in rank 0 alone; return its result in every rank."""
+    """Call `work` in rank 0 alone, once all ranks have called this; return its result in every rank."""
+    broadcast(None)
     return broadcast(work() if rank() == 0 else cast("Result", None))
 
 

@@ -1,4 +1,4 @@
-"""Features of all patches under a frozen net, computed once and kept on the disk beside the patch store."""
+"""Features of all patches under a frozen model, computed once and kept on the disk beside the patch store."""
 
 import inspect
 import itertools
@@ -8,16 +8,18 @@ import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked, read_json, sha256, write, write_json
 from pcam_kaggle.core.logs import progress
+from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
 from pcam_kaggle.models.backbone import Backbone
@@ -27,7 +29,7 @@ from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
-from pcam_kaggle.training.gpus import rotated, spread_over_gpus
+from pcam_kaggle.training.gpus import round_robin, run_on_gpus
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ FEATURE_FIELDS = (
 )
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
 
+# For train and test, the features of the patches: float16 (n, features), memory-mapped, in the order of `store.ids`.
+Features = dict[str, NDArray[np.float16]]
+
 
 class Chunk(NamedTuple):
     """The patches of a split at positions `start` to `stop` of its ids, whose features are written together."""
@@ -55,35 +60,29 @@ class Chunk(NamedTuple):
         return folder / f"{self.split}_{self.start:07d}.npy"
 
 
-def embed(
-    config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS
-) -> tuple[dict[str, NDArray[np.float16]], float] | None:
-    """Return the features of all patches, the mean over the config's views, computed unless they are on the disk.
+def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS) -> tuple[Features, float] | None:
+    """Return the features of all patches, means over the config's views, computed unless they are on the disk.
 
-    Each GPU embeds a share of the patches with a net of its own; without a GPU, or with one, the net exists once.
-
-    Args:
-        config: Config of the run.
-        store: The packed patches. The features are in the folder `embeddings` beside its own, named after the hash of what they
-            depend on.
-        backend: Device, precision and memory format.
-        budget: Time at whose end the embedding stops.
+    They are in the folder `embeddings` beside the store, named after the hash of what they depend on. Each GPU embeds patches
+    with a model of its own.
 
     Returns:
-        For `train` and `test`: float16 (n, features), memory-mapped, in the order of `store.ids`; and the patches per second of
-        the last session that computed some. None if the budget has ended; the next call continues.
+        The features, and the patches per second of the last session that computed some. None if `budget` has ended; the next
+        call continues.
 
     Raises:
-        UserError: The net cannot be created, another process computes features, or a feature is not a number of float16.
+        UserError: The model cannot be created, another process computes features, or a feature is not a number of float16.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
     with locked(folder):
-        return _embed(config, store, backend, budget, folder)
+        if not _complete(config, store, backend, budget, folder):
+            return None
+        rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
+        return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}, rate
 
 
-def _embed(
-    config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path
-) -> tuple[dict[str, NDArray[np.float16]], float] | None:
+def _complete(config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path) -> bool:
+    """Write the features that `folder` lacks, unless the budget ends; return whether it has all."""
     sizes = {split: len(store.ids(split)) for split in SPLITS}
     chunks = [Chunk(split, start, min(start + CHUNK, size)) for split, size in sizes.items() for start in range(0, size, CHUNK)]
     files = {split: folder / f"{split}.npy" for split in SPLITS}
@@ -92,70 +91,59 @@ def _embed(
     if todo:
         log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
         start = time.perf_counter()
-        spread_over_gpus(partial(_embed_share, config, store, backend, budget, folder), rotated(todo))
+        run_on_gpus(partial(_embed_chunks, config, store, backend, budget, folder), round_robin(todo))
         made = [chunk for chunk in todo if chunk.file(folder).exists()]
         if made:
             count = sum(chunk.stop - chunk.start for chunk in made)
             write_json(folder / RATE, {"images_per_second": count / (time.perf_counter() - start)})
         if len(made) < len(todo):
-            return None
+            return False
     for split, file in files.items():
         if not file.exists():
             _join([chunk.file(folder) for chunk in lacking if chunk.split == split], file)
-    rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
-    return {split: np.load(file, mmap_mode="r") for split, file in files.items()}, rate
+    return True
 
 
-def _embed_share(config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path, share: list[Chunk]) -> None:
-    """Write the features of the chunks in `share`, until the budget ends."""
-    net = backend.place(factory.create(config)).eval()
-    assert isinstance(net, Backbone)
-    for split, chunks in itertools.groupby(share, key=lambda chunk: chunk.split):
+def _embed_chunks(
+    config: Config, store: PatchStore, backend: Backend, budget: Budget, folder: Path, assigned: list[Chunk]
+) -> None:
+    """Write the features of the `assigned` chunks, until the budget ends."""
+    model = backend.place(factory.create(config)).eval()
+    for split, chunks in itertools.groupby(assigned, key=lambda chunk: chunk.split):
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
-            adapt_norms(net, store, rows, config, backend)
-            net.eval()
+            adapt_norms(model, store, rows, config, backend)
+            model.eval()
         for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
                 return
-            features = _features(net, store, rows[chunk.start : chunk.stop], config, backend)
+            features = mean_features(model, store, rows[chunk.start : chunk.stop], config, backend)
             if not np.isfinite(features).all():
                 raise UserError(f"{config.model}: a feature is not a number; use precision=fp32")
             if np.abs(features).max() > np.finfo(np.float16).max:
                 raise UserError(f"{config.model}: a feature is too large to be stored in 16 bits; use another pool or net")
-            write(chunk.file(folder), partial(_save, features.astype(np.float16)))
+            write(chunk.file(folder), partial(np.save, arr=features.astype(np.float16)))
 
 
-def _features(
-    net: Backbone, store: PatchStore, rows: NDArray[np.int64], config: Config, backend: Backend
+def mean_features(
+    model: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend
 ) -> NDArray[np.float32]:
-    """Return the features of the patches in `rows`, the mean over views: (n, features)."""
+    """Return the features of the patches in `rows` (n,) under `model`, a `Backbone`, as means over views: (n, features)."""
+    assert isinstance(model, Backbone)
     parts = []
     with torch.inference_mode(), backend.autocast():
         for start in range(0, len(rows), PREDICT_BATCH):
-            images = net_input(store.images(rows[start : start + PREDICT_BATCH]), config, backend)
+            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
             views = tta.views(images, config.tta, config.tta_shift)
-            parts.append(torch.stack([net.features(view).float() for view in views]).mean(0).cpu())
+            parts.append(torch.stack([model.features(view).float() for view in views]).mean(0).cpu())
     return torch.cat(parts).numpy()
 
 
 def _join(chunks: list[Path], target: Path) -> None:
     """Write the arrays in `chunks` one after the other into `target`, and delete the chunks."""
-    parts = [np.load(chunk, mmap_mode="r") for chunk in chunks]
-    write(target, partial(_save_joined, parts))
+    write(target, partial(np.save, arr=np.concatenate([np.load(chunk) for chunk in chunks])))
     for chunk in chunks:
         chunk.unlink()
-
-
-def _save(array: NDArray[np.float16], file: BinaryIO) -> None:
-    np.save(file, array)
-
-
-def _save_joined(parts: list[NDArray[np.float16]], file: BinaryIO) -> None:
-    header = {"descr": "<f2", "fortran_order": False, "shape": (sum(map(len, parts)), parts[0].shape[1])}
-    np.lib.format.write_array_header_1_0(file, header)
-    for part in parts:
-        file.write(part.tobytes())
 
 
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:

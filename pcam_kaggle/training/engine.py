@@ -15,10 +15,9 @@ from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.models.folded import fold_norms
 from pcam_kaggle.training import tta
 from pcam_kaggle.training.augment import center_crop
-from pcam_kaggle.training.cuda_graph import fastest_function
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.schedule import average_weight, learning_rate
-from pcam_kaggle.training.step import TrainStep
+from pcam_kaggle.training.learner import Learner
+from pcam_kaggle.training.schedule import ema_weight, learning_rate
 
 LOSSES_SHOWN = 5
 LOSSES_READ_TOGETHER = 25
@@ -27,30 +26,19 @@ PREDICT_BATCH = 256
 NORM_PATCHES = 8192
 
 
-def train_epoch(train_step: TrainStep, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
-    """Train on the next `steps` batches.
+def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
+    """Train `learner` on the next `steps` batches of `source`, those of `epoch` (from 0); return the mean loss.
 
-    Args:
-        train_step: The step, which changes net, moving average and optimizer.
-        source: Batches of uint8 patches (n, side, side, 3) and float32 targets (n,).
-        steps: Steps per epoch.
-        epoch: Number of the epoch, from 0.
-        config: Source of the learning rate's schedule and `average_epochs`.
-
-    Returns:
-        The mean loss over the steps.
-
-    Raises:
-        UserError: A loss is not finite.
+    A batch is uint8 patches (n, side, side, 3) and float32 targets (n,). A loss that is not finite raises UserError.
     """
-    train_step.learner.net.train()
-    losses = torch.zeros(steps, device=train_step.loss.device)
+    learner.model.train()
+    losses = torch.zeros(steps, device=learner.loss.device)
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         patches, targets = next(source)
         lr = learning_rate(config, epoch + (step + 1) / steps)
-        train_step.load(patches, targets, lr, average_weight(config, steps, epoch * steps + step))
-        train_step.run()
-        losses[step].copy_(train_step.loss)
+        learner.load(patches, targets, lr, ema_weight(config, steps, epoch * steps + step))
+        learner.step()
+        losses[step].copy_(learner.loss)
         # Reading a loss waits for the GPU, so several are read together.
         if (step + 1) % LOSSES_READ_TOGETHER == 0 or step == steps - 1:
             _check_finite(losses[: step + 1].tolist(), epoch, lr)
@@ -69,17 +57,10 @@ def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
 
 
 def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
-    """Replace the batch norms' statistics, if there are any, by those of the patches to predict (Schneider et al. 2020).
+    """Replace the statistics of the batch norms of `net`, if any, by those of the patches to predict (Schneider et al. 2020).
 
-    No label is read. The statistics are means over batches that are drawn at random from the patches with a fixed seed, so the
-    order of `rows` does not matter.
-
-    Args:
-        net: Net whose `BatchNorm2d` modules change.
-        patches: The patches.
-        rows: Rows of those to predict, shape (n,).
-        config: Source of `side` and `chroma_blur`.
-        backend: Device, precision and memory format.
+    No label is read. The statistics are means over batches that are drawn at random from the patches in `rows` (n,) with a
+    fixed seed, so the order of `rows` does not matter.
     """
     net.eval()
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -105,48 +86,27 @@ def predict_logits(
     n_views: int,
     description: str,
 ) -> Tensor:
-    """Return the logits of patches under test-time augmentation.
+    """Return the logits of `n_views` (1, 4 or 8) views of the patches in `rows` (n,), float32 (n_views, n) on the CPU.
 
-    Args:
-        net: Net on the device of `backend`, set to evaluation mode.
-        patches: The patches.
-        rows: Rows of those to predict, shape (n,).
-        config: Source of `side`, `tta_shift` and `chroma_blur`.
-        backend: Device, precision and memory format.
-        n_views: Views per patch: 1, 4 or 8.
-        description: Text before the progress bar.
-
-    Returns:
-        float32 (n_views, n) on the CPU.
+    `net` is on the device and in evaluation mode; `description` is the text before the progress bar.
     """
     net = fold_norms(net)
-
-    def logits_of(batch: Tensor) -> Tensor:
-        images = tta.blur_chroma(backend.images(batch), config.chroma_blur)
-        return torch.stack([net(view).float() for view in tta.views(images, n_views, config.tta_shift)])
-
-    batches = (
-        torch.from_numpy(center_crop(patches.images(rows[start : start + PREDICT_BATCH]), config.side))
-        for start in range(0, len(rows), PREDICT_BATCH)
-    )
+    logits = []
     with torch.inference_mode(), backend.autocast():
-        predict = fastest_function(logits_of, backend.kind)
-        count = math.ceil(len(rows) / PREDICT_BATCH)
-        logits = [predict(batch) for batch in progress(batches, description, count)]
+        for start in progress(range(0, len(rows), PREDICT_BATCH), description):
+            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
+            views = tta.views(images, n_views, config.tta_shift)
+            logits.append(torch.stack([net(view).float() for view in views]))
         # Reading waits for a GPU, which computes a batch while the next one is read.
         return torch.cat(logits, dim=1).cpu()
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:
-    """Return what a net predicts on: the patches' centre, without fine colour detail if the config says so.
+    """Return what a model predicts on: the centre of `patches`, without fine colour detail if the config says so.
 
-    Args:
-        patches: RGB uint8 (n, 96, 96, 3).
-        config: Source of `side` and `chroma_blur`.
-        backend: Device and memory format.
-
-    Returns:
-        float32 (n, 3, side, side) in [0, 1] on the device.
+    RGB uint8 (n, 96, 96, 3) becomes float32 (n, 3, side, side) in [0, 1] on the device.
     """
-    images = backend.images(torch.from_numpy(center_crop(patches, config.side)))
-    return tta.blur_chroma(images, config.chroma_blur)
+    batch = torch.from_numpy(center_crop(patches, config.side))
+    # Pinned, so that the copy does not wait for the kernels before it.
+    batch = batch.pin_memory() if backend.kind == "cuda" else batch
+    return tta.blur_chroma(backend.images(batch), config.chroma_blur)

@@ -1,12 +1,14 @@
-"""Processes of a training: one per GPU, and the loader processes beside each."""
+"""Processes of a training: one per GPU, the epochs that each trains, and the loader processes beside each."""
 
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +18,7 @@ import torch
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.logs import configure_logging, logging_verbosity
 from pcam_kaggle.core.process import end_with_parent
-from pcam_kaggle.training.device import find_device
+from pcam_kaggle.training.device import configure_torch
 from pcam_kaggle.training.loader import PREFETCH
 
 log = logging.getLogger(__name__)
@@ -27,36 +29,28 @@ Item = TypeVar("Item")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Epochs `start` to `until` of a fold, from 0, which one GPU trains; of a split fold, another GPU trains the others."""
+
+    fold: int
+    start: int
+    until: int
+    is_split: bool = False
+
+
 def gpu_count() -> int:
     """Return the number of GPUs."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def configure_torch() -> None:
-    """Set torch's threads to one where a GPU computes, and let cuDNN time its algorithms, since all batches have one shape.
-
-    With more threads each copy of a batch wakes a thread per core, and these spin on the cores of the loader processes and of
-    the thread that launches kernels: on 16 cores a step took a quarter longer.
-    """
-    if find_device() == "cuda":
-        torch.set_num_threads(1)
-        torch.backends.cudnn.benchmark = True
-
-
-def loader_processes(items: int, batch_bytes: int) -> int:
-    """Return the number of loader processes of one training.
+def loader_processes(trained: int, batch_bytes: int) -> int:
+    """Return the number of loader processes of one training, at least 1, where `trained` folds are spread over the GPUs.
 
     The cores that this process may use, by affinity and by the limit of its control group, are divided among the trainings
     that run on this machine at the same time, and so is the free shared memory, in which the batches in flight must fit.
-
-    Args:
-        items: Number of trainings that are spread over the GPUs.
-        batch_bytes: Bytes of a batch.
-
-    Returns:
-        At least 1.
     """
-    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(gpu_count(), items))
+    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(gpu_count(), trained))
     wanted = joblib.cpu_count() // trainings
     if SHARED_MEMORY.is_dir():
         slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
@@ -66,30 +60,48 @@ def loader_processes(items: int, batch_bytes: int) -> int:
     return max(1, wanted)
 
 
-def rotated(items: list[Item]) -> list[list[Item]]:
-    """Return a share of `items` for each GPU, in rotation; one share with all if there is at most one GPU."""
+def round_robin(items: list[Item]) -> list[list[Item]]:
+    """Return the items of each GPU, dealt in turn; all in one list if there is at most one GPU."""
     count = max(1, min(gpu_count(), len(items)))
     return [items[gpu::count] for gpu in range(count)]
 
 
-def spread_over_gpus(work: Callable[[list[Item]], None], shares: list[list[Item]]) -> None:
-    """Call `work` with each share, on a GPU of its own and in a process of its own; call it here if there is one share.
+def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Segment]]:
+    """Assign the epochs that are left of each fold to GPUs so that all end at about the same time.
 
-    A process frees its GPU's memory when it ends. Errors are raised when all processes have ended.
+    McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
+    that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
 
-    Args:
-        work: Called with a share; must be picklable.
-        shares: At most as many as there are GPUs.
-
-    Raises:
-        UserError: A process was killed.
+    `done` are the finished epochs of each fold, of `epochs`. What each GPU trains is in order; one without work is left out.
     """
-    if len(shares) == 1:
-        work(shares[0])
+    left = {fold: epochs - finished for fold, finished in done.items()}
+    limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
+    assignments: list[list[Segment]] = [[]]
+    used = 0
+    for fold, count in left.items():
+        fitting = min(count, limit - used)
+        middle = epochs - fitting
+        is_split = 0 < fitting < count
+        if fitting or not count:
+            assignments[-1].append(Segment(fold, middle, epochs, is_split))
+            used += fitting
+        if fitting < count:
+            assignments.append([Segment(fold, done[fold], middle, is_split)])
+            used = count - fitting
+    return assignments
+
+
+def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:
+    """Call the picklable `work` with each assignment, on a GPU and in a process of its own; with a single one, call it here.
+
+    Errors are raised when all processes have ended; one that was killed is a UserError.
+    """
+    if len(assignments) == 1:
+        work(assignments[0])
         return
     verbosity = logging_verbosity()
-    with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
-        ended = [pool.submit(_run_on_gpu, gpu, verbosity, work, share) for gpu, share in enumerate(shares)]
+    with ProcessPoolExecutor(len(assignments), multiprocessing.get_context("spawn")) as pool:
+        ended = [pool.submit(_run_on_gpu, gpu, verbosity, work, items) for gpu, items in enumerate(assignments)]
     try:
         for each in ended:
             each.result()
@@ -99,11 +111,11 @@ def spread_over_gpus(work: Callable[[list[Item]], None], shares: list[list[Item]
         ) from None
 
 
-def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], share: list[Item]) -> None:
+def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], items: list[Item]) -> None:
     if verbosity is not None:
         configure_logging(verbosity, bar_position=gpu)
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
     configure_torch()
     end_with_parent()
-    work(share)
+    work(items)

@@ -18,10 +18,9 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.records import BackendRecord, HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.fold_state import load_best
+from pcam_kaggle.training.device import Backend, find_backend
+from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
-from pcam_kaggle.training.session import find_backend
 
 log = logging.getLogger(__name__)
 

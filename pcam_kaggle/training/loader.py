@@ -34,16 +34,9 @@ class TrainBatches(Dataset):
     """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
 
     Order and augmentation depend on (seed, fold, epoch, batch) alone, so neither the number of loader processes nor an
-    interruption changes them. An item is uint8 patches (count, side, side, 3) and float32 targets (count,). Where several
-    ranks train the fold, it is this rank's part of the batch, which has the same size for all ranks; up to
-    `world_size` - 1 patches of a batch are left out.
-
-    Args:
-        store: The packed patches.
-        rows: Rows of the train patches in `store`, shape (n,).
-        labels: 0, 1 or, for a teacher's predictions, a probability, shape (n,).
-        config: Source of batch size, augmentation and seed.
-        fold: Number of the fold, from 0.
+    interruption changes them. An item is uint8 patches (count, side, side, 3) and float32 targets (count,), of the patches in
+    `rows` (n,) of the store, with `labels` (n,) that are 0, 1 or a teacher's probability. Where several ranks train the fold,
+    it is this rank's part of the batch, which has the same size for all ranks; up to `world_size` - 1 patches are left out.
     """
 
     def __init__(
@@ -85,7 +78,7 @@ def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 class _SharedBatches(Dataset):
-    """The batches of `data`, written into `count` slots of shared memory in rotation; an item is the number of its slot.
+    """The batches of `data`, written into `count` slots of shared memory in turn; an item is the number of its slot.
 
     A batch sent between processes would be mapped anew by each of them, which costs a twentieth of a step on a CPU.
     """
@@ -111,21 +104,15 @@ class _SharedBatches(Dataset):
 
 
 def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of `data`, augmented in processes that live through all epochs.
-
-    Args:
-        data: The batches of all epochs.
-        first_epoch: Epoch to start from, from 0.
-        workers: Number of loader processes, at least 1.
+    """Yield the batches of `data` from `first_epoch` on (from 0), augmented in `workers` processes that outlive epochs.
 
     Yields:
-        Patches and targets as `TrainBatches` describes them, on the GPU if there is one. They are valid until the next batch is
-        requested.
+        Patches and targets as `TrainBatches` describes them, on the GPU if there is one, valid until the next is requested.
 
     Raises:
         UserError: Shared memory has no room for the batches in flight.
     """
-    # One slot more than the batches in flight, for the batch that the net reads.
+    # One slot more than the batches in flight, for the batch that is trained on.
     shared = _SharedBatches(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them forever.
     cv2.setNumThreads(0)
@@ -147,9 +134,8 @@ def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batc
 def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
     """Yield the batches of `read` on the GPU, where a stream of its own copies each while the step before it computes.
 
-    Args:
-        read: Batches, each in one of the slots, overwritten after the next one is requested.
-        slots: Memory that is pinned once, because a copy is asynchronous from pinned memory only.
+    Each is in one of `slots`, overwritten after the next one is requested; these are pinned once, because a copy is
+    asynchronous from pinned memory only.
     """
     copies = torch.cuda.Stream()
     cuda = torch.cuda.cudart()
@@ -181,8 +167,7 @@ def _lower_priority(worker: int) -> None:
     """Let the threads of a training step run before this worker, without starving it beside other programs.
 
     A worker that takes a core from a step delays all threads of the step, since they wait for one another. As a batch process
-    it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time on a busy
-    machine.
+    it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time on a busy machine.
     """
     # Windows has neither call, macOS lacks the second.
     with suppress(AttributeError, OSError):

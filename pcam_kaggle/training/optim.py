@@ -1,6 +1,6 @@
 """Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ NEWTON_SCHULZ = (
 )
 # Sides of the Gram matrices that are computed together are rounded up to a power of two, at least this.
 LEAST_BUCKET = 16
-# A smaller or a longer matrix is updated by Adam.
+# Smaller or longer matrices are updated by Adam.
 LEAST_ROWS, MOST_ELONGATED = 4, 128
 
 Groups = list[dict[str, Any]]
@@ -76,14 +76,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
-    """Split the parameters of `net` that are trained into groups for an optimizer; biases and other vectors do not decay.
+    """Split the parameters of `net` that are trained into groups with `params`, `weight_decay` and `lr_scale`.
 
-    Args:
-        net: The net.
-        layer_decay: Learning rate of a layer relative to that of the layer above it, for a net of timm.
-
-    Returns:
-        Groups with `params`, `weight_decay`, and `lr_scale`, the factor of the learning rate.
+    Biases and other vectors do not decay. In a model of timm, the learning rate of a layer is `layer_decay` times that of the
+    layer above it.
     """
     if isinstance(net, Backbone):
         timm_net: Any = net.net
@@ -113,10 +109,8 @@ def is_matrix(parameter: Tensor) -> bool:
 
 def _split_matrices(group: dict[str, Any]) -> Groups:
     """Return `group` as one of matrices and one of other parameters, marked by `is_muon`; empty ones are left out."""
-    parts = [
-        {**group, "params": [p for p in group["params"] if is_matrix(p) == muon], "is_muon": muon} for muon in (True, False)
-    ]
-    return [part for part in parts if part["params"]]
+    split = {muon: [p for p in group["params"] if is_matrix(p) == muon] for muon in (True, False)}
+    return [{**group, "params": params, "is_muon": muon} for muon, params in split.items() if params]
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,10 +118,8 @@ class Muon(torch.optim.Optimizer):
 
     The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. All steps are taken on
     the device without reading a result, with the learning rate in tensors, so that a CUDA graph may capture them. With a
-    gradient scaler a step whose gradients are not finite changes nothing.
-
-    Args:
-        groups: Parameter groups with `params`, `lr` (a tensor), `weight_decay` and `is_muon`.
+    gradient scaler a step whose gradients are not finite changes nothing. Parameter groups have `params`, `lr` (a tensor),
+    `weight_decay` and `is_muon`.
     """
 
     # torch's GradScaler then sets `found_inf` and does not read it.
@@ -165,12 +157,8 @@ class Muon(torch.optim.Optimizer):
             self.state[p] = tensors
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters from their gradients, which `closure` computes first if there is one; return its loss."""
-        loss = None
-        if closure:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients."""
         keep = 1.0 - self.found_inf if self.found_inf is not None else torch.ones_like(self._steps)
         rates = [group["lr"] * keep for group in self.param_groups]
         for rate, group in zip(rates, self.param_groups, strict=True):
@@ -180,7 +168,6 @@ class Muon(torch.optim.Optimizer):
             if members:
                 steps = [-rates[number] for number, _ in members]
                 torch._foreach_add_([p for _, p in members], direction(_gradients(members, keep), keep, steps))
-        return loss
 
     def _matrix_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
         self._momentum.lerp_(gradients, (1 - MOMENTUM) * keep)
@@ -215,19 +202,16 @@ class Orthogonalizer:
 
     The Newton-Schulz iteration (Jordan et al. 2024) is computed for all matrices at once, and on the smaller of XXᵀ and XᵀX
     instead of X: with G = XXᵀ / ‖X‖², each iteration multiplies X by Q = aI + bG + cG² and G by Q². These Gram matrices are
-    padded by zeros, which stay zeros, to the side of their bucket.
-
-    Args:
-        parameters: Of the shapes of the matrices; all axes but the first are the columns.
+    padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`, of which all
+    axes but the first are the columns.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
         self.shapes = [p.shape for p in parameters]
-        self.sizes = [shape.numel() for shape in self.shapes]
         self.buckets: dict[int, list[int]] = {}
-        for index, p in enumerate(parameters):
-            side = max(LEAST_BUCKET, 1 << (min(_sides(p.shape)) - 1).bit_length())
+        for index, shape in enumerate(self.shapes):
+            side = max(LEAST_BUCKET, 1 << (min(_sides(shape)) - 1).bit_length())
             self.buckets.setdefault(side, []).append(index)
         # Made here, because a CUDA graph cannot capture a copy from memory that is not pinned.
         self.factors = {
@@ -236,16 +220,12 @@ class Orthogonalizer:
         }
 
     def __call__(self, flat: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrices in `flat`, orthogonalised and scaled.
+        """Return the matrices in `flat`, one after the other (float32), orthogonalised, each of its parameter's shape.
 
-        Args:
-            flat: The elements of all matrices, one after the other, float32.
-            steps: Factor of each matrix, multiplied by the one that makes its step as large as AdamW's.
-
-        Returns:
-            A tensor of each parameter's shape.
+        Each is scaled by its factor in `steps` and by the one that makes its step as large as AdamW's.
         """
-        matrices = [part.view(shape[0], -1) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        matrices = [part.view(shape[0], -1) for part, shape in zip(parts, self.shapes, strict=True)]
         directions = list(matrices)
         for side, members in self.buckets.items():
             wide = [matrices[index].T if _is_tall(matrices[index]) else matrices[index] for index in members]
@@ -275,11 +255,7 @@ def _is_tall(matrix: Tensor) -> bool:
 def iterate(grams: Tensor) -> Tensor:
     """Return what the Newton-Schulz iteration multiplies X by, from the left.
 
-    Args:
-        grams: XXᵀ / ‖X‖² of each matrix X, symmetric, shape (n, side, side), float32.
-
-    Returns:
-        Symmetric matrices of the same shape.
+    `grams` are XXᵀ / ‖X‖² of each matrix X, symmetric float32 (n, side, side), as are the results.
     """
     product = None
     for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):

@@ -1,27 +1,46 @@
 """What training, probe and prediction work on."""
 
-from dataclasses import dataclass
+import dataclasses
+
+import pandas as pd
 
 from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.runs.provenance import session_environment
+from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.device import Backend, device_name, find_backend
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A run with what it is made from; picklable, so that each GPU's process can be sent one.
-
-    Attributes:
-        run: The run's folder.
-        experiment: Name of its experiment, recorded in the run.
-        config: Its config.
-        store: The packed patches.
-        folds: The folds of the labelled patches.
-    """
+    """A run with what it is made from, and the name of its experiment; picklable, as each GPU's process is sent one."""
 
     run: Run
     experiment: str
     config: Config
     store: PatchStore
     folds: Folds
+
+    def parts(self, number: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the train and the validation part of fold `number`, columns id, label and fold, without damaged patches.
+
+        Raises:
+            UserError: A part lacks a label.
+        """
+        table = self.folds.table[self.folds.table["id"].isin(self.store.ids("train"))]
+        is_valid = table["fold"] == number
+        parts = table[~is_valid], table[is_valid]
+        if any(part["label"].nunique() < 2 for part in parts):
+            raise UserError(f"fold {number}: without the damaged patches it has one label; replace them")
+        return parts
+
+
+def open_session(task: Task) -> Backend:
+    """Prepare this process, and add the session to the run's environment.json; return the backend of `find_backend`."""
+    backend = find_backend(task.run, task.config)
+    record = BackendRecord(**dataclasses.asdict(backend))
+    task.run.add_environment(session_environment(record, device_name(backend.kind), task.store))
+    return backend

@@ -1,36 +1,30 @@
 """TensorBoard events of a fold's training."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from pcam_kaggle.training.distributed import rank
+from pcam_kaggle.training.learner import EpochRow
 
 
-class Scalars:
-    """Writes a fold's log as TensorBoard events; does nothing if `tensorboard` is not installed.
+@contextmanager
+def scalar_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
+    """Yield a function that writes every number of a row of log.csv at its epoch, in rank 0 and if `tensorboard` is installed.
 
-    Args:
-        folder: Folder of the events.
-        first: Epoch from which on events of an interrupted run are hidden, from 1.
+    Events in `folder` from epoch `first` on (from 1), of an interrupted run, are hidden.
     """
+    if rank() > 0 or find_spec("tensorboard") is None:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, first: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._writer = None
-        else:
-            self._writer = SummaryWriter(str(folder), purge_step=first)
+    with SummaryWriter(str(folder), purge_step=first) as writer:
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._writer:
-            self._writer.close()
-
-    def add(self, row: dict[str, float]) -> None:
-        """Write every number of `row`, a row of log.csv, at its epoch."""
-        if self._writer:
+        def add(row: EpochRow) -> None:
             for name, value in row.items():
                 if name != "epoch":
-                    self._writer.add_scalar(name, value, int(row["epoch"]))
+                    writer.add_scalar(name, value, row["epoch"])
+
+        yield add

@@ -18,17 +18,13 @@ CORNERS = (*((0, 0), (0, 1), (1, 1), (1, 0)), *((1, 1), (1, 0), (0, 0), (0, 1)))
 
 
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
-    """Return `images` with their colour differences blurred by a Gaussian, and their luma (ITU-R BT.601) kept.
+    """Return RGB `images` (n, 3, h, w) in [0, 1] with colour differences blurred by a Gaussian, and luma (ITU-R BT.601) kept.
 
-    Fine colour detail tells a net which slide a patch is from. Ordinary nets read it in training; without it in prediction they
-    score lower on slides that they know and higher on others. Equivariant nets gain nothing.
+    Fine colour detail tells a model which slide a patch is from. Ordinary models read it in training; without it in prediction
+    they score lower on slides that they know and higher on others. Equivariant models gain nothing.
 
-    Args:
-        images: RGB (n, 3, h, w) in [0, 1].
-        sigma: Standard deviation in pixels; 0 changes nothing. Pixels are mirrored at the border.
-
-    Returns:
-        Images of the same shape. A colour that does not exist is clipped to [0, 1], which changes its luma.
+    `sigma` is the standard deviation in pixels; 0 changes nothing. Pixels are mirrored at the border. A colour that does not
+    exist is clipped to [0, 1], which changes its luma.
     """
     if not sigma:
         return images
@@ -46,25 +42,18 @@ def blur_chroma(images: Tensor, sigma: float) -> Tensor:
 
 
 def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
-    """Return the views of a batch.
+    """Return `count` (1, 4 or 8) views of `images` (n, channels, side, side), each of the same shape.
 
-    Four views are the rotations by quarter turns; eight add the rotations of the mirror image. Each is shifted towards another
-    corner, because pooling makes a net sensitive to the position; the mirror image of a rotation towards the opposite one. All
-    views have the label of the patch, since its centre square stays at the centre but for the shift.
-
-    Args:
-        images: (n, channels, side, side).
-        count: 1, 4 or 8; a single view is the images themselves.
-        shift: Pixels by which a view is shifted along each axis; those outside the image are mirrored.
-
-    Returns:
-        `count` tensors of the shape of `images`.
+    A single view is the images themselves; four are the rotations by quarter turns; eight add the rotations of the mirror
+    image. Each is shifted by `shift` px along each axis towards another corner, because pooling makes a model sensitive to the
+    position; the mirror image of a rotation towards the opposite one. Pixels outside are mirrored. All views have the label of
+    the patch, since its centre square stays at the centre but for the shift.
     """
     if count == 1:
         return [images]
     side = images.shape[-1]
     padded = pad(images, (shift,) * 4, mode="reflect")
-    # Transposed once for all views, in the memory format of the images: the net would copy each of them.
+    # Transposed once for all views, in the memory format of the images: the model would copy each of them.
     turned = torch.empty_like(padded).copy_(padded.mT)
     made = []
     for (is_turned, flips), (down, right) in zip(SYMMETRIES[:count], CORNERS, strict=False):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pcam_kaggle.training.shares import balanced
+from pcam_kaggle.training.gpus import assign_epochs
 
 CASES = [
     ({0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 32, 2),
@@ -22,17 +22,17 @@ CASES = [
 
 @pytest.mark.parametrize(("done", "epochs", "gpus"), CASES)
 def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int], epochs: int, gpus: int) -> None:
-    shares = balanced(done, epochs, gpus)
-    assert len(shares) <= gpus
-    assert all(shares)
+    assignments = assign_epochs(done, epochs, gpus)
+    assert len(assignments) <= gpus
+    assert all(assignments)
     left = {fold: epochs - finished for fold, finished in done.items()}
     limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
     trained: dict[int, list[tuple[int, int, int, int]]] = {fold: [] for fold in done}
-    for share in shares:
+    for assignment in assignments:
         clock = 0
-        for stretch in share:
-            count = stretch.until - stretch.start
-            trained[stretch.fold].append((clock, clock + count, stretch.start, stretch.until))
+        for segment in assignment:
+            count = segment.until - segment.start
+            trained[segment.fold].append((clock, clock + count, segment.start, segment.until))
             clock += count
         assert clock <= limit
     for fold, parts in trained.items():
@@ -43,11 +43,11 @@ def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int],
             # The next epochs begin when those before them have ended, on another GPU.
             assert before[1] <= after[0]
             assert before[3] == after[2]
-    shared = {stretch.fold for share in shares for stretch in share if stretch.is_shared}
-    assert shared == {fold for fold, parts in trained.items() if len(parts) > 1}
+    split = {segment.fold for assignment in assignments for segment in assignment if segment.is_split}
+    assert split == {fold for fold, parts in trained.items() if len(parts) > 1}
 
 
 def test_two_gpus_train_half_of_the_epochs_each() -> None:
-    first, second = balanced(dict.fromkeys(range(5), 0), 32, 2)
+    first, second = assign_epochs(dict.fromkeys(range(5), 0), 32, 2)
     assert [(part.fold, part.start, part.until) for part in first] == [(0, 0, 32), (1, 0, 32), (2, 16, 32)]
     assert [(part.fold, part.start, part.until) for part in second] == [(2, 0, 16), (3, 0, 32), (4, 0, 32)]
