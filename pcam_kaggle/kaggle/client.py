@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -62,12 +62,9 @@ class Status:
 
 
 class Client:
-    """Kaggle, in the name of the user's credentials.
+    """Kaggle, under the account of the user, whose name is `owner`.
 
     All methods raise UserError, or its subclass Unreachable where the same request may succeed later.
-
-    Attributes:
-        owner: The user's name on Kaggle.
     """
 
     def __init__(self) -> None:
@@ -97,16 +94,16 @@ class Client:
         """Raise UserError unless the user has joined the competition, which includes accepting its rules."""
         from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
 
-        with _asking("check"), self._api.build_kaggle_client() as kaggle:
+        with _asking("rules"), self._api.build_kaggle_client() as kaggle:
             request = ApiGetCompetitionRequest()
             request.competition_name = COMPETITION
             competition = kaggle.competitions.competition_api_client.get_competition(request)
         if not competition.user_has_entered:
-            raise UserError(f"kaggle check: {self.owner} has not joined the competition; accept its rules at {RULES}")
+            raise UserError(f"kaggle rules: {self.owner} has not joined the competition; accept its rules at {RULES}")
 
     def quota(self) -> Quota | None:
         """Return the GPU quota of this week; None if Kaggle does not tell it."""
-        with _asking("check"):
+        with _asking("quota"):
             reply = self._api.quota_view()
             gpu = reply.gpu_quota
             if gpu is None or gpu.total_time_allowed is None:
@@ -128,10 +125,7 @@ class Client:
         return archive
 
     def push(self, folder: Path) -> tuple[int, str]:
-        """Push the kernel in `folder` and start its session.
-
-        Returns:
-            Its version and its address.
+        """Push the kernel in `folder`, which starts its session, and return its version and its address.
 
         Raises:
             UserError: Kaggle refuses the kernel, or leaves out one of its sources; the session is then running without it.
@@ -144,9 +138,10 @@ class Client:
         kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
         if left_out:
-            reason = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
             raise Refused(
-                f"kaggle push: {reason}; stop the session at {reply.url}, correct the sources and push again", left_out
+                f"kaggle push: Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}; stop the "
+                f"session at {reply.url}, correct the sources and push again",
+                left_out,
             )
         return version, str(reply.url)
 
@@ -177,7 +172,7 @@ class Client:
 
     def follow_log(self, kernel: str) -> Iterator[str]:
         """Yield the pieces of the log of the last session of `kernel` (owner/slug), as they are written if it is running."""
-        with _asking("logs"):
+        with _asking("log"):
             for event in self._api.kernels_logs_stream(kernel):
                 yield str(event.get("data", ""))
 
@@ -186,20 +181,18 @@ class Client:
         # The client's own download does not look at the status of a reply, and saves an error's text in place of a file.
         import requests
 
-        with _asking("output"):
+        with _asking("fetch"):
             for name, url in self._output_files(kernel):
-                path = PurePosixPath(name)
-                if path.parts[0] not in SAVED_FOLDERS:
+                if name.partition("/")[0] not in SAVED_FOLDERS:
                     continue
-                if ".." in path.parts:
-                    raise UserError(f"{kernel}: has saved {name}, which would be written outside of {folder}")
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                with requests.get(url, stream=True, timeout=TIMEOUT) as reply, (folder / path).open("wb") as file:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with requests.get(url, stream=True) as reply, path.open("wb") as file:  # noqa: S113, see _limit_waiting
                     reply.raise_for_status()
                     for piece in reply.iter_content(1 << 20):
                         file.write(piece)
         if not (folder / "runs").is_dir():
-            raise UserError(f"{kernel}: has saved no runs; read its log with `make kernel-logs`")
+            raise UserError(f"{kernel}: has saved no runs; read its log with `python -m pcam_kaggle kaggle status --log`")
 
     def _output_files(self, kernel: str) -> Iterator[tuple[str, str]]:
         """Yield the name and the address of each file that the last session of `kernel` has saved."""
@@ -237,31 +230,32 @@ class Client:
             scores, NaN if unknown.
         """
         found: list[Any] = []
-        with _asking("leaderboard"):
+        with _asking("scores"):
             for page in itertools.count(1):
                 part = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE, page_number=page) or []
                 found += part
                 if len(part) < PAGE_SIZE:
                     break
             rows = [
-                [
-                    each.description or "",
-                    each.status.name.lower(),
-                    each.error_description or "",
-                    each.public_score,
-                    each.private_score,
-                ]
+                {
+                    "description": each.description or "",
+                    "status": each.status.name.lower(),
+                    "error": each.error_description or "",
+                    "public_score": pd.to_numeric(each.public_score, errors="coerce"),
+                    "private_score": pd.to_numeric(each.private_score, errors="coerce"),
+                }
                 for each in found
-                if each is not None
             ]
-        table = pd.DataFrame(rows, columns=SUBMISSION_COLUMNS)
-        scores = SUBMISSION_COLUMNS[-2:]
-        return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in scores})
+        return pd.DataFrame(rows, columns=SUBMISSION_COLUMNS).astype({"public_score": "float64", "private_score": "float64"})
 
 
 @functools.cache
 def _limit_waiting() -> None:
-    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost."""
+    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost.
+
+    The class is patched, since the client makes its sessions, and for uploads also their adapters, itself, and requests ignores
+    `socket.setdefaulttimeout`.
+    """
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send

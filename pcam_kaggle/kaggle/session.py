@@ -1,4 +1,4 @@
-"""A session on Kaggle: what was pushed, as a file, so that the same command finds it again; and how it is followed."""
+"""A session on Kaggle: pushed, followed, downloaded, submitted and scored. Interrupted, the same command resumes it."""
 
 import logging
 import queue
@@ -7,27 +7,36 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import read_json, reading, write_json
+import pandas as pd
+
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.experiments import experiment
+from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.kaggle.client import Client, Status
+from pcam_kaggle.core.records import Record
+from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
-from pcam_kaggle.kaggle.kernel import Kernel, pack
+from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
+from pcam_kaggle.kaggle.leaderboard import print_leaderboard
+from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.runs.run import Run
 
 log = logging.getLogger(__name__)
 
-# Seconds between two questions for the status.
-POLL_SECONDS = 20.0
-# Seconds for which Kaggle may be unreachable while a session is followed, which it survives.
-PATIENCE = 1800.0
+# Hours of the quota for which a session is started, and those that it leaves, since it ends a little after its time.
+LEAST_HOURS, SPARE_HOURS = 0.5, 0.2
+# Seconds between two questions for the status of a session, and for the score of a submission.
+POLL_SECONDS, SCORE_SECONDS = 20.0, 10.0
+# Seconds for which Kaggle may be unreachable while a session is followed, which it survives, and for which a score is awaited.
+PATIENCE, SCORE_PATIENCE = 1800.0, 1800.0
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(Record):
     """A pushed kernel's session whose output is not downloaded yet.
 
     Attributes:
@@ -53,7 +62,150 @@ def session_file(workspace: Workspace, slug: str) -> Path:
     return workspace.root / "sessions" / f"{slug}.json"
 
 
-def pending_session(client: Client, file: Path) -> Session | None:
+def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | None:
+    """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none.
+
+    Raises:
+        UserError: A session of another experiment is not downloaded yet, `check_kernel` refuses `kernel`, the quota is too
+            small, or the push fails.
+    """
+    file = session_file(workspace, kernel.slug())
+    session = _pending(client, file)
+    if session and session.run != kernel.run:
+        raise UserError(
+            f"{session}: was started and is not downloaded yet; continue it with `kaggle run`, use --title for a second "
+            f"notebook, or delete {file} to give it up"
+        )
+    if session:
+        log.info("push: %s (up to date)", session)
+        return session
+    if _is_trained(workspace, kernel):
+        log.info("output: %s (up to date)", workspace.run(kernel.run))
+        return None
+    check_kernel(kernel)
+    quota, hours = client.quota(), kernel.settings.hours
+    if quota:
+        hours = allowed_hours(quota, hours)
+    log.info("quota: %s; the session ends after %.1f", quota or "unknown", hours)
+    session = _push(client, replace(kernel, settings=replace(kernel.settings, hours=hours)), file)
+    log.info("push: %s at %s", session, session.url)
+    return session
+
+
+def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
+    """Follow `session` to its end and import the runs that it has saved.
+
+    Raises:
+        UserError: The session fails; it is then forgotten, so that the same command starts a new one. Or as `fetch`.
+    """
+    file = session_file(workspace, kernel.slug())
+    status = _follow(client, session)
+    if status.name != COMPLETE:
+        file.unlink()
+        reason = f" ({status.failure})" if status.failure else ""
+        raise UserError(
+            f"{session}: ended as {status.name.lower()}{reason}; read its log with `python -m pcam_kaggle kaggle status --log` "
+            "and repeat the command for a new session"
+        )
+    fetch(client, session.kernel, workspace, kernel)
+    file.unlink()
+
+
+def allowed_hours(quota: Quota, hours: float) -> float:
+    """Return how many of the asked `hours` a session may take; raises UserError if the quota leaves too few for any."""
+    if quota.left < LEAST_HOURS:
+        raise UserError(f"quota: {quota}, and a session needs half an hour; wait until the quota is renewed")
+    return min(hours, round(quota.left - SPARE_HOURS, 1))
+
+
+def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> list[str]:
+    """Download what the last session of the kernel `name` (owner/slug) has saved, verify it, and import its runs.
+
+    Args:
+        client: Kaggle.
+        name: The kernel's id.
+        workspace: Where to copy the runs.
+        kernel: What the session was asked for, of which it must have saved a run; None for anything.
+
+    Returns:
+        The names of its submissions.
+
+    Raises:
+        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        client.output(name, Path(folder))
+        found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
+        if kernel and not set(found) & set(kernel.runs):
+            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
+        imported = ", ".join(import_runs(Path(folder), workspace))
+        submissions = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
+    log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
+    return submissions
+
+
+def is_complete(workspace: Workspace, name: str) -> bool:
+    """Return whether the run `name` is blended of all its folds."""
+    run = Run(workspace.run(name))
+    return run.has_score and not run.blend_metrics(missing_folds=list)["missing_folds"]
+
+
+def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
+    """Submit all folds of `run` unless Kaggle has the submission, wait for its scores, record them and print all submissions.
+
+    Raises:
+        UserError: There is no submission, it can't be submitted (see `describe`), Kaggle refuses it or fails to score it, or
+            half an hour has passed.
+    """
+    file, description = describe(workspace.submissions, _submission_of(workspace, run))
+    mark = submission_mark(file)
+    # One that Kaggle could not score is submitted again.
+    if (_of(client.submissions(), mark)["status"] == "error").all():
+        client.submit(file, description)
+        log.info("submit: %s, %s", file, description)
+    else:
+        log.info("submit: %s was submitted before", file)
+    until = time.monotonic() + SCORE_PATIENCE
+    with status_line() as show:
+        while True:
+            found = client.submissions()
+            own = _of(found, mark)
+            status = own["status"].iloc[0] if len(own) else "missing"
+            if status == "complete":
+                break
+            if status == "error":
+                raise UserError(f"{file}: Kaggle can't score it: {own['error'].iloc[0] or 'no reason given'}")
+            if time.monotonic() >= until:
+                raise UserError(f"{file}: not scored for half an hour; run `python -m pcam_kaggle kaggle scores` later")
+            show("submit: waiting for the scores")
+            time.sleep(SCORE_SECONDS)
+    print_leaderboard(workspace, found)
+
+
+def _submission_of(workspace: Workspace, name: str) -> str:
+    """Return the name of the submission of all folds of the run `name`; raises UserError if there is none."""
+    for file in sorted(workspace.submissions.glob("*.json")):
+        made = read_json(file, run=str, missing_folds=list)
+        if made["run"] == name and not made["missing_folds"] and file.with_suffix(".csv").is_file():
+            return file.stem
+    raise UserError(f"{workspace.submissions}: holds no submission of {name}; write it with `python -m pcam_kaggle submission`")
+
+
+def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
+    return found[found["description"].str.endswith(mark)]
+
+
+def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
+    """Return whether no session is needed: the run is complete, or it is not and `kernel` does not resume it."""
+    if is_complete(workspace, kernel.run):
+        return True
+    # Members of a blend may have been trained for themselves.
+    names = [kernel.run] if experiment(kernel.settings.experiment).members else kernel.runs
+    runs = [Run(workspace.run(name)) for name in names]
+    return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
+
+
+def _pending(client: Client, file: Path) -> Session | None:
     """Return the session that `file` describes; None if there is none, or if its push did not arrive.
 
     Raises:
@@ -61,45 +213,37 @@ def pending_session(client: Client, file: Path) -> Session | None:
     """
     if not file.is_file():
         return None
-    content = read_json(file, kernel=str, run=str, mark=str, version=int, url=str)
-    with reading(file):
-        session = Session(**content)
+    session = Session.read(file)
     if session.version:
         return session
     version = client.current_version(session.kernel, session.mark)
     if version is None:
         return None
-    session = replace(session, version=version)
-    write_json(file, asdict(session))
+    session = session.model_copy(update={"version": version})
+    session.write(file)
     return session
 
 
-def start_session(client: Client, kernel: Kernel, file: Path) -> Session:
-    """Push `kernel` and describe its session in `file`.
+def _push(client: Client, kernel: Kernel, file: Path) -> Session:
+    """Push `kernel` and describe its session in `file`, which is deleted if Kaggle refuses the push.
 
-    The file is written before the push: if Kaggle's reply does not arrive, `pending_session` recognises the pushed version by
-    its mark.
-
-    Raises:
-        UserError: The push fails; if Kaggle refuses it, `file` is deleted.
+    It is written before the push: if Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
     """
     mark = f"push {secrets.token_hex(8)}"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         name = pack(kernel, client.owner, Path(folder), mark)
-        session = Session(name, kernel.run, mark)
-        write_json(file, asdict(session))
+        Session(kernel=name, run=kernel.run, mark=mark).write(file)
         try:
             version, url = client.push(Path(folder))
         except Refused:
             file.unlink()
             raise
-    session = replace(session, version=version, url=url)
-    write_json(file, asdict(session))
+    session = Session(kernel=name, run=kernel.run, mark=mark, version=version, url=url)
+    session.write(file)
     return session
 
 
-def follow(client: Client, session: Session) -> Status:
+def _follow(client: Client, session: Session) -> Status:
     """Show the status of `session` and the last line of its log until it is over, and return its last status.
 
     Raises:
@@ -114,7 +258,7 @@ def follow(client: Client, session: Session) -> Status:
         with status_line() as show:
             while True:
                 status = _patient(lambda: client.status(session.kernel))
-                show(_status_text(session, status, line))
+                show(f"{session}: {status.name.lower()}{line}")
                 if status.is_over:
                     return status
                 until = time.monotonic() + POLL_SECONDS
@@ -123,14 +267,10 @@ def follow(client: Client, session: Session) -> Status:
                         piece = pieces.get(timeout=left)
                     except queue.Empty:
                         break
-                    line = next((text for text in reversed(piece.splitlines()) if text.strip()), line)
-                    show(_status_text(session, status, line))
+                    line = next((f", {text}" for text in reversed(piece.splitlines()) if text.strip()), line)
+                    show(f"{session}: {status.name.lower()}{line}")
     finally:
         over.set()
-
-
-def _status_text(session: Session, status: Status, line: str) -> str:
-    return f"{session}: {status.name.lower()}{line and f', {line}'}"
 
 
 def _read_log(client: Client, kernel: str, pieces: "queue.SimpleQueue[str]", over: threading.Event) -> None:

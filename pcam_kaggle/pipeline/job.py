@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
+
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Part, changed_name, experiment, seeds_name
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace
 from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import PLAIN_NAME, read_labels, read_sample
 from pcam_kaggle.models.weights_source import with_folder_settings
 from pcam_kaggle.runs.import_run import import_runs
@@ -65,6 +68,15 @@ class Job:
     def folds(self) -> list[int]:
         """Numbers of the folds to work on, sorted."""
         return list(range(self.config.n_splits)) if self.chosen is None else sorted(set(self.chosen))
+
+    def store(self) -> PatchStore:
+        """Return the packed patches."""
+        return PatchStore(self.workspace.store)
+
+    def labels(self) -> pd.DataFrame:
+        """Return the labels of the packed train patches, columns id and label."""
+        labels = read_labels(self.data.labels)
+        return labels[labels["id"].isin(self.store().ids("train"))]
 
     def submission(self) -> Path:
         """Return the file of the submission; the name of one that lacks folds lists those it has."""
