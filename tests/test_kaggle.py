@@ -287,7 +287,7 @@ def test_another_competitions_archive_is_refused(data: Data, tmp_path: Path, par
 
 def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["SaveKernel"] = STARTED
-    assert main(["kaggle", "push", "-e", "quick", "--hours", "2", "--resume", "--work", str(home)]) == 0
+    assert main(["kaggle", "run", "--detach", "-e", "quick", "--hours", "2", "--resume", "--work", str(home)]) == 0
     sent = kaggle.bodies["SaveKernel"]
     assert sent["slug"] == f"someone/{KERNEL}"
     assert sent["kernelDataSources"] == [f"someone/{KERNEL}"]
@@ -304,7 +304,7 @@ RECIPES = (
     RULES,
     "check the network",
     "try again later",
-    "make kernel-push",
+    "make kaggle",
     "correct the sources",
     "see whether kaggle.com",
 )
@@ -321,10 +321,10 @@ def assert_recipe(capsys: pytest.CaptureFixture[str], recipe: str) -> str:
 
 COMMANDS = {
     "DownloadDataFiles": ["kaggle", "download"],
-    "ListSubmissions": ["kaggle", "leaderboard"],
-    "SaveKernel": ["kaggle", "push"],
-    "GetKernelSessionStatus": ["kaggle", "status"],
-    "ListKernelSessionOutput": ["kaggle", "output"],
+    "ListSubmissions": ["kaggle", "scores"],
+    "SaveKernel": ["kaggle", "run", "--detach"],
+    "GetKernelSessionStatus": ["kaggle", "status", "--log"],
+    "ListKernelSessionOutput": ["kaggle", "fetch"],
 }
 RULES_FIRST = {"code": 403, "message": "You must accept this competition's rules before you'll be able to download files."}
 
@@ -388,7 +388,7 @@ def test_what_kaggle_says_of_other_failures_is_shown(
 def test_sources_that_kaggle_left_out_are_an_error(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unknown = [f"someone/weights-{number}" for number in range(7)]
     kaggle.replies["SaveKernel"] = STARTED | {"invalidDatasetSources": unknown, "invalidCompetitionSources": [COMPETITION]}
-    assert main(["kaggle", "push", "--work", str(home)]) == 2
+    assert main(["kaggle", "run", "--detach", "--work", str(home)]) == 2
     err = one_line(capsys)
     assert "left out 8 of the sources" in err
     assert "someone/weights-4 and 3 more" in err
@@ -396,7 +396,7 @@ def test_sources_that_kaggle_left_out_are_an_error(kaggle: Kaggle, home: Path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["kaggle", "download"], ["kaggle", "push"]])
+@pytest.mark.parametrize("command", [["kaggle", "download"], ["kaggle", "run", "--detach"]])
 @pytest.mark.parametrize("credentials", ["legacy", "token"])
 @pytest.mark.parametrize("proxy", [True, False])
 def test_a_server_that_cannot_be_reached_is_no_matter_of_credentials(
@@ -442,7 +442,7 @@ def test_a_token_is_enough(kaggle: Kaggle, in_file: bool, home: Path, tmp_path: 
     else:
         monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     kaggle.replies |= {"IntrospectToken": {"active": True, "username": "somebody"}, "SaveKernel": STARTED}
-    assert main(["kaggle", "push", "--work", str(home)]) == 0
+    assert main(["kaggle", "run", "--detach", "--work", str(home)]) == 0
     assert kaggle.bodies["SaveKernel"]["slug"] == f"somebody/{KERNEL}"
     assert kaggle.credentials == {"Bearer"}
 
@@ -471,7 +471,7 @@ def test_a_failure_of_kaggle_on_login_is_not_told_as_bad_credentials(
 @pytest.mark.parametrize("reply", [{"submissions": []}, {}])
 def test_no_submissions_are_no_error(kaggle: Kaggle, reply: Reply, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle.replies["ListSubmissions"] = reply
-    assert main(["kaggle", "leaderboard", "--work", str(home)]) == 0
+    assert main(["kaggle", "scores", "--work", str(home)]) == 0
     assert "scores of none" in capsys.readouterr().out
 
 
@@ -480,7 +480,7 @@ def test_a_reply_in_another_form_is_an_error(
     kaggle: Kaggle, reply: Reply, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kaggle.replies["ListSubmissions"] = reply
-    assert main(["kaggle", "leaderboard", "--work", str(home)]) == 2
+    assert main(["kaggle", "scores", "--work", str(home)]) == 2
     assert "can't read Kaggle's reply" in one_line(capsys)
 
 
@@ -497,7 +497,7 @@ def test_output_is_verified_and_imported(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)
-    assert main(["kaggle", "output", "--work", str(home)]) == 0
+    assert main(["kaggle", "fetch", "--work", str(home)]) == 0
     assert "make submit EXPERIMENT=bottleneck" in capsys.readouterr().out
     for path in session.rglob("*"):
         if path.is_file() and path.parts[len(session.parts)] in ("runs", "submissions") and path.parent.name != "events":
@@ -524,7 +524,7 @@ def test_a_damaged_output_is_not_imported(
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     saved(kaggle, session)
     capsys.readouterr()
-    assert main(["kaggle", "output", "--work", str(home)]) == 2
+    assert main(["kaggle", "fetch", "--work", str(home)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0] in err
@@ -535,12 +535,12 @@ def test_a_run_of_another_config_is_not_imported(
     kaggle: Kaggle, session: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(kaggle, session)
-    assert main(["kaggle", "output", "--work", str(home)]) == 0
+    assert main(["kaggle", "fetch", "--work", str(home)]) == 0
     config = home / "runs" / "bottleneck" / "config.json"
     config.write_text(config.read_text().replace('"seed": 42', '"seed": 43'))
     before = config.read_bytes()
     capsys.readouterr()
-    assert main(["kaggle", "output", "--work", str(home)]) == 2
+    assert main(["kaggle", "fetch", "--work", str(home)]) == 2
     assert "another config" in capsys.readouterr().err
     assert config.read_bytes() == before
 
@@ -562,11 +562,11 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
         {"ref": 1, "fileName": "bottleneck.csv", "description": description, "publicScore": "0.9512", "privateScore": ""},
     ]
     kaggle.replies["ListSubmissions"] = {"submissions": rows}
-    assert main(["kaggle", "leaderboard", "--work", str(session)]) == 0
+    assert main(["kaggle", "scores", "--work", str(session)]) == 0
     made = json.loads(file.with_suffix(".json").read_text())
     assert (made["public_score"], made["private_score"]) == (0.9512, None)
     rows[1]["privateScore"] = "0.9401"
-    assert main(["kaggle", "leaderboard", "--work", str(session)]) == 0
+    assert main(["kaggle", "scores", "--work", str(session)]) == 0
     assert json.loads(file.with_suffix(".json").read_text())["private_score"] == 0.9401
     assert "0.9401" in capsys.readouterr().out
 

@@ -18,11 +18,10 @@ from kaggle_server import KERNEL, SECRET, STARTED, Content, Kaggle, Reply, quota
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.kaggle import run_kernel, session
+from pcam_kaggle.kaggle import session
 from pcam_kaggle.kaggle.client import Quota
 from pcam_kaggle.kaggle.failures import RULES
-from pcam_kaggle.kaggle.run_kernel import allowed_hours
-from pcam_kaggle.training.capacity import Needs
+from pcam_kaggle.kaggle.session import allowed_hours
 
 ROOT = Path(__file__).parent.parent
 Pcam = Callable[..., Outcome]
@@ -32,7 +31,7 @@ Pcam = Callable[..., Outcome]
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(session, "PATIENCE", 0.0)
-    monkeypatch.setattr(run_kernel, "SCORE_SECONDS", 0.02)
+    monkeypatch.setattr(session, "SCORE_SECONDS", 0.02)
 
 
 class Account:
@@ -198,17 +197,17 @@ def test_a_push_that_arrived_is_not_repeated_if_its_reply_did_not(
         return reply
 
     kaggle.replies["SaveKernel"] = lost
-    assert main(["kaggle", "push", "--work", str(home)]) == 2
+    assert main(["kaggle", "run", "--detach", "--work", str(home)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     # A second push is refused, and the run continues the first.
-    assert main(["kaggle", "push", "--work", str(home)]) == 2
+    assert main(["kaggle", "run", "--detach", "--work", str(home)]) == 2
     assert "version 1" in capsys.readouterr().err
     assert main(["kaggle", "run", "--work", str(home)]) == 0
     assert len(account.pushed) == 1
 
 
 def test_the_check_tells_login_and_quota(kaggle: Kaggle, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    assert main(["kaggle", "status", "--work", str(home)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
         "login: someone, who has joined the competition",
@@ -217,10 +216,10 @@ def test_the_check_tells_login_and_quota(kaggle: Kaggle, home: Path, capsys: pyt
     # Hours that running sessions have reserved are not left.
     gpu = {"timeUsed": "36000s", "timeReserved": "18000s", "totalTimeAllowed": "108000s"}
     kaggle.replies["GetAcceleratorQuotaStatistics"] = {"gpuQuota": gpu}
-    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    assert main(["kaggle", "status", "--work", str(home)]) == 0
     assert "quota: 15.0 of 30.0 GPU hours are left\n" in capsys.readouterr().out
     kaggle.replies["GetAcceleratorQuotaStatistics"] = {}
-    assert main(["kaggle", "check", "--work", str(home)]) == 0
+    assert main(["kaggle", "status", "--work", str(home)]) == 0
     assert "quota: unknown" in capsys.readouterr().out
 
 
@@ -230,7 +229,7 @@ KINDS: dict[str, tuple[dict[str, Reply], str]] = {
     "quota": (quota(0.5), "0.5 of 30.0 GPU hours are left"),
     "quota that Kaggle refuses": (
         {"SaveKernel": {"error": "Maximum weekly GPU quota of 30 hours reached"}},
-        "which `python -m pcam_kaggle kaggle check` tells",
+        "which `python -m pcam_kaggle kaggle status` tells",
     ),
     "network": ({"GetCompetition": None}, "no connection to Kaggle"),
     "server": ({"GetCompetition": 503}, "try again later"),
@@ -270,7 +269,7 @@ def test_a_failed_session_is_told_and_the_same_command_starts_a_new_one(
 def test_another_request_does_not_replace_a_session_that_is_not_downloaded(
     kaggle: Kaggle, account: Account, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["kaggle", "push", "--work", str(home)]) == 0
+    assert main(["kaggle", "run", "--detach", "--work", str(home)]) == 0
     assert main(["kaggle", "run", "-e", "quick", "--work", str(home)]) == 2
     assert "bottleneck, version 1" in capsys.readouterr().err
     assert len(account.pushed) == 1
@@ -391,7 +390,7 @@ def test_waiting_has_an_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(session, "PATIENCE", 0.1)
-    monkeypatch.setattr(run_kernel, "SCORE_PATIENCE", 0.1)
+    monkeypatch.setattr(session, "SCORE_PATIENCE", 0.1)
     account.pending = 10**6
     if limit == "PATIENCE":
         kaggle.replies["GetKernelSessionStatus"] = 503

@@ -56,7 +56,7 @@ def _run_status(options: argparse.Namespace) -> None:
     name = _name(client, options)
     try:
         status = client.status(name)
-        log.info("session: %s is %s%s", name, status.name.lower(), f" ({status.failure})" if status.failure else "")
+        log.info("session: %s is %s", name, status)
     except Refused as error:
         log.info("session: none (%s)", error)
     for piece in client.follow_log(name) if options.log else ():

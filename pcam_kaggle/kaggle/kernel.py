@@ -51,24 +51,14 @@ class Metadata(Record):
     kernel_sources: list[str]
     model_sources: list[str]
 
-    @property
-    def slug(self) -> str:
-        """The last part of the id."""
-        return self.id.rpartition("/")[2]
-
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel as the user asks for it.
 
-    Attributes:
-        settings: The settings in its notebook.
-        weights: What to attach and to use as weights: a dataset (owner/name), a model (owner/name/framework/variation/version),
-            `pretrained` to download those of timm's model, or empty for those of the experiment.
-        resume: Whether to attach the kernel's own last output.
-        accelerator: One of `ACCELERATORS`.
-        public: Whether everyone may see it.
-        title: Its title, from which Kaggle makes its slug; empty for that of kernel-metadata.json.
+    `weights` are attached and used: a dataset (owner/name), a model (owner/name/framework/variation/version), `pretrained` to
+    download those of timm's model, or empty for those of the experiment. `resume` attaches the kernel's own last output. Kaggle
+    makes the slug of `title`, which is empty for that of kernel-metadata.json.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -113,7 +103,7 @@ class Kernel:
     def slug(self, root: Path = ROOT) -> str:
         """Return the last part of its id, for which `root` has the metadata; raises UserError if the title can't be one."""
         if not self.title:
-            return Metadata.read(root / METADATA).slug
+            return Metadata.read(root / METADATA).id.rpartition("/")[2]
         slug = slugged(self.title)
         # Kaggle has its own rules for other characters.
         if len(slug) < 5 or not re.fullmatch(r"[A-Za-z0-9 _-]+", self.title):
@@ -124,10 +114,8 @@ class Kernel:
 def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
     """Raise UserError unless Kaggle would run what `kernel` and the files in the repository `root` mean.
 
-    Raises:
-        UserError: The tracked notebook does not match the package, metadata are missing or not what the notebook needs, the
-            title's slug is not the id's, accelerator, hours or title can't be used, weights are needed and none attached, or
-            the experiment does not admit the settings. Kaggle itself would accept these and misinterpret them.
+    Kaggle itself accepts most of what is refused here: metadata with missing fields or a title that does not match the id, and
+    sessions that cannot use their accelerator, end after twelve hours or lack weights.
     """
     if kernel.accelerator not in ACCELERATORS:
         reasons = [f"{reason}; " for prefix, reason in UNUSABLE.items() if kernel.accelerator.startswith(prefix)]
@@ -138,8 +126,9 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
     metadata = _metadata(kernel, root)
     content = metadata.model_dump()
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if content.get(key) != value]
-    if metadata.slug != slugged(metadata.title):
-        wrong.append(f"title {metadata.title!r} must become the id's {metadata.slug!r}, not {slugged(metadata.title)!r}")
+    slug = metadata.id.rpartition("/")[2]
+    if slug != slugged(metadata.title):
+        wrong.append(f"title {metadata.title!r} must become the id's {slug!r}, not {slugged(metadata.title)!r}")
     if wrong:
         raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
     weights = {part.config.weights for part in kernel.parts} - {""}
@@ -157,15 +146,7 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
 def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = ROOT) -> str:
     """Write what Kaggle's client pushes, notebook and metadata, into `folder`, and return the kernel's id, owner/slug.
 
-    Args:
-        kernel: What the user asks for, which `check_kernel` has accepted.
-        owner: User name of the kernel's owner.
-        folder: Where to write.
-        mark: Text by which this version is found on Kaggle, as a comment in the notebook.
-        root: The repository.
-
-    Raises:
-        UserError: The notebook is larger than 900 kB.
+    By `mark`, a comment in the notebook, this version is found on Kaggle. Raises UserError if the notebook is too large.
     """
     content = notebook(kernel.notebook_settings, mark)
     if len(content) > MOST_BYTES:

@@ -37,17 +37,14 @@ class Settings:
 
     def inserted(self, code: str) -> str:
         """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
-        values, lines = asdict(self), []
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
+        values["internet"] = str(self.internet)
+        lines = []
         for line in code.splitlines():
             target = line.partition(" = ")[0]
             name = target.partition(":")[0].lower()
-            lines.append(f"{target} = {_literal(values[name])}" if name in values else line)
+            lines.append(f"{target} = {values[name]}" if name in values else line)
         return "\n".join(lines)
-
-
-def _literal(value: Any) -> str:
-    """Return `value` as Python with double quotes."""
-    return repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
 
 
 def required_modules(names: set[str]) -> list[str]:

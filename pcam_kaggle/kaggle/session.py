@@ -1,12 +1,12 @@
 """A session on Kaggle: pushed, followed, downloaded, submitted and scored. Interrupted, the same command resumes it."""
 
+import contextlib
+import itertools
 import logging
-import queue
 import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,10 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.experiments import experiment
-from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota, Status
+from pcam_kaggle.kaggle.client import COMPLETE, Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.leaderboard import print_leaderboard
@@ -39,19 +38,14 @@ PATIENCE, SCORE_PATIENCE = 1800.0, 1800.0
 class Session(Record):
     """A pushed kernel's session whose output is not downloaded yet.
 
-    Attributes:
-        kernel: The kernel's id, owner/slug.
-        run: Name of the run that it makes.
-        mark: Text in its notebook by which its version is recognised on Kaggle.
-        version: Its version; 0 until Kaggle has confirmed the push.
-        url: Its address; empty until then.
+    `kernel` is the id, owner/slug, `run` the name of the run that it makes, and `mark` a text in its notebook by which its
+    version is recognised on Kaggle. The version is 0 until Kaggle has confirmed the push.
     """
 
     kernel: str
     run: str
     mark: str
     version: int = 0
-    url: str = ""
 
     def __str__(self) -> str:
         return f"{self.run}, version {self.version} of {self.kernel}"
@@ -84,12 +78,12 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | Non
         return None
     check_kernel(kernel)
     quota, hours = client.quota(), kernel.settings.hours
+    if quota and quota.left < LEAST_HOURS:
+        raise UserError(f"quota: {quota}, and a session needs half an hour; wait until the quota is renewed")
     if quota:
-        hours = allowed_hours(quota, hours)
+        hours = min(hours, round(quota.left - SPARE_HOURS, 1))
     log.info("quota: %s; the session ends after %.1f", quota or "unknown", hours)
-    session = _push(client, replace(kernel, settings=replace(kernel.settings, hours=hours)), file)
-    log.info("push: %s at %s", session, session.url)
-    return session
+    return _push(client, replace(kernel, settings=replace(kernel.settings, hours=hours)), file)
 
 
 def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
@@ -102,36 +96,19 @@ def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspac
     status = _follow(client, session)
     if status.name != COMPLETE:
         file.unlink()
-        reason = f" ({status.failure})" if status.failure else ""
         raise UserError(
-            f"{session}: ended as {status.name.lower()}{reason}; read its log with `python -m pcam_kaggle kaggle status --log` "
+            f"{session}: ended as {status}; read its log with `python -m pcam_kaggle kaggle status --log` "
             "and repeat the command for a new session"
         )
     fetch(client, session.kernel, workspace, kernel)
     file.unlink()
 
 
-def allowed_hours(quota: Quota, hours: float) -> float:
-    """Return how many of the asked `hours` a session may take; raises UserError if the quota leaves too few for any."""
-    if quota.left < LEAST_HOURS:
-        raise UserError(f"quota: {quota}, and a session needs half an hour; wait until the quota is renewed")
-    return min(hours, round(quota.left - SPARE_HOURS, 1))
-
-
 def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> list[str]:
-    """Download what the last session of the kernel `name` (owner/slug) has saved, verify it, and import its runs.
-
-    Args:
-        client: Kaggle.
-        name: The kernel's id.
-        workspace: Where to copy the runs.
-        kernel: What the session was asked for, of which it must have saved a run; None for anything.
-
-    Returns:
-        The names of its submissions.
+    """Import the runs that the last session of the kernel `name` (owner/slug) has saved; return the names of its submissions.
 
     Raises:
-        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`.
+        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`, for which the session was started.
     """
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder))
@@ -151,13 +128,8 @@ def is_complete(workspace: Workspace, name: str) -> bool:
 
 
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
-    """Submit all folds of `run` unless Kaggle has the submission, wait for its scores, record them and print all submissions.
-
-    Raises:
-        UserError: There is no submission, it can't be submitted (see `describe`), Kaggle refuses it or fails to score it, or
-            half an hour has passed.
-    """
-    file, description = describe(workspace.submissions, _submission_of(workspace, run))
+    """Submit all folds of `run` unless Kaggle has them, wait up to half an hour for the scores, record and print them."""
+    file, description = describe(workspace.submissions, run)
     mark = submission_mark(file)
     # One that Kaggle could not score is submitted again.
     if (_of(client.submissions(), mark)["status"] == "error").all():
@@ -174,21 +146,12 @@ def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
             if status == "complete":
                 break
             if status == "error":
-                raise UserError(f"{file}: Kaggle can't score it: {own['error'].iloc[0] or 'no reason given'}")
+                raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].iloc[0] or 'no reason given'}")
             if time.monotonic() >= until:
                 raise UserError(f"{file}: not scored for half an hour; run `python -m pcam_kaggle kaggle scores` later")
             show("submit: waiting for the scores")
             time.sleep(SCORE_SECONDS)
     print_leaderboard(workspace, found)
-
-
-def _submission_of(workspace: Workspace, name: str) -> str:
-    """Return the name of the submission of all folds of the run `name`; raises UserError if there is none."""
-    for file in sorted(workspace.submissions.glob("*.json")):
-        made = read_json(file, run=str, missing_folds=list)
-        if made["run"] == name and not made["missing_folds"] and file.with_suffix(".csv").is_file():
-            return file.stem
-    raise UserError(f"{workspace.submissions}: holds no submission of {name}; write it with `python -m pcam_kaggle submission`")
 
 
 def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
@@ -229,73 +192,58 @@ def _push(client: Client, kernel: Kernel, file: Path) -> Session:
 
     It is written before the push: if Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
     """
-    mark = f"push {secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory() as folder:
-        name = pack(kernel, client.owner, Path(folder), mark)
-        Session(kernel=name, run=kernel.run, mark=mark).write(file)
+        mark = f"push {secrets.token_hex(8)}"
+        session = Session(kernel=pack(kernel, client.owner, Path(folder), mark), run=kernel.run, mark=mark)
+        session.write(file)
         try:
             version, url = client.push(Path(folder))
         except Refused:
             file.unlink()
             raise
-    session = Session(kernel=name, run=kernel.run, mark=mark, version=version, url=url)
+    session = session.model_copy(update={"version": version})
     session.write(file)
+    log.info("push: %s at %s", session, url)
     return session
 
 
 def _follow(client: Client, session: Session) -> Status:
-    """Show the status of `session` and the last line of its log until it is over, and return its last status.
-
-    Raises:
-        UserError: Kaggle can't be reached for half an hour.
-    """
-    pieces: queue.SimpleQueue[str] = queue.SimpleQueue()
-    over = threading.Event()
+    """Show the status of `session` and the last line of its log until it is over, and return its last status."""
+    lines, over = [""], threading.Event()
     # The stream of the log blocks, and does not tell when a session has failed to start.
-    threading.Thread(target=_read_log, args=(client, session.kernel, pieces, over), daemon=True).start()
-    line = ""
+    threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
         with status_line() as show:
             while True:
-                status = _patient(lambda: client.status(session.kernel))
-                show(f"{session}: {status.name.lower()}{line}")
+                status = _patient_status(client, session.kernel)
+                show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
                 if status.is_over:
                     return status
-                until = time.monotonic() + POLL_SECONDS
-                while (left := until - time.monotonic()) > 0:
-                    try:
-                        piece = pieces.get(timeout=left)
-                    except queue.Empty:
-                        break
-                    line = next((f", {text}" for text in reversed(piece.splitlines()) if text.strip()), line)
-                    show(f"{session}: {status.name.lower()}{line}")
+                time.sleep(POLL_SECONDS)
     finally:
         over.set()
 
 
-def _read_log(client: Client, kernel: str, pieces: "queue.SimpleQueue[str]", over: threading.Event) -> None:
-    """Put the pieces of the log of `kernel` into `pieces` until `over` is set; a new connection starts at the first one."""
+def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Event) -> None:
+    """Append the last line of each piece of the log of `kernel` to `lines` until `over` is set."""
     seen = 0
-    while not over.is_set():
-        try:
-            for number, piece in enumerate(client.follow_log(kernel)):
+    while not over.wait(POLL_SECONDS):
+        with contextlib.suppress(UserError):
+            # A new connection starts at the first piece.
+            for piece in itertools.islice(client.follow_log(kernel), seen, None):
+                seen += 1
+                lines += piece.strip().splitlines()[-1:]
                 if over.is_set():
                     return
-                if number >= seen:
-                    seen = number + 1
-                    pieces.put(piece)
-        except UserError as error:
-            log.debug("log of %s: %s", kernel, error)
-        over.wait(POLL_SECONDS)
 
 
-def _patient(ask: Callable[[], Status]) -> Status:
-    """Return what `ask` returns; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
+def _patient_status(client: Client, kernel: str) -> Status:
+    """Return the status of `kernel`; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
     until = time.monotonic() + PATIENCE
     has_warned = False
     while True:
         try:
-            return ask()
+            return client.status(kernel)
         except Unreachable as error:
             if time.monotonic() >= until:
                 raise
