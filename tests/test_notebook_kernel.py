@@ -276,39 +276,48 @@ def copy(folder: Path) -> Path:
     return folder
 
 
-def pushed(kernel: Kernel, root: Path, folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the metadata and the settings cell of what is pushed, with the files of `root`."""
+PLAIN = {"id": "someone/pcam-submission", "title": "PCam submission", "machine_shape": "NvidiaTeslaT4", "is_private": True}
+MINE = {"id": "someone/my-own-pcam-net", "title": "My own PCam net", "machine_shape": "NvidiaL4", "is_private": False}
+MODEL = "them/encoder/pyTorch/default/1"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fields", "changes"),
+    [
+        (Kernel(Settings("quick", ("epochs=3",)), resume=True), {"kernel_sources": [PLAIN["id"]]}, ["epochs=3"]),
+        (
+            Kernel(
+                Settings("lite0", internet=True), "pretrained", accelerator="NvidiaL4", public=True, title="My own PCam net"
+            ),
+            MINE,
+            ["weights=pretrained"],
+        ),
+        (Kernel(Settings("lite0", seeds=3), "them/encoder"), {"dataset_sources": ["them/encoder"]}, ["weights=them/encoder"]),
+        (Kernel(Settings("lite0"), MODEL), {"model_sources": [MODEL]}, [f"weights={MODEL}"]),
+        # The members of a blend find what is attached; they have no settings of their own.
+        (Kernel(Settings("blend"), "them/encoder"), {"dataset_sources": ["them/encoder"]}, []),
+        (Kernel(Settings("blend"), MODEL), {"model_sources": [MODEL]}, []),
+    ],
+)
+def test_what_is_pushed_is_what_was_asked_for(
+    kernel: Kernel, fields: dict[str, Any], changes: list[str], tmp_path: Path
+) -> None:
+    root, folder = copy(tmp_path / "root"), tmp_path / "push"
     check_kernel(kernel, root)
-    pack(kernel, "someone", folder, root=root)
-    metadata = json.loads((folder / METADATA).read_text())
-    cells = nbformat.read(folder / metadata["code_file"], as_version=4).cells
-    return metadata, next(cell.source for cell in cells if cell.id == "settings")
-
-
-def test_what_is_pushed_has_the_users_name_and_the_tracked_file_has_not(tmp_path: Path) -> None:
-    root = copy(tmp_path / "root")
-    metadata, settings = pushed(Kernel(Settings("quick", ("epochs=3",), 2.5), resume=True), root, tmp_path / "push")
-    assert metadata["id"] == "someone/pcam-submission"
-    assert metadata["kernel_sources"] == ["someone/pcam-submission"]
-    assert (metadata["enable_internet"], metadata["is_private"]) == (False, True)
+    assert pack(kernel, "someone", folder, root=root) == (PLAIN | fields)["id"]
+    tracked, metadata = (json.loads((place / METADATA).read_text()) for place in (root, folder))
+    # Fields that are not named here are as in the tracked file.
+    notebook = {"code_file": NOTEBOOK.name, "enable_internet": kernel.settings.internet}
+    assert metadata == tracked | PLAIN | notebook | fields
+    cells = nbformat.read(folder / NOTEBOOK.name, as_version=4).cells
+    settings = next(cell.source for cell in cells if cell.id == "settings")
     assert [line for line in settings.splitlines() if line and not line.startswith("# ")] == [
-        *('EXPERIMENT = "quick"', 'CHANGES = ["epochs=3"]', "HOURS = 2.5", "SEEDS = 1", "INTERNET = False")
+        f'EXPERIMENT = "{kernel.settings.experiment}"',
+        f"CHANGES: list[str] = {json.dumps(changes)}",
+        "HOURS = 11.0",
+        f"SEEDS = {kernel.settings.seeds}",
+        f"INTERNET = {kernel.settings.internet}",
     ]
-    assert settings.startswith("# bottleneck, quick, plain,")
-    assert "someone" not in (root / METADATA).read_text()
-
-
-def test_options_replace_what_the_tracked_metadata_say(tmp_path: Path) -> None:
-    root = copy(tmp_path / "root")
-    asked = Kernel(
-        Settings("lite0", internet=True), weights="pretrained", accelerator="NvidiaL4", public=True, title="My own PCam net"
-    )
-    metadata, settings = pushed(asked, root, tmp_path / "push")
-    assert (metadata["id"], metadata["title"]) == ("someone/my-own-pcam-net", "My own PCam net")
-    assert (metadata["machine_shape"], metadata["enable_internet"], metadata["is_private"]) == ("NvidiaL4", True, False)
-    assert metadata["dataset_sources"] == metadata["kernel_sources"] == []
-    assert "INTERNET = True" in settings
-    assert 'CHANGES = ["weights=pretrained"]' in settings
 
 
 @pytest.mark.parametrize(
@@ -351,18 +360,6 @@ def test_metadata_that_kaggle_would_misunderstand_are_not_pushed(change: dict[st
     with pytest.raises(UserError, match=printed) as caught:
         check_kernel(Kernel(), root)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("weights", "key"), [("them/encoder", "dataset_sources"), ("them/encoder/pyTorch/default/1", "model_sources")]
-)
-@pytest.mark.parametrize("name", ["lite0", "blend"])
-def test_weights_are_attached_and_used(name: str, weights: str, key: str, tmp_path: Path) -> None:
-    seeds = 1 if name == "blend" else 3
-    metadata, settings = pushed(Kernel(Settings(name, seeds=seeds), weights), copy(tmp_path / "root"), tmp_path / "push")
-    assert metadata[key] == [weights]
-    # The members of a blend find what is attached; they have no settings of their own.
-    assert ("CHANGES = []" if name == "blend" else f'CHANGES = ["weights={weights}"]') in settings
 
 
 def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:
