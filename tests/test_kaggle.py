@@ -430,7 +430,7 @@ def test_output_is_verified_and_imported(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, call: Call
 ) -> None:
     saved(kaggle, session)
-    assert "kaggle submit bottleneck" in call("fetch")
+    assert f"output: bottleneck imported into {home / 'runs'}" in call("fetch")
     for path in [*session.glob("runs/bottleneck/*.*"), *session.glob("runs/*/fold_*/*.*"), *session.glob("submissions/bott*")]:
         assert (home / path.relative_to(session)).read_bytes() == path.read_bytes()
     assert not (home / "store").exists()

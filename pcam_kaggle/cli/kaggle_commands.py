@@ -67,11 +67,10 @@ def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
     is_over = client.status(name).is_over
-    submissions = fetch(client, name, workspace)
+    fetch(client, name, workspace)
     if is_over:
         session_file(workspace, name.rpartition("/")[2]).unlink(missing_ok=True)
-    submits = "".join(f", or python -m pcam_kaggle kaggle submit {each}" for each in submissions)
-    log.info("next: make compare%s", submits)
+    log.info("next: make compare, or python -m pcam_kaggle kaggle submit NAME")
 
 
 def _run_submit(options: argparse.Namespace) -> None:

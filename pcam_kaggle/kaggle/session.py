@@ -21,7 +21,7 @@ from pcam_kaggle.kaggle.client import COMPLETE, Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.leaderboard import print_leaderboard
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
+from pcam_kaggle.kaggle.ledger import describe, submission_mark
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 
@@ -104,8 +104,8 @@ def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspac
     file.unlink()
 
 
-def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> list[str]:
-    """Import the runs that the last session of the kernel `name` (owner/slug) has saved; return the names of its submissions.
+def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> None:
+    """Import the runs that the last session of the kernel `name` (owner/slug) has saved.
 
     Raises:
         UserError: Nothing was saved, files are damaged, or there is no run of `kernel`, for which the session was started.
@@ -116,9 +116,7 @@ def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None
         if kernel and not set(found) & set(kernel.runs):
             raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
         imported = ", ".join(import_runs(Path(folder), workspace))
-        submissions = [file.stem for file in sorted(Path(folder).glob("submissions/*.csv")) if file.name != LEDGER_FILE]
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
-    return submissions
 
 
 def is_complete(workspace: Workspace, name: str) -> bool:
