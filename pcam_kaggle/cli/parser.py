@@ -158,7 +158,7 @@ COMMANDS = (
         "Kaggle: data, training in a session, submissions and scores",
         commands=(
             Command(
-                "run", "train an experiment on Kaggle: push, follow, download, compare; resumes", (*SESSION, DETACH, SUBMIT)
+                "run", "train an experiment on Kaggle: push, follow, download, compare; resumes", (*SESSION, (DETACH, SUBMIT))
             ),
             Command("status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
             Command("fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
