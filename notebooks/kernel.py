@@ -72,14 +72,14 @@ print(f"Python {platform.python_version()}, torch {found['torch']}; all packages
 # Change them here and run all cells.
 
 # %% settings
-# bottleneck, quick, plain, bottleneck_d4,
-# best; with attached weights: lite0,
-# pretrained, blend
+# bottleneck, quick, plain,
+# bottleneck_d4, best; with attached
+# weights: lite0, pretrained, blend
 EXPERIMENT = "bottleneck"
 
 # fields of its config, such as
-# ["epochs=10", "batch_size=64"]; none for
-# blend
+# ["epochs=10", "batch_size=64"]; none
+# for blend
 CHANGES: list[str] = []
 
 # longest duration of the session; Kaggle
