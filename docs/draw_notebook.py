@@ -1,4 +1,4 @@
-"""Draw docs/notebook.jpg and docs/notebook_narrow.jpg: the kernel's notebook after a run on the patches of PCAM_DATA.
+"""Draw docs/notebook.jpg and docs/notebook_narrow.jpg: the notebook for Kaggle after a run on the patches of PCAM_DATA.
 
 Needs nbconvert and chromium.
 """
@@ -16,7 +16,7 @@ from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"))
-STAGES = ("settings", "prepare", "patches", "augmentation", "train", "curves", "errors", "summary")
+STAGES = ("settings", "prepare", "patches", "augmentation", "train", "curves", "mistakes", "summary")
 # Width of the window and the stages of each picture.
 PICTURES = {"notebook.jpg": (1400, STAGES), "notebook_narrow.jpg": (400, ("settings", "curves", "summary"))}
 MAX_WIDTH = 1000

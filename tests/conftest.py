@@ -256,6 +256,24 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return `kaggle` of the command line in `home`: it returns the output, or the one line of the error if it must fail."""
+
+    def call(*arguments: str, status: int = 0, work: Path = home) -> str:
+        capsys.readouterr()
+        assert main(["kaggle", *arguments, "--work", str(work)]) == status
+        out, err = capsys.readouterr()
+        if status != 2:
+            return out
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert SECRET not in err
+        return err
+
+    return call
+
+
+@pytest.fixture
 def others(tmp_path: Path) -> Others:
     """Return twelve labelled patches of other slides."""
     return Others(tmp_path / "others")

@@ -42,7 +42,7 @@ class Kaggle(ThreadingHTTPServer):
         self.archive, self.status = b"", 302
         self.asked: list[str] = []
         self.credentials: set[str] = set()
-        self.sent = 0
+        self.sent = self.streamed = 0
         self.halfway: Callable[[], object] | None = None
         self.hook: Callable[[str], object] = lambda _: None
         self.stream: list[str] = []
@@ -105,6 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
         if "/logs/stream/" in path:
+            self.server.streamed += 1
             self.server.hook("log")
             events = "".join(f"data: {json.dumps({'data': piece})}\n\n" for piece in self.server.stream)
             self.answer(200, f"{events}data: END_OF_LOG\n\n".encode(), **{"Content-Type": "text/event-stream"})

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from pcam_kaggle.core.experiments import DEMO, EXPERIMENTS
-from pcam_kaggle.kaggle.notebook import COMMENT_WIDTH, Settings, notebook
+from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 ROOT = Path(__file__).parent.parent
 # The distributions of imported modules whose names differ.
@@ -22,15 +22,25 @@ IMAGE |= {"numpy": "2.0.2", "pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy":
 IMAGE |= {"matplotlib": "3.10.0", "tqdm": "4.67.1", "joblib": "1.5.2", "filelock": "3.20.0"}
 
 
+# Characters that a phone shows of a line of code.
+COMMENT_WIDTH = 41
+Cells = dict[str, nbformat.NotebookNode]
+Capsys = pytest.CaptureFixture[str]
+MonkeyPatch = pytest.MonkeyPatch
+
+
+def cells_of(settings: Settings) -> Cells:
+    """Return the cells of the notebook with `settings` by id."""
+    return {cell.id: cell for cell in nbformat.reads(notebook(settings).decode(), as_version=4).cells}
+
+
 @pytest.fixture(scope="module")
-def cells() -> dict[str, nbformat.NotebookNode]:
+def cells() -> Cells:
     """Return the cells of the notebook by id."""
-    return {cell.id: cell for cell in nbformat.reads(notebook().decode(), as_version=4).cells}
+    return cells_of(Settings())
 
 
-def check(
-    cells: dict[str, nbformat.NotebookNode], installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, object]:
+def check(cells: Cells, installed: dict[str, str], monkeypatch: MonkeyPatch) -> dict[str, object]:
     """Run the package check where the distributions in `installed` exist, and return its variables."""
 
     def version(name: str) -> str:
@@ -46,37 +56,20 @@ def check(
     return variables
 
 
-def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells: dict[str, nbformat.NotebookNode]) -> None:
+def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells: Cells) -> None:
     first = next(cell for cell in cells.values() if cell.cell_type == "code")
     assert first.id == "check"
     assert third_party([first]) == set()
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"torch": "2.11.0a0+git1234567", "timm": "1.1.0.dev0"},
-        {"opencv-python-headless": None, "opencv-contrib-python": "5.0.0.93"},
-        {"opencv-python": "4.5.0.10000"},
-        {"numpy": "2.10.0", "pandas": "3.0"},
-    ],
-)
-def test_versions_of_the_image_or_newer_pass(
-    change: dict[str, str | None],
-    cells: dict[str, nbformat.NotebookNode],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    installed = {name: release for name, release in (IMAGE | change).items() if release}
-    check(cells, installed, monkeypatch)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"Python {sys.version.split()[0]}, torch {installed['torch']};")
-
-
-@pytest.mark.parametrize(
     ("change", "problems"),
     [
+        ({}, ""),
+        ({"torch": "2.11.0a0+git1234567", "timm": "1.1.0.dev0"}, ""),
+        ({"opencv-python-headless": None, "opencv-contrib-python": "5.0.0.93"}, ""),
+        ({"opencv-python": "4.5.0.10000"}, ""),
+        ({"numpy": "2.10.0", "pandas": "3.0"}, ""),
         ({"torch": "2.9.1+cu128"}, "torch 2.9.1+cu128 (needed: 2.10)"),
         ({"numpy": "1.26.4"}, "numpy 1.26.4 (needed: 2.0.2)"),
         ({"numpy": "2.0+cpu9"}, "numpy 2.0+cpu9 (needed: 2.0.2)"),
@@ -90,32 +83,28 @@ def test_versions_of_the_image_or_newer_pass(
     ],
 )
 def test_missing_and_old_packages_are_named_in_one_line(
-    change: dict[str, str | None],
-    problems: str,
-    cells: dict[str, nbformat.NotebookNode],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str | None], problems: str, cells: Cells, monkeypatch: MonkeyPatch, capsys: Capsys
 ) -> None:
     installed = {name: release for name, release in (IMAGE | change).items() if release}
-    with pytest.raises(RuntimeError, match="Always use latest environment") as caught:
+    if problems:
+        with pytest.raises(RuntimeError, match="Always use latest environment") as caught:
+            check(cells, installed, monkeypatch)
+        assert str(caught.value).startswith(problems)
+        assert "\n" not in str(caught.value)
+    else:
         check(cells, installed, monkeypatch)
-    assert str(caught.value).startswith(problems)
-    assert "\n" not in str(caught.value)
-    assert capsys.readouterr().out == ""
+    printed = f"Python {sys.version.split()[0]}, torch {installed['torch']}; all packages are recent enough\n"
+    assert capsys.readouterr().out == ("" if problems else printed)
 
 
-def test_the_check_covers_what_the_notebook_imports(
-    cells: dict[str, nbformat.NotebookNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_covers_what_the_notebook_imports(cells: Cells, monkeypatch: MonkeyPatch) -> None:
     imported = {DISTRIBUTIONS.get(name, name) for name in third_party(list(cells.values()))}
     needed = check(cells, IMAGE, monkeypatch)["NEEDED"]
     assert isinstance(needed, dict)
     assert set(needed) == imported
 
 
-def test_the_tested_images_have_the_needed_versions(
-    cells: dict[str, nbformat.NotebookNode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tested_images_have_the_needed_versions(cells: Cells, monkeypatch: MonkeyPatch) -> None:
     for name in ("requirements-kaggle.txt", "requirements-kaggle-next.txt"):
         pinned = dict(line.split("==") for line in (ROOT / name).read_text().splitlines())
         check(cells, IMAGE | pinned, monkeypatch)
@@ -133,7 +122,7 @@ def third_party(cells: list[nbformat.NotebookNode]) -> set[str]:
     return found - sys.stdlib_module_names - {"pcam_kaggle", "IPython"}
 
 
-def test_the_contents_link_to_every_section_in_order(cells: dict[str, nbformat.NotebookNode]) -> None:
+def test_the_contents_link_to_every_section_in_order(cells: Cells) -> None:
     texts = [cell.source for cell in cells.values() if cell.cell_type == "markdown"]
     headings = re.findall(r"^## (.+)$", "\n".join(texts), flags=re.MULTILINE)
     links = re.findall(r"^- \[(.+)\]\(#(\S+)\)$", texts[0], flags=re.MULTILINE)
@@ -144,7 +133,7 @@ def test_the_contents_link_to_every_section_in_order(cells: dict[str, nbformat.N
     assert len(set(headings)) == len(headings) > 5
 
 
-def test_the_packages_cells_are_folded_and_no_others(cells: dict[str, nbformat.NotebookNode]) -> None:
+def test_the_packages_cells_are_folded_and_no_others(cells: Cells) -> None:
     folded = {"_kg_hide-input": True, "_kg_hide-output": True, "jupyter": {"source_hidden": True, "outputs_hidden": True}}
     for name, cell in cells.items():
         is_package = name.startswith("file-") or name == "folders"
@@ -156,8 +145,8 @@ def test_the_packages_cells_are_folded_and_no_others(cells: dict[str, nbformat.N
 
 
 def test_settings_are_python_with_a_comment_each() -> None:
-    settings = Settings("blend", ('model_args={"a": "é"}', "epochs=3"), 2.5, 3)
-    code = settings.code()
+    settings = Settings("blend", ('model_args={"a": "é"}', "epochs=3"), 2.5, 3, internet=True)
+    code = cells_of(settings)["settings"].source
     variables: dict[str, object] = {}
     exec(code, variables)  # noqa: S102
     assert {field.name: variables[field.name.upper()] for field in fields(settings)} == asdict(settings) | {
@@ -169,11 +158,15 @@ def test_settings_are_python_with_a_comment_each() -> None:
         *comments, assigned = block.splitlines()
         assert comments
         assert all(line.startswith("# ") and len(line) <= COMMENT_WIDTH for line in comments)
-        assert re.match(r"[A-Z]+ = ", assigned)
+        assert re.match(r"[A-Z]+\b.* = ", assigned)
 
 
-def test_the_comment_of_the_experiment_names_all_but_the_demo() -> None:
-    comment = " ".join(line.removeprefix("# ") for line in Settings().code().split("\nEXPERIMENT")[0].splitlines())
+def test_the_script_has_the_defaults(cells: Cells) -> None:
+    assert cells["settings"].source in (ROOT / "notebooks" / "kernel.py").read_text()
+
+
+def test_the_comment_of_the_experiment_names_all_but_the_demo(cells: Cells) -> None:
+    comment = " ".join(line.removeprefix("# ") for line in cells["settings"].source.split("\nEXPERIMENT")[0].splitlines())
     without, _, needs = comment.partition("; with attached weights: ")
     assert {*without.split(", "), *needs.split(", ")} == set(EXPERIMENTS) - {DEMO}
     assert needs == "lite0, pretrained, blend"

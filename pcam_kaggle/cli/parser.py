@@ -12,6 +12,16 @@ from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
 METHODS = ("mean", "rank", "climb")
 MOST_SEEDS = 100
 FORMATS = ("text", "md", "csv", "json")
+# Former commands of `kaggle`.
+RENAMED = {
+    "check": "status",
+    "build": "notebook",
+    "push": "run --detach",
+    "logs": "status --log",
+    "output": "fetch",
+    "leaderboard": "scores",
+    "ledger": "scores",
+}
 
 
 class Option:
@@ -34,7 +44,10 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with status 2."""
+        """Print `message` and exit with status 2; of a command that was renamed it names the new one."""
+        unknown = re.search(r"invalid choice: '([a-z]+)'", message)
+        if unknown and unknown[1] in RENAMED and self.prog.endswith(" kaggle"):
+            message = f"`kaggle {unknown[1]}` is now `kaggle {RENAMED[unknown[1]]}`"
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -84,14 +97,16 @@ WEIGHTS = Option(
     metavar="owner/name",
     help="dataset, or model as owner/name/framework/variation/version, to attach and to use; with --internet also pretrained",
 )
-RESUME = Option("--resume", action="store_true", help="attach the kernel's last output, to resume from it")
+RESUME = Option("--resume", action="store_true", help="attach what the notebook has saved last, to train what is missing")
 ACCELERATOR = Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]")
 INTERNET = Option("--internet", action="store_true", help="let the session use the internet")
 PUBLIC_KERNEL = Option("--public", action="store_true", help="let everyone see the notebook")
-TITLE = Option("--title", default="", help="title of the notebook, which names the kernel [that of kernel-metadata.json]")
+TITLE = Option("--title", default="", help="title of the notebook, which names it [that of kernel-metadata.json]")
 SUBMIT = Option("--submit", action="store_true", help="submit the result and wait for its scores")
+DETACH = Option("--detach", action="store_true", help="return after the push")
+LOG = Option("--log", action="store_true", help="print the session's log, as it is written if it is running")
 SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
-SCORED = Option("name", nargs="?", help="the submission that was scored")
+SCORED = Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]")
 PUBLIC = Option("--public", type=float, help="its public score")
 PRIVATE = Option("--private", type=float, help="its private score")
 
@@ -117,7 +132,7 @@ HELD_OUT = (
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
-PUSHED = (EXPERIMENT, SET, SEEDS, SESSION_HOURS, WEIGHTS, RESUME, ACCELERATOR, INTERNET, PUBLIC_KERNEL, TITLE)
+SESSION = (EXPERIMENT, SET, SEEDS, SESSION_HOURS, WEIGHTS, RESUME, ACCELERATOR, INTERNET, PUBLIC_KERNEL, TITLE)
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
     Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
@@ -139,26 +154,26 @@ COMMANDS = (
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
     Command(
         "kaggle",
-        "the competition's data, the kernel, submissions and scores",
+        "Kaggle: data, training in a session, submissions and scores",
         commands=(
-            Command("run", "train an experiment on Kaggle: push, follow, download and compare it", (*PUSHED, SUBMIT)),
-            Command("check", "check the login and the rules, print the GPU quota"),
-            Command("download", "download, verify and unpack the competition's data"),
-            Command("build", "write the notebook that Kaggle runs"),
-            Command("push", "push it and start a session, in the name of the client's credentials", PUSHED),
-            Command("status", "print the status of the kernel's last session", (TITLE,)),
-            Command("logs", "print its log, as it is written if it is running", (TITLE,)),
-            Command("output", "download its output and import its runs", (TITLE,)),
+            Command(
+                "run", "train an experiment on Kaggle: push, follow, download, compare; resumes", (*SESSION, (DETACH, SUBMIT))
+            ),
+            Command("status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
+            Command("fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
             Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
-            Command("leaderboard", "record Kaggle's scores of all submissions, print them beside the local ones"),
-            Command("ledger", "list the submissions, and record a score by hand", (SCORED, PUBLIC, PRIVATE)),
+            Command(
+                "scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", (SCORED, PUBLIC, PRIVATE)
+            ),
+            Command("notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
+            Command("download", "download, verify and unpack the competition's data"),
         ),
     ),
 )
 
 
 def parser() -> Parser:
-    """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle push`."""
+    """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle run`."""
     top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
     top.set_defaults(**DEFAULTS)
     _add_commands(top, COMMANDS, "")

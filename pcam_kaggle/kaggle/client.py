@@ -3,17 +3,14 @@
 import contextlib
 import functools
 import io
-import itertools
 import json
 import operator
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -32,11 +29,10 @@ TIMEOUT = (10.0, 120.0)
 LOGIN_SECONDS = 3600.0
 # Folders that a session saves for the workspace.
 SAVED_FOLDERS = ("runs", "folds", "submissions")
-SUBMISSION_COLUMNS = ["description", "status", "error", "public_score", "private_score"]
+SUBMISSION_COLUMNS = ["description", "status", "error_description", "public_score", "private_score"]
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(NamedTuple):
     """The GPU hours of a week: those that are `left`, not used or reserved, of `total`, until `renewed` (None if unknown)."""
 
     left: float
@@ -48,12 +44,14 @@ class Quota:
         return f"{self.left:.1f} of {self.total:.1f} GPU hours are left{until}"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """The status of a kernel's last session: its name, such as RUNNING, and why it failed, empty if it did not."""
 
     name: str
     failure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name.lower()}{f' ({self.failure})' if self.failure else ''}"
 
     @property
     def is_over(self) -> bool:
@@ -62,12 +60,9 @@ class Status:
 
 
 class Client:
-    """Kaggle, in the name of the user's credentials.
+    """Kaggle, under the account of the user, whose name is `owner`; a kernel is named by its id, owner/slug.
 
     All methods raise UserError, or its subclass Unreachable where the same request may succeed later.
-
-    Attributes:
-        owner: The user's name on Kaggle.
     """
 
     def __init__(self) -> None:
@@ -84,10 +79,9 @@ class Client:
             _limit_waiting()
             KaggleApi.already_printed_version_warning = True
             self._api: Any = KaggleApi()
-            try:
+            # The client ends the process if it has no credentials.
+            with contextlib.suppress(SystemExit):
                 self._api.authenticate()
-            except SystemExit:
-                raise UserError(f"kaggle login: {CREDENTIALS}") from None
         self.owner = self._api.get_config_value("username") or ""
         if not self.owner:
             raise UserError(f"kaggle login: {CREDENTIALS}")
@@ -97,16 +91,16 @@ class Client:
         """Raise UserError unless the user has joined the competition, which includes accepting its rules."""
         from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
 
-        with _asking("check"), self._api.build_kaggle_client() as kaggle:
-            request = ApiGetCompetitionRequest()
-            request.competition_name = COMPETITION
+        request = ApiGetCompetitionRequest()
+        request.competition_name = COMPETITION
+        with _asking("rules"), self._api.build_kaggle_client() as kaggle:
             competition = kaggle.competitions.competition_api_client.get_competition(request)
         if not competition.user_has_entered:
-            raise UserError(f"kaggle check: {self.owner} has not joined the competition; accept its rules at {RULES}")
+            raise UserError(f"kaggle rules: {self.owner} has not joined the competition; accept its rules at {RULES}")
 
     def quota(self) -> Quota | None:
         """Return the GPU quota of this week; None if Kaggle does not tell it."""
-        with _asking("check"):
+        with _asking("quota"):
             reply = self._api.quota_view()
             gpu = reply.gpu_quota
             if gpu is None or gpu.total_time_allowed is None:
@@ -128,10 +122,7 @@ class Client:
         return archive
 
     def push(self, folder: Path) -> tuple[int, str]:
-        """Push the kernel in `folder` and start its session.
-
-        Returns:
-            Its version and its address.
+        """Push the kernel in `folder`, which starts its session, and return its version and its address.
 
         Raises:
             UserError: Kaggle refuses the kernel, or leaves out one of its sources; the session is then running without it.
@@ -144,20 +135,21 @@ class Client:
         kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
         if left_out:
-            reason = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
             raise Refused(
-                f"kaggle push: {reason}; stop the session at {reply.url}, correct the sources and push again", left_out
+                f"kaggle push: Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}; stop the "
+                f"session at {reply.url}, correct the sources and push again",
+                left_out,
             )
         return version, str(reply.url)
 
     def current_version(self, kernel: str, mark: str) -> int | None:
-        """Return the version of `kernel` (owner/slug) if its source contains `mark`; None if it doesn't or does not exist."""
+        """Return the version of `kernel` if its source contains `mark`; None if it doesn't or does not exist."""
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
         from requests import HTTPError
 
+        request = ApiGetKernelRequest()
+        request.user_name, _, request.kernel_slug = kernel.partition("/")
         with _asking("status"), self._api.build_kaggle_client() as kaggle:
-            request = ApiGetKernelRequest()
-            request.user_name, _, request.kernel_slug = kernel.partition("/")
             try:
                 reply = kaggle.kernels.kernels_api_client.get_kernel(request)
             except HTTPError as error:
@@ -167,7 +159,7 @@ class Client:
             return reply.metadata.current_version_number if mark in (reply.blob.source or "") else None
 
     def status(self, kernel: str) -> Status:
-        """Return the status of the last session of `kernel` (owner/slug)."""
+        """Return the status of the last session of `kernel`."""
         # The token of an OAuth login expires within the hours of a session.
         if time.monotonic() - self._logged_in > LOGIN_SECONDS:
             self._log_in()
@@ -176,45 +168,29 @@ class Client:
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
 
     def follow_log(self, kernel: str) -> Iterator[str]:
-        """Yield the pieces of the log of the last session of `kernel` (owner/slug), as they are written if it is running."""
-        with _asking("logs"):
+        """Yield the pieces of the log of the last session of `kernel`, as they are written if it is running."""
+        with _asking("log"):
             for event in self._api.kernels_logs_stream(kernel):
                 yield str(event.get("data", ""))
 
     def output(self, kernel: str, folder: Path) -> None:
-        """Download runs, folds and submissions that the last session of `kernel` (owner/slug) has saved into `folder`."""
-        # The client's own download does not look at the status of a reply, and saves an error's text in place of a file.
-        import requests
-
-        with _asking("output"):
-            for name, url in self._output_files(kernel):
-                path = PurePosixPath(name)
-                if path.parts[0] not in SAVED_FOLDERS:
-                    continue
-                if ".." in path.parts:
-                    raise UserError(f"{kernel}: has saved {name}, which would be written outside of {folder}")
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                with requests.get(url, stream=True, timeout=TIMEOUT) as reply, (folder / path).open("wb") as file:
-                    reply.raise_for_status()
-                    for piece in reply.iter_content(1 << 20):
-                        file.write(piece)
-        if not (folder / "runs").is_dir():
-            raise UserError(f"{kernel}: has saved no runs; read its log with `make kernel-logs`")
-
-    def _output_files(self, kernel: str) -> Iterator[tuple[str, str]]:
-        """Yield the name and the address of each file that the last session of `kernel` has saved."""
+        """Download runs, folds and submissions that the last session of `kernel` has saved into `folder`."""
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
         request = ApiListKernelSessionOutputRequest()
         request.user_name, _, request.kernel_slug = kernel.partition("/")
-        request.page_size, request.page_token = PAGE_SIZE, ""
-        with self._api.build_kaggle_client() as kaggle:
-            while True:
+        request.page_size = PAGE_SIZE
+        token: str | None = ""
+        with _asking("fetch"), self._api.build_kaggle_client() as kaggle:
+            while token is not None:
+                request.page_token = token
                 reply = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
-                yield from ((each.file_name, each.url) for each in reply.files or ())
-                if not reply.next_page_token:
-                    return
-                request.page_token = reply.next_page_token
+                token = reply.next_page_token or None
+                for file in reply.files or ():
+                    if file.file_name.partition("/")[0] in SAVED_FOLDERS:
+                        _save(file.url, folder / file.file_name)
+        if not (folder / "runs").is_dir():
+            raise UserError(f"{kernel}: has saved no runs; read its log with `python -m pcam_kaggle kaggle status --log`")
 
     def submit(self, file: Path, message: str) -> None:
         """Submit `file` with `message` as its description."""
@@ -230,38 +206,47 @@ class Client:
             raise refused("submit", reply.message or "no reason given")
 
     def submissions(self) -> pd.DataFrame:
-        """Return the user's submissions, the newest first.
+        """Return the columns `SUBMISSION_COLUMNS` of the user's submissions, the newest first.
 
-        Returns:
-            Columns `SUBMISSION_COLUMNS`: the description; `pending`, `complete` or `error`, and the reason of the last; float64
-            scores, NaN if unknown.
+        The status is `pending`, `complete` or `error`; scores are float64, NaN if unknown.
         """
         found: list[Any] = []
-        with _asking("leaderboard"):
-            for page in itertools.count(1):
-                part = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE, page_number=page) or []
-                found += part
-                if len(part) < PAGE_SIZE:
+        with _asking("scores"):
+            # A page that is not full is the last.
+            while len(found) % PAGE_SIZE == 0:
+                page = 1 + len(found) // PAGE_SIZE
+                part = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE, page_number=page)
+                if not part:
                     break
-            rows = [
-                [
-                    each.description or "",
-                    each.status.name.lower(),
-                    each.error_description or "",
-                    each.public_score,
-                    each.private_score,
-                ]
-                for each in found
-                if each is not None
-            ]
-        table = pd.DataFrame(rows, columns=SUBMISSION_COLUMNS)
-        scores = SUBMISSION_COLUMNS[-2:]
-        return table.assign(**{name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in scores})
+                found += part
+            table = pd.DataFrame(
+                [[getattr(each, name) for name in SUBMISSION_COLUMNS] for each in found], columns=SUBMISSION_COLUMNS
+            )
+            table["status"] = [status.name.lower() for status in table["status"]]
+        scores = {
+            name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in ("public_score", "private_score")
+        }
+        return table.fillna({"description": "", "error_description": ""}).assign(**scores)
+
+
+def _save(url: str, path: Path) -> None:
+    # The client's own download does not look at the status of a reply, and saves an error's text in place of a file.
+    import requests
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with requests.get(url, stream=True, timeout=TIMEOUT) as reply, path.open("wb") as file:
+        reply.raise_for_status()
+        for piece in reply.iter_content(1 << 20):
+            file.write(piece)
 
 
 @functools.cache
 def _limit_waiting() -> None:
-    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost."""
+    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost.
+
+    The class is patched, since the client makes its sessions, and for uploads also their adapters, itself, and requests ignores
+    `socket.setdefaulttimeout`.
+    """
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send
@@ -273,7 +258,7 @@ def _limit_waiting() -> None:
     HTTPAdapter.send = limited  # type: ignore[method-assign,assignment]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _asking(action: str) -> Iterator[None]:
     """Turn what Kaggle's client raises in `action` into one line for the user."""
     from requests import RequestException

@@ -1,33 +1,18 @@
 """What Kaggle's client raises, as one line that says what to do."""
 
 import re
-from typing import TYPE_CHECKING
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import COMPETITION
 
-if TYPE_CHECKING:
-    from requests import HTTPError
-
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
 CREDENTIALS = "no valid credentials; put a token from kaggle.com/settings/api into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
-ACCEPT = f"{{message}}; accept the competition's rules at {RULES}"
-LOOK = f"{{message}}; see whether kaggle.com/competitions/{COMPETITION} exists"
-NO_KERNEL = "Kaggle shows no such kernel to this account; create it with make kernel-push"
-SOURCES = "{message}; correct the sources in kernel-metadata.json or in --weights"
-QUOTA = "{message}; wait until the quota is renewed, which `python -m pcam_kaggle kaggle check` tells"
-LATER = "{message}; Kaggle cannot answer now, try again later"
-# What a status means depends on the request.
-OF_COMPETITION = {401: CREDENTIALS, 403: ACCEPT, 404: LOOK}
-OF_KERNEL = {401: CREDENTIALS, 403: NO_KERNEL, 404: NO_KERNEL}
-ADVICE = {
-    "login": {401: CREDENTIALS},
-    "push": {401: CREDENTIALS, 403: ACCEPT, 404: SOURCES},
-    "status": OF_KERNEL,
-    "logs": OF_KERNEL,
-    "output": OF_KERNEL,
-}
-# How requests and urllib3 name the cause of a failed connection.
+NO_KERNEL = "Kaggle shows no such notebook to this account; create it with `make kaggle`"
+ACCEPT = f"accept the competition's rules at {RULES}"
+LOOK = f"see whether kaggle.com/competitions/{COMPETITION} exists"
+SOURCES = "correct the sources in kernel-metadata.json or in --weights"
+QUOTA = "wait until the quota is renewed, which `python -m pcam_kaggle kaggle status` tells"
+# What requests and urllib3 say of the cause of a failed connection.
 CAUSE = re.compile(
     r"\w+ connect to proxy|Proxy Authentication Required|Tunnel connection failed: [\w ]+|Failed to resolve '[^']*'"
     r"|\[Errno -?\d+\] [\w ]*\w|timed out|Connection reset by peer|Remote end closed connection|CERTIFICATE_VERIFY_FAILED"
@@ -52,16 +37,26 @@ def explained(error: Exception, action: str) -> UserError:
     # The client replaces a refusal to show a kernel by a ValueError with a guess at its cause.
     if not isinstance(error, (RequestException, TransportError)) and isinstance(error.__context__, HTTPError):
         error = error.__context__
-    message = _first_line(error)
+    # Without an address: those of downloads hold signatures.
+    message = re.sub(r" for url: .*$", "", (str(error).strip() or type(error).__name__).splitlines()[0])
     if isinstance(error, HTTPError):
-        code = _code(error)
+        code = _code(error.response)
         if code == 429 or code >= 500:
-            return Unreachable(f"kaggle {action}: {LATER.format(message=message)}")
-        advice = ADVICE.get(action, OF_COMPETITION).get(code, "{message}")
-        return Refused(f"kaggle {action}: {advice.format(message=message)}")
+            return Unreachable(f"kaggle {action}: {message}; Kaggle cannot answer now, try again later")
+        return Refused(f"kaggle {action}: {_with_advice(message, action, code)}")
     if isinstance(error, (RequestException, TransportError)):
         return disconnected(action, str(error))
     return Refused(f"kaggle {action}: {message}")
+
+
+def _with_advice(message: str, action: str, code: int) -> str:
+    """Return `message` with what to do about the status `code`, which depends on the request."""
+    if code == 401:
+        return CREDENTIALS
+    if code in (403, 404) and action in ("status", "log", "fetch"):
+        return NO_KERNEL
+    advice = {403: ACCEPT, 404: SOURCES if action == "push" else LOOK}
+    return f"{message}; {advice[code]}" if code in advice and action != "login" else message
 
 
 def disconnected(action: str, text: str) -> Unreachable:
@@ -72,23 +67,19 @@ def disconnected(action: str, text: str) -> Unreachable:
 
 def refused(action: str, message: str) -> Refused:
     """Return the error for a reply to `action` in which Kaggle says that it refuses it, and why."""
-    advice = QUOTA if "quota" in message.lower() else "{message}"
-    return Refused(f"kaggle {action}: {advice.format(message=' '.join(message.split()))}")
+    advice = f"; {QUOTA}" if "quota" in message.lower() else ""
+    return Refused(f"kaggle {action}: {' '.join(message.split())}{advice}")
 
 
-def _code(error: "HTTPError") -> int:
+def _code(response: object) -> int:
     """Return the status of a reply; its content may say another one than its header."""
-    if error.response is None:
+    from requests import Response
+
+    if not isinstance(response, Response):
         return 0
     try:
-        content = error.response.json()
+        content = response.json()
     except ValueError:
-        content = {}
+        content = None
     code = content.get("code") if isinstance(content, dict) else None
-    return code if isinstance(code, int) else error.response.status_code
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of the message of `error`, without an address: those of downloads hold signatures."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r" for url: .*$", "", lines[0])
+    return code if isinstance(code, int) else response.status_code

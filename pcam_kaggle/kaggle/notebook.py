@@ -1,30 +1,21 @@
-"""The notebook that contains the package."""
+"""The notebook that contains the package: the cells of notebooks/kernel.py with settings and the package's files inserted."""
 
 import ast
 import json
 import re
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-
-from pcam_kaggle.core.experiments import DEFAULT, DEMO, EXPERIMENTS
+from pcam_kaggle.core.experiments import DEFAULT
 from pcam_kaggle.core.files import write
-from pcam_kaggle.kaggle.cells import CHECK, CHECK_TEXT, FOLDERS, INTRODUCTION, PACKAGE_TEXT, SETTINGS_TEXT, STAGES
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
+CELLS = ROOT / "notebooks" / "kernel.py"
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
-# Characters that a phone shows of a line of code.
-COMMENT_WIDTH = 41
-
-
-_WITH_WEIGHTS = [name for name, each in EXPERIMENTS.items() if each.members or each.config.weights]
-_EXPERIMENTS = ", ".join(name for name in EXPERIMENTS if name not in (DEMO, *_WITH_WEIGHTS))
-_EXPERIMENTS += f"; with attached weights: {', '.join(_WITH_WEIGHTS)}"
+# The id of a cell, whether it is text, and its content.
+CELL = re.compile(r"^# %% ([a-z-]+)( \[markdown\])?$(.*?)(?=^# %% |\Z)", re.MULTILINE | re.DOTALL)
 # Kaggle's editor, JupyterLab and exporters that remove cells by tag fold these cells. Kaggle needs the underscore.
 FOLDED = {
     "_kg_hide-input": True,
@@ -36,27 +27,24 @@ FOLDED = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings in the notebook: each field with the comment above it."""
+    """The settings in the notebook; notebooks/kernel.py says what they mean."""
 
-    experiment: Annotated[str, _EXPERIMENTS] = DEFAULT
-    changes: Annotated[tuple[str, ...], 'fields of its config, such as ["epochs=10", "batch_size=64"]; none for blend'] = ()
-    hours: Annotated[float, "longest duration of the session; Kaggle allows 12"] = 11.0
-    seeds: Annotated[int, "number of seeds to train and to blend, from 1; 1 for blend"] = 1
-    internet: Annotated[bool, "True if the session has internet, to download weights"] = False
+    experiment: str = DEFAULT
+    changes: tuple[str, ...] = ()
+    hours: float = 11.0
+    seeds: int = 1
+    internet: bool = False
 
-    def code(self) -> str:
-        """Return the code of the settings cell."""
-        comments = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, include_extras=True).items()}
+    def inserted(self, code: str) -> str:
+        """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
+        values["internet"] = str(self.internet)
         lines = []
-        for key, value in asdict(self).items():
-            lines += [*textwrap.wrap(comments[key], COMMENT_WIDTH, initial_indent="# ", subsequent_indent="# ")]
-            lines += [f"{key.upper()} = {_literal(value)}", ""]
-        return "\n".join(lines[:-1])
-
-
-def _literal(value: Any) -> str:
-    """Return `value` as Python with double quotes."""
-    return repr(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+        for line in code.splitlines():
+            target = line.partition(" = ")[0]
+            name = target.partition(":")[0].lower()
+            lines.append(f"{target} = {values[name]}" if name in values else line)
+        return "\n".join(lines)
 
 
 def required_modules(names: set[str]) -> list[str]:
@@ -94,43 +82,45 @@ def _source(module: str) -> str:
 def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
     """Return the notebook with `settings`, as UTF-8 JSON; the same package gives the same bytes.
 
-    Args:
-        settings: The values in its settings cell.
-        mark: Text by which the version is found on Kaggle, which its settings cell then shows as a comment.
+    `mark` is a text by which the version is found on Kaggle, which the cell of settings then shows as a comment.
     """
-    stages = "\n".join(code for _, _, code in STAGES)
-    modules = required_modules(imported_modules(re.sub(r"^%.*$", "", stages, flags=re.MULTILINE)))
+    source = CELLS.read_text(encoding="utf-8")
+    cells = []
+    for name, kind, text in re.findall(CELL, source):
+        if kind:
+            cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE)))
+        elif name == "settings":
+            cells.append(_cell("code", name, settings.inserted(text.strip()) + (f"\n# {mark}" if mark else "")))
+        else:
+            # A magic is a comment there.
+            cells.append(_cell("code", name, re.sub(r"^# (?=%)", "", text.strip(), flags=re.MULTILINE)))
+        if name == "package":
+            # JupyterLab folds the section of such a heading.
+            cells[-1]["metadata"] = {"jp-MarkdownHeadingCollapsed": True}
+            cells += _package_cells(required_modules(imported_modules(source)))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _package_cells(modules: list[str]) -> list[dict[str, Any]]:
+    """Return the cells that write the files of `modules`."""
     folders = sorted({name.rpartition(".")[0] for name in modules})
-    modules = ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]
-    cells = [
-        new_markdown_cell(INTRODUCTION.format(contents=_contents()).strip(), id="introduction"),
-        new_markdown_cell(CHECK_TEXT.strip(), id="check-text"),
-        new_code_cell(CHECK.strip(), id="check"),
-        new_markdown_cell(SETTINGS_TEXT.strip(), id="settings-text"),
-        new_code_cell("\n".join([settings.code(), *([f"# {mark}"] if mark else [])]), id="settings"),
-        # JupyterLab folds the section of such a heading.
-        new_markdown_cell(PACKAGE_TEXT.strip(), id="package", metadata={"jp-MarkdownHeadingCollapsed": True}),
-        new_code_cell(FOLDERS.format(folders=json.dumps(folders)).strip(), id="folders", metadata=FOLDED),
-    ]
-    for name in modules:
-        source = f"%%writefile {Path('pcam_kaggle') / _path(name)}\n{_source(name)}".rstrip("\n")
-        cells.append(new_code_cell(source, id=f"file-{name.replace('.', '-')}", metadata=FOLDED))
-    for name, text, code in STAGES:
-        cells += [new_markdown_cell(text.strip(), id=f"{name}-text")] if text else []
-        cells.append(new_code_cell(code.strip(), id=name))
-    language = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    made = new_notebook(cells=cells, metadata=language | {"language_info": {"name": "python"}})
-    return (nbformat.writes(made) + "\n").encode()
+    make = f"""from pathlib import Path
+
+for folder in {json.dumps(folders)}:
+    Path("pcam_kaggle", folder).mkdir(parents=True, exist_ok=True)"""
+    cells = [_cell("code", "folders", make, FOLDED)]
+    for name in ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]:
+        code = f"%%writefile {Path('pcam_kaggle') / _path(name)}\n{_source(name)}".rstrip("\n")
+        cells.append(_cell("code", f"file-{name.replace('.', '-')}", code, FOLDED))
+    return cells
 
 
-def _contents() -> str:
-    """Return a list of links to the headings.
-
-    On Kaggle, in JupyterLab and in nbconvert's HTML, the anchor of a heading is its text with dashes for spaces.
-    """
-    texts = "".join([CHECK_TEXT, SETTINGS_TEXT, PACKAGE_TEXT, *(text for _, text, _ in STAGES)])
-    headings = re.findall(r"^## (.+)$", texts, flags=re.MULTILINE)
-    return "\n".join(f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings)
+def _cell(kind: str, name: str, source: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": source.splitlines(keepends=True)}
+    return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 
 def build(root: Path) -> Path:

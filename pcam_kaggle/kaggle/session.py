@@ -1,48 +1,50 @@
-"""A session on Kaggle: what was pushed, as a file, so that the same command finds it again; and how it is followed."""
+"""A session on Kaggle: pushed, followed, downloaded, submitted and scored. Interrupted, the same command resumes it."""
 
+import contextlib
+import itertools
 import logging
-import queue
 import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import read_json, reading, write_json
+import pandas as pd
+
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.kaggle.client import Client, Status
+from pcam_kaggle.core.records import Record
+from pcam_kaggle.kaggle.client import COMPLETE, Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
-from pcam_kaggle.kaggle.kernel import Kernel, pack
+from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
+from pcam_kaggle.runs.import_run import import_runs
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.runs.submissions import SubmissionRecord, describe, print_scores
 
 log = logging.getLogger(__name__)
 
-# Seconds between two questions for the status.
-POLL_SECONDS = 20.0
-# Seconds for which Kaggle may be unreachable while a session is followed, which it survives.
-PATIENCE = 1800.0
+# Hours of the quota for which a session is started, and those that it leaves, since it ends a little after its time.
+LEAST_HOURS, SPARE_HOURS = 0.5, 0.2
+# Seconds between two questions for the status of a session, and for the score of a submission.
+POLL_SECONDS, SCORE_SECONDS = 20.0, 10.0
+# Seconds for which Kaggle may be unreachable while a session is followed, which it survives, and for which a score is awaited.
+PATIENCE, SCORE_PATIENCE = 1800.0, 1800.0
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(Record):
     """A pushed kernel's session whose output is not downloaded yet.
 
-    Attributes:
-        kernel: The kernel's id, owner/slug.
-        run: Name of the run that it makes.
-        mark: Text in its notebook by which its version is recognised on Kaggle.
-        version: Its version; 0 until Kaggle has confirmed the push.
-        url: Its address; empty until then.
+    `kernel` is the id, owner/slug, `run` the name of the run that it makes, and `mark` a text in its notebook by which its
+    version is recognised on Kaggle. The version is 0 until Kaggle has confirmed the push.
     """
 
     kernel: str
     run: str
     mark: str
     version: int = 0
-    url: str = ""
 
     def __str__(self) -> str:
         return f"{self.run}, version {self.version} of {self.kernel}"
@@ -53,7 +55,117 @@ def session_file(workspace: Workspace, slug: str) -> Path:
     return workspace.root / "sessions" / f"{slug}.json"
 
 
-def pending_session(client: Client, file: Path) -> Session | None:
+def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | None:
+    """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none.
+
+    Raises:
+        UserError: A session of another experiment is not downloaded yet, `check_kernel` refuses `kernel`, the quota is too
+            small, or the push fails.
+    """
+    file = session_file(workspace, kernel.slug())
+    session = _pending(client, file)
+    if session and session.run != kernel.run:
+        raise UserError(
+            f"{session}: was started and is not downloaded yet; continue it with `kaggle run`, use --title for a second "
+            f"notebook, or delete {file} to give it up"
+        )
+    if session:
+        log.info("push: %s (up to date)", session)
+        return session
+    if _is_trained(workspace, kernel):
+        log.info("output: %s (up to date)", workspace.run(kernel.run))
+        return None
+    check_kernel(kernel)
+    quota, hours = client.quota(), kernel.settings.hours
+    if quota and quota.left < LEAST_HOURS:
+        raise UserError(f"quota: {quota}, and a session needs half an hour; wait until the quota is renewed")
+    if quota:
+        hours = min(hours, round(quota.left - SPARE_HOURS, 1))
+    log.info("quota: %s; the session ends after %.1f", quota or "unknown", hours)
+    return _push(client, replace(kernel, settings=replace(kernel.settings, hours=hours)), file)
+
+
+def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
+    """Follow `session` to its end and import the runs that it has saved.
+
+    Raises:
+        UserError: The session fails; it is then forgotten, so that the same command starts a new one. Or as `fetch`.
+    """
+    file = session_file(workspace, kernel.slug())
+    status = _follow(client, session)
+    if status.name != COMPLETE:
+        file.unlink()
+        raise UserError(
+            f"{session}: ended as {status}; read its log with `python -m pcam_kaggle kaggle status --log` "
+            "and repeat the command for a new session"
+        )
+    fetch(client, session.kernel, workspace, kernel)
+    file.unlink()
+
+
+def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> None:
+    """Import the runs that the last session of the kernel `name` (owner/slug) has saved.
+
+    Raises:
+        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`, for which the session was started.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        client.output(name, Path(folder))
+        found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
+        if kernel and not set(found) & set(kernel.runs):
+            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
+        imported = ", ".join(import_runs(Path(folder), workspace))
+    log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
+
+
+def is_complete(workspace: Workspace, name: str) -> bool:
+    """Return whether the run `name` is blended of all its folds."""
+    run = Run(workspace.run(name))
+    return run.has_score and not run.blend_metrics().missing_folds
+
+
+def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
+    """Submit all folds of `run` unless Kaggle has them, wait up to half an hour for the scores, record and print them."""
+    file, description = describe(workspace.submissions, run)
+    mark = SubmissionRecord.read(file.with_suffix(".json")).mark
+    # One that Kaggle could not score is submitted again.
+    if (_of(client.submissions(), mark)["status"] == "error").all():
+        client.submit(file, description)
+        log.info("submit: %s, %s", file, description)
+    else:
+        log.info("submit: %s was submitted before", file)
+    until = time.monotonic() + SCORE_PATIENCE
+    with status_line() as show:
+        while True:
+            found = client.submissions()
+            own = _of(found, mark)
+            status = own["status"].iloc[0] if len(own) else "missing"
+            if status == "complete":
+                break
+            if status == "error":
+                raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].iloc[0] or 'no reason given'}")
+            if time.monotonic() >= until:
+                raise UserError(f"{file}: not scored for half an hour; run `python -m pcam_kaggle kaggle scores` later")
+            show("submit: waiting for the scores")
+            time.sleep(SCORE_SECONDS)
+    print_scores(workspace, found)
+
+
+def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
+    return found[found["description"].str.endswith(mark)]
+
+
+def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
+    """Return whether no session is needed: the run is complete, or it is not and `kernel` does not resume it."""
+    if is_complete(workspace, kernel.run):
+        return True
+    # Members of a blend may have been trained for themselves.
+    names = [kernel.run] if experiment(kernel.settings.experiment).members else kernel.runs
+    runs = [Run(workspace.run(name)) for name in names]
+    return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
+
+
+def _pending(client: Client, file: Path) -> Session | None:
     """Return the session that `file` describes; None if there is none, or if its push did not arrive.
 
     Raises:
@@ -61,101 +173,74 @@ def pending_session(client: Client, file: Path) -> Session | None:
     """
     if not file.is_file():
         return None
-    content = read_json(file, kernel=str, run=str, mark=str, version=int, url=str)
-    with reading(file):
-        session = Session(**content)
+    session = Session.read(file)
     if session.version:
         return session
     version = client.current_version(session.kernel, session.mark)
     if version is None:
         return None
-    session = replace(session, version=version)
-    write_json(file, asdict(session))
+    session = session.model_copy(update={"version": version})
+    session.write(file)
     return session
 
 
-def start_session(client: Client, kernel: Kernel, file: Path) -> Session:
-    """Push `kernel` and describe its session in `file`.
+def _push(client: Client, kernel: Kernel, file: Path) -> Session:
+    """Push `kernel` and describe its session in `file`, which is deleted if Kaggle refuses the push.
 
-    The file is written before the push: if Kaggle's reply does not arrive, `pending_session` recognises the pushed version by
-    its mark.
-
-    Raises:
-        UserError: The push fails; if Kaggle refuses it, `file` is deleted.
+    It is written before the push: if Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
     """
-    mark = f"push {secrets.token_hex(8)}"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        name = pack(kernel, client.owner, Path(folder), mark)
-        session = Session(name, kernel.run, mark)
-        write_json(file, asdict(session))
+        mark = f"push {secrets.token_hex(8)}"
+        session = Session(kernel=pack(kernel, client.owner, Path(folder), mark), run=kernel.run, mark=mark)
+        session.write(file)
         try:
             version, url = client.push(Path(folder))
         except Refused:
             file.unlink()
             raise
-    session = replace(session, version=version, url=url)
-    write_json(file, asdict(session))
+    session = session.model_copy(update={"version": version})
+    session.write(file)
+    log.info("push: %s at %s", session, url)
     return session
 
 
-def follow(client: Client, session: Session) -> Status:
-    """Show the status of `session` and the last line of its log until it is over, and return its last status.
-
-    Raises:
-        UserError: Kaggle can't be reached for half an hour.
-    """
-    pieces: queue.SimpleQueue[str] = queue.SimpleQueue()
-    over = threading.Event()
+def _follow(client: Client, session: Session) -> Status:
+    """Show the status of `session` and the last line of its log until it is over, and return its last status."""
+    lines, over = [""], threading.Event()
     # The stream of the log blocks, and does not tell when a session has failed to start.
-    threading.Thread(target=_read_log, args=(client, session.kernel, pieces, over), daemon=True).start()
-    line = ""
+    threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
         with status_line() as show:
             while True:
-                status = _patient(lambda: client.status(session.kernel))
-                show(_status_text(session, status, line))
+                status = _patient_status(client, session.kernel)
+                show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
                 if status.is_over:
                     return status
-                until = time.monotonic() + POLL_SECONDS
-                while (left := until - time.monotonic()) > 0:
-                    try:
-                        piece = pieces.get(timeout=left)
-                    except queue.Empty:
-                        break
-                    line = next((text for text in reversed(piece.splitlines()) if text.strip()), line)
-                    show(_status_text(session, status, line))
+                time.sleep(POLL_SECONDS)
     finally:
         over.set()
 
 
-def _status_text(session: Session, status: Status, line: str) -> str:
-    return f"{session}: {status.name.lower()}{line and f', {line}'}"
-
-
-def _read_log(client: Client, kernel: str, pieces: "queue.SimpleQueue[str]", over: threading.Event) -> None:
-    """Put the pieces of the log of `kernel` into `pieces` until `over` is set; a new connection starts at the first one."""
+def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Event) -> None:
+    """Append the last line of each piece of the log of `kernel` to `lines` until `over` is set."""
     seen = 0
-    while not over.is_set():
-        try:
-            for number, piece in enumerate(client.follow_log(kernel)):
+    while not over.wait(POLL_SECONDS):
+        with contextlib.suppress(UserError):
+            # A new connection starts at the first piece.
+            for piece in itertools.islice(client.follow_log(kernel), seen, None):
+                seen += 1
+                lines += piece.strip().splitlines()[-1:]
                 if over.is_set():
                     return
-                if number >= seen:
-                    seen = number + 1
-                    pieces.put(piece)
-        except UserError as error:
-            log.debug("log of %s: %s", kernel, error)
-        over.wait(POLL_SECONDS)
 
 
-def _patient(ask: Callable[[], Status]) -> Status:
-    """Return what `ask` returns; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
+def _patient_status(client: Client, kernel: str) -> Status:
+    """Return the status of `kernel`; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
     until = time.monotonic() + PATIENCE
     has_warned = False
     while True:
         try:
-            return ask()
+            return client.status(kernel)
         except Unreachable as error:
             if time.monotonic() >= until:
                 raise

@@ -205,7 +205,7 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
     return file, f"{name}: OOF AUC {made.oof_auc.text()} (unit: {made.oof_auc.unit}){missing}, {made.mark}"
 
 
-def print_scores(workspace: Workspace, scored: pd.DataFrame | None) -> None:
+def print_scores(workspace: Workspace, scored: pd.DataFrame | None = None) -> None:
     """Print all submissions with their local scores and Kaggle's, after recording those in `scored` (see `record_scores`)."""
     with locked(workspace.submissions):
         recorded = [] if scored is None else record_scores(workspace.submissions, scored)
