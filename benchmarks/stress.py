@@ -1,0 +1,297 @@
+"""Killed runs and damaged files.
+
+`python -m benchmarks.stress kills [COUNT]` kills runs at random moments; each must resume and be bit-identical to an
+uninterrupted run. They read 240 real patches if PCAM_DATA names the competition's folder, otherwise the demo.
+
+`python -m benchmarks.stress damages [COUNT]` damages one file at a time, inputs and files that the pipeline reads again; each
+must end in a one-line error, or in the result of the undamaged file. A number always means the same damage.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from benchmarks.mutations import mutated
+from pcam_kaggle.cli.main import main as run_command
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import PART, write_csv
+from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.pipeline.stages import STAGES
+from pcam_kaggle.runs.import_run import import_runs
+
+TRAIN, TEST = 240, 60
+# Takes seconds, and has every state that a checkpoint must restore: schedule, EMA, dropout, momentum of Muon.
+KILLED = (
+    *("width=16", "max_width=32", "n_blocks=2", "side=32", "hidden=8", "batch_size=16", "epochs=4", "n_splits=3", "tta=4"),
+    *("average_epochs=1", "optimizer=muon", "precision=fp32"),
+)
+DAMAGED = (
+    *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "n_splits=2", "tta=1", "average_epochs=0.5"),
+    "precision=fp32",
+)
+SUBMISSION = "submissions/bottleneck.csv"
+SECONDS = 10
+
+
+def options(stage: str, folder: Path, config: tuple[str, ...], work: str = "work") -> list[str]:
+    """Return the command that runs `stage` on `folder`/data."""
+    changes = [part for change in config for part in ("--set", change)]
+    return [stage, "--data", str(folder / "data"), "--work", str(folder / work), *changes]
+
+
+def real_data(folder: Path) -> None:
+    """Write a small data set to `folder`: links to patches of PCAM_DATA, or the demo."""
+    small = Data(folder)
+    root = os.environ.get("PCAM_DATA")
+    if not root:
+        make_demo(small)
+        return
+    source = Data(Path(root).resolve())
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        rows = pd.read_csv(source.table(split), dtype={"id": str}).head(count)
+        write_csv(small.table(split), rows)
+        small.patches(split).mkdir()
+        for name in rows["id"]:
+            (small.patches(split) / f"{name}.tif").symlink_to(source.patches(split) / f"{name}.tif")
+
+
+def kills(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
+    """Yield a line for each of `count` runs in `folder`, killed at a random moment of one stage after the other.
+
+    Raises:
+        RuntimeError: A run does not resume, or its results differ from those of the uninterrupted run.
+    """
+    real_data(folder / "data")
+    python = [sys.executable, "-m", "pcam_kaggle"]
+    rng = np.random.default_rng(seed)
+    uninterrupted = folder / "uninterrupted"
+    uninterrupted.mkdir()
+    seconds = {}
+    for stage in STAGES:
+        shutil.copytree(uninterrupted, folder / f"before_{stage}")
+        start = time.perf_counter()
+        subprocess.run([*python, *options(stage, folder, KILLED, "uninterrupted")], check=True, capture_output=True)
+        seconds[stage] = time.perf_counter() - start
+    for number in range(count):
+        stage = list(STAGES)[number % len(STAGES)]
+        work = Path(shutil.copytree(folder / f"before_{stage}", folder / f"killed_{number}"))
+        moment = rng.uniform(0.3, 1.0) * seconds[stage]
+        line = [*python, *options(stage, folder, KILLED, work.name)]
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        killed = process.returncode < 0
+        line = [*python, *options("pipeline", folder, KILLED, work.name)]
+        resumed = subprocess.run(line, check=False, capture_output=True, text=True)
+        for name in (SUBMISSION, "runs/bottleneck/oof.csv"):
+            if resumed.returncode or (work / name).read_bytes() != (uninterrupted / name).read_bytes():
+                raise RuntimeError(f"{stage}, killed after {moment:.2f} s: {name} differs; {resumed.stderr}")
+        yield f"{stage} {'killed' if killed else 'ended'} after {moment:.2f} s: identical results"
+        shutil.rmtree(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file to damage and how to check it.
+
+    Attributes:
+        file: Path in the folder; `0.tif` is the first patch.
+        steps: Commands that read the file.
+        is_correct: Whether the result is correct, given the folder and the undamaged one.
+        removed: Files that are deleted first, so that `file` is needed.
+    """
+
+    file: str
+    steps: tuple[str, ...]
+    is_correct: Callable[[Path, Path], bool]
+    removed: tuple[str, ...] = ()
+
+
+def same_patches(now: Path, before: Path) -> bool:
+    """Return whether the store has the same pixels."""
+    keys = ("train_sha256", "test_sha256", "train", "test")
+    made, was = (json.loads((folder / "work/store/manifest.json").read_text()) for folder in (now, before))
+    return all(made[key] == was[key] for key in keys)
+
+
+def same_submission(now: Path, before: Path) -> bool:
+    """Return whether the submission is bit-identical."""
+    return (now / "work" / SUBMISSION).read_bytes() == (before / "work" / SUBMISSION).read_bytes()
+
+
+def same_labels(now: Path, _: Path) -> bool:
+    """Return whether the folds have the ids and labels that another CSV reader finds in the table."""
+    with (now / "data/train_labels.csv").open(encoding="utf-8-sig", newline="") as file:
+        listed = {row["id"].strip(): float(row["label"]) for row in csv.DictReader(file)}
+    folds = pd.read_csv(next((now / "work/folds").glob("*_2_42.csv")), dtype={"id": str})
+    return listed == dict(zip(folds["id"], folds["label"].astype(float), strict=True))
+
+
+def no_parts(now: Path, _: Path) -> bool:
+    """Return whether there are no partly written files."""
+    return not list(now.rglob(f"*{PART}"))
+
+
+RUN, IMPORTED = "work/runs/bottleneck", "download/runs/bottleneck"
+PREDICTED = f"{RUN}/fold_0/predictions.json"
+FINISHED = (f"{RUN}/fold_0/metrics.json", PREDICTED, f"{RUN}/metrics.json")
+TARGETS = (
+    *(Target(f"data/{split}/0.tif", ("prepare",), same_patches) for split in ("train", "test")),
+    *(Target(f"data/{name}.csv", ("prepare", "folds"), same_labels) for name in ("train_labels", "patch_id_wsi")),
+    Target("data/sample_submission.csv", ("prepare",), no_parts),
+    Target("data/dataset.json", ("prepare",), same_patches),
+    *(Target(f"work/store/{name}", ("pipeline",), same_submission) for name in ("manifest.json", "index.csv")),
+    *(Target(f"work/folds/slides_2_42.{kind}", ("pipeline",), same_submission) for kind in ("csv", "json")),
+    *(Target(f"{RUN}/{name}", ("pipeline", "compare"), same_submission) for name in ("config.json", "environment.json")),
+    *(Target(f"{RUN}/fold_0/{name}", ("pipeline",), same_submission) for name in ("oof.csv", "test.csv", "predictions.json")),
+    *(Target(f"{RUN}/{name}", ("pipeline", "compare"), same_submission) for name in ("oof.csv", "test.csv", "metrics.json")),
+    Target(f"{RUN}/metrics.json", ("submission",), same_submission),
+    Target(f"{RUN}/fold_0/metrics.json", ("compare",), no_parts),
+    *(Target(f"{RUN}/fold_0/{name}", ("pipeline",), same_submission, FINISHED) for name in ("log.csv", "last.pt")),
+    Target(f"{RUN}/fold_0/best.pt", ("pipeline",), same_submission, (PREDICTED,)),
+    Target("work/submissions/bottleneck.json", ("pipeline", "kaggle ledger"), same_submission),
+    *(Target(f"{IMPORTED}/{name}", ("import",), no_parts) for name in ("config.json", "metrics.json", "oof.csv")),
+    *(
+        Target(f"{IMPORTED}/fold_0/{name}", ("import", "pipeline"), same_submission)
+        for name in ("last.pt", "best.pt", "oof.csv", "log.csv", "predictions.json", "metrics.json")
+    ),
+)
+
+
+def small_data(data: Data) -> None:
+    """Write 24 train and 5 test patches, named by their SHA-1, their tables and a slide map."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 5)):
+        data.patches(split).mkdir(parents=True)
+        rows = []
+        for number in range(count):
+            patch = rng.integers(0, 200 + 50 * (number % 2), (96, 96, 3), dtype=np.uint8)
+            name = sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
+            file = data.patches(split) / f"{name}.tif"
+            if split == "train":
+                Image.fromarray(patch).save(file)
+            else:
+                # Unlike the files of the competition, this one does not end in its pixels and must be decoded.
+                cv2.imwrite(str(file), cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+            rows.append((name, number % 2, f"slide_{number % 8}"))
+        table = pd.DataFrame(rows, columns=["id", "label", "wsi"])
+        table[["id", "label"]].to_csv(data.table(split), index=False)
+        if split == "train":
+            table[["id", "wsi"]].to_csv(data.root / "patch_id_wsi.csv", index=False)
+    data.declaration.write_text('{"ids": "sha1"}\n')
+
+
+def run(step: str, folder: Path) -> int:
+    """Run one step in `folder`; return its exit status."""
+    if step in ("compare", "kaggle ledger"):
+        return run_command([*step.split(), "--work", str(folder / "work")])
+    if step != "import":
+        return run_command(options(step, folder, DAMAGED))
+    shutil.rmtree(folder / RUN)
+    try:
+        import_runs(folder / "download", Workspace(folder / "work", folder / "work" / "store"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _time_out(*_: Any) -> NoReturn:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def attempt(folder: Path, before: Path, number: int) -> str:
+    """Return the outcome of damage `number`, tried in `folder` on a copy of `before`.
+
+    Raises:
+        RuntimeError: It ends in a traceback, in more than one line or in a wrong result, or takes more than 10 seconds.
+    """
+    target = TARGETS[number % len(TARGETS)]
+    now = Path(shutil.copytree(before, folder / f"{number}"))
+    file = now / target.file
+    if file.name == "0.tif":
+        file = min(file.parent.iterdir())
+    file.write_bytes(mutated(file, np.random.default_rng((0, number))))
+    for name in target.removed:
+        (now / name).unlink()
+    errors, status = io.StringIO(), 0
+    signal.signal(signal.SIGALRM, _time_out)
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            for step in target.steps:
+                status = status or run(step, now)
+    except BaseException as error:
+        raise RuntimeError(f"damage {number}, {target.file}: {type(error).__name__}: {error}") from error
+    finally:
+        signal.alarm(0)
+    lines = [line for line in errors.getvalue().splitlines() if not line.startswith("  ")]
+    failures = {
+        "not a one-line error": status and (len(lines) != 1 or not lines[0].startswith("error: ")),
+        f"status {status}": status not in (0, 2),
+        "wrong result": not status and not target.is_correct(now, before),
+        "partly written file": not no_parts(now, before),
+    }
+    if any(failures.values()):
+        listed = ", ".join(failure for failure, found in failures.items() if found)
+        raise RuntimeError(f"damage {number}, {target.file}: {listed}; {errors.getvalue()[:500]}")
+    shutil.rmtree(now)
+    return f"{target.file}: {lines[0] if status else 'same result'}"
+
+
+def damages(folder: Path, count: int) -> Iterator[str]:
+    """Yield a line for each of `count` damages, tried in `folder`.
+
+    Raises:
+        RuntimeError: One fails, as in `attempt`.
+    """
+    before = folder / "before"
+    small_data(Data(before / "data"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        if run("pipeline", before):
+            raise RuntimeError("the undamaged run failed")
+    for name in ("runs", "folds", "submissions"):
+        shutil.copytree(before / "work" / name, before / "download" / name)
+    for number in range(count):
+        yield attempt(folder, before, number)
+
+
+CHECKS = {"kills": (kills, 30), "damages": (damages, 500)}
+
+
+def main() -> None:
+    """Print the outcome of each run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("count", nargs="?", type=int, help="how many (kills: 30, damages: 500)")
+    given = parser.parse_args()
+    check, default = CHECKS[given.check]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, line in enumerate(check(Path(folder), given.count or default)):
+            print(f"{number:>3} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
