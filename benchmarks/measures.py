@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -15,11 +14,9 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -27,13 +24,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from benchmarks.peers import PEERS, WORKERS, Patches, Task, plain_loop, predict
-from benchmarks.turns import gpu_utilization
+from benchmarks.synthetic import SIZES
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import hold_memory
-from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training import tta
@@ -48,7 +44,6 @@ from pcam_kaggle.training.step import Learner, TrainStep
 # Steps before the clock starts.
 WARM_UP = 8
 ENDLESS = 1000
-TRAIN_PATCHES = 220_025
 VIEWS = 8
 
 
@@ -106,16 +101,14 @@ def training(given: Source, name: str) -> None:
     resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))
     augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
     limit = images_per_second(resident)
-    with gpu_utilization(backend.kind) as busy:
-        rate = images_per_second(augmented)
-    report({"rate": rate, "limit": limit, "backend": str(backend), **({"gpu_busy": float(np.median(busy))} if busy else {})})
+    report({"rate": images_per_second(augmented), "limit": limit, "backend": str(backend)})
 
 
 def peer_training(given: Source, name: str, peer: str, precision: str, channels_last: bool) -> None:
     """Report the images/s of `peer`'s training."""
     config, labels = experiment(name).config, given.train_labels()
     # Patches are repeated to the length of the competition's epoch, so that no peer restarts its loader.
-    ids, targets = (np.resize(labels[column], TRAIN_PATCHES) for column in ("id", "label"))
+    ids, targets = (np.resize(labels[column], SIZES["train"]) for column in ("id", "label"))
     moments: list[float] = []
 
     def on_step() -> None:
@@ -182,36 +175,6 @@ def ttach_prediction(given: Source, name: str, precision: str, channels_last: bo
     report({"rate": _warm_rate(run, len(ids))})
 
 
-def preparation(given: Source, kind: str) -> None:
-    """Report the patches/s of our `prepare` (kind `ours`), of reading every byte, or of cv2 in two processes.
-
-    With the kind `cv2` they only decode, with `written` each also writes its pixels to a file, with `flushed` to the disk, as
-    `prepare` does.
-    """
-    files = [file for split in ("train", "test") for file in sorted(given.data.patches(split).iterdir())]
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as target:
-            prepare(given.data, Path(target) / "store")
-
-    def decode() -> None:
-        with tempfile.TemporaryDirectory() as target, Pool(2) as pool:
-            targets = [Path(os.devnull) if kind == "cv2" else Path(target) / str(half) for half in range(2)]
-            pool.starmap(_decode, [(files[half::2], targets[half], kind == "flushed") for half in range(2)])
-
-    works = {"ours": ours, "bytes": lambda: [file.read_bytes() for file in files]}
-    report({"rate": _warm_rate(works.get(kind, decode), len(files))})
-
-
-def _decode(files: list[Path], target: Path, is_flushed: bool) -> None:
-    cv2.setNumThreads(0)
-    with target.open("wb") as out:
-        for file in files:
-            out.write(cv2.imread(str(file), cv2.IMREAD_COLOR_RGB).data)
-        if is_flushed:
-            os.fsync(out.fileno())
-
-
 def _rate(work: Callable[[], object], count: int) -> float:
     """Return `count` over the seconds that `work` takes."""
     start = time.perf_counter()
@@ -234,7 +197,7 @@ def _backend(config: Config) -> Backend:
 
 
 MEASURES: dict[str, Callable[..., None]] = {
-    work.__name__: work for work in (training, peer_training, loop_pipeline, prediction, ttach_prediction, preparation)
+    work.__name__: work for work in (training, peer_training, loop_pipeline, prediction, ttach_prediction)
 }
 
 if __name__ == "__main__":

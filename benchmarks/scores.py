@@ -1,12 +1,12 @@
-"""Scores of experiments and of trials that change them: trains what has no record, writes the tables of SCORES.md.
+"""Scores of experiments and of trials that change them: records finished runs, writes the tables of SCORES.md.
 
-`python -m benchmarks.scores [NAME …]`, with PCAM_DATA naming the competition's folder, and PCAM_HELD_OUT a folder with
-`patches/` and `labels.csv` of held-out slides. scores/records.json has the cost and the scores of every row; the page needs
-nothing else. scores/oof.npz and scores/held_out.npz have the probabilities (float32) of the rows that this module trains, for
-differences to a row that is trained again.
+`python -m benchmarks.scores [RUN] [--base RECORDED] [--change TEXT]` adds a run of this workspace, or replaces its record. Its
+folds must be predicted, and `evaluate RUN --folds 0 --name held_out` must have scored it on the held-out slides, unless its
+folds are by stain. scores/records.json has the cost and the scores of every row; the page needs nothing else. scores/oof.npz
+and scores/held_out.npz have the probabilities (float32) of rows that others are compared with.
 """
 
-import dataclasses
+import argparse
 import json
 import os
 import sys
@@ -18,12 +18,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.results import markdown, replace_block
-from pcam_kaggle.cli.main import main as run_command
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import BASELINE, PROBE, QUICK, experiment
+from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS
 from pcam_kaggle.core.files import write
-from pcam_kaggle.core.paths import Workspace, find_data, find_workspace
+from pcam_kaggle.core.paths import find_workspace
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
@@ -38,51 +36,9 @@ BY_LABEL, BY_STAIN = "stratified_5_42", "stain_5_42"
 # Columns (uint8) beside those of the rows: label, fold under each scheme, and group of similar stain.
 TABLES = {"oof": ("label", BY_LABEL, BY_STAIN, "stain_group"), "held_out": ("label",)}
 SPEEDS = ("train_images_per_second", "predict_images_per_second")
-ALL = (0, 1, 2, 3, 4)
 DECIMALS = 8
+BLEND = "blend"
 Records = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A run to score: an experiment with `changes` to its config, on `folds`, compared with the row called `base`."""
-
-    name: str
-    experiment: str
-    base: str = BASELINE
-    changes: tuple[str, ...] = ()
-    folds: tuple[int, ...] = (0,)
-
-    @property
-    def scheme(self) -> str:
-        return BY_STAIN if "groups=stain" in self.changes else BY_LABEL
-
-    @property
-    def table(self) -> str:
-        """The table of the page that lists the row."""
-        if self.scheme == BY_STAIN:
-            return "stain"
-        return "trials" if self.changes else "experiments"
-
-
-LARGER = "resize=144"
-ROWS = {
-    row.name: row
-    for row in (
-        *(Row(name, name, folds=ALL) for name in (BASELINE, QUICK, "bottleneck", "lite0", "lite0-seed43", "pretrained")),
-        Row("bottleneck_d4", "bottleneck_d4"),
-        Row("lite0-resize_144", "lite0", "lite0", (LARGER,)),
-        Row("lite0-resize_192", "lite0", "lite0", ("resize=192",)),
-        Row("lite0-layer_decay_0.95-lr_0.002", "lite0", "lite0", ("layer_decay=0.95", "lr=0.002")),
-        Row("lite0-resize_144-freeze_0.5", "lite0", "lite0-resize_144", (LARGER, "freeze=0.5")),
-        Row("lite0-resize_144-pool_gem", "lite0", "lite0-resize_144", (LARGER, "pool=gem")),
-        Row("lite0-probe", "lite0", "lite0", PROBE, ALL),
-        Row("lite0-probe-catavgmax", "lite0", "lite0-probe", (*PROBE, "pool=catavgmax"), ALL),
-        Row("lite0-probe-224", "lite0", "lite0-probe", (*PROBE, "resize=224"), ALL),
-        Row("plain-stain", BASELINE, "plain-stain", ("groups=stain",), (0, 1)),
-        Row("bottleneck-stain", "bottleneck", "plain-stain", ("groups=stain",), (0, 1)),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +47,7 @@ class Scored:
 
     Attributes:
         records: Cost, config, `base`, `change` and `scores` of each row, and `table`, the table of the page that lists it. The
-            `change` of a row that is not in `ROWS` may be one that the package no longer has a field for.
+            `change` may be one that the package no longer has a field for.
         oof: By the first 16 digits of the id: label, fold and group, and the OOF probabilities of each row, NaN where it
             predicts no patch.
         held_out: The same for the patches of held-out slides: label, and a column per row, by its model of fold 0.
@@ -113,7 +69,7 @@ class Scored:
             table = getattr(self, name)
             arrays: dict[str, Any] = {"id": table.index.to_numpy(f"S{ID_LENGTH}")}
             arrays |= {fact: table[fact].to_numpy(np.uint8) for fact in facts}
-            arrays |= {row: table[row].to_numpy(np.float32) for row in sorted(ROWS.keys() & table)}
+            arrays |= {row: table[row].to_numpy(np.float32) for row in table.columns.drop([*facts, BLEND])}
             write(HERE / "scores" / f"{name}.npz", lambda out, arrays=arrays: np.savez_compressed(out, **arrays))
 
 
@@ -123,71 +79,54 @@ def _read(name: str) -> pd.DataFrame:
         return pd.DataFrame(columns, index=arrays["id"].astype(str))
 
 
-def _workspace() -> Workspace:
-    return find_workspace(os.environ.get("PCAM_WORK"))
-
-
-def make(row: Row) -> None:
-    """Run the stages of `row` that are not finished.
+def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> None:
+    """Add the cost of the finished run `name` and its probabilities to `scored`.
 
     Raises:
-        UserError: There are no data, or a stage fails; the stage prints the reason.
+        UserError: It is not finished or predicts other patches, or it is new and `base` or `change` is missing.
     """
-    if find_data(os.environ.get("PCAM_DATA"), _workspace().root) is None or not os.environ.get("PCAM_HELD_OUT"):
-        raise UserError(f"{row.name}: has no record, and training it needs patches; set PCAM_DATA and PCAM_HELD_OUT")
-    options = ["-e", row.experiment, "--name", row.name, *(part for change in row.changes for part in ("--set", change))]
-    folds = ["--folds", ",".join(map(str, row.folds))]
-    held_out = Path(os.environ["PCAM_HELD_OUT"])
-    patches = ["--patches", str(held_out / "patches"), "--labels", str(held_out / "labels.csv"), "--name", "held_out"]
-    stages = [[*stage, *options] for stage in (["prepare"], ["folds"], ["train", *folds], ["predict", *folds])]
-    if row.scheme == BY_LABEL:
-        stages.append(["evaluate", row.name, "--folds", "0", *patches])
-    for stage in stages:
-        if run_command(stage):
-            raise UserError(f"{row.name}: not scored, because {stage[0]} failed")
-
-
-def harvest(row: Row, scored: Scored) -> None:
-    """Add the cost of the finished run of `row` and its probabilities to `scored`."""
-    run = Run(_workspace().run(row.name))
-    folds = [run.fold(number) for number in row.folds]
-    metrics = [fold.metrics() for fold in folds]
-    made, defaults = run.environments()[-1], dataclasses.asdict(Config())
-    config = dataclasses.asdict(experiment(row.experiment).config.changed(list(row.changes)))
-    scored.records[row.name] = {
+    workspace = find_workspace(os.environ.get("PCAM_WORK"))
+    run = Run(workspace.run(name))
+    made, old = run.made_from(), scored.records.get(name, {})
+    base, change = base or old.get("base"), change or old.get("change")
+    folds = [fold for fold in run.folds() if fold.has_predictions]
+    if not (base and change and folds and made["folds"] in scored.oof):
+        raise UserError(f"{name}: predict {BY_LABEL} or {BY_STAIN}, and pass --base and --change for a run without a record")
+    metrics, session = [fold.metrics() for fold in folds], run.environments()[-1]
+    by_stain = made["folds"] == BY_STAIN
+    scored.records[name] = {
         "parameters": metrics[0]["parameters"],
         "macs": metrics[0]["macs"],
         "train_images_per_second": round(float(np.median([fold["images_per_second"] for fold in metrics])), 1),
         "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in folds])), 1),
         "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
-        "config": {key: value for key, value in config.items() if value != defaults[key]},
-        "base": row.base,
-        "change": " ".join(f"`{change}`" for change in row.changes if change not in ROWS[row.base].changes)
-        or "named experiment",
-        "backend": f"{made['device']}, {made['backend']['precision']}",
-        "commit": made["commit"],
-        "table": row.table,
+        "config": made["config"],
+        "base": base,
+        "change": change,
+        "backend": f"{session['device']}, {session['backend']['precision']}",
+        "commit": session["commit"],
+        "table": "stain" if by_stain else "experiments" if name in EXPERIMENTS else "trials",
     }
-    oof = scored.oof
-    _add_column(oof, row, pd.concat([fold.predictions()[0] for fold in folds]), "probability", oof[row.scheme].isin(row.folds))
-    if row.scheme == BY_LABEL:
-        evaluated = read_numbers(_workspace().evaluations / "held_out" / UNCHANGED / f"{row.name}.csv", ["fold_0"])
-        _add_column(scored.held_out, row, evaluated, "fold_0", scored.held_out["label"].notna())
+    wanted = scored.oof[made["folds"]].isin([fold.number for fold in folds])
+    _add_column(scored.oof, name, pd.concat([fold.predictions()[0] for fold in folds]), "probability", wanted)
+    if not by_stain:
+        evaluated = read_numbers(workspace.evaluations / "held_out" / UNCHANGED / f"{name}.csv", ["fold_0"])
+        _add_column(scored.held_out, name, evaluated, "fold_0", scored.held_out["label"].notna())
 
 
-def _add_column(table: pd.DataFrame, row: Row, predicted: pd.DataFrame, column: str, wanted: pd.Series) -> None:
+def _add_column(table: pd.DataFrame, name: str, predicted: pd.DataFrame, column: str, wanted: pd.Series) -> None:
     """Add the `column` of `predicted` to `table`, for the `wanted` patches of it."""
     found = predicted.set_index(predicted["id"].str[:ID_LENGTH])[column]
     if set(found.index) != set(table.index[wanted]):
-        raise UserError(f"{row.name}: predicts other patches than those recorded in scores/; use the same data and folds")
-    table[row.name] = found.reindex(table.index)
+        raise UserError(f"{name}: predicts other patches than those recorded in scores/; use the same data and folds")
+    table[name] = found.reindex(table.index)
 
 
-def add_blend(scored: Scored, name: str = "blend") -> None:
-    """Add the experiment `name`, a mean of others: the mean of their probabilities, the sum of their costs."""
-    members = list(experiment(name).members)
+def add_blend(scored: Scored) -> None:
+    """Add the experiment that blends others: the mean of their probabilities, the sum of their costs."""
+    members = list(EXPERIMENTS[BLEND].members)
     made = [scored.records[member] for member in members]
-    scored.records[name] = {
+    scored.records[BLEND] = {
         **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
         **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
         "base": BASELINE,
@@ -195,7 +134,7 @@ def add_blend(scored: Scored, name: str = "blend") -> None:
         "table": "experiments",
     }
     for table in (scored.oof, scored.held_out):
-        table[name] = table[members].mean(axis=1, skipna=False)
+        table[BLEND] = table[members].mean(axis=1, skipna=False)
 
 
 def score(scored: Scored, name: str, scheme: str) -> dict[str, Any]:
@@ -268,28 +207,26 @@ def _listed(records: Records, table: str, key: str) -> list[tuple[str, dict[str,
     return sorted(listed, key=lambda row: row[1]["scores"][key][0], reverse=True)
 
 
-def main(names: list[str]) -> None:
-    """Train and record the rows called `names`, or all without a record, then write SCORES.md.
-
-    Raises:
-        UserError: A name is not one of a row, or training fails as in `make`.
-    """
-    if unknown := set(names) - set(ROWS):
-        raise UserError(f"{', '.join(sorted(unknown))}: no such row; choose from {', '.join(ROWS)}")
+def main(name: str | None, base: str | None, change: str | None) -> None:
+    """Record the run `name`, if any, as in `harvest`; score all rows that have probabilities, and write SCORES.md."""
     scored = Scored.load()
-    for row in (ROWS[name] for name in names or [name for name in ROWS if name not in scored.records]):
-        make(row)
-        harvest(row, scored)
+    if name:
+        harvest(scored, name, base, change)
     add_blend(scored)
-    for name in scored.oof.columns.drop([*TABLES["oof"]]):
-        scored.records[name]["scores"] = score(scored, name, ROWS[name].scheme if name in ROWS else BY_LABEL)
+    for row in scored.oof.columns.drop([*TABLES["oof"]]):
+        record = scored.records[row]
+        record["scores"] = score(scored, row, BY_STAIN if record["table"] == "stain" else BY_LABEL)
     scored.save()
-    for name, table in (("experiments", experiments_table), ("trials", trials_table), ("stain", stain_table)):
-        replace_block(PAGE, name, table(scored.records))
+    for block, table in (("experiments", experiments_table), ("trials", trials_table), ("stain", stain_table)):
+        replace_block(PAGE, block, table(scored.records))
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", nargs="?", metavar="RUN")
+    parser.add_argument("--base", help="the row that it is compared with")
+    parser.add_argument("--change", help="what it changes in the base")
     try:
-        main(sys.argv[1:])
+        main(**vars(parser.parse_args()))
     except UserError as error:
         sys.exit(f"error: {error}")
