@@ -26,9 +26,6 @@ from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.training.device import find_device, precisions
 
 NET = "bottleneck"
-# Which peers train which net.
-TRAINED = {NET: ("loop", "lightning"), "plain": ("loop",)}
-GPU_NETS: dict[str, tuple[str, ...]] = {NET: (), "plain": (), "best": ()}
 # Without it albumentations asks the network for its newest version during the measurement.
 COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
 # The allocator settings of our command line, as environment variables: freed memory is reused, in huge pages.
@@ -53,14 +50,12 @@ def peer_turns(bench: Bench, measure: str, shown: str, **arguments: Any) -> dict
     }
 
 
-def training(bench: Bench, nets: dict[str, tuple[str, ...]] = TRAINED) -> str:
-    """Training speed of `nets` against their peers and against the limit, our own step on one batch in memory."""
-    tables = []
-    for net, peers in nets.items():
+def training(bench: Bench) -> str:
+    """Training speed against the loop and against the limit, our own step on one batch in memory; on a GPU without the loop."""
+    is_on_gpu, tables = find_device() == "cuda", []
+    for net in (NET, "plain", *(["best"] if is_on_gpu else [])):
         turns: dict[str, Turn] = {"ours": partial(bench.turn, "training", ENVIRONMENT, name=net)}
-        for peer in peers:
-            turns |= peer_turns(bench, "peer_training", peer, name=net, peer=peer)
-        values = bench.rounds(turns)
+        values = bench.rounds(turns if is_on_gpu else turns | peer_turns(bench, "loop_training", "loop", name=net))
         tables.append(f"`{net}`, ours on {values.pop('backend')[0]}:\n\n{comparison('images/s', values)}")
     return "\n\n".join(tables)
 
@@ -107,8 +102,7 @@ def full(bench: Bench) -> str:
 
 # The first sections bring the files of the pipeline into the system's cache.
 DEFAULT = {"prediction": prediction, "pipeline": pipeline, "training": training}
-ON_GPU = {"gpu": partial(training, nets=GPU_NETS)}
-SECTIONS: dict[str, Callable[[Bench], str]] = {**DEFAULT, "full": full, **ON_GPU}
+SECTIONS: dict[str, Callable[[Bench], str]] = {**DEFAULT, "full": full, "gpu": training}
 
 
 def main() -> None:
@@ -118,13 +112,14 @@ def main() -> None:
         UserError: There are no patches, or a section does not fit the device.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="one short round on the demo; writes nothing")
     given = parser.parse_args()
     chosen = given.sections or list(DEFAULT)
-    fitting = ON_GPU if find_device() == "cuda" else SECTIONS.keys() - ON_GPU
-    if unfit := set(chosen) - set(fitting):
-        raise UserError(f"{', '.join(unfit)}: gpu needs a GPU, the other sections compute on the CPU; hide the GPU from them")
+    if unknown := set(chosen) - SECTIONS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: no such section; choose from {', '.join(SECTIONS)}")
+    if {name == "gpu" for name in chosen} != {find_device() == "cuda"}:
+        raise UserError("gpu needs a GPU, and the other sections compute on the CPU: hide the GPU with CUDA_VISIBLE_DEVICES=")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         data = Data(work / "demo") if given.quick else find_data(os.environ.get("PCAM_DATA"), find_workspace(None).root)

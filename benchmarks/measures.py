@@ -1,4 +1,4 @@
-"""The measured processes of `benchmarks.bench`: `python -m benchmarks.measures NAME '{"argument": …}'` prints values as JSON.
+"""The measured processes of `benchmarks.bench`: `python -m benchmarks.measures NAME …` prints values as JSON.
 
 Each measure is a process of its own, so that none inherits the allocator or the number of threads of another.
 """
@@ -23,7 +23,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks.peers import PEERS, WORKERS, Patches, Task, plain_loop, predict
+from benchmarks.peers import WORKERS, Patches, Peer
 from benchmarks.synthetic import SIZES
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import experiment
@@ -56,21 +56,12 @@ def report(values: dict[str, Any]) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The competition's folder, a store of its patches, and whether a short measurement is enough."""
+    """The competition's folder, a store of its patches, the seconds to time a training, and how many patches to predict."""
 
     data: Data
     store: Path
-    quick: bool
-
-    @property
-    def seconds(self) -> float:
-        """How long the clock of a training runs."""
-        return 0.1 if self.quick else 3.0
-
-    @property
-    def predicted(self) -> int:
-        """How many patches a prediction has."""
-        return 16 if self.quick else 256
+    seconds: float
+    predicted: int
 
     def train_labels(self) -> pd.DataFrame:
         """Return four fifths of the labelled ids, the share that one of five folds trains on."""
@@ -104,10 +95,10 @@ def training(given: Source, name: str) -> None:
     report({"rate": images_per_second(augmented), "limit": limit, "backend": str(backend)})
 
 
-def peer_training(given: Source, name: str, peer: str, precision: str, channels_last: bool) -> None:
-    """Report the images/s of `peer`'s training."""
+def loop_training(given: Source, name: str, **settings: Any) -> None:
+    """Report the images/s of the loop's training."""
     config, labels = experiment(name).config, given.train_labels()
-    # Patches are repeated to the length of the competition's epoch, so that no peer restarts its loader.
+    # Patches are repeated to the length of the competition's epoch, so that the loop does not restart its loader.
     ids, targets = (np.resize(labels[column], SIZES["train"]) for column in ("id", "label"))
     moments: list[float] = []
 
@@ -117,20 +108,19 @@ def peer_training(given: Source, name: str, peer: str, precision: str, channels_
         if timed and timed[-1] - timed[0] >= given.seconds:
             report({"rate": (len(timed) - 1) * config.batch_size / (timed[-1] - timed[0])})
 
-    PEERS[peer](Task(given.data, config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
+    Peer(given.data, config, **settings).train(ids, targets.astype(np.float32), ENDLESS, on_step)
 
 
-def loop_pipeline(given: Source, name: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
-    """Train, predict and average all folds by the plain loop, as a single-file kernel would; report the OOF AUC."""
-    config = experiment(name).config
+def loop_pipeline(given: Source, name: str, epochs: int, n_splits: int, **settings: Any) -> None:
+    """Train, predict and average all folds by the loop, as a single-file kernel would; report the OOF AUC."""
+    peer = Peer(given.data, experiment(name).config, **settings)
     labels, sample = (pd.read_csv(table, dtype={"id": str}) for table in (given.data.labels, given.data.sample))
     ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
     oof, test = np.zeros(len(labels)), np.zeros(len(sample))
     for train, valid in StratifiedKFold(n_splits, shuffle=True, random_state=42).split(ids, targets):
-        task = Task(given.data, config, ids[train], targets[train], epochs, precision, channels_last)
-        net = plain_loop(task, lambda: None)
-        oof[valid] = predict(net, task, "train", ids[valid])
-        test += predict(net, task, "test", sample["id"].to_numpy(object)) / n_splits
+        net = peer.train(ids[train], targets[train], epochs)
+        oof[valid] = peer.predict(net, "train", ids[valid])
+        test += peer.predict(net, "test", sample["id"].to_numpy(object)) / n_splits
     with tempfile.TemporaryDirectory() as target:
         write_csv(Path(target) / "oof.csv", labels.assign(probability=oof))
         write_csv(Path(target) / "submission.csv", sample[["id"]].assign(label=test))
@@ -156,23 +146,22 @@ def prediction(given: Source, name: str) -> None:
     report({"rate": rate, "limit": _warm_rate(limit, repeats * len(resident))})
 
 
-def ttach_prediction(given: Source, name: str, precision: str, channels_last: bool) -> None:
+def ttach_prediction(given: Source, name: str, **settings: Any) -> None:
     """Report the patches/s of ttach's wrapper under the same eight views, over TIFs read by cv2 in two loader processes."""
     import ttach
 
-    config, ids = experiment(name).config, given.train_labels()["id"].to_numpy(object)[: given.predicted]
-    task = Task(given.data, config, ids, np.zeros(len(ids), np.float32), 1, precision, channels_last)
-    column = torch.nn.Sequential(task.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
+    peer = Peer(given.data, experiment(name).config, **settings)
+    patches = Patches(peer.data, "train", given.train_labels()["id"].to_numpy(object)[: given.predicted], peer.config)
+    column = torch.nn.Sequential(peer.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
     wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
-    patches = Patches(task.data, "train", ids, config)
     loader = torch.utils.data.DataLoader(patches, batch_size=64, num_workers=WORKERS, persistent_workers=True)
 
     def run() -> None:
-        with torch.inference_mode(), task.autocast():
+        with torch.inference_mode(), peer.autocast():
             for images in loader:
-                wrapper(task.placed(images))
+                wrapper(peer.placed(images))
 
-    report({"rate": _warm_rate(run, len(ids))})
+    report({"rate": _warm_rate(run, len(patches))})
 
 
 def _rate(work: Callable[[], object], count: int) -> float:
@@ -197,11 +186,10 @@ def _backend(config: Config) -> Backend:
 
 
 MEASURES: dict[str, Callable[..., None]] = {
-    work.__name__: work for work in (training, peer_training, loop_pipeline, prediction, ttach_prediction)
+    work.__name__: work for work in (training, loop_training, loop_pipeline, prediction, ttach_prediction)
 }
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        arguments = json.loads(sys.argv[2])
-        source = Source(Data(Path(arguments.pop("data"))), Path(arguments.pop("work")) / "store", arguments.pop("quick"))
-        MEASURES[sys.argv[1]](source, **arguments)
+        folder, work, *sizes = json.loads(sys.argv[2])
+        MEASURES[sys.argv[1]](Source(Data(Path(folder)), Path(work) / "store", *sizes), **json.loads(sys.argv[3]))

@@ -1,30 +1,29 @@
-"""The same training by common implementations: the loop of PyTorch's tutorials and PyTorch Lightning.
+"""The same training by the loop of PyTorch's tutorials.
 
-All read TIFs with cv2 in a `Dataset`, augment as we do, and train the same net with the same optimizer, loss, clipping and
+It reads TIFs with cv2 in a `Dataset`, augments as we do, and trains the same net with the same optimizer, loss, clipping and
 batch size, two persistent loader processes and one cycle of the learning rate. Nothing is logged, saved or validated.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.training.augment import augmentation, center_crop
 from pcam_kaggle.training.optim import create_optimizer
 from pcam_kaggle.training.step import CLIP_NORM
 
 WORKERS = 2
-FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
 class Patches(Dataset):
@@ -53,109 +52,49 @@ def _image(patch: NDArray[np.uint8]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What to train, on which patches, for how many epochs, in which precision and memory format."""
+class Peer:
+    """How a peer computes what `config` describes on the patches in `data`."""
 
     data: Data
     config: Config
-    ids: NDArray[np.object_]
-    labels: NDArray[np.float32]
-    epochs: int
     precision: str
     channels_last: bool
 
-    @property
-    def steps(self) -> int:
-        return self.epochs * (len(self.ids) // self.config.batch_size)
-
     def net(self) -> nn.Module:
         torch.manual_seed(self.config.seed)
-        return create(self.config, weights=False).to(memory_format=FORMATS[self.channels_last])
+        return self.placed(create(self.config, weights=False))
 
-    def loader(self) -> DataLoader:
-        patches = Patches(self.data, "train", self.ids, self.config, self.labels)
-        size = self.config.batch_size
-        return DataLoader(patches, size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
-
-    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR:
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.lr, self.steps + 1, cycle_momentum=False)
-
-    def placed(self, images: Tensor) -> Tensor:
-        return images.to(memory_format=FORMATS[self.channels_last])
+    def placed(self, what: Any) -> Any:
+        """Return a net or a batch in the memory format."""
+        return what.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
-
-OnStep = Callable[[], None]
-
-
-def plain_loop(task: Task, on_step: OnStep) -> nn.Module:
-    """Train by the loop of PyTorch's tutorials; return the net."""
-    net, criterion = task.net(), nn.BCEWithLogitsLoss()
-    optimizer = create_optimizer(net, task.config)
-    scheduler = task.schedule(optimizer)
-    net.train()
-    loader = task.loader()
-    for images, targets in (batch for _ in range(task.epochs) for batch in loader):
-        with task.autocast():
-            loss = criterion(net(task.placed(images)).float(), targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)
-        optimizer.step()
-        scheduler.step()
-        on_step()
-    return net
-
-
-def predict(net: nn.Module, task: Task, split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
-    """Return the probabilities (n,) of `ids`, one view."""
-    net.eval()
-    loader = DataLoader(Patches(task.data, split, ids, task.config), batch_size=256, num_workers=WORKERS)
-    with torch.inference_mode(), task.autocast():
-        return torch.cat([net(task.placed(images)).float() for images in loader]).sigmoid().numpy()
-
-
-def lightning(task: Task, on_step: OnStep) -> None:
-    """Train by PyTorch Lightning's Trainer, without logger, checkpoints, progress bar and sanity checks."""
-    import_timm()
-    from lightning.pytorch import Callback, LightningModule, Trainer
-
-    warnings.filterwarnings("ignore", module="lightning")
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = task.net()
-
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, targets = batch
-            return nn.functional.binary_cross_entropy_with_logits(self.net(task.placed(images)).float(), targets)
-
-        def configure_optimizers(self) -> dict:
-            optimizer = create_optimizer(self.net, task.config)
-            # Otherwise Lightning refuses to clip, whose gradients are not scaled here.
-            optimizer._step_supports_amp_scaling = False
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": task.schedule(optimizer), "interval": "step"}}
-
-    class Steps(Callback):
-        def on_train_batch_end(self, *_: object) -> None:
+    def train(
+        self, ids: NDArray[np.object_], labels: NDArray[np.float32], epochs: int, on_step: Callable[[], None] = lambda: None
+    ) -> nn.Module:
+        """Train on the patches `ids` by the loop of PyTorch's tutorials; return the net."""
+        net, criterion, size = self.net().train(), nn.BCEWithLogitsLoss(), self.config.batch_size
+        optimizer = create_optimizer(net, self.config)
+        steps = epochs * (len(ids) // size)
+        scheduler = OneCycleLR(optimizer, self.config.lr, steps + 1, cycle_momentum=False)
+        patches = Patches(self.data, "train", ids, self.config, labels)
+        loader = DataLoader(patches, size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True)
+        for images, targets in (batch for _ in range(epochs) for batch in loader):
+            with self.autocast():
+                loss = criterion(net(self.placed(images)).float(), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)
+            optimizer.step()
+            scheduler.step()
             on_step()
+        return net
 
-    trainer = Trainer(
-        accelerator="cpu",
-        precision="bf16-mixed" if task.precision == "bf16" else "32-true",
-        max_steps=task.steps,
-        gradient_clip_val=CLIP_NORM,
-        callbacks=[Steps()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(Module(), task.loader())
-
-
-PEERS: dict[str, Callable[[Task, OnStep], object]] = {"loop": plain_loop, "lightning": lightning}
+    def predict(self, net: nn.Module, split: str, ids: NDArray[np.object_]) -> NDArray[np.float32]:
+        """Return the probabilities (n,) of `ids`, one view."""
+        net.eval()
+        loader = DataLoader(Patches(self.data, split, ids, self.config), batch_size=256, num_workers=WORKERS)
+        with torch.inference_mode(), self.autocast():
+            return torch.cat([net(self.placed(images)).float() for images in loader]).sigmoid().numpy()

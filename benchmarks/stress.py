@@ -1,7 +1,7 @@
 """Killed runs and damaged files.
 
 `python -m benchmarks.stress kills [COUNT]` kills runs at random moments; each must resume and be bit-identical to an
-uninterrupted run. They read 240 real patches if PCAM_DATA names the competition's folder, otherwise the demo.
+uninterrupted run.
 
 `python -m benchmarks.stress damages [COUNT]` damages one file at a time, inputs and files that the pipeline reads again; each
 must end in a one-line error, or in the result of the undamaged file. A number always means the same damage.
@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,25 +20,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import sha1
 from pathlib import Path
 from typing import Any, NoReturn
 
 import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from benchmarks.mutations import mutated
+from benchmarks.synthetic import make
 from pcam_kaggle.cli.main import main as run_command
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import PART, write_csv
+from pcam_kaggle.core.files import PART
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.pipeline.stages import STAGES
 from pcam_kaggle.runs.import_run import import_runs
 
-TRAIN, TEST = 240, 60
 # Takes seconds, and has every state that a checkpoint must restore: schedule, EMA, dropout, momentum of Muon.
 KILLED = (
     *("width=16", "max_width=32", "n_blocks=2", "side=32", "hidden=8", "batch_size=16", "epochs=4", "n_splits=3", "tta=4"),
@@ -51,28 +48,13 @@ DAMAGED = (
 )
 SUBMISSION = "submissions/bottleneck.csv"
 SECONDS = 10
+# Of the full size: 24 train and 6 test patches.
+SHARE = 9000
 
 
 def options(stage: str, folder: Path, config: tuple[str, ...], work: str = "work") -> list[str]:
-    """Return the command that runs `stage` on `folder`/data."""
     changes = [part for change in config for part in ("--set", change)]
     return [stage, "--data", str(folder / "data"), "--work", str(folder / work), *changes]
-
-
-def real_data(folder: Path) -> None:
-    """Write a small data set to `folder`: links to patches of PCAM_DATA, or the demo."""
-    small = Data(folder)
-    root = os.environ.get("PCAM_DATA")
-    if not root:
-        make_demo(small)
-        return
-    source = Data(Path(root).resolve())
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        rows = pd.read_csv(source.table(split), dtype={"id": str}).head(count)
-        write_csv(small.table(split), rows)
-        small.patches(split).mkdir()
-        for name in rows["id"]:
-            (small.patches(split) / f"{name}.tif").symlink_to(source.patches(split) / f"{name}.tif")
 
 
 def kills(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
@@ -81,7 +63,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
     Raises:
         RuntimeError: A run does not resume, or its results differ from those of the uninterrupted run.
     """
-    real_data(folder / "data")
+    make_demo(Data(folder / "data"))
     python = [sys.executable, "-m", "pcam_kaggle"]
     rng = np.random.default_rng(seed)
     uninterrupted = folder / "uninterrupted"
@@ -180,29 +162,6 @@ TARGETS = (
 )
 
 
-def small_data(data: Data) -> None:
-    """Write 24 train and 5 test patches, named by their SHA-1, their tables and a slide map."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 5)):
-        data.patches(split).mkdir(parents=True)
-        rows = []
-        for number in range(count):
-            patch = rng.integers(0, 200 + 50 * (number % 2), (96, 96, 3), dtype=np.uint8)
-            name = sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
-            file = data.patches(split) / f"{name}.tif"
-            if split == "train":
-                Image.fromarray(patch).save(file)
-            else:
-                # Unlike the files of the competition, this one does not end in its pixels and must be decoded.
-                cv2.imwrite(str(file), cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
-            rows.append((name, number % 2, f"slide_{number % 8}"))
-        table = pd.DataFrame(rows, columns=["id", "label", "wsi"])
-        table[["id", "label"]].to_csv(data.table(split), index=False)
-        if split == "train":
-            table[["id", "wsi"]].to_csv(data.root / "patch_id_wsi.csv", index=False)
-    data.declaration.write_text('{"ids": "sha1"}\n')
-
-
 def run(step: str, folder: Path) -> int:
     """Run one step in `folder`; return its exit status."""
     if step in ("compare", "kaggle ledger"):
@@ -268,7 +227,12 @@ def damages(folder: Path, count: int) -> Iterator[str]:
         RuntimeError: One fails, as in `attempt`.
     """
     before = folder / "before"
-    small_data(Data(before / "data"))
+    data = Data(before / "data")
+    make(data, SHARE)
+    data.declaration.write_text('{"ids": "sha1"}\n')
+    for file in data.patches("test").iterdir():
+        # Unlike the files of the competition, these do not end in their pixels and must be decoded.
+        cv2.imwrite(str(file), cv2.imread(str(file)), [cv2.IMWRITE_TIFF_COMPRESSION, 1])
     with contextlib.redirect_stdout(io.StringIO()):
         if run("pipeline", before):
             raise RuntimeError("the undamaged run failed")
