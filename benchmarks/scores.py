@@ -215,7 +215,7 @@ def main(name: str | None, base: str | None, change: str | None) -> None:
     add_blend(scored)
     for row in scored.oof.columns.drop([*TABLES["oof"]]):
         record = scored.records[row]
-        record["scores"] = score(scored, row, BY_STAIN if record["table"] == "stain" else BY_LABEL)
+        record["scores"] = score(scored, row, BY_STAIN if record.get("table") == "stain" else BY_LABEL)
     scored.save()
     for block, table in (("experiments", experiments_table), ("trials", trials_table), ("stain", stain_table)):
         replace_block(PAGE, block, table(scored.records))
