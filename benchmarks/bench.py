@@ -1,4 +1,4 @@
-"""Speed against common implementations and against the limit of the hardware; writes the tables of RESULTS.md.
+"""Speed against the loop of PyTorch's tutorials and against the limit of the hardware; writes the tables of RESULTS.md.
 
 `python -m benchmarks.bench [--quick] [SECTION …]`, with PCAM_DATA naming the competition's folder. Each section is one
 question. Every implementation has one turn per round, in a new process, and ratios are taken within a round, because the
@@ -34,19 +34,15 @@ TUNED = ENVIRONMENT | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}"
 # The smallest possible net, so that the rest is what is measured.
 SMALLEST = ("n_blocks=1", "width=4", "side=32", "hidden=8", "epochs=1", "tta=1", "precision=fp32")
 STAGES = ("prepare", "folds", "train", "predict", "blend", "submission", "compare")
-QUICK_SHARE = 1000
 
 
-def peer_turns(bench: Bench, measure: str, shown: str, **arguments: Any) -> dict[str, Turn]:
-    """Return the turns of a peer that the table calls `shown`: with default settings, and fully tuned.
-
-    bf16 is chosen where the processor has instructions for it; elsewhere it is slower.
-    """
+def loops(bench: Bench, measure: str, **arguments: Any) -> dict[str, Turn]:
+    """Return the turns of the loop with default settings, and fully tuned: in bf16 if the processor has instructions for it."""
     default = {"precision": "fp32", "channels_last": False, "environment": COMMON}
     tuned = {"precision": precisions("cpu")[0], "channels_last": True, "environment": TUNED}
     return {
-        shown: partial(bench.turn, measure, **arguments, **default),
-        f"{shown}, fully tuned": partial(bench.turn, measure, **arguments, **tuned),
+        "loop": partial(bench.turn, measure, **arguments, **default),
+        "loop, fully tuned": partial(bench.turn, measure, **arguments, **tuned),
     }
 
 
@@ -55,7 +51,7 @@ def training(bench: Bench) -> str:
     is_on_gpu, tables = find_device() == "cuda", []
     for net in (NET, "plain", *(["best"] if is_on_gpu else [])):
         turns: dict[str, Turn] = {"ours": partial(bench.turn, "training", ENVIRONMENT, name=net)}
-        values = bench.rounds(turns if is_on_gpu else turns | peer_turns(bench, "loop_training", "loop", name=net))
+        values = bench.rounds(turns if is_on_gpu else turns | loops(bench, "loop_training", name=net))
         tables.append(f"`{net}`, ours on {values.pop('backend')[0]}:\n\n{comparison('images/s', values)}")
     return "\n\n".join(tables)
 
@@ -76,22 +72,16 @@ def pipeline(bench: Bench) -> str:
         aucs[name] = turn()["auc"]
         return {"rate": time.perf_counter() - start}
 
-    loops = peer_turns(bench, "loop_pipeline", "loop", name=NET, epochs=1, n_splits=2)
-    values = bench.rounds({"ours": ours, **{name: partial(timed, name, turn) for name, turn in loops.items()}})
+    turns = loops(bench, "loop_pipeline", name=NET, epochs=1, n_splits=2)
+    values = bench.rounds({"ours": ours, **{name: partial(timed, name, turn) for name, turn in turns.items()}})
     return f"{comparison('seconds', values)}\n\nOOF AUC: {', '.join(f'{name} {value:.4f}' for name, value in aucs.items())}."
-
-
-def prediction(bench: Bench) -> str:
-    """Prediction speed under eight views against ttach and against the limit, the net alone on one batch in memory."""
-    ours = partial(bench.turn, "prediction", ENVIRONMENT, name=NET)
-    return comparison("patches/s", bench.rounds({"ours": ours, **peer_turns(bench, "ttach_prediction", "ttach", name=NET)}))
 
 
 def full(bench: Bench) -> str:
     """Seconds and peak memory of each stage at the competition's full size: 8 GB of patches and a store of the same size."""
     with tempfile.TemporaryDirectory() as folder:
         data, work = Data(Path(folder) / "data"), Path(folder) / "work"
-        make(data, QUICK_SHARE if bench.quick else 1)
+        make(data, 1000 if bench.quick else 1)
         lines = []
         for stage in STAGES:
             changes = [part for change in SMALLEST for part in ("--set", change)] if stage != "compare" else []
@@ -100,8 +90,7 @@ def full(bench: Bench) -> str:
     return markdown(("stage", "seconds", "GB"), lines)
 
 
-# The first sections bring the files of the pipeline into the system's cache.
-DEFAULT = {"prediction": prediction, "pipeline": pipeline, "training": training}
+DEFAULT = {"pipeline": pipeline, "training": training}
 SECTIONS: dict[str, Callable[[Bench], str]] = {**DEFAULT, "full": full, "gpu": training}
 
 

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import PIL.Image
 
-from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.stain import Image, change, restain
 
 
@@ -26,7 +25,6 @@ def jpeg(image: Image, quality: int) -> Image:
 
 
 def saturation(image: Image, factor: float) -> Image:
-    """Multiply the distance of each pixel from its grey value by `factor`."""
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(image, factor, grey, 1 - factor, 0)
 
@@ -38,8 +36,7 @@ def hue(image: Image, degrees: int) -> Image:
 
 
 def defocus(image: Image, radius: float) -> Image:
-    reach = int(np.ceil(radius))
-    offsets = np.arange(-reach, reach + 1)
+    offsets = np.arange(-np.ceil(radius), np.ceil(radius) + 1)
     disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).astype(np.float32)
     return cv2.filter2D(image, -1, disk / disk.sum())
 
@@ -77,23 +74,15 @@ CORRUPTIONS: dict[str, Callable[[Image], Image]] = {
 
 
 def main(patches: Path, target: Path) -> None:
-    """Write a copy of the TIFs in `patches` to `target` for each corruption.
-
-    Raises:
-        UserError: There are no TIFs, or `target` exists.
-    """
-    files = sorted(patches.glob("*.tif"))
-    if not files or target.exists():
-        raise UserError(f"{target}: exists; choose another folder" if files else f"{patches}: holds no TIFs")
+    """Write a copy of the TIFs in `patches` to the new folder `target` for each corruption."""
     for name, corrupt in CORRUPTIONS.items():
         (target / name).mkdir(parents=True)
-        for file in files:
+        for file in patches.glob("*.tif"):
             with PIL.Image.open(file) as patch:
                 PIL.Image.fromarray(corrupt(np.array(patch))).save(target / name / file.name)
 
 
 if __name__ == "__main__":
-    try:
-        main(*map(Path, sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if len(sys.argv) != 3 or Path(sys.argv[2]).exists():
+        sys.exit("usage: python -m benchmarks.corruptions PATCHES NEW_FOLDER")
+    main(*map(Path, sys.argv[1:]))

@@ -23,19 +23,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks.peers import WORKERS, Patches, Peer
+from benchmarks.loop import Peer
 from benchmarks.synthetic import SIZES
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import hold_memory
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training import tta
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, choose_backend
-from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
+from pcam_kaggle.training.device import choose_backend
+from pcam_kaggle.training.engine import train_epoch
 from pcam_kaggle.training.gpus import configure_torch, loader_processes
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
@@ -44,7 +42,6 @@ from pcam_kaggle.training.step import Learner, TrainStep
 # Steps before the clock starts.
 WARM_UP = 8
 ENDLESS = 1000
-VIEWS = 8
 
 
 def report(values: dict[str, Any]) -> NoReturn:
@@ -56,12 +53,11 @@ def report(values: dict[str, Any]) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The competition's folder, a store of its patches, the seconds to time a training, and how many patches to predict."""
+    """The competition's folder, a store of its patches, and the seconds to time a training."""
 
     data: Data
     store: Path
     seconds: float
-    predicted: int
 
     def train_labels(self) -> pd.DataFrame:
         """Return four fifths of the labelled ids, the share that one of five folds trains on."""
@@ -72,7 +68,9 @@ class Source:
 def training(given: Source, name: str) -> None:
     """Report our images/s, the backend, and the limit: images/s of the same steps on one batch in memory."""
     config, labels, store = experiment(name).config, given.train_labels(), PatchStore(given.store)
-    backend = _backend(config)
+    hold_memory()
+    configure_torch()
+    backend = choose_backend(partial(create, config, weights=False), config.side, config.batch_size, config.precision)
     rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
     source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
     net = backend.place(create(config, weights=False))
@@ -127,43 +125,6 @@ def loop_pipeline(given: Source, name: str, epochs: int, n_splits: int, **settin
     report({"auc": float(roc_auc_score(targets, oof))})
 
 
-def prediction(given: Source, name: str) -> None:
-    """Report the patches/s of our prediction, and the limit: those of the net alone on one batch in memory."""
-    # ttach has no shifted views.
-    config, store = replace(experiment(name).config, tta_shift=0), PatchStore(given.store)
-    backend = _backend(config)
-    net = backend.place(create(config, weights=False)).eval()
-    rows = store.rows("train", store.ids("train")[: given.predicted])
-    resident = backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH])))
-    repeats = math.ceil(len(rows) / PREDICT_BATCH)
-
-    def limit() -> None:
-        with torch.inference_mode(), backend.autocast():
-            for view in (view for _ in range(repeats) for view in tta.views(resident, VIEWS, config.tta_shift)):
-                net(view)
-
-    rate = _warm_rate(lambda: predict_logits(net, store, rows, config, backend, VIEWS, "predict"), len(rows))
-    report({"rate": rate, "limit": _warm_rate(limit, repeats * len(resident))})
-
-
-def ttach_prediction(given: Source, name: str, **settings: Any) -> None:
-    """Report the patches/s of ttach's wrapper under the same eight views, over TIFs read by cv2 in two loader processes."""
-    import ttach
-
-    peer = Peer(given.data, experiment(name).config, **settings)
-    patches = Patches(peer.data, "train", given.train_labels()["id"].to_numpy(object)[: given.predicted], peer.config)
-    column = torch.nn.Sequential(peer.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
-    wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
-    loader = torch.utils.data.DataLoader(patches, batch_size=64, num_workers=WORKERS, persistent_workers=True)
-
-    def run() -> None:
-        with torch.inference_mode(), peer.autocast():
-            for images in loader:
-                wrapper(peer.placed(images))
-
-    report({"rate": _warm_rate(run, len(patches))})
-
-
 def _rate(work: Callable[[], object], count: int) -> float:
     """Return `count` over the seconds that `work` takes."""
     start = time.perf_counter()
@@ -171,25 +132,9 @@ def _rate(work: Callable[[], object], count: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def _warm_rate(work: Callable[[], object], count: int) -> float:
-    """Return the median of three rates of `work`, after a first call that is slower."""
-    work()
-    return float(np.median([_rate(work, count) for _ in range(3)]))
-
-
-def _backend(config: Config) -> Backend:
-    """Return the backend that our command line chooses, with its process settings."""
-    hold_memory()
-    configure_torch()
-    net = partial(create, config, weights=False)
-    return choose_backend(net, config.side, config.batch_size, config.precision)
-
-
-MEASURES: dict[str, Callable[..., None]] = {
-    work.__name__: work for work in (training, loop_training, loop_pipeline, prediction, ttach_prediction)
-}
+MEASURES: dict[str, Callable[..., None]] = {work.__name__: work for work in (training, loop_training, loop_pipeline)}
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        folder, work, *sizes = json.loads(sys.argv[2])
-        MEASURES[sys.argv[1]](Source(Data(Path(folder)), Path(work) / "store", *sizes), **json.loads(sys.argv[3]))
+        name, folder, work, seconds, arguments = sys.argv[1:]
+        MEASURES[name](Source(Data(Path(folder)), Path(work) / "store", float(seconds)), **json.loads(arguments))

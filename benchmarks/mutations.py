@@ -34,8 +34,8 @@ def mutated(file: Path, rng: np.random.Generator) -> bytes:
             (place, place, bytes(changed[place : place + length])),
             (place, place + 1, bytes(rng.choice([b"\xff", b"\n", b",", b'"', b"../", b"\r"]))),
         )
-        start, end, new = kinds[rng.integers(len(kinds))]
-        changed[start:end] = new
+        start, end, changed_bytes = kinds[rng.integers(len(kinds))]
+        changed[start:end] = changed_bytes
     return bytes(changed)
 
 
@@ -50,10 +50,6 @@ def _change_value(node: Any, rng: np.random.Generator) -> Any:
         place = int(rng.integers(len(node)))
         return [*node[:place], _change_value(node[place], rng), *node[place + 1 :]]
     return VALUES[rng.integers(len(VALUES))]
-
-
-def _change_json(content: bytes, rng: np.random.Generator) -> bytes:
-    return json.dumps(_change_value(json.loads(content), rng)).encode()
 
 
 def _change_checkpoint(content: bytes, rng: np.random.Generator) -> bytes:
@@ -72,7 +68,7 @@ def _change_cell(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 FORMATS: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
-    ".json": _change_json,
+    ".json": lambda content, rng: json.dumps(_change_value(json.loads(content), rng)).encode(),
     ".pt": _change_checkpoint,
     ".csv": _change_cell,
 }

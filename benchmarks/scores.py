@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.results import markdown, replace_block
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS
 from pcam_kaggle.core.files import write
@@ -28,9 +29,9 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
-HERE = Path(__file__).parent
-PAGE = HERE / "SCORES.md"
-RECORDS = HERE / "scores" / "records.json"
+PAGE = Path(__file__).parent / "SCORES.md"
+FOLDER = PAGE.parent / "scores"
+RECORDS = FOLDER / "records.json"
 ID_LENGTH = 16
 BY_LABEL, BY_STAIN = "stratified_5_42", "stain_5_42"
 # Columns (uint8) beside those of the rows: label, fold under each scheme, and group of similar stain.
@@ -70,11 +71,11 @@ class Scored:
             arrays: dict[str, Any] = {"id": table.index.to_numpy(f"S{ID_LENGTH}")}
             arrays |= {fact: table[fact].to_numpy(np.uint8) for fact in facts}
             arrays |= {row: table[row].to_numpy(np.float32) for row in table.columns.drop([*facts, BLEND])}
-            write(HERE / "scores" / f"{name}.npz", lambda out, arrays=arrays: np.savez_compressed(out, **arrays))
+            write(FOLDER / f"{name}.npz", lambda out, arrays=arrays: np.savez_compressed(out, **arrays))
 
 
 def _read(name: str) -> pd.DataFrame:
-    with np.load(HERE / "scores" / f"{name}.npz") as arrays:
+    with np.load(FOLDER / f"{name}.npz") as arrays:
         columns = {key: arrays[key].astype(np.uint8 if key in TABLES[name] else np.float64) for key in arrays if key != "id"}
         return pd.DataFrame(columns, index=arrays["id"].astype(str))
 
@@ -100,7 +101,7 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
         "train_images_per_second": round(float(np.median([fold["images_per_second"] for fold in metrics])), 1),
         "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in folds])), 1),
         "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
-        "config": made["config"],
+        "config": {key: value for key, value in made["config"].items() if value != getattr(Config(), key, None)},
         "base": base,
         "change": change,
         "backend": f"{session['device']}, {session['backend']['precision']}",
@@ -167,21 +168,18 @@ def _text(values: list[float] | None, sign: str = "") -> str:
 def experiments_table(records: Records) -> str:
     lines = []
     for name, record in _listed(records, "experiments", "held_out"):
-        scores = record["scores"]
-        lines.append(
-            (
-                f"`{name}`",
-                *(_text(scores["held_out"]), _text(scores.get("held_out_difference"), "+")),
-                _text(scores["oof"]) + (" (fold 0)" if len(scores["folds"]) == 1 else ""),
-                _text(scores.get("oof_difference"), "+"),
-                *(f"{record['parameters']:,}", ", ".join(f"{record[key]:.0f}" for key in SPEEDS)),
-                f"{record['minutes'] / len(scores['folds']):.1f}",
-            )
+        scores, folds = record["scores"], len(record["scores"]["folds"])
+        oof = _text(scores["oof"]) + (" (fold 0)" if folds == 1 else "")
+        values = (
+            _text(scores["held_out"]),
+            _text(scores.get("held_out_difference"), "+"),
+            oof,
+            _text(scores.get("oof_difference"), "+"),
         )
-    difference = f"difference to `{BASELINE}`"
-    return markdown(
-        ("experiment", "held-out slides", difference, "OOF", difference, "parameters", "images/s", "minutes per fold"), lines
-    )
+        speeds = ", ".join(f"{record[key]:.0f}" for key in SPEEDS)
+        lines.append((f"`{name}`", *values, f"{record['parameters']:,}", speeds, f"{record['minutes'] / folds:.1f}"))
+    scored = ("held-out slides", f"difference to `{BASELINE}`", "OOF", f"difference to `{BASELINE}`")
+    return markdown(("experiment", *scored, "parameters", "images/s", "minutes per fold"), lines)
 
 
 def trials_table(records: Records) -> str:

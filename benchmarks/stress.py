@@ -96,13 +96,9 @@ def kills(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to damage and how to check it.
+    """A file to damage (`0.tif` is the first patch), and the commands that read it.
 
-    Attributes:
-        file: Path in the folder; `0.tif` is the first patch.
-        steps: Commands that read the file.
-        is_correct: Whether the result is correct, given the folder and the undamaged one.
-        removed: Files that are deleted first, so that `file` is needed.
+    `is_correct` checks their result, given the folder and the undamaged one; `removed` files are deleted before.
     """
 
     file: str
@@ -112,14 +108,12 @@ class Target:
 
 
 def same_patches(now: Path, before: Path) -> bool:
-    """Return whether the store has the same pixels."""
     keys = ("train_sha256", "test_sha256", "train", "test")
     made, was = (json.loads((folder / "work/store/manifest.json").read_text()) for folder in (now, before))
     return all(made[key] == was[key] for key in keys)
 
 
 def same_submission(now: Path, before: Path) -> bool:
-    """Return whether the submission is bit-identical."""
     return (now / "work" / SUBMISSION).read_bytes() == (before / "work" / SUBMISSION).read_bytes()
 
 
@@ -132,7 +126,6 @@ def same_labels(now: Path, _: Path) -> bool:
 
 
 def no_parts(now: Path, _: Path) -> bool:
-    """Return whether there are no partly written files."""
     return not list(now.rglob(f"*{PART}"))
 
 
@@ -163,17 +156,12 @@ TARGETS = (
 
 
 def run(step: str, folder: Path) -> int:
-    """Run one step in `folder`; return its exit status."""
     if step in ("compare", "kaggle ledger"):
         return run_command([*step.split(), "--work", str(folder / "work")])
     if step != "import":
         return run_command(options(step, folder, DAMAGED))
     shutil.rmtree(folder / RUN)
-    try:
-        import_runs(folder / "download", Workspace(folder / "work", folder / "work" / "store"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    import_runs(folder / "download", Workspace(folder / "work", folder / "work" / "store"))
     return 0
 
 
@@ -202,30 +190,26 @@ def attempt(folder: Path, before: Path, number: int) -> str:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
             for step in target.steps:
                 status = status or run(step, now)
+    except UserError as error:
+        status = 2
+        errors.write(f"error: {error}")
     except BaseException as error:
         raise RuntimeError(f"damage {number}, {target.file}: {type(error).__name__}: {error}") from error
     finally:
         signal.alarm(0)
     lines = [line for line in errors.getvalue().splitlines() if not line.startswith("  ")]
-    failures = {
-        "not a one-line error": status and (len(lines) != 1 or not lines[0].startswith("error: ")),
-        f"status {status}": status not in (0, 2),
-        "wrong result": not status and not target.is_correct(now, before),
-        "partly written file": not no_parts(now, before),
-    }
-    if any(failures.values()):
-        listed = ", ".join(failure for failure, found in failures.items() if found)
-        raise RuntimeError(f"damage {number}, {target.file}: {listed}; {errors.getvalue()[:500]}")
+    is_one_line = len(lines) == 1 and lines[0].startswith("error: ")
+    is_expected = is_one_line if status == 2 else status == 0 and target.is_correct(now, before)
+    if not (is_expected and no_parts(now, before)):
+        raise RuntimeError(
+            f"damage {number}, {target.file}: status {status} with {errors.getvalue()[:500] or 'a wrong result'}"
+        )
     shutil.rmtree(now)
     return f"{target.file}: {lines[0] if status else 'same result'}"
 
 
 def damages(folder: Path, count: int) -> Iterator[str]:
-    """Yield a line for each of `count` damages, tried in `folder`.
-
-    Raises:
-        RuntimeError: One fails, as in `attempt`.
-    """
+    """Yield a line for each of `count` damages, tried in `folder`; raises RuntimeError as `attempt` does."""
     before = folder / "before"
     data = Data(before / "data")
     make(data, SHARE)
@@ -244,9 +228,7 @@ def damages(folder: Path, count: int) -> Iterator[str]:
 
 CHECKS = {"kills": (kills, 30), "damages": (damages, 500)}
 
-
-def main() -> None:
-    """Print the outcome of each run."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("count", nargs="?", type=int, help="how many (kills: 30, damages: 500)")
@@ -255,7 +237,3 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, line in enumerate(check(Path(folder), given.count or default)):
             print(f"{number:>3} {line}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

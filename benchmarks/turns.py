@@ -26,8 +26,8 @@ class Bench:
 
     def turn(self, measure: str, environment: dict[str, str], **arguments: Any) -> dict[str, Any]:
         """Return the values that `measure` of `benchmarks.measures` reports in a new process."""
-        source = [str(self.data), str(self.work), *((0.1, 16) if self.quick else (3.0, 256))]
-        line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps(source), json.dumps(arguments)]
+        given = (str(self.data), str(self.work), "0.1" if self.quick else "3", json.dumps(arguments))
+        line = [sys.executable, "-m", "benchmarks.measures", measure, *given]
         root = Path(__file__).parent.parent
         ended = subprocess.run(line, check=False, capture_output=True, text=True, cwd=root, env=os.environ | environment)
         if not ended.stdout:
