@@ -1,4 +1,4 @@
-"""The same training by the loop of PyTorch's tutorials.
+"""The same training by the loop of PyTorch's tutorials, the implementation that ours is compared with.
 
 It reads TIFs with cv2 in a `Dataset`, augments as we do, and trains the same net with the same optimizer, loss, clipping and
 batch size, two persistent loader processes and one cycle of the learning rate. Nothing is logged, saved or validated.
