@@ -1,4 +1,4 @@
-"""The measured processes of `benchmarks.bench`: `python -m benchmarks.measures NAME '{"argument": …}'` prints values as JSON.
+"""The measured processes of `benchmarks.bench`: `python -m benchmarks.measures NAME …` prints values as JSON.
 
 Each measure is a process of its own, so that none inherits the allocator or the number of threads of another.
 """
@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -15,31 +14,26 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks.peers import PEERS, WORKERS, Patches, Task, plain_loop, predict
-from benchmarks.turns import gpu_utilization
-from pcam_kaggle.core.config import Config
+from benchmarks.loop import Peer
+from benchmarks.synthetic import SIZES
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import hold_memory
-from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training import tta
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, choose_backend
-from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
+from pcam_kaggle.training.device import choose_backend
+from pcam_kaggle.training.engine import train_epoch
 from pcam_kaggle.training.gpus import configure_torch, loader_processes
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
@@ -48,8 +42,6 @@ from pcam_kaggle.training.step import Learner, TrainStep
 # Steps before the clock starts.
 WARM_UP = 8
 ENDLESS = 1000
-TRAIN_PATCHES = 220_025
-VIEWS = 8
 
 
 def report(values: dict[str, Any]) -> NoReturn:
@@ -61,21 +53,11 @@ def report(values: dict[str, Any]) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The competition's folder, a store of its patches, and whether a short measurement is enough."""
+    """The competition's folder, a store of its patches, and the seconds to time a training."""
 
     data: Data
     store: Path
-    quick: bool
-
-    @property
-    def seconds(self) -> float:
-        """How long the clock of a training runs."""
-        return 0.1 if self.quick else 3.0
-
-    @property
-    def predicted(self) -> int:
-        """How many patches a prediction has."""
-        return 16 if self.quick else 256
+    seconds: float
 
     def train_labels(self) -> pd.DataFrame:
         """Return four fifths of the labelled ids, the share that one of five folds trains on."""
@@ -86,7 +68,9 @@ class Source:
 def training(given: Source, name: str) -> None:
     """Report our images/s, the backend, and the limit: images/s of the same steps on one batch in memory."""
     config, labels, store = experiment(name).config, given.train_labels(), PatchStore(given.store)
-    backend = _backend(config)
+    hold_memory()
+    configure_torch()
+    backend = choose_backend(partial(create, config, weights=False), config.side, config.batch_size, config.precision)
     rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
     source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
     net = backend.place(create(config, weights=False))
@@ -106,16 +90,14 @@ def training(given: Source, name: str) -> None:
     resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))
     augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
     limit = images_per_second(resident)
-    with gpu_utilization(backend.kind) as busy:
-        rate = images_per_second(augmented)
-    report({"rate": rate, "limit": limit, "backend": str(backend), **({"gpu_busy": float(np.median(busy))} if busy else {})})
+    report({"rate": images_per_second(augmented), "limit": limit, "backend": str(backend)})
 
 
-def peer_training(given: Source, name: str, peer: str, precision: str, channels_last: bool) -> None:
-    """Report the images/s of `peer`'s training."""
+def loop_training(given: Source, name: str, **settings: Any) -> None:
+    """Report the images/s of the loop's training."""
     config, labels = experiment(name).config, given.train_labels()
-    # Patches are repeated to the length of the competition's epoch, so that no peer restarts its loader.
-    ids, targets = (np.resize(labels[column], TRAIN_PATCHES) for column in ("id", "label"))
+    # Patches are repeated to the length of the competition's epoch, so that the loop does not restart its loader.
+    ids, targets = (np.resize(labels[column], SIZES["train"]) for column in ("id", "label"))
     moments: list[float] = []
 
     def on_step() -> None:
@@ -124,92 +106,23 @@ def peer_training(given: Source, name: str, peer: str, precision: str, channels_
         if timed and timed[-1] - timed[0] >= given.seconds:
             report({"rate": (len(timed) - 1) * config.batch_size / (timed[-1] - timed[0])})
 
-    PEERS[peer](Task(given.data, config, ids, targets.astype(np.float32), ENDLESS, precision, channels_last), on_step)
+    Peer(given.data, config, **settings).train(ids, targets.astype(np.float32), ENDLESS, on_step)
 
 
-def loop_pipeline(given: Source, name: str, precision: str, channels_last: bool, epochs: int, n_splits: int) -> None:
-    """Train, predict and average all folds by the plain loop, as a single-file kernel would; report the OOF AUC."""
-    config = experiment(name).config
+def loop_pipeline(given: Source, name: str, epochs: int, n_splits: int, **settings: Any) -> None:
+    """Train, predict and average all folds by the loop, as a single-file kernel would; report the OOF AUC."""
+    peer = Peer(given.data, experiment(name).config, **settings)
     labels, sample = (pd.read_csv(table, dtype={"id": str}) for table in (given.data.labels, given.data.sample))
     ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
     oof, test = np.zeros(len(labels)), np.zeros(len(sample))
     for train, valid in StratifiedKFold(n_splits, shuffle=True, random_state=42).split(ids, targets):
-        task = Task(given.data, config, ids[train], targets[train], epochs, precision, channels_last)
-        net = plain_loop(task, lambda: None)
-        oof[valid] = predict(net, task, "train", ids[valid])
-        test += predict(net, task, "test", sample["id"].to_numpy(object)) / n_splits
+        net = peer.train(ids[train], targets[train], epochs)
+        oof[valid] = peer.predict(net, "train", ids[valid])
+        test += peer.predict(net, "test", sample["id"].to_numpy(object)) / n_splits
     with tempfile.TemporaryDirectory() as target:
         write_csv(Path(target) / "oof.csv", labels.assign(probability=oof))
         write_csv(Path(target) / "submission.csv", sample[["id"]].assign(label=test))
     report({"auc": float(roc_auc_score(targets, oof))})
-
-
-def prediction(given: Source, name: str) -> None:
-    """Report the patches/s of our prediction, and the limit: those of the net alone on one batch in memory."""
-    # ttach has no shifted views.
-    config, store = replace(experiment(name).config, tta_shift=0), PatchStore(given.store)
-    backend = _backend(config)
-    net = backend.place(create(config, weights=False)).eval()
-    rows = store.rows("train", store.ids("train")[: given.predicted])
-    resident = backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH])))
-    repeats = math.ceil(len(rows) / PREDICT_BATCH)
-
-    def limit() -> None:
-        with torch.inference_mode(), backend.autocast():
-            for view in (view for _ in range(repeats) for view in tta.views(resident, VIEWS, config.tta_shift)):
-                net(view)
-
-    rate = _warm_rate(lambda: predict_logits(net, store, rows, config, backend, VIEWS, "predict"), len(rows))
-    report({"rate": rate, "limit": _warm_rate(limit, repeats * len(resident))})
-
-
-def ttach_prediction(given: Source, name: str, precision: str, channels_last: bool) -> None:
-    """Report the patches/s of ttach's wrapper under the same eight views, over TIFs read by cv2 in two loader processes."""
-    import ttach
-
-    config, ids = experiment(name).config, given.train_labels()["id"].to_numpy(object)[: given.predicted]
-    task = Task(given.data, config, ids, np.zeros(len(ids), np.float32), 1, precision, channels_last)
-    column = torch.nn.Sequential(task.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
-    wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
-    patches = Patches(task.data, "train", ids, config)
-    loader = torch.utils.data.DataLoader(patches, batch_size=64, num_workers=WORKERS, persistent_workers=True)
-
-    def run() -> None:
-        with torch.inference_mode(), task.autocast():
-            for images in loader:
-                wrapper(task.placed(images))
-
-    report({"rate": _warm_rate(run, len(ids))})
-
-
-def preparation(given: Source, kind: str) -> None:
-    """Report the patches/s of our `prepare` (kind `ours`), of reading every byte, or of cv2 in two processes.
-
-    With the kind `cv2` they only decode, with `written` each also writes its pixels to a file, with `flushed` to the disk, as
-    `prepare` does.
-    """
-    files = [file for split in ("train", "test") for file in sorted(given.data.patches(split).iterdir())]
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as target:
-            prepare(given.data, Path(target) / "store")
-
-    def decode() -> None:
-        with tempfile.TemporaryDirectory() as target, Pool(2) as pool:
-            targets = [Path(os.devnull) if kind == "cv2" else Path(target) / str(half) for half in range(2)]
-            pool.starmap(_decode, [(files[half::2], targets[half], kind == "flushed") for half in range(2)])
-
-    works = {"ours": ours, "bytes": lambda: [file.read_bytes() for file in files]}
-    report({"rate": _warm_rate(works.get(kind, decode), len(files))})
-
-
-def _decode(files: list[Path], target: Path, is_flushed: bool) -> None:
-    cv2.setNumThreads(0)
-    with target.open("wb") as out:
-        for file in files:
-            out.write(cv2.imread(str(file), cv2.IMREAD_COLOR_RGB).data)
-        if is_flushed:
-            os.fsync(out.fileno())
 
 
 def _rate(work: Callable[[], object], count: int) -> float:
@@ -219,26 +132,9 @@ def _rate(work: Callable[[], object], count: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def _warm_rate(work: Callable[[], object], count: int) -> float:
-    """Return the median of three rates of `work`, after a first call that is slower."""
-    work()
-    return float(np.median([_rate(work, count) for _ in range(3)]))
-
-
-def _backend(config: Config) -> Backend:
-    """Return the backend that our command line chooses, with its process settings."""
-    hold_memory()
-    configure_torch()
-    net = partial(create, config, weights=False)
-    return choose_backend(net, config.side, config.batch_size, config.precision)
-
-
-MEASURES: dict[str, Callable[..., None]] = {
-    work.__name__: work for work in (training, peer_training, loop_pipeline, prediction, ttach_prediction, preparation)
-}
+MEASURES: dict[str, Callable[..., None]] = {work.__name__: work for work in (training, loop_training, loop_pipeline)}
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        arguments = json.loads(sys.argv[2])
-        source = Source(Data(Path(arguments.pop("data"))), Path(arguments.pop("work")) / "store", arguments.pop("quick"))
-        MEASURES[sys.argv[1]](source, **arguments)
+        name, folder, work, seconds, arguments = sys.argv[1:]
+        MEASURES[name](Source(Data(Path(folder)), Path(work) / "store", float(seconds)), **json.loads(arguments))

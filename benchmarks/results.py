@@ -43,10 +43,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def comparison(unit: str, values: Values) -> str:
-    """Return a table of rates, or of seconds where that is the `unit`, and how many times as fast as each `ours` is.
-
-    Ratios are taken within a round.
-    """
+    """Return a table of rates, or of seconds where that is the `unit`, and of how many times as fast `ours` is, by round."""
     lines = []
     for name, each in values.items():
         pair = (each, values["ours"]) if unit == "seconds" else (values["ours"], each)
@@ -57,9 +54,8 @@ def comparison(unit: str, values: Values) -> str:
 
 def provenance() -> str:
     """Return the commit and the machine that figures are measured on."""
-    model = next(
-        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    machine = f"{os.cpu_count()} cores of {model}; {device_name(find_device())}; torch {versions()['torch']}"
+    processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    cores = f"{os.cpu_count()} cores" + (f" of {processor[1]}" if processor else "")
+    machine = f"{cores}; {device_name(find_device())}; torch {versions()['torch']}"
     made = commit() or "unknown"
     return f"Commit `{made[:7]}{'+' if made.endswith('+') else ''}`, {machine}."

@@ -1,12 +1,11 @@
-"""Turns of measured processes in interleaved rounds, the peak memory of a command, and the utilization of a GPU."""
+"""Turns of measured processes in interleaved rounds, and the peak memory of a command."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ class Bench:
 
     def turn(self, measure: str, environment: dict[str, str], **arguments: Any) -> dict[str, Any]:
         """Return the values that `measure` of `benchmarks.measures` reports in a new process."""
-        given = {"data": str(self.data), "work": str(self.work), "quick": self.quick, **arguments}
-        line = [sys.executable, "-m", "benchmarks.measures", measure, json.dumps(given)]
+        given = (str(self.data), str(self.work), "0.1" if self.quick else "3", json.dumps(arguments))
+        line = [sys.executable, "-m", "benchmarks.measures", measure, *given]
         root = Path(__file__).parent.parent
         ended = subprocess.run(line, check=False, capture_output=True, text=True, cwd=root, env=os.environ | environment)
         if not ended.stdout:
@@ -36,10 +35,10 @@ class Bench:
             raise UserError(f"{measure} {arguments}: {lines[-1]}")
         return json.loads(ended.stdout)
 
-    def rounds(self, turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, list[Any]]:
+    def rounds(self, turns: Mapping[str, Turn]) -> dict[str, list[Any]]:
         """Return the values of all `turns` in each round; the value `rate` of a turn is stored under the turn's name."""
         values: dict[str, list[Any]] = {}
-        for _ in range(1 if self.quick else rounds):
+        for _ in range(1 if self.quick else ROUNDS):
             for name, turn in turns.items():
                 for key, value in turn().items():
                     values.setdefault(name if key == "rate" else key, []).append(value)
@@ -54,42 +53,20 @@ class Bench:
         start, peak = time.perf_counter(), 0
         with subprocess.Popen(line, stdout=subprocess.DEVNULL, env={**os.environ, "PCAM_DATA": str(self.data)}) as process:
             while process.poll() is None:
-                peak = max(peak, *map(private_bytes, process_tree(process.pid)))
+                peak = max(peak, _largest(process.pid))
                 time.sleep(0.02)
         if process.returncode:
             raise UserError(f"{' '.join(options)}: ended with status {process.returncode}")
         return time.perf_counter() - start, peak
 
 
-def process_tree(pid: int) -> list[int]:
-    """Return `pid` and its descendants."""
+def _largest(pid: int) -> int:
+    """Return the resident bytes that belong to no file, of `pid` or the largest of its descendants; 0 if it has ended."""
+    process = Path(f"/proc/{pid}")
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(other for child in children for other in process_tree(int(child)))]
-
-
-def private_bytes(pid: int) -> int:
-    """Return the resident bytes of the process `pid` that belong to no file, 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        children = (process / f"task/{pid}/children").read_text().split()
+        lines = (process / "status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-@contextmanager
-def gpu_utilization(kind: str) -> Iterator[list[float]]:
-    """Yield a list that receives, on exit, the share of time in which a kernel ran, sampled by nvidia-smi every 0.1 s."""
-    shares: list[float] = []
-    if kind != "cuda":
-        yield shares
-        return
-    line = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield shares
-        finally:
-            process.terminate()
-        shares.extend(float(percent) / 100 for percent in process.communicate()[0].split())
+    own = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+    return max(own, *map(_largest, map(int, children)), 0)
