@@ -26,7 +26,7 @@ from PIL import Image
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data.folds import Folds, Scheme, make
+from pcam_kaggle.data.folds import Folds, Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -63,6 +63,11 @@ def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
 def sha1(patch: NDArray[np.uint8]) -> str:
     """Return the id of a patch."""
     return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
+
+
+def first_tif(data: Data, split: str = "train") -> Path:
+    """Return the file of one patch."""
+    return min(data.patches(split).glob("*.tif"))
 
 
 def read_terminal(terminal: int) -> str:
@@ -172,7 +177,7 @@ def store(data: Data, tmp_path: Path) -> PatchStore:
 @pytest.fixture
 def folds(data: Data, tmp_path: Path) -> Folds:
     """Return three folds of `data`."""
-    return make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
+    return make_folds(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
-from pcam_kaggle.kaggle.submission import submission, write_submission
+from pcam_kaggle.runs.submissions import submission, write_submission
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Member, blend, climb, cross_climb, read_member
 from pcam_kaggle.scoring.delong import delong_difference, delong_interval

@@ -11,7 +11,7 @@ import torch
 from pcam_kaggle.core.experiments import QUICK, experiment
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import CENTRE, draw_patch, make_demo, tumour_place
-from pcam_kaggle.data.folds import Scheme, make
+from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -70,7 +70,7 @@ def test_a_trained_quick_net_knows_that_the_centre_decides(tmp_path: Path) -> No
     data, backend = Data(tmp_path / "demo"), Backend("cpu", "fp32", "channels_last")
     make_demo(data)
     prepare(data, tmp_path / "store")
-    folds = make(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
+    folds = make_folds(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
     # Twenty epochs of the demo are still fewer steps than the experiment takes on real patches.
     config = replace(experiment(QUICK).config, n_splits=3, epochs=20, batch_size=32)
     list(fold_epochs(Fold(tmp_path, 0), config, PatchStore(tmp_path / "store"), folds.table, backend))

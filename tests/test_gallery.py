@@ -13,7 +13,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json, write_json
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, largest_errors, patch_gallery
+from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, patch_gallery, worst_mistakes
 from pcam_kaggle.report.summary import summary
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.loader import TrainBatches
@@ -42,9 +42,9 @@ def test_examples_are_of_both_labels_and_those_with_tumour_come_first() -> None:
     assert drawn.equals(draw_examples(labels, 8))
 
 
-def test_the_largest_errors_are_the_lowest_positives_and_the_highest_negatives() -> None:
-    assert largest_errors(TABLE, 2)["id"].tolist() == ["c", "e", "f", "b"]
-    assert largest_errors(TABLE)["id"].tolist() == ["c", "e", "a", "f", "b", "d"]
+def test_the_worst_mistakes_are_the_lowest_positives_and_the_highest_negatives() -> None:
+    assert worst_mistakes(TABLE, 2)["id"].tolist() == ["c", "e", "f", "b"]
+    assert worst_mistakes(TABLE)["id"].tolist() == ["c", "e", "a", "f", "b", "d"]
 
 
 def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
@@ -75,8 +75,8 @@ def test_each_title_is_above_the_patches_of_its_label() -> None:
         "one": [50],
         "zero": [200],
     }
-    figures = patch_gallery(patches, TABLE["label"], TABLE["probability"]).figures.values()
-    titles = [[ax.get_title() for ax in figure.axes if ax.get_title()] for figure in figures]
+    plots = patch_gallery(patches, TABLE["label"], TABLE["probability"]).plots
+    titles = [[ax.get_title() for ax in plot.figure.axes if ax.get_title()] for plot in plots]
     assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
 
 
@@ -101,14 +101,12 @@ def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
     assert shown.shape == (8, 64, 64, 3)
 
 
-def test_curves_have_a_line_for_each_fold() -> None:
-    log = pd.DataFrame({"epoch": [1.0, 2.0], "valid_auc": [0.6, 0.7]})
-    gallery = curves({"one": {0: log, 1: log}, "two": {0: log}}, TABLE)
-    learning, roc = (figure.axes[0].get_legend_handles_labels()[1] for figure in gallery.figures.values())
-    assert learning == ["one, fold 0", "one, fold 1", "two, fold 0"]
-    assert roc == ["fold 0, AUC 0.5000", "fold 1, AUC 0.5000"]
-    assert list(pictures(gallery)) == ["Learning curves", "ROC curves"]
-    assert list(curves({"probe": {}}, TABLE).figures) == ["ROC curves"]
+def test_curves_are_those_of_the_report() -> None:
+    log = pd.DataFrame({"epoch": [1.0, 2.0], "train_loss": [0.5, 0.4], "valid_auc": [0.6, 0.7]})
+    gallery = curves({"one": {0: log, 1: log}, "probe": {}, "two": {0: log}}, TABLE)
+    assert list(pictures(gallery)) == ["Learning curves of one", "Learning curves of two", "ROC curves"]
+    assert len(gallery.plots[0].figure.axes[0].lines) == 3
+    assert "<figcaption>Out of fold: pooled AUC 0.5556. Line: mean over folds. Band: range" in gallery._repr_html_()
 
 
 def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:

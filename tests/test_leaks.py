@@ -14,7 +14,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import QUICK, experiment
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.folds import Folds, Scheme, make
+from pcam_kaggle.data.folds import Folds, Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -43,7 +43,7 @@ def once(tiny: Config) -> Config:
 def packed(data: Data, folder: Path) -> tuple[PatchStore, Folds]:
     """Return the store and three folds of `data`."""
     prepare(data, folder / "store")
-    return PatchStore(folder / "store"), make(read_labels(data.labels), SCHEME, None, folder / "folds")[0]
+    return PatchStore(folder / "store"), make_folds(read_labels(data.labels), SCHEME, None, folder / "folds")[0]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -431,7 +431,7 @@ def test_what_is_about_to_be_trained_is_rehearsed_once(pcam: Command, monkeypatc
 def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = "error: groups=stain: 36 train patches are too few for 50 groups; use groups=none\n"
     assert pcam("pipeline", "--groups", "stain").err == few
-    monkeypatch.setattr("pcam_kaggle.data.fold_groups.STAIN_GROUPS", 6)
+    monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
     table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
     assert (table.groupby("group")["fold"].nunique() == 1).all()

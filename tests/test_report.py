@@ -20,9 +20,17 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.models.cnn import BottleneckCNN
-from pcam_kaggle.report.curves import Reference, learning, precision_recall, roc
-from pcam_kaggle.report.figures import correlation, cv_versus_lb, histogram, reliability, slide_aucs
-from pcam_kaggle.report.grad_cam import feature_module, grad_cam
+from pcam_kaggle.report.figures import (
+    correlation,
+    cv_versus_lb,
+    histogram,
+    learning,
+    precision_recall,
+    reliability,
+    roc,
+    slide_aucs,
+)
+from pcam_kaggle.report.mistakes import feature_module, grad_cam
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.scoring.calibration import calibration_error
 from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
@@ -49,7 +57,7 @@ def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory)
     labelled.to_csv(root / "labels.csv", index=False)
     patches = ["--patches", str(data.patches("test")), "--labels", str(root / "labels.csv"), "--name", "others"]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches, "--perturb"]) == 0
+        assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches]) == 0
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
     (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
     scores = {
@@ -104,7 +112,6 @@ def test_the_report_has_all_figures_and_no_external_references(workspace: Worksp
     assert used <= set(ids)
     assert "aria-sort" in page
     assert "<h3>Scores on others</h3>" in page
-    assert "<h3>others under corruptions</h3>" in page
     assert "Left out" not in page
     assert "Not available" not in page
 
@@ -149,7 +156,7 @@ def test_a_blend_has_no_grad_cam(workspace: Workspace) -> None:
     data = Data(workspace.root.with_name("data"))
     assert run_tiny(data, workspace.root, "blend", "bottleneck", "other", "--name", "both") == 0
     page = made(workspace, "both")
-    assert "both is a blend, which has no net of its own" in page
+    assert "both is a blend, which has no model of its own" in page
     assert "blends and probes have no epochs" in page
 
 
@@ -217,7 +224,7 @@ def test_figures_of_all_patches_are_small() -> None:
     values = 1 / (1 + np.exp(-(rng.normal(size=n) + 2 * labels - 1)))
     oof = pd.DataFrame({"id": [f"{k:06d}" for k in range(n)], "label": labels, "fold": np.arange(n) % 5, "probability": values})
     slides = pd.DataFrame({"id": oof["id"], "wsi": [f"slide_{k % 200}" for k in range(n)]})
-    other = Reference("base", oof)
+    other = ("base", oof)
     plots = [roc("a", oof, other), precision_recall("a", oof, other), histogram("a", oof), reliability("a", oof)]
     plots += [slide_aucs("a", oof, slides), correlation(["a", "b"], np.stack([values, -values]))]
     sizes = [len(plot.svg) for plot in plots if plot]
@@ -226,9 +233,7 @@ def test_figures_of_all_patches_are_small() -> None:
     assert "-1.000" in plots[-1].svg
 
 
-def test_an_undefined_rank_correlation_is_not_printed_as_nan() -> None:
-    ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": 0.5, "public_score": [0.2, 0.1, 0.3, 0.4], "private_score": np.nan})
-    assert cv_versus_lb(ledger).caption.endswith("Spearman's rank correlation n/a (all scores equal).")
+def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
     values = np.stack([np.arange(9.0), -np.arange(9.0), np.ones(9)])
     some, none = correlation(["a", "b", "constant"], values), correlation(["a", "constant"], values[::2])
     assert "-1.000 to -1.000;" in some.caption
@@ -254,11 +259,12 @@ def test_slides_with_one_label_are_excluded() -> None:
     assert slide_aucs("run", oof, slides.iloc[4:]) is None
 
 
-def test_rank_correlation_needs_four_submissions() -> None:
-    ledger = pd.DataFrame({"name": list("abcd"), "oof_auc": [0.1, 0.2, 0.3, 0.4], "public_score": [0.2, 0.1, 0.3, 0.4]})
-    ledger["private_score"] = [np.nan, 0.1, 0.2, 0.3]
-    caption = cv_versus_lb(ledger).caption
-    assert caption == "Public: 4 submissions, Spearman's rank correlation 0.80; private: 3 submissions."
+def test_scores_are_counted() -> None:
+    ledger = pd.DataFrame({"oof_auc": [0.1, 0.2, np.nan], "public_score": [0.2, 0.1, 0.3], "private_score": [np.nan, 0.1, 0.2]})
+    assert cv_versus_lb(ledger).caption == "Submissions: 2 with a public score, 1 with a private score."
+    plot = cv_versus_lb(ledger.assign(private_score=np.nan))
+    assert plot.caption == "Submissions: 2 with a public score."
+    assert "private" not in plot.svg
 
 
 def test_a_learning_curve_names_its_best_epoch() -> None:
@@ -307,5 +313,5 @@ def test_grad_cam_does_not_change_the_net(tiny: Config) -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
     assert feature_module(net, images) is net.blocks
-    with pytest.raises(ValueError, match="more than one position"):
+    with pytest.raises(UserError, match="more than one position"):
         grad_cam(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), images, torch.ones(3))

@@ -15,8 +15,8 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
 from pcam_kaggle.core.paths import Data, Workspace
-from pcam_kaggle.kaggle.ledger import describe, write_ledger
-from pcam_kaggle.kaggle.submission import write_submission
+from pcam_kaggle.runs.submissions import describe, write_ledger
+from pcam_kaggle.runs.submissions import write_submission
 from pcam_kaggle.pipeline.job import Job
 from pcam_kaggle.pipeline.stages import run_blend
 from pcam_kaggle.report.page import write_report

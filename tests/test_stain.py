@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from pcam_kaggle.data.fold_groups import stain_groups
-from pcam_kaggle.data.folds import Scheme, draw
+from pcam_kaggle.data.folds import Scheme, draw_folds, stain_groups
 from pcam_kaggle.data.stain import STAINS, restain, stain_vectors
 
 
@@ -64,12 +63,12 @@ class Slides:
 
 
 def test_groups_of_like_stain_are_made_of_one_slide_and_of_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.data.fold_groups.STAIN_GROUPS", 6)
+    monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     store = Slides()
     groups = stain_groups(store)
     assert adjusted_rand_score(store.slide, groups["wsi"]) > 0.9
     assert sorted(groups["wsi"].unique()) == [f"stain_0{cluster}" for cluster in range(6)]
     assert stain_groups(store).equals(groups)
     labels = pd.DataFrame({"id": groups["id"], "label": np.random.default_rng(0).integers(0, 2, 240)})
-    drawn = draw(labels, Scheme(3, "stain"), groups)
+    drawn = draw_folds(labels, Scheme(3, "stain"), groups)
     assert (drawn.groupby("group")["fold"].nunique() == 1).all()

@@ -615,7 +615,7 @@ def test_statistics_come_from_the_predicted_patches_alone(store: PatchStore, tin
 
 
 def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> None:
-    other = Folds(folds.table, folds.manifest | {"csv_sha256": "0" * 64})
+    other = Folds(folds.table, folds.manifest.model_copy(update={"csv_sha256": "0" * 64}))
     Run(tmp_path / "old").open("tiny", tiny, store, other)
     with pytest.raises(UserError, match="the teacher has other folds"):
         training.train(Run(tmp_path / "new"), "tiny", replace(tiny, teacher="old"), store, folds, [0])
@@ -628,13 +628,13 @@ def test_a_teacher_with_other_folds_is_refused(store: PatchStore, folds: Folds, 
 def test_freed_memory_is_held_for_the_next_step() -> None:
     code = """
 import resource, torch
-from pcam_kaggle.core.process import hold_memory
+from pcam_kaggle.core.process import tune_malloc
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = [faults() for _ in range(5)][-1]
-hold_memory()
+tune_malloc()
 held = [faults() for _ in range(12)][-1]
 print(given_back > 1000, held < 100)
 """

@@ -12,13 +12,13 @@ from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment, plan
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
-from pcam_kaggle.pipeline.held_out import evaluate
+from pcam_kaggle.pipeline.compare import compare_runs
+from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
 from pcam_kaggle.pipeline.job import Job, Selection, time_limit
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
-from pcam_kaggle.scoring.compare import Comparison, compare_runs
-from pcam_kaggle.scoring.evaluation_table import render_evaluation
-from pcam_kaggle.scoring.render import render
+from pcam_kaggle.scoring.compare import Comparison
+from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -123,21 +123,13 @@ def _given(options: argparse.Namespace, flags: Sequence[str]) -> list[str]:
 
 def _run_compare(options: argparse.Namespace) -> None:
     _, comparison = _comparison(options)
-    print(render(comparison, options.format), end="")
+    print(render_comparison(comparison, options.format), end="")
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    result = evaluate(
-        runs_workspace(find_workspace(options.work)),
-        options.runs,
-        options.patches,
-        options.labels,
-        ids=options.ids,
-        set_name=options.name,
-        baseline=options.baseline,
-        slides=options.slides,
-        folds=options.folds,
-    )
+    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
+    workspace = runs_workspace(find_workspace(options.work))
+    result = evaluate(workspace, options.runs, held_out, options.baseline, options.folds)
     print(render_evaluation(result, options.format), end="")
 
 

@@ -13,8 +13,7 @@ from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import COMPETITION, Data, find_workspace
 from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
-from pcam_kaggle.kaggle.leaderboard import print_leaderboard
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, record, write_ledger
+from pcam_kaggle.runs.submissions import LEDGER_FILE, describe, print_scores, record_score, write_ledger
 
 if TYPE_CHECKING:
     from pcam_kaggle.kaggle.kernel import Kernel
@@ -109,14 +108,14 @@ def _run_submit(options: argparse.Namespace) -> None:
 
 
 def _run_leaderboard(options: argparse.Namespace) -> None:
-    print_leaderboard(find_workspace(options.work), Client().submissions())
+    print_scores(find_workspace(options.work), Client().submissions())
 
 
 def _run_ledger(options: argparse.Namespace) -> None:
     submissions = find_workspace(options.work).submissions
     with locked(submissions):
         if options.name:
-            record(submissions, options.name, options.public, options.private)
+            record_score(submissions, options.name, options.public, options.private)
         ledger = write_ledger(submissions)
     print(ledger.drop(columns="commit").to_string(index=False))
     log.info("ledger: %s", submissions / LEDGER_FILE)

@@ -31,7 +31,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def hold_memory() -> None:
+def tune_malloc() -> None:
     """Make malloc keep freed memory for the next allocations; does nothing without glibc.
 
     By default, each training step returns the memory of its activations to the system and page-faults on it again. That takes a

@@ -2,17 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from sklearn.cluster import KMeans
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256, write_csv, write_json
-from pcam_kaggle.data.tables import labels_sha256, read_numbers
+from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
+from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.core.records import Record
+from pcam_kaggle.data.stain import stain_vectors
+from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
 
 UNMAPPED = "unmapped"
+STAIN_GROUPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,21 @@ class Scheme:
         return f"{self.kind}_{self.n_splits}_{self.seed}"
 
 
+class FoldsManifest(Record):
+    """The manifest of a fold file; `patches`, `positives` and `slides` are counts per fold."""
+
+    scheme: str
+    n_splits: int
+    seed: int
+    patches: list[int]
+    positives: list[int]
+    slides: list[int] | None
+    unmapped: int | None
+    labels_sha256: str
+    slides_sha256: str | None
+    csv_sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Folds:
     """A fold file and its manifest.
@@ -39,22 +61,72 @@ class Folds:
     """
 
     table: pd.DataFrame
-    manifest: dict[str, Any]
+    manifest: FoldsManifest
 
 
-def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> pd.DataFrame:
-    """Draw folds that are stratified by label; with `slides`, all patches of a slide are in one fold.
+def fold_inputs(
+    data: Data, config: Config, slides: Path | None, workspace: Workspace
+) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
+    """Return the labels (id, label), the scheme and the groups (id, wsi), or None, from which the folds of `config` are drawn.
+
+    The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed from the patch store of
+    `workspace` and cached in its folder of folds.
+
+    Raises:
+        UserError: `config.groups` needs a map and there is none, or contradicts `slides`.
+    """
+    labels, kind = read_labels(data.labels), config.groups
+    if kind in ("none", "stain") and slides:
+        raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
+    if kind == "stain":
+        return labels, Scheme(config.n_splits, "stain"), _stain_map(workspace)
+    path = None if kind == "none" else slides or data.slides()
+    if kind == "slides" and path is None:
+        raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
+    scheme = Scheme(config.n_splits, "slides" if path else "stratified")
+    return labels, scheme, read_slides(path) if path else None
+
+
+def stain_groups(store: PatchStore) -> pd.DataFrame:
+    """Cluster the train patches into 50 groups of similar stain (k-means with seed 0 on their stain vectors).
+
+    The groups replace slides if there is no slide map: a slide is stained and scanned once, so the stains of its patches are
+    more similar than those of two slides.
+
+    Returns:
+        A table like a slide map: columns id and wsi, the latter `stain_00` to `stain_49`.
+
+    Raises:
+        UserError: There are fewer patches than groups.
+    """
+    ids = store.ids("train")
+    if len(ids) < STAIN_GROUPS:
+        raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
+    rows = store.rows("train", ids)
+    vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
+    clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
+    return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
+
+
+def _stain_map(workspace: Workspace) -> pd.DataFrame:
+    """Return the stain groups of the patches in the store, from a file if they were computed before."""
+    store = PatchStore(workspace.store)
+    file = workspace.folds / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
+    if not file.exists():
+        groups = stain_groups(store)
+        with locked(workspace.folds):
+            write_csv(file, groups)
+    return read_slides(file)
+
+
+def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> pd.DataFrame:
+    """Draw folds that are stratified by label; with `slides` (id, wsi), all patches of a slide are in one fold.
 
     Ids that the slide map lacks form one group in one fold, since they may share slides with each other. They may also share a
     slide with mapped patches of another fold, which cannot be known.
 
-    Args:
-        labels: Columns id and label.
-        scheme: Number of folds and seed.
-        slides: Columns id and wsi, or None.
-
     Returns:
-        `labels` sorted by id with the columns `fold` and, with `slides`, `group`.
+        `labels` (id, label) sorted by id with the columns `fold` and, with `slides`, `group`.
 
     Raises:
         UserError: The slide map lacks more ids than fit into a fold, slides are fewer than folds, or a fold has one label only.
@@ -87,7 +159,7 @@ def draw(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> p
     return table
 
 
-def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
+def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
     """Write `<scheme>.csv` and its manifest `<scheme>.json` into `folder`, or load them if they exist.
 
     The same labels, scheme and slides give the same bytes, independent of the order of rows. If only one of the two files
@@ -97,23 +169,23 @@ def make(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
         The folds, and whether anything was written.
 
     Raises:
-        UserError: As `draw` and `load`; or an existing file belongs to other labels or slides.
+        UserError: As `draw_folds` and `load_folds`; or an existing file belongs to other labels or slides.
     """
     file, manifest_file = _files(scheme, folder)
     if file.exists() and manifest_file.exists():
-        return load(labels, scheme, slides, folder), False
-    table = draw(labels, scheme, slides)
+        return load_folds(labels, scheme, slides, folder), False
+    table = draw_folds(labels, scheme, slides)
     manifest = _manifest(table, scheme, slides)
-    if manifest_file.exists() and read_json(manifest_file) != manifest:
+    if manifest_file.exists() and FoldsManifest.read(manifest_file) != manifest:
         raise UserError(f"{manifest_file}: belongs to other labels or slides; {_advice(scheme)}")
-    if file.exists() and file_sha256(file) != manifest["csv_sha256"]:
+    if file.exists() and file_sha256(file) != manifest.csv_sha256:
         raise UserError(f"{file}: belongs to other labels or slides; {_advice(scheme)}")
     write_csv(file, table)
-    write_json(manifest_file, manifest)
+    manifest.write(manifest_file)
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 
-def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> Folds:
+def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> Folds:
     """Return the folds of `scheme` from `folder`.
 
     Raises:
@@ -122,19 +194,19 @@ def load(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, fold
     file, manifest_file = _files(scheme, folder)
     if not file.exists() or not manifest_file.exists():
         raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
-    manifest = read_json(manifest_file, labels_sha256=str, csv_sha256=str)
-    if manifest["labels_sha256"] != labels_sha256(labels):
+    manifest = FoldsManifest.read(manifest_file)
+    if manifest.labels_sha256 != labels_sha256(labels):
         raise UserError(f"{file}: belongs to other labels; {_advice(scheme)}")
-    if manifest.get("slides_sha256") != _slides_sha256(slides):
+    if manifest.slides_sha256 != _slides_sha256(slides):
         raise UserError(f"{file}: belongs to another slide map; {_advice(scheme)}")
-    read_numbers(file, ["label", "fold"])
-    table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
-    if manifest["csv_sha256"] != file_sha256(file) or manifest != _manifest(table, scheme, slides):
-        raise UserError(f"{file}: it or its manifest has changed since it was drawn; {_advice(scheme)}")
-    return Folds(table[["id", "label", "fold"]], manifest)
+    if manifest.csv_sha256 == file_sha256(file):
+        table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
+        if manifest == _manifest(table, scheme, slides):
+            return Folds(table[["id", "label", "fold"]], manifest)
+    raise UserError(f"{file}: it or its manifest has changed since it was drawn; {_advice(scheme)}")
 
 
-def groups(file: Path) -> pd.DataFrame | None:
+def read_groups(file: Path) -> pd.DataFrame | None:
     """Return the slides (id, wsi) that the fold file was drawn with; None if it has no slides or does not exist.
 
     Ids that the slide map lacked are left out.
@@ -145,20 +217,20 @@ def groups(file: Path) -> pd.DataFrame | None:
     return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})
 
 
-def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> dict[str, Any]:
+def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> FoldsManifest:
     per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
-    return {
-        "scheme": scheme.name,
-        "n_splits": scheme.n_splits,
-        "seed": scheme.seed,
-        "patches": per_fold["size"].tolist(),
-        "positives": per_fold["sum"].tolist(),
-        "slides": table.groupby("fold")["group"].nunique().tolist() if slides is not None else None,
-        "unmapped": int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
-        "labels_sha256": labels_sha256(table),
-        "slides_sha256": _slides_sha256(slides),
-        "csv_sha256": sha256(csv_bytes(table)),
-    }
+    return FoldsManifest(
+        scheme=scheme.name,
+        n_splits=scheme.n_splits,
+        seed=scheme.seed,
+        patches=per_fold["size"].tolist(),
+        positives=per_fold["sum"].tolist(),
+        slides=table.groupby("fold")["group"].nunique().tolist() if slides is not None else None,
+        unmapped=int((table["group"] == UNMAPPED).sum()) if slides is not None else None,
+        labels_sha256=labels_sha256(table),
+        slides_sha256=_slides_sha256(slides),
+        csv_sha256=sha256(csv_bytes(table)),
+    )
 
 
 def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""The patch store that `prepare` writes: pixels and perceptual hashes by id."""
+"""The patch store that `prepare` writes: pixels by id."""
 
 from pathlib import Path
 from typing import Any
@@ -9,37 +9,54 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json
-
-# Columns of index.csv; perceptual_hash is 16 hexadecimal digits. A store with other columns is of an earlier version.
-INDEX_COLUMNS = ["id", "split", "perceptual_hash"]
-MANIFEST: dict[str, type] = {
-    **dict.fromkeys(("train", "test", "skipped", "bytes"), int),
-    **dict.fromkeys(("ids", "train_sha256", "test_sha256", "index_sha256", "signature"), str),
-    **dict.fromkeys(("in_both", "index_columns"), list),
-}
+from pcam_kaggle.core.records import Record
 
 
-def complete_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of the store in `folder`; None if it is missing, incomplete, damaged or of an earlier version."""
-    file, index, patches = (folder / name for name in ("manifest.json", "index.csv", "patches.npy"))
-    if not (file.is_file() and index.is_file() and patches.is_file()):
-        return None
+class StoreManifest(Record):
+    """The manifest.json of a store.
+
+    Attributes:
+        ids: ID scheme.
+        train: Number of train patches, without skipped ones.
+        test: Number of test patches.
+        skipped: Number of train patches that were skipped.
+        in_both: Ids that are in train and in test.
+        train_sha256: Hash of ids and pixels of the train patches.
+        test_sha256: The same of the test patches.
+        index_sha256: Hash of index.csv.
+        index_columns: Columns of index.csv; those of earlier versions have a perceptual_hash too.
+        bytes: Size of patches.npy.
+        signature: Hash of the inputs: names, sizes and times of the files, the tables, and the options.
+    """
+
+    ids: str
+    train: int
+    test: int
+    skipped: int
+    in_both: tuple[str, ...]
+    train_sha256: str
+    test_sha256: str
+    index_sha256: str
+    index_columns: tuple[str, ...] = ("id", "split")
+    bytes: int
+    signature: str
+
+
+def complete_manifest(folder: Path) -> StoreManifest | None:
+    """Return the manifest of the store in `folder`; None if one of its files is missing, damaged or of another store."""
     try:
-        manifest = read_json(file, **MANIFEST)
-    except UserError:
+        manifest = StoreManifest.read(folder / "manifest.json")
+        size = (folder / "patches.npy").stat().st_size
+        is_complete = (manifest.index_sha256, manifest.bytes) == (file_sha256(folder / "index.csv"), size)
+    except (UserError, OSError):
         return None
-    is_complete = (
-        manifest["index_columns"] == INDEX_COLUMNS
-        and manifest["index_sha256"] == file_sha256(index)
-        and manifest["bytes"] == patches.stat().st_size
-    )
     return manifest if is_complete else None
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether `prepare` made `folder`: it has the manifest of a store, complete or not."""
+    """Return whether `prepare` made `folder`: it has the manifest of a store of any version, complete or not."""
     try:
-        return "index_sha256" in read_json(folder / "manifest.json", signature=str)
+        return "index_sha256" in read_json(folder / "manifest.json")
     except UserError:
         return False
 
@@ -50,7 +67,7 @@ class PatchStore:
     A pickled store reads the same file in another process, or raises if the file was replaced.
 
     Raises:
-        UserError: `folder` holds no complete store of this version, or was replaced since it was opened.
+        UserError: `folder` holds no complete store, or was replaced since it was opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +82,6 @@ class PatchStore:
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }
-        self._hashes = np.array([int(text, 16) for text in index["perceptual_hash"]], np.uint64)
         self._file = _identity(folder / "patches.npy")
         self._images: NDArray[np.uint8] | None = None
         # The folder may have been replaced between the reads above.
@@ -87,10 +103,6 @@ class PatchStore:
             unknown = rows.index[rows.isna()]
             raise UserError(f"{self.folder}: holds no {split} patch {unknown[0]} ({len(unknown)} such); prepare it again")
         return rows.to_numpy(np.int64)
-
-    def perceptual_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Return the perceptual hashes of the patches in `rows`, shape (n,)."""
-        return self._hashes[rows]
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a copy of the patches in `rows` (n,): RGB uint8 (n, 96, 96, 3).

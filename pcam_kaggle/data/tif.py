@@ -2,74 +2,45 @@
 
 import hashlib
 import os
-import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pcam_kaggle.core.config import PATCH_SIDE
 
 SHAPE = (PATCH_SIDE, PATCH_SIDE, 3)
 PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3
-
-COMPRESSION_TAG = 259
-UNCOMPRESSED = 1
-# Values of the compression tag that the libtiff of OpenCV's wheels decodes. OpenCV returns a black image for some of the others
-# without an error.
-READABLE = {UNCOMPRESSED, 5, 7, 8, 32773, 32946}
-COMPRESSIONS = {
-    **dict.fromkeys((33003, 33004, 33005, 34712), "JPEG 2000"),
-    **dict.fromkeys((50002, 52546), "JPEG XL"),
-    34887: "LERC",
-    34925: "LZMA",
-    34933: "PNG",
-    34934: "JPEG XR",
-    50000: "zstd",
-    50001: "WebP",
-}
-# Directory layout of TIFF (version 42) and BigTIFF (version 43): position and struct format of the offset of the first
-# directory, format of its number of entries, size of an entry in bytes, position of the value in an entry (TIFF 6.0, section 2;
-# libtiff's page on BigTIFF).
-DIRECTORIES = {42: (4, "I", "H", 12, 8), 43: (8, "Q", "Q", 20, 12)}
+# A file that was re-encoded often kept its name. Pillow would open others with an external program.
+FORMATS = ("TIFF", "JPEG", "PNG")
 
 
 class Damaged(Exception):
-    """A patch that cannot be used.
-
-    Attributes:
-        reason: What is wrong with the file.
-        advice: What the user can do about it.
-    """
+    """A patch that cannot be used: the reason, and what the user can do about it."""
 
     def __init__(self, reason: str, advice: str = "copy the file again") -> None:
         super().__init__(reason, advice)
         self.reason = reason
         self.advice = advice
 
-    def __str__(self) -> str:
-        return f"{self.reason}; {self.advice}"
 
-
-def read_patch(path: Path) -> tuple[NDArray[np.uint8], bytes]:
-    """Return the patch in the TIF at `path`, RGB uint8 (96, 96, 3), and the SHA-1 of its pixels; see `read_patch_into`."""
-    patch = np.empty(SHAPE, np.uint8)
-    return patch, read_patch_into(path, patch)
-
-
-def read_patch_into(path: Path, target: NDArray[np.uint8]) -> bytes:
-    """Read the patch in the TIF at `path` into `target`; return the SHA-1 of its pixels in C order, 20 bytes.
+def read_patch(path: Path, target: NDArray[np.uint8]) -> str:
+    """Read the patch in the TIF at `path` into `target`; return the SHA-1 of its pixels in C order, 40 hexadecimal digits.
 
     The competition's files end with their uncompressed pixels, and each file is named by the SHA-1 of its pixels. If the SHA-1
     of the last bytes equals the file's name, these bytes are the patch and no decoder is needed. All other files are decoded.
 
     Args:
         path: The file.
-        target: RGB uint8 (96, 96, 3), contiguous. It holds anything after an error.
+        target: RGB uint8 (96, 96, 3), contiguous. Its content is undefined after an error.
 
     Raises:
-        Damaged: The file cannot be read or is not an 8-bit RGB TIF of 96x96 px.
+        Damaged: The file cannot be read or is not an 8-bit RGB image of 96x96 px.
     """
     pixels = target.data.cast("B")
     try:
@@ -79,51 +50,41 @@ def read_patch_into(path: Path, target: NDArray[np.uint8]) -> bytes:
             count = os.readv(descriptor, [head, pixels])
         finally:
             os.close(descriptor)
-        digest = hashlib.sha1(pixels, usedforsecurity=False)
-        if count == len(head) + PATCH_BYTES and digest.hexdigest() == path.stem:
-            return digest.digest()
+        digest = hashlib.sha1(pixels, usedforsecurity=False).hexdigest()
+        if count == len(head) + PATCH_BYTES and digest == path.stem:
+            return digest
         content = path.read_bytes()
     except FileNotFoundError:
         raise Damaged("a link whose target is missing" if path.is_symlink() else "missing") from None
     except OSError as error:
         raise Damaged(f"can't be read ({error.strerror})") from None
     target[:] = _decode(content)
-    return hashlib.sha1(pixels, usedforsecurity=False).digest()
+    return hashlib.sha1(pixels, usedforsecurity=False).hexdigest()
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
-    """Return the patch of a TIF with the bytes `content`; raise Damaged for any other content."""
-    compression = _compression(content)
-    if compression not in READABLE:
-        name = COMPRESSIONS.get(compression, f"method {compression}")
-        raise Damaged(f"compressed with {name}, which OpenCV can't read", "re-save uncompressed")
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise Damaged("does not decode, is cut short or damaged")
-    if image.dtype != np.uint8:
-        raise Damaged(f"is {image.dtype}, not 8 bit", "save as 8-bit RGB")
-    if image.shape != SHAPE:
-        raise Damaged(f"is {'x'.join(map(str, image.shape))}, not {'x'.join(map(str, SHAPE))}", "take the original patch")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+        with _silent(), Image.open(BytesIO(content), formats=FORMATS) as image:
+            # Pillow drops the lower 8 of 16 bits.
+            depth = "16-bit " if ";16" in str(image.tile) else ""
+            found = f"{image.width}x{image.height} px {depth}{image.mode}"
+            if found == f"{PATCH_SIDE}x{PATCH_SIDE} px RGB":
+                return np.asarray(image)
+    # A damaged header may raise anything, from SyntaxError to DecompressionBombError.
+    except Exception:
+        raise Damaged("can't be decoded: cut short, damaged or compressed in an unsupported way") from None
+    raise Damaged(f"is {found}, not {PATCH_SIDE}x{PATCH_SIDE} px RGB", "take the original patch, or save it as 8-bit RGB")
 
 
-def _compression(content: bytes) -> int:
-    """Return the compression tag in the first directory of a TIFF; UNCOMPRESSED if `content` has no such tag."""
-    order = {b"II": "<", b"MM": ">"}.get(content[:2])
-    if order is None:
-        return UNCOMPRESSED
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what libtiff prints about damaged files, and Pillow's warnings; the error that follows is reported once."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
-        (version,) = struct.unpack_from(f"{order}H", content, 2)
-        place, offset, number, size, value = DIRECTORIES[version]
-        (start,) = struct.unpack_from(order + offset, content, place)
-        (count,) = struct.unpack_from(order + number, content, start)
-        first = start + struct.calcsize(order + number)
-        for entry in range(first, first + count * size, size):
-            if struct.unpack_from(f"{order}H", content, entry) == (COMPRESSION_TAG,):
-                return struct.unpack_from(f"{order}H", content, entry + value)[0]
-    except (struct.error, KeyError, IndexError, OverflowError):
-        pass
-    return UNCOMPRESSED
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)

@@ -120,7 +120,7 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.pipeline.job import kernel_job
 from pcam_kaggle.pipeline.stages import finished, run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
-from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, largest_errors, patch_gallery
+from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
 from pcam_kaggle.report.summary import summary
 
 job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS)
@@ -216,14 +216,14 @@ if job:
     (
         "errors",
         """
-## Largest errors
+## Worst mistakes
 
 False negatives: patches with tumour that got the lowest probabilities. False positives: patches without tumour that got the
 highest.
 """,
         """
 if job:
-    wrong = largest_errors(job.run.oof())
+    wrong = worst_mistakes(job.run.oof())
     patches = store.images(store.rows("train", wrong["id"].to_numpy()))
     display(patch_gallery(patches, wrong["label"], wrong["probability"], titles=ERRORS))
 """,

@@ -10,13 +10,11 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.experiments import experiment
-from pcam_kaggle.core.files import locked, read_json
+from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.kaggle.client import COMPLETE, Client, Quota
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel
-from pcam_kaggle.kaggle.leaderboard import print_leaderboard
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE, describe, submission_mark
 from pcam_kaggle.kaggle.session import (
     Session,
     follow,
@@ -24,11 +22,10 @@ from pcam_kaggle.kaggle.session import (
     session_file,
     start_session,
 )
+from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.compare import compare_runs
-from pcam_kaggle.scoring.metrics import interval_text
-from pcam_kaggle.scoring.render import render
+from pcam_kaggle.runs.submissions import LEDGER_FILE, describe, print_scores, read_submissions
 from pcam_kaggle.training.capacity import ACCELERATORS, Needs, check_capacity, kaggle_machine
 
 log = logging.getLogger(__name__)
@@ -166,33 +163,19 @@ def show(workspace: Workspace, kernel: Kernel) -> None:
     # A blend that lacks a run has a name of its own.
     partial = sorted(path.name for path in (workspace.root / "runs").glob(f"{kernel.run}-without-*"))
     names = [kernel.run, *partial, *(part.name for part in kernel.parts)]
-    scored = [name for name in names if Run(workspace.run(name)).has_score]
-    if not scored:
-        print(f"{kernel.run}: no fold is finished")
-        return
-    name = scored[0]
-    metrics = Run(workspace.run(name)).blend_metrics(fold_auc=list, folds=list, pooled=dict, missing_folds=list)
-    table = pd.DataFrame({"fold": metrics["folds"], "OOF AUC": [f"{area:.4f}" for area in metrics["fold_auc"]]})
-    print(table.to_string(index=False))
-    pooled, missing = metrics["pooled"], metrics["missing_folds"]
-    interval = interval_text(pooled["low"], pooled["high"], pooled.get("undefined", ""))
-    lacking = f"; missing: folds {', '.join(map(str, missing))}" if missing else ""
-    print(f"{name}: pooled {pooled['value']:.4f}, 95 % interval {interval} (unit: {pooled.get('unit', 'patch')}){lacking}")
-    if is_complete(workspace, kernel.run) and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
-        print(render(compare_runs(workspace, [], name, None), "text"), end="")
+    print_result(workspace, names)
 
 
 def is_complete(workspace: Workspace, name: str) -> bool:
     """Return whether the run `name` is blended of all its folds."""
     run = Run(workspace.run(name))
-    return run.has_score and not run.blend_metrics(missing_folds=list)["missing_folds"]
+    return run.has_score and not run.blend_metrics().missing_folds
 
 
 def submission_of(workspace: Workspace, name: str) -> str:
     """Return the name of the submission of all folds of the run `name`; raises UserError if there is none."""
-    for file in sorted(workspace.submissions.glob("*.json")):
-        made = read_json(file, run=str, missing_folds=list)
-        if made["run"] == name and not made["missing_folds"] and file.with_suffix(".csv").is_file():
+    for file, made in read_submissions(workspace.submissions).items():
+        if made.run == name and not made.missing_folds and file.is_file():
             return file.stem
     raise UserError(f"{workspace.submissions}: holds no submission of {name}; write it with `python -m pcam_kaggle submission`")
 
@@ -204,7 +187,7 @@ def submit_and_wait(client: Client, workspace: Workspace, name: str) -> None:
         UserError: It can't be submitted (see `describe`), Kaggle refuses it or fails to score it, or half an hour has passed.
     """
     file, description = describe(workspace.submissions, name)
-    mark = submission_mark(file)
+    mark = read_submissions(workspace.submissions)[file].mark
     # One that Kaggle could not score is submitted again.
     if (_of(client.submissions(), mark)["status"] == "error").all():
         client.submit(file, description)
@@ -224,7 +207,7 @@ def submit_and_wait(client: Client, workspace: Workspace, name: str) -> None:
                 raise UserError(f"{file}: not scored for half an hour; run `make leaderboard` later")
             tell("submit: waiting for the scores")
             time.sleep(SCORE_SECONDS)
-    print_leaderboard(workspace, found)
+    print_scores(workspace, found)
 
 
 def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:

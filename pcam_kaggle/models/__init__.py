@@ -1,4 +1,1 @@
-"""Nets: the project's own and timm's, pretrained weights, and checkpoints.
-
-Independent of folds and optimizers.
-"""
+"""Models: the project's own CNN and timm's classifiers with their pretrained weights."""

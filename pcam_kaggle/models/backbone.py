@@ -1,4 +1,4 @@
-"""A net of timm as this package runs it: its input enlarged and normalised, its lower layers frozen, its pooling replaced."""
+"""A model of timm as this package runs it: input enlarged and normalised, lower layers frozen, pooling replaced."""
 
 import copy
 from collections.abc import Callable
@@ -20,16 +20,10 @@ GEM_POWER, GEM_LEAST = 3.0, 1e-6
 class Backbone(nn.Module):
     """A timm classifier that enlarges and normalises its input as its pretrained weights expect.
 
+    The classifier `net` has one output. `resize` is the side in pixels that the input is enlarged to; 0 for no change. `frozen`
+    has the names of the parameters and buffers that training does not change.
+
     Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
-
-    Args:
-        net: The classifier, with one output.
-        mean: Mean of each channel that it expects.
-        std: Standard deviation of each channel that it expects.
-        resize: Side in pixels that the input is enlarged to; 0 for no change.
-
-    Attributes:
-        frozen: Names of the parameters and buffers that training does not change.
     """
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], resize: int) -> None:
@@ -55,13 +49,11 @@ class Backbone(nn.Module):
         """Return the layer that turns `features` into a logit.
 
         Raises:
-            UserError: The net has several classifiers, or one that is not linear.
+            UserError: The model has several classifiers, or one that is not linear.
         """
         layers = [self.net.get_submodule(prefix.removesuffix(".")) for prefix in classifier_prefixes(self.net)]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-            raise UserError(
-                "probe=true: the model's classifier is not a single linear layer; leave it out or use another model"
-            )
+            raise UserError("probe=true: the model's classifier is not one linear layer; leave it out or use another model")
         return layers[0]
 
     def freeze(self, fraction: float) -> None:
@@ -75,11 +67,11 @@ class Backbone(nn.Module):
         """
         if not hasattr(self.net, "group_matcher"):
             raise UserError(
-                f"freeze={fraction}: timm does not know the order of this net's layers; use freeze=0 or another net"
+                f"freeze={fraction}: timm does not know the order of this model's layers; use freeze=0 or another model"
             )
-        layers = {name: layer for name, layer in _layers(self.net).items() if layer is not None}
+        layers = _layers(self.net)
         order = sorted(set(layers.values()))
-        lower = set(order[: round(fraction * len(order))])
+        lower = order[: round(fraction * len(order))]
         for name, parameter in self.net.named_parameters():
             if layers.get(name) in lower:
                 parameter.requires_grad_(False)
@@ -97,8 +89,12 @@ class Backbone(nn.Module):
 
     def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
         """Return the modules with parameters of which none is trained."""
-        parameters = [(name, module, list(module.parameters())) for name, module in self.named_modules() if name]
-        return [(name, module) for name, module, own in parameters if own and not any(p.requires_grad for p in own)]
+        found = []
+        for name, module in self.named_modules():
+            trained = [parameter.requires_grad for parameter in module.parameters()]
+            if name and trained and not any(trained):
+                found.append((name, module))
+        return found
 
     def _input(self, x: Tensor) -> Tensor:
         return self.normalize(enlarge(x, self.resize))
@@ -121,23 +117,21 @@ class GeM(nn.Module):
 
 
 def use_gem(net: nn.Module) -> None:
-    """Replace the average pooling before the classifier of a convolutional net of timm by `GeM`.
+    """Replace the average pooling before the classifier of timm's convolutional `net` by `GeM`.
 
     Raises:
-        UserError: The net does not pool maps by their average.
+        UserError: The model does not pool maps by their average.
     """
     pools: list[Any] = [module for module in net.modules() if isinstance(module, import_timm().layers.SelectAdaptivePool2d)]
     if len(pools) != 1 or pools[0].pool_type != "avg" or not isinstance(pools[0].pool, nn.AdaptiveAvgPool2d):
-        raise UserError("pool=gem: the net does not pool maps of a convolution by their average; choose another pool")
+        raise UserError("pool=gem: the model does not pool maps of a convolution by their average; choose another pool")
     pools[0].pool = GeM()
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:
-    """Return images resized to `side` px by antialiased bicubic interpolation, in their own dtype and range.
+    """Return images (n, 3, h, w) in [0, 1] resized to `side` px by antialiased bicubic interpolation; 0 for no change.
 
-    Args:
-        x: (n, 3, h, w) in [0, 1]; float32, since fp16 and bf16 would round colours.
-        side: Side in pixels; 0 for no change.
+    They must be float32, since fp16 and bf16 would round colours.
     """
     if not side:
         return x
@@ -153,16 +147,16 @@ def trained_state(net: nn.Module) -> dict[str, Tensor]:
 
 def copy_trained(net: nn.Module) -> nn.Module:
     """Return a copy of `net` that shares the tensors of its frozen layers."""
-    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     frozen = net.frozen if isinstance(net, Backbone) else frozenset()
-    return copy.deepcopy(net, {id(tensors[name]): tensors[name] for name in frozen & tensors.keys()})
+    shared = [value for name, value in (*net.named_parameters(), *net.named_buffers()) if name in frozen]
+    return copy.deepcopy(net, {id(value): value for value in shared})
 
 
-def _layers(net: Any) -> dict[str, int | None]:
-    """Return the number of the layer of each parameter, from 0 at the input; None for those of the classifier."""
+def _layers(net: Any) -> dict[str, int]:
+    """Return the number of the layer of each parameter below the classifier, from 0 at the input."""
     matched = import_timm().models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     heads = classifier_prefixes(net)
-    return {name: None if name.startswith(heads) else layer for name, layer in matched.items()}
+    return {name: layer for name, layer in matched.items() if not name.startswith(heads)}
 
 
 def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -16,14 +16,10 @@ SQUEEZE = 4
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The layer types of a net.
+    """The layer types of a model.
 
-    Attributes:
-        lift: Convolution of the image, called with in_channels, channels and kernel_size.
-        conv: Convolution of feature maps, called in the same way.
-        norm: Normalisation of feature maps, called with channels.
-        pool: Global pooling, two values per field.
-        copies: Channels per field; 1 for ordinary layers, the order of the group for equivariant ones.
+    `lift` makes the convolution of the image and `conv` those of feature maps, from in_channels, channels and kernel_size. The
+    global pooling gives two values per field. A field has `copies` channels: 1, or the order of the group if equivariant.
     """
 
     lift: Callable[[int, int, int], nn.Module]
@@ -34,7 +30,7 @@ class Layers:
 
 
 class MeanMaxPool(nn.Module):
-    """Concatenate mean and maximum over all positions: the maximum shows whether there is tumour anywhere, the mean how much.
+    """Concatenate mean and maximum over all positions.
 
     Shape: (n, channels, h, w) to (n, 2 channels).
     """

@@ -24,15 +24,7 @@ def conv_output_shape(
 
     Per axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 (Dumoulin & Visin 2016, relationship 15).
 
-    Args:
-        shape: Height and width of the input in pixels.
-        kernel_size: Side of the kernel, or one value per axis, as all of the following.
-        stride: Step of the kernel in pixels.
-        padding: Pixels added on each side of the input.
-        dilation: Distance of the kernel's elements in pixels.
-
-    Returns:
-        Height and width of the output in pixels.
+    `shape` is height and width in pixels, as is the result; the other arguments are one number for both axes or one per axis.
 
     Raises:
         ValueError: The dilated kernel is larger than the padded input.

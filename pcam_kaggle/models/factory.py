@@ -1,4 +1,4 @@
-"""Creates the net of a config: the project's own, or one of timm's."""
+"""Creates the model of a config: the project's own, or one of timm's."""
 
 from typing import Any
 
@@ -15,15 +15,10 @@ from pcam_kaggle.models.timm_model import create_timm
 
 
 def create(config: Config, weights: bool = True) -> nn.Module:
-    """Return the net of `config` in training mode.
-
-    Args:
-        config: The experiment's config.
-        weights: Load the pretrained weights that `config` names; otherwise all weights are random.
+    """Return the model of `config` in training mode, with the pretrained weights that it names or, without `weights`, random.
 
     Raises:
-        UserError: Timm has no net of this name, weights are missing or do not fit, an argument is refused (see `create_timm`),
-            or the net does not take patches of this size.
+        UserError: See `create_timm`; or the model does not take patches of this size.
     """
     if config.model == "cnn":
         return BottleneckCNN(

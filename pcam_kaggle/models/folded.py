@@ -1,4 +1,4 @@
-"""The project's net for prediction: batch norms folded into the convolutions before them, pooling without indices."""
+"""The project's CNN for prediction: batch norms folded into the convolutions before them, pooling without indices."""
 
 import copy
 from itertools import pairwise
@@ -13,14 +13,11 @@ from pcam_kaggle.models.p4m import ORDER, GroupConv2d
 
 
 def fold_norms(net: nn.Module) -> nn.Module:
-    """Return a net in evaluation mode that computes what `net` does, with fewer passes over its feature maps.
+    """Set `net` to evaluation mode and return a copy that computes the same with fewer passes over its feature maps.
 
     Each batch norm that follows a convolution is folded into it (Jacob et al. 2018, section 3.2), and group convolutions become
     ordinary ones. The batch norm of a stem that pools first stays. Pooling does not compute the positions of the maxima, which
-    only a backward pass needs. A net of timm is returned as it is.
-
-    Args:
-        net: The net; it is set to evaluation mode.
+    only a backward pass needs. A model of timm is returned unchanged.
     """
     net.eval()
     if not isinstance(net, BottleneckCNN):

@@ -1,18 +1,18 @@
-"""Nets of timm, created with a config's arguments and completely filled with its weights."""
+"""Models of timm, created with a config's arguments and completely filled with its weights."""
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.models.misfit import advice, patch_size
-from pcam_kaggle.models.weights import import_timm, read_weights
-from pcam_kaggle.models.weights_source import is_wheel_file, weights_file
+from pcam_kaggle.models.weights import import_timm, is_wheel_file, read_weights, weights_file
 
 log = logging.getLogger(__name__)
 
@@ -20,87 +20,125 @@ HEAD_STD = 0.01
 # Arguments that are classes, which JSON can only name.
 LAYER_ARGUMENTS = ("mlp_layer", "norm_layer", "attn_layer")
 
+Tensors = Mapping[str, Tensor]
+
 
 def create_timm(config: Config, weights: bool = True) -> Any:
-    """Return timm's net of `config` with a new classifier of one output on a backbone that is filled from its weights.
+    """Return timm's model of `config` with a new classifier of one output on a backbone that is filled from its weights.
 
-    timm first adapts the weights to the net: it renames tensors and resamples position embeddings. Then they must contain each
-    parameter and buffer of the backbone in its shape and, besides these, only a classifier, which is dropped. The exception are
-    weights that timm publishes in a format of their own (`custom_load`), which the net's own code reads.
+    timm first adapts the weights to the model: it renames tensors and resamples position embeddings. Then they must contain
+    each parameter and buffer of the backbone in its shape and, besides these, only a classifier, which is dropped. The
+    exception are weights that timm publishes in a format of their own (`custom_load`), which the model's own code reads.
+    Without `weights` all parameters are random.
 
-    Args:
-        config: Source of `model`, `model_args`, `weights`, `resize`, `pool` and `dropout`.
-        weights: Load the weights; otherwise all are random.
-
-    Returns:
-        The net. Its `pretrained_cfg` has the `mean` and `std` that it expects, and the side of its input in `input_size` if
-        `fixed_input_size` is true.
+    The model's `pretrained_cfg` has the `mean` and `std` that it expects, and the side of its input in `input_size` if
+    `fixed_input_size` is true.
 
     Raises:
-        UserError: timm has no such net or refuses an argument, weights are missing or do not fit the net, or the net has no
-            classifier.
+        UserError: timm has no such model or refuses an argument, weights are missing or do not fit the model, or the model has
+            no classifier.
     """
     timm, name = import_timm(), config.model.removeprefix("timm:")
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name}*")[:5])
-        raise UserError(f"model={config.model}: timm has no such net" + (f"; it has {similar}" if similar else ""))
+        raise UserError(f"model={config.model}: timm has no such model" + (f"; it has {similar}" if similar else ""))
     file = weights_file(name, config.weights) if weights else None
     arguments, overlay = _arguments(config)
-    is_given = {"mean", "std"} <= overlay.keys()
+    is_wheel = file is not None and is_wheel_file(file, name)
     tensors = read_weights(file, name) if file else {}
-    source: dict[str, Any] = {"state_dict": tensors}
-    if file and not is_wheel_file(file, name):
+    source: dict[str, Any] = {}
+    if is_wheel:
+        source = {"state_dict": tensors}
+    elif file:
         # timm copies tensors that it is given, so it reads the file itself; names and shapes are enough to explain an error.
         source = {"file": str(file), "custom_load": False}
         tensors = {key: value.to("meta") for key, value in tensors.items()}
 
-    def create(**more: Any) -> Any:
-        return timm.create_model(name, num_classes=1, drop_rate=config.dropout, **arguments, **more)
-
+    create = partial(timm.create_model, name, num_classes=1, drop_rate=config.dropout, **arguments)
     if not (weights and config.weights):
-        net = create(pretrained_cfg_overlay=overlay)
+        model = create(pretrained_cfg_overlay=overlay)
     else:
         message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
         try:
             with _complete_loading(message, tensors):
-                net = create(pretrained=True, pretrained_cfg_overlay=overlay | (source if file else {}))
+                model = create(pretrained=True, pretrained_cfg_overlay=overlay | source)
         except UserError:
             raise
         except Exception:
-            # timm's adaptation of weights to a net raises errors of any type where they are of another one.
+            # timm's adaptation of weights to a model raises errors of any type where they are of another one.
             if advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict()) if tensors else "":
                 raise UserError(f"{message}{advised}") from None
             raise
-        # The moving average is a deep copy of the net and would copy the file's tensors with it.
-        net.pretrained_cfg.pop("state_dict", None)
-        if file and not is_given and not is_wheel_file(file, name):
-            means = ", ".join(f"{key} {net.pretrained_cfg[key]}" for key in ("mean", "std"))
+        # The EMA is a deep copy of the model and would copy the file's tensors with it.
+        model.pretrained_cfg.pop("state_dict", None)
+        if file and not is_wheel and not {"mean", "std"} <= overlay.keys():
+            means = ", ".join(f"{key} {model.pretrained_cfg[key]}" for key in ("mean", "std"))
             log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
-    head = head_parameters(net)
+    heads = classifier_prefixes(model)
+    head = [parameter for key, parameter in model.named_parameters() if key.startswith(heads)]
     if not head:
-        raise UserError(f"model=timm:{name}: it has no classifier, so it gives no logit; choose another net")
+        raise UserError(f"model=timm:{name}: it has no classifier, so it gives no logit; choose another model")
     # timm initialises a classifier for a thousand classes, with which a single logit would start in the tens.
     for parameter in head:
         nn.init.normal_(parameter, std=HEAD_STD)
-    return net
+    return model
 
 
-def head_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the classifiers of a timm net."""
-    return [parameter for name, parameter in net.named_parameters() if name.startswith(classifier_prefixes(net))]
-
-
-def classifier_prefixes(net: Any) -> tuple[str, ...]:
-    """Return the prefixes of the names of the classifiers' tensors in a timm net; a distilled net has two classifiers.
+def classifier_prefixes(model: Any) -> tuple[str, ...]:
+    """Return the prefixes of the names of the classifiers' tensors in timm's `model`; a distilled model has two classifiers.
 
     The layers before the last one of a head, which timm keeps for any number of classes, are not included.
     """
-    names = net.pretrained_cfg["classifier"] or ()
+    names = model.pretrained_cfg["classifier"] or ()
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
+def advice(weights: Tensors, model: Tensors) -> str:
+    """Return what to set in `model_args` so that `weights` fit the tensors of `model`, as text to end a message with."""
+    if not weights.keys() & model.keys():
+        return "; no name is the same, so they are another model's"
+    built = _transformer_arguments(model)
+    differing = {key: value for key, value in _transformer_arguments(weights).items() if built.get(key) != value}
+    return f"; set model_args='{json.dumps(differing)}'" if differing else ""
+
+
+def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
+    """Return the arguments of a vision transformer that can be read off its tensors; empty for another architecture."""
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    # DINOv2's own files call the layers of a packed SwiGLU w12 and w3, and the registers register_tokens.
+    first = shapes.get("blocks.0.mlp.fc1.weight") or shapes.get("blocks.0.mlp.w12.weight")
+    second = shapes.get("blocks.0.mlp.fc2.weight") or shapes.get("blocks.0.mlp.w3.weight")
+    if not first or not second:
+        return {}
+    hidden, width = first
+    scaled = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in shapes)
+    registers = shapes.get("reg_token") or shapes.get("register_tokens") or (1, 0)
+    # A packed SwiGLU splits the output of its first layer in two.
+    packed = hidden == 2 * second[1]
+    arguments: dict[str, Any] = {
+        "init_values": 1e-5 if scaled else None,
+        "reg_tokens": registers[1],
+        **({"mlp_layer": "SwiGLUPacked", "act_layer": "silu"} if packed else {"mlp_layer": "Mlp"}),
+        "mlp_ratio": round(hidden / width, 5),
+        "embed_dim": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+    }
+    if kernel := _patch_kernel(tensors):
+        arguments["patch_size"] = kernel[-1]
+    if {"cls_token", "pos_embed"} <= shapes.keys():
+        # A square number of positions leaves none for the class token.
+        arguments["no_embed_class"] = math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]
+    return arguments
+
+
+def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
+    """Return height and width in pixels of the patches that a transformer reads as tokens; empty if it reads none."""
+    projection = tensors.get("patch_embed.proj.weight")
+    return tuple(projection.shape[2:]) if projection is not None else ()
+
+
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of the net's `pretrained_cfg`.
+    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`.
 
     Raises:
         UserError: A size is given twice, or timm has no layer of a name.
@@ -125,25 +163,22 @@ def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextmanager
-def _complete_loading(message: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make each `load_state_dict` in this context raise UserError, starting with `message`, unless it fills the backbone.
+def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
+    """Make `load_state_dict` in this context raise UserError, starting with `message`, unless it fills the backbone.
 
-    If the number of classes differs from that of the weights, timm itself only logs what did not match. Its call is replaced
-    because the function that adapts the weights to the net is only known inside of `timm.create_model`.
-
-    Args:
-        message: Start of the error.
-        tensors: The weights before timm adapted them, by which an error is explained; empty if unknown.
+    `original` are the weights before timm adapted them, by which an error is explained; empty if unknown.
     """
     load = nn.Module.load_state_dict
 
-    def load_backbone(net: nn.Module, state: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
-        heads = classifier_prefixes(net)
+    def load_backbone(module: nn.Module, state: Tensors, *_: Any, **__: Any) -> Any:
+        heads = classifier_prefixes(module)
         backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-        of_net = {name: value for name, value in net.state_dict().items() if not name.startswith(heads)}
-        _check_fit(message, backbone, of_net, tensors or backbone)
-        return load(net, backbone, strict=False)
+        needed = {name: value for name, value in module.state_dict().items() if not name.startswith(heads)}
+        _check_fit(message, backbone, needed, original or backbone)
+        return load(module, backbone, strict=False)
 
+    # Patched for all modules, since timm only logs what does not match, loads into a model that it has not returned yet, and
+    # keeps the function that adapts the weights to itself.
     nn.Module.load_state_dict = load_backbone  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -151,23 +186,24 @@ def _complete_loading(message: str, tensors: Mapping[str, Tensor]) -> Iterator[N
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
-def _check_fit(message: str, weights: Mapping[str, Tensor], net: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> None:
-    """Raise UserError, starting with `message`, unless `weights` and `net` have the same names and shapes."""
-    unused = [name for name in weights if name not in net]
-    # Files of PyTorch before 0.4.1 lack these counts, which only a batch norm without a momentum reads.
-    empty = [name for name in net if name not in weights and not name.endswith("num_batches_tracked")]
-    reshaped = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
-        for name, value in net.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    groups = {"without a place in the net": unused, "of the net not filled": empty, "of another shape": reshaped}
+def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors) -> None:
+    """Raise UserError, starting with `message`, unless `weights` and `model` have the same names and shapes."""
+    groups = {
+        "without a place in the model": [name for name in weights if name not in model],
+        # Files of PyTorch before 0.4.1 lack these counts, which only a batch norm without a momentum reads.
+        "of the model not filled": [name for name in model if name not in weights and not name.endswith("num_batches_tracked")],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
+            for name, value in model.items()
+            if name in weights and weights[name].shape != value.shape
+        ],
+    }
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
     # timm resamples the kernels of another patch size without a word, and no weights are made for that.
-    is_resampled = bool(patch_size(original)) and patch_size(original) != patch_size(net)
+    is_resampled = _patch_kernel(original) not in ((), _patch_kernel(model))
     if not details and not is_resampled:
         return
     # timm renames the tensors of some files; those names say more about them.
-    named = original if original.keys() & net.keys() else weights
+    named = original if original.keys() & model.keys() else weights
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
-    raise UserError(f"{message}; tensors {counts}{advice(named, net)}", details)
+    raise UserError(f"{message}; tensors {counts}{advice(named, model)}", details)

@@ -11,7 +11,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
 from pcam_kaggle.core.paths import DEMO_SUFFIX, PLAIN_NAME, Data, Workspace, attached, find_data, find_workspace
-from pcam_kaggle.data.prepare import Ids
+from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
@@ -111,8 +111,8 @@ class Job:
 
     def submission(self) -> Path:
         """Return the file of the submission; the name of one that lacks folds lists those it has."""
-        made = self.run.blend_metrics(folds=list, missing_folds=list)
-        part = f"-folds-{'-'.join(map(str, made['folds']))}" if made["missing_folds"] else ""
+        made = self.run.blend_metrics()
+        part = f"-folds-{'-'.join(map(str, made.folds))}" if made.missing_folds else ""
         return self.workspace.submissions / f"{self.plan.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
 
 

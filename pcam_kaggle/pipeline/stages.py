@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Any
 
 import pandas as pd
 
@@ -12,18 +11,17 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.experiments import RunSpec
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.data import folds as fold_files
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.fold_groups import fold_inputs
-from pcam_kaggle.data.folds import Scheme
+from pcam_kaggle.data.folds import Scheme, fold_inputs, load_folds, make_folds
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.kaggle.ledger import write_ledger
-from pcam_kaggle.kaggle.submission import write_submission
+from pcam_kaggle.pipeline.compare import resampled_groups
 from pcam_kaggle.pipeline.job import Job, run_rehearsal
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import Member, Method, blend, read_member
-from pcam_kaggle.scoring.metrics import interval_text
-from pcam_kaggle.scoring.resampling import resampling
+from pcam_kaggle.runs.submissions import write_ledger, write_submission
+from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
+from pcam_kaggle.scoring.intervals import Clusters
+from pcam_kaggle.scoring.results import BlendMetrics
+from pcam_kaggle.scoring.tables import score_lines
 from pcam_kaggle.training.distributed import on_first_rank, process_group
 from pcam_kaggle.training.task import Task
 
@@ -46,11 +44,10 @@ def _once(stage: Stage) -> Stage:
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
     made, new = prepare(job.data, job.workspace.store, job.selection.ids, job.selection.skip_damaged)
-    skipped = f", {made['skipped']} skipped, see {job.workspace.store / 'skipped.csv'}" if made["skipped"] else ""
-    _report(f"prepare: {made['train']:,} train and {made['test']:,} test patches in {job.workspace.store}{skipped}", new)
-    in_both = made.get("in_both")
-    if in_both:
-        log.warning("ids in both train and test: %s (%s)", f"{len(in_both):,}", examples(in_both))
+    skipped = f", {made.skipped} skipped, see {job.workspace.store / 'skipped.csv'}" if made.skipped else ""
+    _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {job.workspace.store}{skipped}", new)
+    if made.in_both:
+        log.warning("ids in both train and test: %s (%s)", f"{len(made.in_both):,}", examples(made.in_both))
     return new
 
 
@@ -59,15 +56,15 @@ def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
     inputs = _fold_inputs(job, job.config)
     with locked(job.workspace.folds):
-        folds, new = fold_files.make(*inputs, job.workspace.folds)
+        folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
-    counts = ", ".join(f"{n:,}" for n in manifest["patches"])
-    positives = ", ".join(f"{n:,}" for n in manifest["positives"])
-    _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest['scheme']}.csv", new)
-    if manifest["slides"]:
-        unmapped = f"; {manifest['unmapped']:,} ids that the map lacks share one fold" if manifest["unmapped"] else ""
+    counts = ", ".join(f"{n:,}" for n in manifest.patches)
+    positives = ", ".join(f"{n:,}" for n in manifest.positives)
+    _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest.scheme}.csv", new)
+    if manifest.slides:
+        unmapped = f"; {manifest.unmapped:,} ids that the map lacks share one fold" if manifest.unmapped else ""
         kind = "stain group" if job.config.groups == "stain" else "mapped slide"
-        log.info("folds: no %s is in two folds; groups per fold %s%s", kind, manifest["slides"], unmapped)
+        log.info("folds: no %s is in two folds; groups per fold %s%s", kind, manifest.slides, unmapped)
     return new
 
 
@@ -125,47 +122,24 @@ def _predict(job: Job, spec: RunSpec) -> bool:
 def run_blend(job: Job) -> bool:
     """Blend the folds of the runs and print the OOF table; return whether anything was done."""
     chosen, blended = job.selection.folds, [Run(job.workspace.run(name)) for name in job.selection.runs] or job.runs
-    members = [read_member(run, chosen) for run in blended]
+    members = [run.predictions(chosen) for run in blended]
     for run in job.runs if job.plan.is_blend and not job.selection.runs else ():
         # A run may have all folds where the blend lacks some, and is then complete by itself.
         has_all = all(fold.has_predictions for fold in run.folds())
-        _blend(job, [read_member(run, None if has_all else chosen)], "mean", run)
+        _blend(job, [run.predictions(None if has_all else chosen)], "mean", run)
     metrics, new = _blend(job, members, job.method, job.run)
-    for line in _score_lines(metrics):
+    for line in score_lines(metrics):
         log.info("  %s", line)
-    _report(f"blend: {metrics['method']} of {', '.join(metrics['members'])} in {job.run.folder}", new)
+    _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
     return new
 
 
-def _score_lines(metrics: dict[str, Any]) -> list[str]:
-    """Return the OOF AUC as lines of text: per fold, pooled, and the gain of weights if any were climbed."""
-    folds = zip(metrics["folds"], metrics["patches"], metrics["fold_auc"], strict=True)
-    lines = [f"fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}" for fold, size, area in folds]
-    deviation = "" if metrics["sd"] is None else f" ± {metrics['sd']:.4f} (SD over folds)"
-    lines.append(f"mean     {metrics['mean']:.4f}{deviation}")
-    for kind, title in (("pooled", "pooled"), ("ranked", "pooled after ranking within folds")):
-        made = metrics[kind]
-        interval = interval_text(made["low"], made["high"], made["undefined"])
-        lines.append(f"{title}   {made['value']:.4f}, 95 % interval {interval} (unit: {made['unit']})")
-    if metrics["pooled"]["unit"] == "patch":
-        lines.append("folds by label share slides: on other slides, nets scored up to 0.03 lower (docs/scores.md)")
-    if gain := metrics["gain_of_weights"]:
-        if gain["undefined"]:
-            verdict = "not known to be more than noise, so the mean is used"
-        elif metrics["method"] == "climb":
-            verdict = "more than noise, so weights are used"
-        else:
-            verdict = "within the noise, so the mean is used"
-        interval = interval_text(gain["low"], gain["high"], gain["undefined"], "+.4f")
-        lines.append(f"weights minus mean   {gain['value']:+.4f} {interval} (unit: {gain['unit']}): {verdict}")
-    return lines
-
-
-def _blend(job: Job, members: list[Member], method: Method, out: Run) -> tuple[dict[str, Any], bool]:
+def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
     """Blend `members` into `out`; intervals and tests resample the groups of their folds, or of the job's slide map."""
-    groups = resampling(members[0].scheme, members[0].oof, job.workspace.folds, job.selection.slides)
+    first = members[0]
+    groups, unit = resampled_groups(first.scheme, first.oof, job.workspace.folds, job.selection.slides)
     with locked(out.folder):
-        return blend(members, method, out, *groups)
+        return out.write_blend(blend(members, method, Clusters.of(first.oof["id"], groups, unit)))
 
 
 @_once
@@ -256,7 +230,7 @@ def _make_demo(job: Job) -> None:
 def _task(job: Job, spec: RunSpec) -> Task:
     """Return what training and prediction take, after checking that an existing run belongs to the store and the folds."""
     store = job.store()
-    folds = fold_files.load(*_fold_inputs(job, spec.config), job.workspace.folds)
+    folds = load_folds(*_fold_inputs(job, spec.config), job.workspace.folds)
     task = Task(Run(job.workspace.run(spec.name)), spec.experiment, spec.config, store, folds)
     task.run.check(spec.config, store, folds)
     return task

@@ -1,4 +1,1 @@
-"""A comparison as one HTML page with figures.
-
-Its numbers come from `scoring`.
-"""
+"""Figures of runs and their comparison, as an HTML page and in notebooks."""

@@ -1,22 +1,155 @@
-"""Figures of OOF probabilities: histogram, calibration, AUC by slide, correlation of runs, and CV versus LB."""
+"""Figures of runs: ROC, precision-recall and learning curves, histogram, calibration, AUC by slide, correlation, CV versus LB.
+
+Tables named `oof` have the columns id, label, fold and probability.
+"""
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-from pcam_kaggle.kaggle.leaderboard import MIN_RANKED_SUBMISSIONS, rank_correlation
-from pcam_kaggle.report.svg import GREY, HEIGHT, PRIMARY, SECONDARY, STYLE, WIDTH, Plot, make_plot, panel
-from pcam_kaggle.scoring.calibration import calibration_bins, calibration_error
-from pcam_kaggle.scoring.metrics import Floats, Unit, auc, midranks
+from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_bins, calibration_error
+from pcam_kaggle.scoring.results import Unit
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# The SVG of a figure has the text colour and the CSS variables of the page instead, in light and dark mode.
+TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
+PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
+# Inches of 96 px. A panel fits a phone without scaling its text.
+WIDTH, HEIGHT = 3.7, 3.1
+STYLE: "dict[RcKeyType, Any]" = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
+POINTS = 200
 MAX_NAMED_SLIDES = 30
+FOLD_RANGE = "Line: mean over folds. Band: range over folds."
+
+Reference = tuple[str, pd.DataFrame]
+
+
+class Plot(NamedTuple):
+    """A figure, its text alternative and the caption below it."""
+
+    figure: Figure
+    title: str
+    caption: str
+
+    @property
+    def svg(self) -> str:
+        """The figure as an `<svg>` element; `title` must be unique in the page, since the ids derive from it."""
+        prefix = f"f{hashlib.sha256(self.title.encode()).hexdigest()[:8]}-"
+        buffer = io.StringIO()
+        with mpl.rc_context({**STYLE, "svg.hashsalt": self.title}):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        svg = buffer.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
+        svg = re.sub(r'\bid="|\bhref="#|\burl\(#', lambda found: found.group() + prefix, svg)
+        svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
+        # Two decimals of a point are enough for any screen and reduce the size by two thirds.
+        svg = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg)
+        for colour, variable in PAGE_COLOURS.items():
+            svg = svg.replace(colour, variable)
+        width, height = (round(96 * inches) for inches in self.figure.get_size_inches())
+        alternative = html.escape(f"{self.title}. {self.caption}")
+        head = f'<svg role="img" aria-label="{alternative}" width="{width}" height="{height}"'
+        svg = re.sub(r'<svg xmlns:xlink="[^"]*" width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
+        opening, _, rest = svg.partition(">\n")
+        return f"{opening}><title>{html.escape(self.title)}</title>{rest}"
+
+
+@mpl.rc_context(STYLE)
+def roc(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
+    """Return the ROC curve: mean and range over folds of the true positive rate.
+
+    `reference` is the name and the OOF table of a baseline, which is drawn in grey.
+    """
+    grid = np.linspace(0, 1, POINTS) ** 2
+
+    def curve(labels: Labels, scores: Floats) -> Floats:
+        false, true, _ = roc_curve(labels, scores)
+        return np.concatenate([[0.0], np.interp(grid[1:], false, true)])
+
+    figure, text = _mean_and_range(grid, curve, ("False positive rate", "True positive rate"), oof, reference)
+    area = auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
+    return Plot(figure, f"ROC curve of {name}", f"{name}: pooled AUC {area:.4f}.{text}")
+
+
+@mpl.rc_context(STYLE)
+def precision_recall(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
+    """Return the precision-recall curve: mean and range over folds of the precision; `reference` as in `roc`.
+
+    The precision at a recall is that of the highest threshold that reaches it. Linear interpolation between thresholds would be
+    too optimistic (Davis & Goadrich 2006).
+    """
+    grid = 1 - np.linspace(1, 0, POINTS) ** 2
+
+    def curve(labels: Labels, scores: Floats) -> Floats:
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        precision, recall = precision[-2::-1], recall[-2::-1]
+        return precision[np.searchsorted(recall, grid - 1e-12)]
+
+    figure, text = _mean_and_range(grid, curve, ("Recall", "Precision"), oof, reference)
+    average = average_precision_score(oof["label"], oof["probability"])
+    caption = f"{name}: pooled average precision {average:.4f}, chance level {oof['label'].mean():.2f}.{text}"
+    return Plot(figure, f"Precision-recall curve of {name}", caption)
+
+
+@mpl.rc_context(STYLE)
+def learning(name: str, logs: Mapping[int, pd.DataFrame]) -> Plot:
+    """Return validation AUC and training loss by epoch; `logs` has a table of epoch, train_loss, valid_auc for each fold."""
+    figure = Figure((WIDTH, HEIGHT + 0.5), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    means = pd.concat(logs.values()).groupby("epoch")[["valid_auc", "train_loss"]].mean()
+    for ax, column, label in zip(axes, means, ("Validation AUC", "Training loss"), strict=True):
+        for log in logs.values():
+            ax.plot(log["epoch"], log[column], color=PRIMARY, alpha=0.45, linewidth=1, marker=".", markersize=3)
+        ax.plot(means.index, means[column], color=PRIMARY, linewidth=2)
+        ax.set_ylabel(label)
+    axes[1].set_xlabel("Epoch")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    best = means["valid_auc"]
+    caption = (
+        f"{name}: {len(logs)} fold{'s' if len(logs) > 1 else ''} (thin) and their mean (bold). The mean validation AUC peaks "
+        f"({best.max():.4f}) after epoch {best.idxmax():.0f}."
+    )
+    return Plot(figure, f"Learning curves of {name}", caption)
 
 
 @mpl.rc_context(STYLE)
 def histogram(name: str, oof: pd.DataFrame) -> Plot:
-    """Return the histogram of the OOF probabilities of `oof` (label, probability) by label, with logarithmic counts."""
-    figure, ax = panel()
+    """Return the histogram of the OOF probabilities by label, with logarithmic counts."""
+    figure, ax = _panel()
     edges = np.linspace(0, 1, 41)
     for label, colour, style, word in ((0, PRIMARY, "-", "no tumour"), (1, SECONDARY, "--", "tumour")):
         counts, _ = np.histogram(oof.loc[oof["label"] == label, "probability"], edges)
@@ -28,13 +161,13 @@ def histogram(name: str, oof: pd.DataFrame) -> Plot:
     negatives = ((oof["label"] == 1) & (oof["probability"] < 0.5)).mean()
     positives = ((oof["label"] == 0) & (oof["probability"] >= 0.5)).mean()
     caption = f"{name}: at 0.5, {negatives:.1%} of all patches are false negatives and {positives:.1%} are false positives."
-    return make_plot(figure, f"Histogram of OOF probabilities of {name} by label", caption)
+    return Plot(figure, f"Histogram of OOF probabilities of {name} by label", caption)
 
 
 @mpl.rc_context(STYLE)
 def reliability(name: str, oof: pd.DataFrame) -> Plot:
-    """Return the reliability diagram of `oof` (label, probability): fraction of positives by mean probability, in 15 bins."""
-    figure, ax = panel()
+    """Return the reliability diagram: fraction of positives by mean probability, in 15 bins."""
+    figure, ax = _panel()
     labels, values = oof["label"].to_numpy(), oof["probability"].to_numpy()
     bins = calibration_bins(labels, values)
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
@@ -46,41 +179,34 @@ def reliability(name: str, oof: pd.DataFrame) -> Plot:
     ax.set(xlabel="Mean OOF probability", ylabel="Fraction with tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     error = calibration_error(labels, values)
     caption = f"{name}: expected calibration error {error:.4f}. Grey: 95 % range of a calibrated model (unit: patch)."
-    return make_plot(figure, f"Reliability diagram of {name}", caption)
+    return Plot(figure, f"Reliability diagram of {name}", caption)
 
 
 @mpl.rc_context(STYLE)
 def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = "slide") -> Plot | None:
-    """Return the AUC within each slide, sorted.
+    """Return the AUC within each slide, sorted, or None where no slide has patches of both labels.
 
-    Args:
-        name: The name of the run.
-        oof: Columns id, label, probability.
-        slides: The slide of each patch (id, wsi).
-        unit: What a slide is called.
-
-    Returns:
-        The plot, or None where no slide has patches of both labels.
+    `slides` has the slide of each patch (id, wsi), and `unit` is what a slide is called.
     """
     table = oof.merge(slides, on="id")
     both = table.groupby("wsi").filter(lambda part: part["label"].nunique() == 2)
-    areas = pd.Series(
-        {wsi: auc(part["label"].to_numpy(), part["probability"].to_numpy()) for wsi, part in both.groupby("wsi")}, dtype=float
-    ).sort_values()
-    if areas.empty:
+    if both.empty:
         return None
+    areas = pd.Series(
+        {wsi: auc(part["label"].to_numpy(), part["probability"].to_numpy()) for wsi, part in both.groupby("wsi")}
+    ).sort_values()
     named = len(areas) <= MAX_NAMED_SLIDES
-    figure, ax = panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
+    figure, ax = _panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
     ax.scatter(areas, range(len(areas)), color=PRIMARY, s=14 if named else 7)
     ax.axvline(areas.median(), color=GREY, linewidth=1, linestyle=":")
     ax.set(xlabel=f"AUC within the {unit}", ylabel="" if named else f"{unit.capitalize()}s, sorted")
     ax.set_yticks(range(len(areas)) if named else [], areas.index if named else [])
-    omitted = slides.loc[slides["id"].isin(oof["id"]), "wsi"].nunique() - len(areas)
+    omitted = table["wsi"].nunique() - len(areas)
     caption = (
         f"{name}: {len(areas)} {unit}s, median {areas.median():.4f} (dotted), lowest {areas.iloc[0]:.4f} ({areas.index[0]}); "
         f"excluded, with one label only: {omitted}."
     )
-    return make_plot(figure, f"AUC of {name} by {unit}", caption)
+    return Plot(figure, f"AUC of {name} by {unit}", caption)
 
 
 @mpl.rc_context(STYLE)
@@ -90,18 +216,17 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     It is undefined (n/a) for a run whose predictions are all equal.
     """
     with np.errstate(invalid="ignore"):
-        matrix = np.corrcoef([midranks(row) for row in probabilities])
+        matrix = np.corrcoef(rankdata(probabilities, axis=1))
     count = len(names)
     size = max(WIDTH, 1.2 + 0.48 * count)
-    figure, ax = panel(size, size * 0.85)
+    figure, ax = _panel(size, size * 0.85)
     low = float(np.nanmin(matrix, initial=1))
     colours = colormaps["cividis"]((matrix - low) / max(1e-9, 1 - low))
     ax.pcolormesh(matrix, cmap="cividis", vmin=low, vmax=1)
-    for row in range(count):
-        for column in range(count):
-            bright = colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5
-            colour = "#000000" if bright else "#ffffff"
-            ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
+    for row, column in np.ndindex(count, count):
+        bright = colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5
+        colour = "#000000" if bright else "#ffffff"
+        ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
     ticks = np.arange(count) + 0.5
     ax.set_xticks(ticks, names, rotation=30, ha="right")
     ax.set_yticks(ticks, names)
@@ -110,34 +235,58 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     ax.spines[:].set_visible(False)
     pairs = matrix[np.triu_indices(count, 1)]
     defined = pairs[~np.isnan(pairs)]
-    ends = " to ".join(_number(pair) for pair in (np.sort(defined)[[0, -1]] if len(defined) else [np.nan]))
+    ends = f"{_number(defined.min())} to {_number(defined.max())}" if len(defined) else "n/a"
     caption = f"Spearman's correlation of OOF probabilities: {ends}; the lower, the more a blend can gain."
     if len(defined) < len(pairs):
         caption += " n/a: all predictions of a run are equal."
-    return make_plot(figure, "Correlation between runs", caption)
+    return Plot(figure, "Correlation between runs", caption)
 
 
 @mpl.rc_context(STYLE)
 def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
     """Plot Kaggle scores over OOF AUC; `ledger` has oof_auc, public_score, private_score, NaN where unknown."""
-    figure, ax = panel()
-    parts = []
-    for column, colour, marker, word in (
-        ("public_score", PRIMARY, "o", "public"),
-        ("private_score", SECONDARY, "^", "private"),
-    ):
-        known = ledger.dropna(subset=["oof_auc", column])
-        if known.empty:
-            continue
-        ax.scatter(known["oof_auc"], known[column], color=colour, marker=marker, s=24, label=word)
-        text = f"{word}: {len(known)} submission{'s' if len(known) > 1 else ''}"
-        if len(known) >= MIN_RANKED_SUBMISSIONS:
-            text += f", Spearman's rank correlation {rank_correlation(known['oof_auc'], known[column])}"
-        parts.append(text)
+    figure, ax = _panel()
+    counts = []
+    for word, colour, marker in (("public", PRIMARY, "o"), ("private", SECONDARY, "^")):
+        known = ledger.dropna(subset=["oof_auc", f"{word}_score"])
+        if len(known):
+            ax.scatter(known["oof_auc"], known[f"{word}_score"], color=colour, marker=marker, s=24, label=word)
+            counts.append(f"{len(known)} with a {word} score")
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle score (LB)")
     ax.legend(loc="best")
-    caption = "; ".join(parts)
-    return make_plot(figure, "Kaggle scores versus OOF AUC", f"{caption[:1].upper()}{caption[1:]}.")
+    return Plot(figure, "Kaggle scores versus OOF AUC", f"Submissions: {', '.join(counts)}.")
+
+
+def _mean_and_range(
+    grid: Floats,
+    curve: Callable[[Labels, Floats], Floats],
+    axes: tuple[str, str],
+    oof: pd.DataFrame,
+    reference: Reference | None,
+) -> tuple[Figure, str]:
+    """Draw `curve` on `grid`: mean and range over the folds of `oof`, and the mean over those of `reference`, if any.
+
+    Return the figure and what its caption says about the reference.
+    """
+
+    def folds(table: pd.DataFrame) -> Floats:
+        parts = (part for _, part in table.groupby("fold"))
+        return np.stack([curve(part["label"].to_numpy(), part["probability"].to_numpy()) for part in parts])
+
+    figure, ax = _panel()
+    curves = folds(oof)
+    ax.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
+    ax.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
+    if reference:
+        ax.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
+    ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    return figure, f" Grey and dashed: {reference[0]}." if reference else ""
+
+
+def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Return a figure of `width` by `height` inches and its only axes."""
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _number(value: float) -> str:

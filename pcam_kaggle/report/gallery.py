@@ -1,23 +1,20 @@
-"""Pictures for notebooks: patches with the labelled centre, augmented patches, the largest errors, and curves by fold."""
+"""Pictures for notebooks: patches with the labelled centre, augmented patches, the worst mistakes, and curves."""
 
 import base64
 import html
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.report.figures import FOLD_RANGE, STYLE, Plot, learning, roc
 from pcam_kaggle.training.augment import augmentation
 
 LABELLED_SIDE = 32
@@ -28,26 +25,18 @@ COLUMNS = 4
 PATCHES_PER_LABEL = 8
 LABELS = ("Tumour in the centre", "No tumour in the centre")
 ERRORS = ("False negatives, with their probabilities", "False positives, with their probabilities")
-FOLD_COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
-RUN_STYLES = ("-", "--", ":", "-.")
 
 Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """Figures side by side, or one below the other where the window is narrow.
+    """Figures side by side, or one below the other where the window is narrow; notebooks show the HTML."""
 
-    Notebooks show the HTML, which needs no pyplot backend.
-
-    Attributes:
-        figures: Each figure by its text alternative.
-    """
-
-    figures: dict[str, Figure]
+    plots: list[Plot]
 
     def _repr_html_(self) -> str:
-        return "\n".join(_image(alternative, figure) for alternative, figure in self.figures.items())
+        return "\n".join(_picture(plot) for plot in self.plots)
 
 
 def draw_examples(labels: pd.DataFrame, count: int = PATCHES_PER_LABEL, seed: int = 0) -> pd.DataFrame:
@@ -56,7 +45,7 @@ def draw_examples(labels: pd.DataFrame, count: int = PATCHES_PER_LABEL, seed: in
     return pd.concat(drawn[::-1], ignore_index=True)
 
 
-def largest_errors(oof: pd.DataFrame, count: int = PATCHES_PER_LABEL) -> pd.DataFrame:
+def worst_mistakes(oof: pd.DataFrame, count: int = PATCHES_PER_LABEL) -> pd.DataFrame:
     """Return the `count` lowest-scored rows of `oof` (id, label, probability) with tumour, then the highest-scored without."""
     by_score = oof.sort_values(["probability", "id"])
     negatives, positives = by_score[by_score["label"] == 1].head(count), by_score[by_score["label"] == 0].tail(count)[::-1]
@@ -78,34 +67,28 @@ def patch_gallery(
     titles: tuple[str, str] = LABELS,
     marked: bool = True,
 ) -> Gallery:
-    """Return pictures of patches by label.
+    """Return a figure of the RGB `patches` (n, side, side, 3) of label 1 and one of those of label 0, with their `titles`.
 
-    Args:
-        patches: RGB uint8 (n, side, side, 3).
-        labels: 0 or 1, (n,).
-        probabilities: Printed above each patch, (n,); None for nothing.
-        titles: Titles of the figures of label 1 and of label 0.
-        marked: Whether to mark the centre that decides the label.
+    The `probabilities` (n,) are printed above the patches; `marked` frames the centre that decides the label.
     """
     texts = [f"{value:.3f}" for value in probabilities] if probabilities is not None else [""] * len(patches)
-    figures = {}
+    plots = []
     for label, title in zip((1, 0), titles, strict=True):
         chosen = np.flatnonzero(labels == label)
         if len(chosen):
-            figures[title] = _patch_figure(patches[chosen], title, [texts[index] for index in chosen], marked)
-    return Gallery(figures)
+            figure = _patch_figure(patches[chosen], title, [texts[index] for index in chosen], marked)
+            plots.append(Plot(figure, title, ""))
+    return Gallery(plots)
 
 
 def curves(logs: Mapping[str, Mapping[int, pd.DataFrame]], oof: pd.DataFrame) -> Gallery:
-    """Return learning curves and ROC curves, with a colour for each fold.
+    """Return the learning curves of each run and the ROC curve of `oof` (label, fold, probability).
 
-    Args:
-        logs: For each run, the training log (epoch, valid_auc) of each fold; the learning curves are left out if all are empty.
-        oof: Columns label, fold, probability.
+    `logs` has the training log (epoch, train_loss, valid_auc) of each fold of each run; a run without logs is left out.
     """
-    roc = _roc_figure(oof)
-    learning = {"Learning curves": _learning_figure(logs)} if any(logs.values()) else {}
-    return Gallery(learning | {"ROC curves": roc})
+    plots = [learning(name, folds) for name, folds in logs.items() if folds]
+    plot = roc("Out of fold", oof)
+    return Gallery([*plots, Plot(plot.figure, "ROC curves", f"{plot.caption} {FOLD_RANGE}")])
 
 
 def _patch_figure(patches: Images, title: str, texts: Sequence[str], marked: bool) -> Figure:
@@ -128,42 +111,13 @@ def _patch_figure(patches: Images, title: str, texts: Sequence[str], marked: boo
     return figure
 
 
-def _learning_figure(logs: Mapping[str, Mapping[int, pd.DataFrame]]) -> Figure:
-    figure = Figure((WIDTH, 0.8 * WIDTH), layout="constrained")
-    ax = figure.add_subplot()
-    ax.set(title="Learning curves", xlabel="Epoch", ylabel="Validation AUC")
-    for (name, folds), style in zip(logs.items(), itertools.cycle(RUN_STYLES)):
-        for fold, log in folds.items():
-            label = f"fold {fold}" if len(logs) == 1 else f"{name}, fold {fold}"
-            ax.plot(log["epoch"], log["valid_auc"], style, color=_colour(fold), marker=".", label=label)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", fontsize=8)
-    return figure
-
-
-def _roc_figure(oof: pd.DataFrame) -> Figure:
-    figure = Figure((WIDTH, 0.8 * WIDTH), layout="constrained")
-    ax = figure.add_subplot()
-    ax.set(title="ROC curves", xlabel="False positive rate", ylabel="True positive rate")
-    ax.plot([0, 1], [0, 1], ":", color="grey")
-    for fold, part in oof.groupby("fold"):
-        labels, scores = part["label"].to_numpy(), part["probability"].to_numpy()
-        false, true, _ = roc_curve(labels, scores)
-        ax.plot(false, true, color=_colour(int(fold)), label=f"fold {fold}, AUC {auc(labels, scores):.4f}")
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", fontsize=8)
-    return figure
-
-
-def _colour(fold: int) -> tuple[float, float, float]:
-    return FOLD_COLOURS[fold % len(FOLD_COLOURS)]
-
-
-def _image(alternative: str, figure: Figure) -> str:
-    """Return `figure` as an HTML image that is never wider than the window."""
+def _picture(plot: Plot) -> str:
+    """Return `plot` as an HTML figure that is never wider than the window."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    with mpl.rc_context(STYLE):
+        plot.figure.savefig(buffer, format="png", dpi=DPI)
     content = base64.b64encode(buffer.getvalue()).decode()
-    style = f"width: {round(DPI * figure.get_figwidth())}px; max-width: 98%; height: auto; display: inline-block; margin: 0 1%"
-    return f'<img alt="{html.escape(alternative)}" style="{style}" src="data:image/png;base64,{content}">'
+    width = round(DPI * plot.figure.get_figwidth())
+    style = f"width: {width}px; max-width: 98%; display: inline-block; margin: 0 1%; vertical-align: top"
+    image = f'<img alt="{html.escape(plot.title)}" style="width: 100%" src="data:image/png;base64,{content}">'
+    return f'<figure style="{style}">{image}<figcaption>{html.escape(plot.caption)}</figcaption></figure>'

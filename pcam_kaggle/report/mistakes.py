@@ -1,6 +1,8 @@
-"""The patches with the largest errors of a run, with their Grad-CAM maps."""
+"""The worst mistakes of a run, with Grad-CAM maps of what the model looked at."""
 
 import base64
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -9,11 +11,12 @@ import pandas as pd
 import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.report.gallery import LABELLED_SIDE, largest_errors
-from pcam_kaggle.report.grad_cam import grad_cam
+from pcam_kaggle.report.gallery import LABELLED_SIDE, worst_mistakes
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import net_input
@@ -23,6 +26,9 @@ MISTAKES_PER_LABEL = 6
 SCALE = 2
 HEAT_OPACITY = 0.6
 JPEG_QUALITY = 85
+# On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
+MIN_SIDE = 4
+NO_MAPS = {"patch_embed", "attn", "attn_drop"}
 
 
 class Mistake(NamedTuple):
@@ -36,22 +42,16 @@ class Mistake(NamedTuple):
     overlay: str
 
 
-def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: PatchStore) -> list[Mistake]:
-    """Return the 6 lowest-scored patches with tumour, then the 6 highest-scored without, worst first.
+def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: PatchStore) -> list[Mistake]:
+    """Return the 6 lowest-scored patches with tumour of `oof`, then the 6 highest-scored without, worst first.
 
-    The map of a patch comes from the net of its own fold, without TTA.
-
-    Args:
-        oof: Columns id, label, fold, probability.
-        fields: The fields of the run's config.
-        run: The run.
-        store: Has the train patches.
+    The map of a patch comes from the model of its own fold, without TTA; `fields` are those of the run's config.
 
     Raises:
-        UserError: A checkpoint or a patch is missing.
+        UserError: A checkpoint or a patch is missing, or the model has no map of features.
     """
     config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
-    chosen = largest_errors(oof, MISTAKES_PER_LABEL)
+    chosen = worst_mistakes(oof, MISTAKES_PER_LABEL)
     patches = store.images(store.rows("train", chosen["id"].to_numpy()))
     heat = np.zeros(patches.shape[:3], np.float32)
     for fold, part in chosen.groupby("fold"):
@@ -66,6 +66,72 @@ def most_wrong(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: Patch
         Mistake(row.id, row.label, row.fold, row.probability, _jpeg(patch), _jpeg(patch, heat_map))
         for row, patch, heat_map in zip(chosen.itertuples(), patches, heat, strict=True)
     ]
+
+
+def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
+    """Compute gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2).
+
+    Args:
+        net: A model in evaluation mode that returns logits (n,).
+        images: (n, 3, h, w).
+        signs: (n,), 1 to explain the class tumour, -1 to explain the class no tumour.
+
+    Returns:
+        Maps, float32 (n, h, w) in [0, 1], each divided by its maximum unless it is zero everywhere.
+
+    Raises:
+        UserError: No module of the model returns a map of more than one position.
+    """
+    module = feature_module(net, images[:1])
+    features: list[Tensor] = []
+
+    def record(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        features.append(output.detach().requires_grad_())
+        # A copy, since the next layer may be in-place.
+        return features[-1].clone()
+
+    with torch.enable_grad(), _hooked([module], record):
+        logits = net(images)
+        (gradient,) = torch.autograd.grad((logits * signs).sum(), features[-1])
+    maps = (gradient.mean((2, 3), keepdim=True) * features[-1].detach()).sum(1, keepdim=True).relu().float()
+    maps = nn.functional.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
+    """Return the last module of `net` whose output is a square map (n, channels, h, w) of at least 4 x 4 positions.
+
+    Without one, return the last module with more than one position.
+
+    Raises:
+        UserError: There is no such module.
+    """
+    outputs: list[tuple[int, nn.Module]] = []
+
+    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+        # The patch is square, and so are its maps; transformers also return tensors with the channels last.
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
+            outputs.append((output.shape[2], module))
+
+    # What a transformer makes of patches, and its attention between them, are no maps of features.
+    modules = [module for name, module in net.named_modules() if name and not NO_MAPS & set(name.split("."))]
+    with torch.no_grad(), _hooked(modules, record):
+        net(images)
+    for minimum in (MIN_SIDE, 2):
+        candidates = [module for side, module in outputs if side >= minimum]
+        if candidates:
+            return candidates[-1]
+    raise UserError("no module of the model returns a map of more than one position")
+
+
+@contextlib.contextmanager
+def _hooked(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _jpeg(patch: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> str:

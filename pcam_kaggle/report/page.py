@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML file: conclusions, table, figures, and the largest errors of the baseline."""
+"""A comparison as one self-contained HTML file: conclusions, table, figures, and the worst mistakes of the baseline."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,33 +10,20 @@ from jinja2 import Environment, StrictUndefined
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import groups
+from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.kaggle.ledger import LEDGER_FILE
-from pcam_kaggle.report import curves, figures
+from pcam_kaggle.report import figures
+from pcam_kaggle.report.figures import FOLD_RANGE, Plot
 from pcam_kaggle.report.gallery import LABELLED_SIDE
-from pcam_kaggle.report.mistakes import Mistake, most_wrong
-from pcam_kaggle.report.svg import Plot
+from pcam_kaggle.report.mistakes import Mistake, explained_mistakes
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.compare import Comparison, Entry
-from pcam_kaggle.scoring.evaluation_table import caption as evaluation_caption
-from pcam_kaggle.scoring.evaluation_table import perturbation_table, score_table
-from pcam_kaggle.scoring.render import caption, comparison_table, conclusions, display_table
-from pcam_kaggle.scoring.resampling import unit_of
+from pcam_kaggle.runs.submissions import KAGGLE_SCORES, LEDGER_FILE
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_caption, evaluation_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SCORES = ["public_score", "private_score"]
-FOLD_RANGE = "Line: mean over folds. Band: range over folds."
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table of the report: its title, the names of its columns, and its cells by row, all as text."""
-
-    title: str
-    columns: list[str]
-    cells: list[list[str]]
 
 
 @dataclass(slots=True)
@@ -48,7 +35,7 @@ class Section:
     text: str
     plots: list[Plot] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
@@ -56,11 +43,21 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
 
     A section whose input is missing (patch store, checkpoints, slides, Kaggle scores) gives the reason instead.
     """
-    baseline, rows = comparison.baseline, comparison_table(comparison)
+    baseline, shown = comparison.baseline, display_table(comparison)
     assert baseline.oof is not None
-    by_name = {entry.name: entry for entry in comparison.entries}
-    entries = [by_name[name] for name in rows["run"]]
-    shown = display_table(rows)
+    by_name = {run.name: run for run in comparison.runs}
+    entries = [by_name[name] for name in shown["run"]]
+    scored = [(entry, entry.oof) for entry in entries if entry.oof is not None and not entry.problem]
+    sections = [
+        *_curves(scored, baseline.name, baseline.oof),
+        _learning(entries, workspace),
+        *_probabilities(scored),
+        _slide_aucs(scored, comparison, workspace),
+        _held_out(workspace),
+        _mistakes(baseline, baseline.oof, workspace),
+        _correlation(scored, baseline),
+        _leaderboard(workspace),
+    ]
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -73,73 +70,46 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
         sentences=conclusions(comparison),
         columns=shown.columns[:-1].tolist(),
         cells=shown.to_numpy().tolist(),
-        sections=[
-            _roc(entries, baseline),
-            _precision_recall(entries, baseline),
-            _learning(entries, workspace),
-            _histograms(entries),
-            _reliability(entries),
-            _slide_aucs(entries, comparison, workspace),
-            _evaluations(workspace),
-            _mistakes(baseline, workspace),
-            _correlation(entries, baseline),
-            _leaderboard(workspace),
-        ],
+        sections=sections,
     )
     write(target, lambda file: file.write(text.encode()))
 
 
-def _scored(entries: list[Entry]) -> list[tuple[Entry, pd.DataFrame]]:
-    """Return the entries that can be scored, with their OOF tables."""
-    return [(entry, entry.oof) for entry in entries if entry.oof is not None and not entry.problem]
+def _curves(scored: list[tuple[ComparedRun, pd.DataFrame]], name: str, oof: pd.DataFrame) -> list[Section]:
+    """Return the ROC and precision-recall curves, with those of the baseline `name` beside the runs paired with it."""
+    drawn = [(entry.name, table, (name, oof) if entry.pooled else None) for entry, table in scored]
+    return [
+        Section("roc", "ROC curves", FOLD_RANGE, [figures.roc(*each) for each in drawn]),
+        Section("precision-recall", "Precision-recall curves", FOLD_RANGE, [figures.precision_recall(*each) for each in drawn]),
+    ]
 
 
-def _reference(entry: Entry, baseline: Entry) -> curves.Reference | None:
-    """Return the baseline as a reference curve for `entry`, or None where the two are not paired."""
-    assert baseline.oof is not None
-    return curves.Reference(baseline.name, baseline.oof) if entry.pooled else None
-
-
-def _roc(entries: list[Entry], baseline: Entry) -> Section:
-    plots = [curves.roc(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
-    return Section("roc", "ROC curves", FOLD_RANGE, plots)
-
-
-def _precision_recall(entries: list[Entry], baseline: Entry) -> Section:
-    plots = [curves.precision_recall(entry.name, oof, _reference(entry, baseline)) for entry, oof in _scored(entries)]
-    return Section("precision-recall", "Precision-recall curves", FOLD_RANGE, plots)
-
-
-def _learning(entries: list[Entry], workspace: Workspace) -> Section:
+def _learning(entries: list[ComparedRun], workspace: Workspace) -> Section:
     section = Section("learning", "Learning curves", "Per epoch, from each fold's log.")
-    for entry in entries:
-        logs = Run(workspace.run(entry.name)).logs()
-        if logs:
-            section.plots.append(curves.learning(entry.name, logs))
+    logs = {entry.name: Run(workspace.run(entry.name)).logs() for entry in entries}
+    section.plots = [figures.learning(name, folds) for name, folds in logs.items() if folds]
     if not section.plots:
         section.text = "None of these runs has a log: blends and probes have no epochs."
     return section
 
 
-def _histograms(entries: list[Entry]) -> Section:
-    plots = [figures.histogram(entry.name, oof) for entry, oof in _scored(entries)]
-    return Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", plots)
-
-
-def _reliability(entries: list[Entry]) -> Section:
+def _probabilities(scored: list[tuple[ComparedRun, pd.DataFrame]]) -> list[Section]:
+    histograms = [figures.histogram(entry.name, oof) for entry, oof in scored]
+    reliability = [figures.reliability(entry.name, oof) for entry, oof in scored]
     text = "The points of a calibrated model are on the diagonal. Calibration affects thresholds, not the AUC."
-    plots = [figures.reliability(entry.name, oof) for entry, oof in _scored(entries)]
-    return Section("reliability", "Calibration", text, plots)
+    return [
+        Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", histograms),
+        Section("reliability", "Calibration", text, reliability),
+    ]
 
 
-def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspace) -> Section:
+def _slide_aucs(scored: list[tuple[ComparedRun, pd.DataFrame]], comparison: Comparison, workspace: Workspace) -> Section:
     text = "Out of fold, within each slide or stain group that has patches of both labels."
     section = Section("slides", "AUC by slide", text)
-    for entry, oof in _scored(entries):
+    for entry, oof in scored:
+        slides, unit = comparison.groups, comparison.unit
         if entry.unpaired_reason:
-            slides, unit = groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
-        else:
-            slides, unit = comparison.groups, comparison.unit
+            slides, unit = read_groups(workspace.folds / f"{entry.scheme}.csv"), unit_of(entry.scheme)
         plot = None if slides is None else figures.slide_aucs(entry.name, oof, slides, unit)
         section.plots += [plot] if plot else []
     if not section.plots:
@@ -147,38 +117,48 @@ def _slide_aucs(entries: list[Entry], comparison: Comparison, workspace: Workspa
     return section
 
 
-def _evaluations(workspace: Workspace) -> Section:
-    section = Section("evaluations", "Other labelled patches", "")
+def _held_out(workspace: Workspace) -> Section:
+    section = Section("evaluations", "Held-out slides", "")
     captions = []
     for folder in sorted(workspace.evaluations.glob("*/")):
         try:
             result = Evaluation(folder).result()
-            tables = (
-                (f"Scores on {folder.name}", score_table(result)),
-                (f"{folder.name} under corruptions", perturbation_table(result)),
-            )
+        except UserError as error:
+            captions.append(_left_out(error))
+        else:
             captions.append(f"{folder.name}: {evaluation_caption(result)}")
-        except (UserError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            captions.append(f"Left out: {' '.join(str(error).split())[:300]}.")
-            continue
-        section.tables += [
-            Table(title, table.columns.tolist(), table.to_numpy().tolist()) for title, table in tables if len(table)
-        ]
+            section.tables[f"Scores on {folder.name}"] = evaluation_table(result)
     section.text = (
-        " ".join(captions)
-        or "Not available: no run was evaluated on other labelled patches (`python -m pcam_kaggle evaluate`)."
+        " ".join(captions) or "Not available: no run was evaluated on held-out slides (`python -m pcam_kaggle evaluate`)."
     )
     return section
 
 
-def _correlation(entries: list[Entry], baseline: Entry) -> Section:
+def _mistakes(base: ComparedRun, oof: pd.DataFrame, workspace: Workspace) -> Section:
+    section = Section(
+        "mistakes",
+        "Worst mistakes",
+        f"{base.name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The "
+        f"square marks the centre of {LABELLED_SIDE} px that decides the label. Next to each patch is its Grad-CAM map, from "
+        "the model that was not trained on the patch: bright regions contributed most to the prediction.",
+    )
+    try:
+        if not base.config:
+            raise UserError(f"{base.name} is a blend, which has no model of its own")
+        section.mistakes = explained_mistakes(oof, base.config, Run(workspace.run(base.name)), PatchStore(workspace.store))
+    except (UserError, OSError, RuntimeError) as error:
+        # An old checkpoint, or a model without feature maps, must not prevent the rest of the report.
+        section.text = _left_out(error)
+    return section
+
+
+def _correlation(scored: list[tuple[ComparedRun, pd.DataFrame]], baseline: ComparedRun) -> Section:
     section = Section("correlation", "Correlation between runs", "A blend gains most from runs that are accurate and differ.")
-    paired = [entry for entry in entries if entry is baseline or entry.pooled]
+    paired = {entry.name: oof["probability"] for entry, oof in scored if entry is baseline or entry.pooled}
     if len(paired) < 2:
         section.text = "Not available: needs two runs that are scored on the same patches and folds."
-        return section
-    probabilities = np.stack([entry.oof["probability"].to_numpy() for entry in paired if entry.oof is not None])
-    section.plots.append(figures.correlation([entry.name for entry in paired], probabilities))
+    else:
+        section.plots.append(figures.correlation([*paired], np.stack([*paired.values()])))
     return section
 
 
@@ -186,32 +166,18 @@ def _leaderboard(workspace: Workspace) -> Section:
     section = Section("leaderboard", "CV versus LB", "Does a better OOF AUC mean a better score on Kaggle?")
     file = workspace.submissions / LEDGER_FILE
     try:
-        ledger = pd.read_csv(file, dtype={"name": str}).astype(dict.fromkeys(["oof_auc", *SCORES], float))
-        if ledger[SCORES].notna().any(axis=None):
-            section.plots.append(figures.cv_versus_lb(ledger))
-        else:
-            section.text = "Not available: no Kaggle scores are recorded."
+        ledger = pd.read_csv(file, dtype={"name": str}).astype(dict.fromkeys(["oof_auc", *KAGGLE_SCORES], float))
     except FileNotFoundError:
         section.text = "Not available: there are no submissions."
     except (OSError, ValueError, KeyError):
-        section.text = f"Not available: {file.name} can't be read; write it again with `python -m pcam_kaggle kaggle ledger`."
+        section.text = f"Not available: {file.name} can't be read; write it again with `python -m pcam_kaggle kaggle scores`."
+    else:
+        if ledger[[*KAGGLE_SCORES]].notna().any(axis=None):
+            section.plots.append(figures.cv_versus_lb(ledger))
+        else:
+            section.text = "Not available: no Kaggle scores are recorded."
     return section
 
 
-def _mistakes(base: Entry, workspace: Workspace) -> Section:
-    section = Section(
-        "mistakes",
-        "Where it is most wrong",
-        f"{base.name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The "
-        f"square marks the centre of {LABELLED_SIDE} px that decides the label. Next to each patch is its Grad-CAM map, from "
-        "the net that was not trained on the patch: bright regions contributed most to the prediction.",
-    )
-    assert base.oof is not None
-    try:
-        if not base.config:
-            raise UserError(f"{base.name} is a blend, which has no net of its own")
-        section.mistakes = most_wrong(base.oof, base.config, Run(workspace.run(base.name)), PatchStore(workspace.store))
-    except (UserError, OSError, TypeError, ValueError, RuntimeError) as error:
-        # An old checkpoint, or a net without feature maps, must not prevent the rest of the report.
-        section.text = f"Left out: {' '.join(str(error).split())[:300]}."
-    return section
+def _left_out(error: Exception) -> str:
+    return f"Left out: {' '.join(str(error).split())[:300]}."

@@ -1,74 +1,71 @@
-"""Predictions of runs for a set of labelled patches, and their scores, as files."""
+"""Predictions of runs for a held-out set, and their scores, as files."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.tables import read_numbers
+from pcam_kaggle.runs.records import HeldOutRecord, HeldOutSources
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.held_out import EvaluationResult
 
-UNCHANGED = "unchanged"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The predictions and scores of runs on a set of labelled patches, in `folder`.
+    """The predictions and scores of runs on a held-out set, in `folder`.
 
-    - `<change>/<run>.csv`: id, label, and the probability by the net of each fold, `fold_<k>`, in [0, 1]; `change` is
-      `unchanged` or the name of a perturbation
-    - `<change>/<run>.json`: the hash of that table and of what it was computed from
+    - `predictions/<run>.csv`: id, label, and the probability by the model of each fold, `fold_<k>`, in [0, 1]
+    - `predictions/<run>.json`: the hash of that table and of what it was computed from
     - `result.json`: the scores of the runs that were evaluated last
     """
 
     folder: Path
 
     @property
-    def name(self) -> str:
-        """Name of the set of patches."""
-        return self.folder.name
+    def result_file(self) -> Path:
+        """File of the scores."""
+        return self.folder / "result.json"
 
-    def predictions(self, run: str, change: str, sources: dict[str, Any]) -> pd.DataFrame | None:
-        """Return the predictions of `run` for the patches under `change` if they were computed from `sources`."""
-        table, record = self._files(run, change)
+    def result(self) -> EvaluationResult:
+        """Return the scores; raises UserError if there are none or the file is damaged."""
+        return EvaluationResult.read(self.result_file)
+
+    def predictions(self, run: str, sources: HeldOutSources) -> pd.DataFrame | None:
+        """Return the predictions of `run` if they were computed from `sources`."""
+        table, record = self._files(run)
         if not (table.is_file() and record.is_file()):
             return None
-        if read_json(record) != {"sources": sources, "csv_sha256": file_sha256(table)}:
+        if HeldOutRecord.read(record) != HeldOutRecord(sources=sources, csv_sha256=file_sha256(table)):
             return None
-        return read_numbers(table, ["label", *(f"fold_{number}" for number in sources["checkpoints"])])
+        return read_numbers(table, ["label", *(f"fold_{number}" for number in sources.checkpoints)])
 
     def current(self, run: Run) -> pd.DataFrame | None:
-        """Return the stored predictions of `run` for the unchanged patches, None if none are by its present checkpoints."""
-        table, record = self._files(run.name, UNCHANGED)
-        if not (table.is_file() and record.is_file()):
+        """Return the stored predictions of `run`, None if none are by its present checkpoints, or with a warning if damaged."""
+        _, record = self._files(run.name)
+        if not record.is_file():
             return None
-        made = read_json(record, sources=dict, csv_sha256=str)
-        checkpoints = made["sources"]["checkpoints"]
-        files = {number: run.fold(int(number)).best_checkpoint for number in checkpoints}
-        if any(not file.is_file() or file_sha256(file) != checkpoints[number] for number, file in files.items()):
+        try:
+            sources = HeldOutRecord.read(record).sources
+            for number, digest in sources.checkpoints.items():
+                best = run.fold(number).best_checkpoint
+                if not best.is_file() or file_sha256(best) != digest:
+                    return None
+            return self.predictions(run.name, sources)
+        except UserError as error:
+            log.warning("left out: %s", error)
             return None
-        return self.predictions(run.name, UNCHANGED, made["sources"])
 
-    def write_predictions(self, run: str, change: str, sources: dict[str, Any], predicted: pd.DataFrame) -> None:
-        """Write the predictions of `run` for the patches under `change`, computed from `sources`."""
-        table, record = self._files(run, change)
+    def write_predictions(self, run: str, sources: HeldOutSources, predicted: pd.DataFrame) -> None:
+        """Write the predictions of `run`, computed from `sources`."""
+        table, record = self._files(run)
         write_csv(table, predicted)
-        write_json(record, {"sources": sources, "csv_sha256": file_sha256(table)})
+        HeldOutRecord(sources=sources, csv_sha256=file_sha256(table)).write(record)
 
-    @property
-    def has_result(self) -> bool:
-        """Whether runs have been scored on the set."""
-        return (self.folder / "result.json").exists()
-
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Write the scores."""
-        write_json(self.folder / "result.json", result)
-
-    def result(self) -> dict[str, Any]:
-        """Return the scores; raises UserError if there are none or the file is damaged."""
-        return read_json(self.folder / "result.json", patches=int, patches_sha256=str, runs=list)
-
-    def _files(self, run: str, change: str) -> tuple[Path, Path]:
-        return self.folder / change / f"{run}.csv", self.folder / change / f"{run}.json"
+    def _files(self, run: str) -> tuple[Path, Path]:
+        return self.folder / "predictions" / f"{run}.csv", self.folder / "predictions" / f"{run}.json"

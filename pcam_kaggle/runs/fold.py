@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from filelock import FileLock
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import file_sha256, read_json, write_csv, write_json
+from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import check_oof, read_numbers
+from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, PredictionsRecord, TeacherRecord
 
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
 # The tables of predictions, and the columns of numbers in each.
@@ -26,7 +26,7 @@ class Fold:
 
     - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
     - `last.pt`: state after the last finished epoch, from which training resumes; a probe has none
-    - `best.pt`: averaged weights of the epoch with the highest validation AUC, without those of frozen layers
+    - `best.pt`: EMA of the weights in the epoch with the highest validation AUC, without those of frozen layers
     - `log.csv`: a row per finished epoch; a probe has none
     - `metrics.json`: result of a finished training
     - `oof.csv`, `test.csv`: predictions of the validation part and of the test set
@@ -48,7 +48,7 @@ class Fold:
 
     @property
     def best_checkpoint(self) -> Path:
-        """Averaged weights of the best epoch."""
+        """Weights of the best epoch."""
         return self.folder / "best.pt"
 
     @property
@@ -57,7 +57,7 @@ class Fold:
         return self.folder / "events"
 
     def lock(self) -> FileLock:
-        """Return the lock of a fold that several processes train in turn; entering it waits for the other to end."""
+        """Return the lock of a fold that several processes train alternately; entering it waits for the other to end."""
         self.run_folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.run_folder / f".fold_{self.number}.lock")
 
@@ -74,23 +74,15 @@ class Fold:
     @property
     def has_metrics(self) -> bool:
         """Whether the result of training exists; `is_trained` also needs the checkpoint."""
-        return (self.folder / "metrics.json").exists()
-
-    @property
-    def has_log(self) -> bool:
-        """Whether there is a training log."""
-        return (self.folder / "log.csv").exists()
+        return self._metrics_file.exists()
 
     @property
     def has_predictions(self) -> bool:
         """Whether predictions are complete; `is_predicted` also checks that they are up to date."""
-        return (self.folder / "predictions.json").exists()
+        return self._predictions_file.exists()
 
     def log(self) -> pd.DataFrame:
-        """Return the training log.
-
-        Returns:
-            A float64 table with the columns `LOG_COLUMNS` and a row per finished epoch; no rows before the first.
+        """Return the training log: float64 columns `LOG_COLUMNS`, a row per finished epoch.
 
         Raises:
             UserError: `log.csv` is damaged.
@@ -99,42 +91,39 @@ class Fold:
         if not file.exists():
             return pd.DataFrame(columns=LOG_COLUMNS, dtype=float)
         try:
-            return pd.read_csv(file)[LOG_COLUMNS].astype(float)
-        except (ValueError, KeyError):
+            # Logs of earlier versions lack the last columns.
+            return pd.read_csv(file).reindex(columns=LOG_COLUMNS).astype(float)
+        except ValueError:
             raise UserError(f"{file}: not a training log; delete {self.folder} to train the fold again") from None
 
     def write_log(self, rows: list[dict[str, float]]) -> None:
-        """Write the log, `rows` holding one dictionary per finished epoch."""
+        """Write the log, a dictionary per finished epoch."""
         write_csv(self.folder / "log.csv", pd.DataFrame(rows))
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> FoldMetrics:
         """Return the result of a finished training; raises UserError if it is missing or damaged."""
-        return read_json(self.folder / "metrics.json")
+        return FoldMetrics.read(self._metrics_file)
 
-    def write_metrics(self, metrics: dict[str, Any]) -> None:
+    def write_metrics(self, metrics: FoldMetrics) -> None:
         """Write the result of training, which marks the fold as finished."""
-        write_json(self.folder / "metrics.json", metrics)
+        metrics.write(self._metrics_file)
 
     def is_predicted(self, store: PatchStore) -> bool:
         """Return whether predictions are complete and were computed from the current checkpoint and patches."""
         if not self.has_predictions:
             return False
-        made = read_json(self.folder / "predictions.json", sources=dict)
-        return made["sources"] == self._sources(store) and not self.changed_predictions()
+        return self._predictions_record().sources == self._sources(store) and not self.changed_predictions()
 
     def changed_predictions(self) -> list[str]:
         """Return the names of the tables of predictions that are missing or not those of `predictions.json`, if it exists."""
         if not self.has_predictions:
             return []
-        hashes = read_json(self.folder / "predictions.json", files=dict)["files"]
+        hashes = self._predictions_record().files
         paths = [self.folder / name for name in PREDICTIONS]
         return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the validated predictions of this fold.
-
-        Returns:
-            The out-of-fold table (id, label, fold, probability) and the test table (id, probability), sorted by id.
+        """Return the out-of-fold table (id, label, fold, probability) and the test table (id, probability), sorted by id.
 
         Raises:
             UserError: Predictions are missing, outdated, changed or damaged.
@@ -144,9 +133,8 @@ class Fold:
             raise UserError(
                 f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {number} first"
             )
-        made = read_json(folder / "predictions.json", sources=dict)
         best = self.best_checkpoint
-        if best.exists() and file_sha256(best) != made["sources"].get("best_sha256"):
+        if best.exists() and file_sha256(best) != self._predictions_record().sources.best_sha256:
             raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
         for name in self.changed_predictions():
             raise UserError(f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`")
@@ -164,22 +152,16 @@ class Fold:
         """
         for name, table in zip(PREDICTIONS, (oof, test), strict=True):
             write_csv(self.folder / name, table)
-        content = {
-            "sources": self._sources(store),
-            "files": {name: file_sha256(self.folder / name) for name in PREDICTIONS},
-            "images_per_second": images_per_second,
-        }
-        write_json(self.folder / "predictions.json", content)
+        hashes = {name: file_sha256(self.folder / name) for name in PREDICTIONS}
+        record = PredictionsRecord(sources=self._sources(store), files=hashes, images_per_second=images_per_second)
+        record.write(self._predictions_file)
 
     def prediction_rate(self) -> float:
         """Return the measured patches per second of the predictions, all views of a patch counting as one."""
-        return float(read_json(self.folder / "predictions.json", images_per_second=float)["images_per_second"])
+        return self._predictions_record().images_per_second
 
     def teacher_predictions(self, teacher: str) -> pd.DataFrame:
-        """Return the test predictions of the run `teacher` for this fold, and record their hash when the fold starts.
-
-        Returns:
-            Columns id and probability in [0, 1].
+        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts.
 
         Raises:
             UserError: The teacher has no such predictions, or the fold has started without recording their hash.
@@ -190,7 +172,7 @@ class Fold:
         if self.is_started and not record.exists():
             raise UserError(f"{record}: missing, so the teacher may have changed; delete {self.folder} to train it again")
         if not self.is_started:
-            write_json(record, {"teacher": teacher, "test_sha256": file_sha256(source)})
+            TeacherRecord(teacher=teacher, test_sha256=file_sha256(source)).write(record)
         return read_numbers(source, PREDICTIONS["test.csv"])
 
     def teacher_ids(self, teacher: str) -> set[str]:
@@ -202,14 +184,25 @@ class Fold:
         source, record = self._teacher_table(teacher), self.folder / "teacher.json"
         if not (self.is_started and record.exists() and source.exists()):
             return False
-        return read_json(record, test_sha256=str)["test_sha256"] != file_sha256(source)
+        return TeacherRecord.read(record).test_sha256 != file_sha256(source)
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.folder / "metrics.json"
+
+    @property
+    def _predictions_file(self) -> Path:
+        return self.folder / "predictions.json"
+
+    def _predictions_record(self) -> PredictionsRecord:
+        return PredictionsRecord.read(self._predictions_file)
 
     def _teacher_table(self, teacher: str) -> Path:
         return Fold(self.run_folder.parent / teacher, self.number).folder / "test.csv"
 
-    def _sources(self, store: PatchStore) -> dict[str, str]:
-        return {
-            "best_sha256": file_sha256(self.best_checkpoint),
-            "train_sha256": store.manifest["train_sha256"],
-            "test_sha256": store.manifest["test_sha256"],
-        }
+    def _sources(self, store: PatchStore) -> PredictionSources:
+        return PredictionSources(
+            best_sha256=file_sha256(self.best_checkpoint),
+            train_sha256=store.manifest.train_sha256,
+            test_sha256=store.manifest.test_sha256,
+        )

@@ -1,35 +1,30 @@
-"""Runs that were trained elsewhere: checked, and copied into this workspace."""
+"""Runs that were trained elsewhere: validated, and copied into this workspace."""
 
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from pcam_kaggle.core.config import Config, upgraded
+from pcam_kaggle.core.config import upgraded
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import PART, file_sha256, locked, read_json, write, write_json
+from pcam_kaggle.core.files import PART, file_sha256, locked, write
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
+from pcam_kaggle.runs.records import Environment, RunConfig
 from pcam_kaggle.runs.run import BLEND_FILES, Run
+from pcam_kaggle.runs.submissions import SubmissionRecord
 
 OLD = ".old"
 
 
 def import_runs(source: Path, workspace: Workspace) -> list[str]:
-    """Copy the runs in `source`/runs, their fold files and submissions into `workspace`.
+    """Copy the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of changed runs.
 
     Of a fold that is in both places the one with more finished epochs is used, all of its files at once. Files are validated
-    before they are copied, and only those that belong to a run are copied.
-
-    Args:
-        source: A folder with `runs`, and optionally `folds` and `submissions`, such as a downloaded kernel output.
-        workspace: Where to copy them.
-
-    Returns:
-        The names of the runs of which something was copied.
+    before they are copied, and only those that belong to a run are copied. `source` may have `folds` and `submissions` beside
+    `runs`, as a downloaded kernel output has.
 
     Raises:
         UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
@@ -52,15 +47,12 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     folds = _newer_folds(run, target)
     is_new = run.is_experiment and not target.is_experiment
     use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
-    blend = list(_blend_files(run)) if use_blend else []
+    # A session may end between the files of a blend, and blending again is cheap.
+    blend = [run.folder / name for name in BLEND_FILES] if use_blend and run.has_consistent_blend else []
     if not (folds or is_new or blend):
         return False
     for fold in folds:
         _check_fold(fold)
-    for file in blend:
-        _refuse_link(file)
-    for name in ("config.json", "environment.json"):
-        _refuse_link(run.folder / name)
     environments = run.environments()
     beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
     beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
@@ -72,10 +64,7 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
         for file, copy in beside:
             _copy(file, copy)
     if folds or is_new:
-        own = read_json(target.folder / "config.json") if target.is_experiment else {}
-        write_json(target.folder / "config.json", read_json(run.folder / "config.json") | own)
-        for entry in environments:
-            target.add_environment(entry)
+        _merge_origin(run, target, environments)
     for fold in folds:
         _replace_fold(fold, target.fold(fold.number))
     # metrics.json is copied last: without it an interrupted copy is repeated.
@@ -84,29 +73,33 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     return True
 
 
+def _merge_origin(run: Run, target: Run, environments: list[Environment]) -> None:
+    """Write to `target` what it was made from, unless it is there, the hash of its weights, and the sessions of `run`."""
+    made = run.made_from()
+    own = target.made_from() if target.is_experiment else made
+    own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
+    for entry in environments:
+        target.add_environment(entry)
+
+
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
     """Return the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
     if not run.is_experiment:
         return []
-    file = run.folder / "config.json"
-    theirs = _made_from(run)
-    ours = _made_from(target) if target.is_experiment else {}
-    # The hash of pretrained weights is recorded when the first fold starts.
-    if any(ours.get(key, value) != value for key, value in theirs.items()):
+    theirs = run.made_from()
+    if target.is_experiment and not _is_same_run(theirs, target.made_from()):
         raise UserError(
             f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
         )
-    try:
-        config = Config(**theirs["config"])
-    except UserError as error:
-        raise UserError(f"{file}: {error}; use the version that trained it") from None
-    numbers = range(config.n_splits)
+    numbers = range(run.config().n_splits)
     return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
 
 
-def _made_from(run: Run) -> dict[str, Any]:
-    made = read_json(run.folder / "config.json", config=dict)
-    return made | {"config": upgraded(made["config"])}
+def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
+    # The hash of pretrained weights is recorded when the first fold starts.
+    hashes = {each.weights_sha256 for each in (theirs, ours)} - {None}
+    one, other = (each.model_copy(update={"config": upgraded(each.config), "weights_sha256": None}) for each in (theirs, ours))
+    return one == other and len(hashes) < 2
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
@@ -136,15 +129,9 @@ def _clear(old: Path) -> None:
     shutil.rmtree(old)
 
 
-def _blend_files(run: Run) -> Iterator[Path]:
-    """Yield the files of the blend if it is complete; a session may end between them, and blending again is cheap."""
-    if run.is_blended and run.has_consistent_blend:
-        yield from (run.folder / name for name in BLEND_FILES)
-
-
 def _missing_folds(run: Run) -> float:
     """Return how many folds the blend was made without; infinity if there is no blend."""
-    return len(run.blend_metrics(missing_folds=list)["missing_folds"]) if run.has_score else math.inf
+    return len(run.blend_metrics().missing_folds) if run.has_score else math.inf
 
 
 def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
@@ -152,12 +139,10 @@ def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
     if not run.is_experiment:
         return
     made = run.made_from()
-    _check_name(run.folder, made["folds"])
-    table, manifest = (folder / f"{made['folds']}{suffix}" for suffix in (".csv", ".json"))
+    _check_name(run.folder, made.folds)
+    table, manifest = (folder / f"{made.folds}{suffix}" for suffix in (".csv", ".json"))
     if table.is_file() and manifest.is_file():
-        _refuse_link(manifest)
-        read_json(manifest)
-        if table.is_symlink() or file_sha256(table) != made["folds_sha256"]:
+        if file_sha256(table) != made.folds_sha256:
             raise UserError(f"{table}: not the folds that the run {run.name} was trained on; download it again")
         yield from (table, manifest)
 
@@ -165,11 +150,9 @@ def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
     """Yield the submissions of run `name` in `folder`, each with its JSON file, after checking that they belong together."""
     for file in sorted(folder.glob("*.json")):
-        _refuse_link(file)
-        made = read_json(file, run=str, sha256=str)
-        table = file.with_suffix(".csv")
-        if made["run"] == name and table.exists():
-            if table.is_symlink() or file_sha256(table) != made["sha256"]:
+        made, table = SubmissionRecord.read(file), file.with_suffix(".csv")
+        if made.run == name and table.exists():
+            if file_sha256(table) != made.sha256:
                 raise UserError(f"{table}: not what {file.name} describes; download it again")
             yield from (table, file)
 
@@ -188,16 +171,12 @@ def _epochs(fold: Fold) -> int:
 
 
 def _check_fold(fold: Fold) -> None:
-    """Raise UserError if a file of `fold` is a link, damaged, or not what the fold's other files say."""
-    files = [file for name in FOLD_FILES if (file := fold.folder / name).is_file()]
-    for file in files:
-        _refuse_link(file)
-    for file in (file for file in files if file.suffix == ".json"):
-        read_json(file)
+    """Raise UserError if a file of `fold` is damaged, or not what the fold's other files say."""
     if fold.best_checkpoint.exists():
         checkpoint.load(fold.best_checkpoint, "net")
+    rows = len(fold.log())
     # A log that lacks its last rows is written again when the fold resumes, and is final once the fold is finished.
-    if fold.has_metrics and fold.has_log and len(fold.log()) != _epochs(fold):
+    if fold.has_metrics and fold.metrics() and rows not in (0, _epochs(fold)):
         raise UserError(f"{fold.folder / 'log.csv'}: not the log of last.pt; download it again")
     for name, columns in PREDICTIONS.items():
         if (fold.folder / name).is_file():
@@ -206,14 +185,9 @@ def _check_fold(fold: Fold) -> None:
         raise UserError(f"{fold.folder / changed}: not what predictions.json describes; download it again")
 
 
-def _check_name(folder: Path, name: object) -> None:
-    if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
+def _check_name(folder: Path, name: str) -> None:
+    if not PLAIN_NAME.fullmatch(name):
         raise UserError(f"{folder}: {name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
-
-
-def _refuse_link(file: Path) -> None:
-    if file.is_symlink():
-        raise UserError(f"{file}: is a link, not a file")
 
 
 def _copy(source: Path, target: Path) -> None:

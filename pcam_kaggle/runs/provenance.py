@@ -7,34 +7,28 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pcam_kaggle import __version__
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.runs.records import BackendRecord, Environment
 
 PACKAGES = ("torch", "timm", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn")
 
 
-def session_environment(backend: dict[str, str], device: str, store: PatchStore) -> dict[str, Any]:
-    """Return this session's entry of a run's environment.json.
-
-    Args:
-        backend: Kind of device, precision and memory format that the session computes with.
-        device: Name of the device.
-        store: The packed patches, whose counts and hashes are included.
-    """
-    return {
-        "started": session_start(),
-        "backend": backend,
-        "device": device,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "pcam_kaggle": __version__,
-        "commit": commit(),
-        "packages": versions(),
-        "data": {key: store.manifest[key] for key in ("train", "test", "skipped", "train_sha256", "test_sha256")},
-    }
+def session_environment(backend: BackendRecord, device: str, store: PatchStore) -> Environment:
+    """Return this session's entry of a run's environment.json, with the counts and hashes of the packed patches."""
+    return Environment(
+        started=session_start(),
+        backend=backend,
+        device=device,
+        cpus=os.cpu_count(),
+        machine=platform.machine(),
+        python=platform.python_version(),
+        pcam_kaggle=__version__,
+        commit=commit(),
+        packages=versions(),
+        data=store.manifest.model_dump(include={"train", "test", "skipped", "train_sha256", "test_sha256"}),
+    )
 
 
 @cache

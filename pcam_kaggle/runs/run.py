@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
 from pcam_kaggle.core.config import Config, upgraded
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, reading, sha256, write, write_csv, write_json
+from pcam_kaggle.core.files import csv_bytes, file_sha256, reading, sha256, write, write_csv
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import check_oof, read_numbers
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.records import Environment, RunConfig
+from pcam_kaggle.scoring.blend import Blend, RunPredictions
+from pcam_kaggle.scoring.held_out import Ensemble
+from pcam_kaggle.scoring.results import BlendMetrics
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ BLEND_FILES = ("oof.csv", "test.csv", "metrics.json")
 class Run:
     """A run in `folder`: an experiment's, with a folder per fold, or a blend of other runs, which has no config.
 
-    - `config.json`: experiment, config, and the hashes of folds, patches and pretrained weights
+    - `config.json`: see `RunConfig`
     - `environment.json`: a list with an entry for each session that worked on the run
     - `fold_<k>/`: see `Fold`
     - `oof.csv`, `test.csv`, `metrics.json`: the blended predictions and their score, written in this order
@@ -41,19 +46,19 @@ class Run:
         return self.folder.name
 
     @property
-    def is_experiment(self) -> bool:
-        """Whether the folder holds an experiment's run, which has a config."""
-        return (self.folder / "config.json").is_file()
-
-    @property
-    def is_blended(self) -> bool:
-        """Whether the blended predictions and their score exist."""
-        return all((self.folder / name).exists() for name in BLEND_FILES)
+    def config_file(self) -> Path:
+        """What the run was made from."""
+        return self.folder / "config.json"
 
     @property
     def environment_file(self) -> Path:
         """List with an entry for each session that worked on the run."""
         return self.folder / "environment.json"
+
+    @property
+    def is_experiment(self) -> bool:
+        """Whether the folder holds an experiment's run, which has a config."""
+        return self.config_file.is_file()
 
     @property
     def has_score(self) -> bool:
@@ -62,9 +67,11 @@ class Run:
 
     @property
     def has_consistent_blend(self) -> bool:
-        """Whether the blended predictions are those that the score describes."""
-        made = self.blend_metrics(oof_sha256=str, test_sha256=str)
-        return self._blend_hashes().items() <= made.items()
+        """Whether the blended predictions exist and are those that the score describes."""
+        if not all((self.folder / name).exists() for name in BLEND_FILES):
+            return False
+        made = self.blend_metrics()
+        return self._blend_hashes() == {"oof_sha256": made.oof_sha256, "test_sha256": made.test_sha256}
 
     def fold(self, number: int) -> Fold:
         """Return fold `number` (0-based), whether or not it exists."""
@@ -72,9 +79,8 @@ class Run:
 
     def folds(self) -> list[Fold]:
         """Return all folds of the config; raises UserError if the config is missing or does not tell their number."""
-        file = self.folder / "config.json"
-        fields = read_json(file, config=dict)["config"]
-        with reading(file):
+        fields = self.made_from().config
+        with reading(self.config_file):
             n_splits = Config(n_splits=fields["n_splits"]).n_splits
         return [self.fold(number) for number in range(n_splits)]
 
@@ -92,16 +98,18 @@ class Run:
                 logs[number] = table
         return logs
 
-    def made_from(self) -> dict[str, Any]:
-        """Return the content of `config.json`: at least `config` (upgraded), `folds` (the scheme) and `folds_sha256`.
-
-        Raises:
-            UserError: The file is missing or damaged.
-        """
+    def made_from(self) -> RunConfig:
+        """Return what the run was made from; raises UserError if there is no such run or the file is damaged."""
         if not self.is_experiment:
             raise UserError(f"{self.folder}: no such run; train it, or name an existing one")
-        made = read_json(self.folder / "config.json", config=dict, folds=str, folds_sha256=str)
-        return made | {"config": upgraded(made["config"])}
+        return RunConfig.read(self.config_file)
+
+    def config(self) -> Config:
+        """Return the config of the run; raises UserError if it is not one of this version."""
+        try:
+            return Config(**upgraded(self.made_from().config))
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}; use the version that trained it") from None
 
     def check(self, config: Config, store: PatchStore, folds: Folds) -> None:
         """Check that an existing run was made from this config, these folds and these patches.
@@ -109,19 +117,18 @@ class Run:
         Raises:
             UserError: Something differs, including the teacher's predictions, or there are checkpoints without a config.
         """
-        file = self.folder / "config.json"
-        if not file.exists():
+        if not self.is_experiment:
             if any(self.folder.glob("fold_*/*.pt")):
                 raise UserError(
-                    f"{file}: missing, but there are folds beside it; use --name for a new run, or delete {self.folder}"
+                    f"{self.config_file}: missing, but there are folds beside it; use --name for a new run, or delete "
+                    f"{self.folder}"
                 )
             return
-        wanted = _inputs(config, store, folds)
-        made = read_json(file, **{key: type(value) for key, value in wanted.items()})
-        differ = [key for key in wanted if key != "config" and made[key] != wanted[key]]
-        old = upgraded(made["config"])
-        differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted["config"].items() if old.get(key) != new]
-        differ += [f"{key} (no longer a field)" for key in old.keys() - wanted["config"].keys()]
+        made, wanted = self.made_from(), _made_from("", config, store, folds)
+        differ = [key for key in ("folds", "folds_sha256", "train_sha256") if getattr(made, key) != getattr(wanted, key)]
+        old = upgraded(made.config)
+        differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted.config.items() if old.get(key) != new]
+        differ += [f"{key} (no longer a field)" for key in old.keys() - wanted.config.keys()]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
             differ.append(f"predictions of its teacher {config.teacher}")
         if differ:
@@ -132,41 +139,33 @@ class Run:
     def open(self, experiment: str, config: Config, store: PatchStore, folds: Folds, weights: str | None = None) -> None:
         """Write what a new run is made from, or check an existing one as `check` does.
 
-        Args:
-            experiment: Name of the experiment.
-            config: Its config.
-            store: The patches.
-            folds: The folds.
-            weights: SHA-256 of the pretrained weights that a fold is about to start from, None if none does.
+        `weights` is the SHA-256 of the pretrained weights that a fold is about to start from, None if none does.
 
         Raises:
             UserError: As `check`, or the run's other folds started from other weights.
         """
         self.check(config, store, folds)
-        file = self.folder / "config.json"
-        made = read_json(file) if file.exists() else {"experiment": experiment, **_inputs(config, store, folds)}
+        made = self.made_from() if self.is_experiment else None
         self.check_weights(config.weights, weights)
+        content = made or _made_from(experiment, config, store, folds)
         # Unknown for folds that started before the hash was recorded.
-        is_known = weights and not any(self.fold(number).is_started for number in range(config.n_splits))
-        content = made | ({"weights_sha256": weights} if is_known else {})
-        if not file.exists() or content != made:
-            write_json(file, content)
+        if weights and not any(self.fold(number).is_started for number in range(config.n_splits)):
+            content = content.model_copy(update={"weights_sha256": weights})
+        if content != made:
+            content.write(self.config_file)
 
     def check_weights(self, name: str, weights: str | None) -> None:
         """Raise UserError if the run was started from other pretrained weights than those called `name`.
 
-        Args:
-            name: What the config calls them.
-            weights: Their SHA-256; None if unknown, which is not compared.
+        `weights` is their SHA-256; None if unknown, which is not compared.
         """
-        file = self.folder / "config.json"
-        made = read_json(file) if file.exists() else {}
-        if weights and made.get("weights_sha256", weights) != weights:
+        recorded = self.made_from().weights_sha256 if self.is_experiment else None
+        if weights and recorded not in (None, weights):
             raise UserError(
                 f"{self.folder}: its folds started from other weights than {name} is now; restore them or use --name"
             )
 
-    def environments(self) -> list[dict[str, Any]]:
+    def environments(self) -> list[Environment]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""
         file = self.environment_file
         if not file.exists():
@@ -174,49 +173,73 @@ class Run:
         with reading(file):
             content = json.loads(file.read_text(encoding="utf-8"))
             # Files of version 0.1 before sessions were listed hold one entry.
-            entries = content if isinstance(content, list) else [content]
-            for entry in entries:
-                entry["backend"]["kind"]
-        return entries
+            return _ENVIRONMENTS.validate_python(content if isinstance(content, list) else [content])
 
-    def add_environment(self, entry: dict[str, Any]) -> None:
+    def add_environment(self, entry: Environment) -> None:
         """Add `entry` to the environments, unless it is there already."""
         entries = self.environments()
         if entry not in entries:
-            text = json.dumps([*entries, entry], indent=2, ensure_ascii=False) + "\n"
+            content = _ENVIRONMENTS.dump_python([*entries, entry], mode="json")
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             write(self.environment_file, lambda file: file.write(text.encode()))
 
-    def blend_metrics(self, **kinds: type) -> dict[str, Any]:
-        """Return the score of the blended predictions.
-
-        Args:
-            **kinds: Keys that must exist, with the types of their values.
+    def predictions(self, chosen: Sequence[int] | None = None) -> RunPredictions:
+        """Return the predictions of the folds `chosen` of an experiment's run, by default of all.
 
         Raises:
-            UserError: The file is missing or damaged.
+            UserError: A fold does not exist, or has no predictions or damaged ones.
         """
+        made, folds = self.made_from(), self.chosen_folds(chosen)
+        tables = [fold.predictions() for fold in folds]
+        oof = pd.concat([table for table, _ in tables])
+        if oof["id"].duplicated().any():
+            twice = oof["id"][oof["id"].duplicated()].iloc[0]
+            raise UserError(f"{self.folder}: id {twice} is out of fold twice; predict again")
+        oof = oof.sort_values("id", ignore_index=True)[["id", "label", "fold", "probability"]]
+        missing = [fold.number for fold in self.folds() if fold not in folds]
+        return RunPredictions(self.name, oof, [test for _, test in tables], made.folds, made.folds_sha256, missing)
+
+    def chosen_folds(self, chosen: Sequence[int] | None) -> list[Fold]:
+        """Return the folds `chosen` (None for all); raises UserError if there is no such fold."""
+        folds = {fold.number: fold for fold in self.folds()}
+        unknown = [number for number in chosen or () if number not in folds]
+        if unknown:
+            raise UserError(f"--folds {unknown[0]}: {self.name} has folds 0 to {max(folds)}")
+        return [folds[number] for number in (folds if chosen is None else chosen)]
+
+    def ensemble(self) -> Ensemble:
+        """Return the experiments' runs that this run is a mean of; raises UserError if there is no such run."""
+        if self.is_experiment:
+            return Ensemble(self.name, {self.name: 1.0})
+        if not self.has_score:
+            raise UserError(f"{self.folder}: no such run; train it, or name an existing one")
+        made = self.blend_metrics()
+        return Ensemble(self.name, made.members, made.method == "rank")
+
+    def blend_metrics(self) -> BlendMetrics:
+        """Return the score of the blended predictions; raises UserError if the file is missing or damaged."""
         if not self.has_score:
             raise UserError(f"{self.folder}: not blended; run `python -m pcam_kaggle blend`")
-        return read_json(self.folder / "metrics.json", **kinds)
+        return BlendMetrics.read(self.folder / "metrics.json")
 
-    def write_blend(self, oof: pd.DataFrame, test: pd.DataFrame, metrics: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Write the blended predictions and their score, unless they are up to date.
-
-        Args:
-            oof: Columns id, label, fold, probability.
-            test: Columns id, probability.
-            metrics: The score and what was blended.
+    def write_blend(self, blend: Blend) -> tuple[BlendMetrics, bool]:
+        """Write blended predictions and their score, unless they are up to date.
 
         Returns:
             The metrics with the hashes of both tables, and whether anything was written.
+
+        Raises:
+            UserError: This is an experiment's run, and other runs are blended.
         """
-        hashes = {"oof_sha256": sha256(csv_bytes(oof)), "test_sha256": sha256(csv_bytes(test))}
-        metrics = metrics | hashes
-        if self.is_blended and self._blend_hashes() == hashes and self.blend_metrics() == metrics:
+        if self.is_experiment and [*blend.metrics.members] != [self.name]:
+            raise UserError(f"{self.folder}: is the run of an experiment; choose another name with --name")
+        hashes = {"oof_sha256": sha256(csv_bytes(blend.oof)), "test_sha256": sha256(csv_bytes(blend.test))}
+        metrics = blend.metrics.model_copy(update=hashes)
+        if self.has_consistent_blend and self.blend_metrics() == metrics:
             return metrics, False
-        write_csv(self.folder / "oof.csv", oof)
-        write_csv(self.folder / "test.csv", test)
-        write_json(self.folder / "metrics.json", metrics)
+        write_csv(self.folder / "oof.csv", blend.oof)
+        write_csv(self.folder / "test.csv", blend.test)
+        metrics.write(self.folder / "metrics.json")
         return metrics, True
 
     def oof(self) -> pd.DataFrame:
@@ -226,7 +249,7 @@ class Run:
             UserError: The table is missing or damaged, or changed since it was blended.
         """
         file = self.folder / "oof.csv"
-        if not file.exists() or file_sha256(file) != self.blend_metrics(oof_sha256=str)["oof_sha256"]:
+        if not file.exists() or file_sha256(file) != self.blend_metrics().oof_sha256:
             raise UserError(f"{file}: not what metrics.json describes; blend again")
         with reading(file):
             table = pd.read_csv(file, dtype={"id": str})
@@ -234,13 +257,13 @@ class Run:
         return check_oof(file, table).sort_values("id", ignore_index=True)
 
     def test(self) -> pd.DataFrame:
-        """Return the blended test predictions: id, probability.
+        """Return the blended test predictions (id, probability).
 
         Raises:
             UserError: The table is missing or damaged, or changed since it was blended.
         """
         file = self.folder / "test.csv"
-        if not file.exists() or file_sha256(file) != self.blend_metrics(test_sha256=str)["test_sha256"]:
+        if not file.exists() or file_sha256(file) != self.blend_metrics().test_sha256:
             raise UserError(f"{file}: has changed since it was blended; run `python -m pcam_kaggle blend`")
         return read_numbers(file, ["probability"])
 
@@ -248,10 +271,14 @@ class Run:
         return {f"{name}_sha256": file_sha256(self.folder / f"{name}.csv") for name in ("oof", "test")}
 
 
-def _inputs(config: Config, store: PatchStore, folds: Folds) -> dict[str, Any]:
-    return {
-        "config": dataclasses.asdict(config),
-        "folds": folds.manifest["scheme"],
-        "folds_sha256": folds.manifest["csv_sha256"],
-        "train_sha256": store.manifest["train_sha256"],
-    }
+_ENVIRONMENTS = TypeAdapter(list[Environment])
+
+
+def _made_from(experiment: str, config: Config, store: PatchStore, folds: Folds) -> RunConfig:
+    return RunConfig(
+        experiment=experiment,
+        config=dataclasses.asdict(config),
+        folds=folds.manifest.scheme,
+        folds_sha256=folds.manifest.csv_sha256,
+        train_sha256=store.manifest.train_sha256,
+    )

@@ -1,75 +1,13 @@
-"""ROC AUC from midranks, and the types of an estimate and of a paired difference with their confidence intervals."""
-
-from typing import Any, Literal, NamedTuple, Self
+"""ROC AUC from midranks, ranks within groups, calibration, and Holm's correction."""
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
-# Below any standard error that is not zero (one pair of 10^12 in another order gives 1e-12), above its rounding error.
-ROUNDING = 1e-14
 Floats = NDArray[np.float64]
 Labels = NDArray[np.integer]
-Unit = Literal["patch", "slide", "stain group"]
-
-
-class Difference(NamedTuple):
-    """A paired difference of two AUCs with its confidence interval, standard error and two-sided p-value.
-
-    `unit` is the independent unit of observation and `units` the number of them. Where the variance cannot be estimated,
-    `low`, `high`, `error` and `p` are NaN and `undefined` gives the reason.
-    """
-
-    value: float
-    low: float
-    high: float
-    error: float
-    p: float
-    unit: Unit
-    units: int
-    undefined: str = ""
-
-    @classmethod
-    def from_error(
-        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
-    ) -> Self:
-        """Return the difference `value` with the interval at `level` and p of a standardized `distribution` (SciPy, frozen)."""
-        if error < ROUNDING and abs(value) < ROUNDING:
-            return cls(value, value, value, 0.0, 1.0, unit, units)
-        error, undefined = _checked_error(error, undefined)
-        half = float(distribution.ppf((1 + level) / 2)) * error
-        p = float(2 * distribution.sf(abs(value) / error))
-        return cls(value, value - half, value + half, error, p, unit, units, undefined)
-
-
-class Estimate(NamedTuple):
-    """An AUC with its confidence interval; `unit`, `units` and `undefined` as in `Difference`."""
-
-    value: float
-    low: float
-    high: float
-    unit: Unit
-    units: int
-    undefined: str = ""
-
-    @classmethod
-    def from_error(
-        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
-    ) -> Self:
-        """Return the AUC `value` with its interval at `level`, clipped to [0, 1]; arguments as in `Difference.from_error`."""
-        error, undefined = _checked_error(error, undefined)
-        half = float(distribution.ppf((1 + level) / 2)) * error
-        low, high = np.clip([value - half, value + half], 0, 1).tolist()
-        return cls(value, low, high, unit, units, undefined)
-
-
-def json_fields(result: Difference | Estimate) -> dict[str, Any]:
-    """Return the fields of `result` by name, with None for NaN, which JSON lacks."""
-    return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in result._asdict().items()}
-
-
-def interval_text(low: float | None, high: float | None, undefined: str, form: str = ".4f") -> str:
-    """Return an interval as text, its ends formatted with `form`; "n/a" and the reason where it is `undefined`."""
-    return f"[n/a ({undefined})]" if undefined else f"[{low:{form}}, {high:{form}}]"
+CALIBRATION_BINS = 15
 
 
 def auc(labels: Labels, scores: Floats) -> float:
@@ -106,9 +44,9 @@ def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
     of_positives = np.empty((len(scores), m))
     of_negatives = np.empty((len(scores), n))
     for row, values in enumerate(scores):
-        ranks = midranks(values)
-        of_positives[row] = (ranks[positive] - midranks(values[positive])) / n
-        of_negatives[row] = 1 - (ranks[~positive] - midranks(values[~positive])) / m
+        ranks = rankdata(values, nan_policy="raise")
+        of_positives[row] = (ranks[positive] - rankdata(values[positive])) / n
+        of_negatives[row] = 1 - (ranks[~positive] - rankdata(values[~positive])) / m
     return of_positives, of_negatives
 
 
@@ -129,25 +67,12 @@ def positive_mask(labels: Labels, scores: Floats) -> NDArray[np.bool_]:
     return positive
 
 
-def midranks(values: Floats) -> Floats:
-    """Return the 1-based ranks of `values` (n,); ties get their mean rank.
-
-    Raises:
-        ValueError: A value is NaN.
-    """
-    if np.isnan(values).any():
-        raise ValueError("a score is NaN and cannot be ranked")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
 def rank_within(groups: NDArray[np.integer], scores: Floats) -> Floats:
     """Return the midrank of each score within its group, divided by the group's size, in (0, 1]; all arrays are (n,)."""
     ranks = np.empty(len(scores))
     for group in np.unique(groups):
         inside = groups == group
-        ranks[inside] = midranks(scores[inside]) / inside.sum()
+        ranks[inside] = rankdata(scores[inside], nan_policy="raise") / inside.sum()
     return ranks
 
 
@@ -162,8 +87,14 @@ def holm(p: Floats) -> Floats:
     return corrected
 
 
-def _checked_error(error: float, undefined: str) -> tuple[float, str]:
-    """Return a standard error, NaN where it is undefined, and the reason: an estimate of zero does not mean certainty."""
-    if error < ROUNDING:
-        undefined = "an estimated variance of zero"
-    return np.nan if undefined else error, undefined
+def calibration_bins(labels: Labels, probabilities: Floats) -> pd.DataFrame:
+    """Return one row per non-empty bin of equal width of `probabilities` (n,): mean label, mean probability, size."""
+    table = pd.DataFrame({"label": labels, "probability": probabilities})
+    bins = np.minimum((probabilities * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    return table.groupby(bins).agg(label=("label", "mean"), probability=("probability", "mean"), size=("label", "size"))
+
+
+def calibration_error(labels: Labels, probabilities: Floats) -> float:
+    """Return the expected calibration error of `probabilities` (n,) in 15 bins of equal width (Guo et al. 2017, equation 3)."""
+    bins = calibration_bins(labels, probabilities)
+    return float((bins["size"] * (bins["label"] - bins["probability"]).abs()).sum() / bins["size"].sum())

@@ -21,7 +21,7 @@ from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
 from pcam_kaggle.models.backbone import Backbone
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.provenance import versions
 from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
@@ -161,7 +161,7 @@ def _save_joined(parts: list[NDArray[np.float16]], file: BinaryIO) -> None:
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:
     """Return the hash of what the features depend on: patches, weights, settings, precision, code and versions."""
     content = {
-        "patches": [store.manifest[f"{split}_sha256"] for split in SPLITS],
+        "patches": [getattr(store.manifest, f"{split}_sha256") for split in SPLITS],
         "weights": weights_sha256(config),
         "config": {name: getattr(config, name) for name in FEATURE_FIELDS},
         "precision": backend.precision,

@@ -11,7 +11,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import reading
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run

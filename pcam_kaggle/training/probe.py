@@ -16,9 +16,10 @@ from pcam_kaggle.core.files import locked
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import Backbone, trained_state
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.distributed import world_size
@@ -117,19 +118,18 @@ def _fit_fold(
     area = auc(labels[valid], logits(features.train[valid]))
     state = {name: torch.tensor(weight if len(shape) > 1 else bias).float().reshape(shape) for name, shape in shapes.items()}
     checkpoint.save(fold.best_checkpoint, {"net": state, "epoch": 0, "valid_auc": area})
-    fold.write_metrics(
-        {
-            "fold": fold.number,
-            "valid_auc": area,
-            "penalty": penalty,
-            "train_patches": len(train),
-            "valid_patches": len(valid),
-            **size,
-            # The embedding serves all folds.
-            "seconds": round(time.perf_counter() - start + features.seconds / n_splits, 1),
-            "images_per_second": features.images_per_second,
-        }
+    metrics = FoldMetrics(
+        fold=fold.number,
+        valid_auc=area,
+        penalty=penalty,
+        train_patches=len(train),
+        valid_patches=len(valid),
+        **size,
+        # The embedding serves all folds.
+        seconds=round(time.perf_counter() - start + features.seconds / n_splits, 1),
+        images_per_second=features.images_per_second,
     )
+    fold.write_metrics(metrics)
     oof = table.loc[valid, ["id", "label"]].astype({"label": np.int64})
     oof["probability"] = expit(logits(features.train[valid]))
     test = pd.DataFrame({"id": features.test_ids, "probability": expit(logits(features.test))})

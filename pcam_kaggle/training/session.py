@@ -5,10 +5,11 @@ import logging
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.files import reading
-from pcam_kaggle.core.process import hold_memory
+from pcam_kaggle.core.process import tune_malloc
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.provenance import session_environment
+from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend, choose_backend, device_name, find_device, precisions
 from pcam_kaggle.training.distributed import rank
@@ -33,7 +34,7 @@ def open_session(run: Run, config: Config, store: PatchStore) -> Backend:
     """
     backend = find_backend(run, config)
     if rank() == 0:
-        run.add_environment(session_environment(dataclasses.asdict(backend), device_name(backend.kind), store))
+        run.add_environment(session_environment(BackendRecord(**dataclasses.asdict(backend)), device_name(backend.kind), store))
     return backend
 
 
@@ -50,12 +51,12 @@ def find_backend(run: Run, config: Config) -> Backend:
     Raises:
         UserError: The device cannot compute, or environment.json is damaged.
     """
-    hold_memory()
+    tune_malloc()
     configure_torch()
     kind = find_device()
-    used = [entry["backend"] for entry in run.environments() if entry["backend"]["kind"] == kind]
+    used = [entry.backend for entry in run.environments() if entry.backend.kind == kind]
     with reading(run.environment_file):
-        backend = Backend(**used[-1]) if used else None
+        backend = Backend(**used[-1].model_dump()) if used else None
     if backend is None:
         # Without a backward pass there is nothing to time, and a second net may not fit into memory.
         precision = precisions(kind)[0] if config.probe and config.precision == "auto" else config.precision

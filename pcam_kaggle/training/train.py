@@ -20,8 +20,9 @@ from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import copy_trained
 from pcam_kaggle.models.factory import create, macs
-from pcam_kaggle.models.weights_source import weights_sha256
+from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
@@ -216,17 +217,17 @@ def fold_epochs(
             if scalars:
                 scalars.add(rows[-1])
             yield rows[-1]
-    metrics = {
-        "fold": fold.number,
-        "valid_auc": best_row(rows)["valid_auc"],
-        "epoch": best_row(rows)["epoch"],
-        "train_patches": len(train_rows),
-        "valid_patches": len(valid_rows),
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "macs": macs(create(config, weights=False), config.side),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "images_per_second": float(np.median([row["images_per_second"] for row in rows])),
-    }
+    metrics = FoldMetrics(
+        fold=fold.number,
+        valid_auc=best_row(rows)["valid_auc"],
+        epoch=int(best_row(rows)["epoch"]),
+        train_patches=len(train_rows),
+        valid_patches=len(valid_rows),
+        parameters=sum(parameter.numel() for parameter in net.parameters()),
+        macs=macs(create(config, weights=False), config.side),
+        seconds=round(sum(row["seconds"] for row in rows), 1),
+        images_per_second=float(np.median([row["images_per_second"] for row in rows])),
+    )
     on_first_rank(partial(fold.write_metrics, metrics))
 
 
@@ -244,8 +245,8 @@ def _train_targets(
 
 def _check_teacher(teacher: Run, folds: Folds) -> None:
     """Raise UserError if the teacher has other folds, since its net of a fold then saw labels of this run's validation."""
-    if teacher.made_from()["folds_sha256"] != folds.manifest["csv_sha256"]:
-        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {folds.manifest['scheme']}")
+    if teacher.made_from().folds_sha256 != folds.manifest.csv_sha256:
+        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {folds.manifest.scheme}")
 
 
 def _seed(config: Config, fold: int, epoch: int) -> int:

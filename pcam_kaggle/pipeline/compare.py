@@ -1,0 +1,135 @@
+"""Comparison of runs: reads them and the groups that are resampled, for `scoring`."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle.core.config import upgraded
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.data.folds import read_groups
+from pcam_kaggle.data.tables import read_numbers, read_slides
+from pcam_kaggle.runs.records import FoldMetrics
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_baseline
+from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.results import BlendMetrics, Unit
+from pcam_kaggle.scoring.tables import render_comparison, score_lines
+
+
+def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
+    """Compare runs of `workspace` with a baseline.
+
+    Args:
+        workspace: Holds the runs and the fold files.
+        names: The runs to compare; empty for all.
+        baseline: The name of the baseline; None for the run with the highest pooled AUC.
+        slides: A slide map (id, wsi) to resample, which replaces the groups of the baseline's folds.
+
+    Raises:
+        UserError: A name is unknown, or no run can be scored; or as in `resampled_groups`.
+    """
+    runs = workspace.root / "runs"
+    found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    unknown = [name for name in (*names, baseline) if name and name not in found]
+    if unknown or not found:
+        raise UserError(f"{runs}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
+    compared = [read_run(Run(runs / name)) for name in found if not names or name in (*names, baseline)]
+    base = find_baseline(compared, baseline)
+    table, unit = resampled_groups(base.scheme, base.scored()[0], workspace.folds, slides)
+    return compare(compared, base, table, unit)
+
+
+def read_run(run: Run) -> ComparedRun:
+    """Return `run` as one of a comparison, or why it can't be scored: unfinished, not blended, or damaged."""
+    compared = ComparedRun(run.name)
+    try:
+        compared.problem = _read(run, compared)
+    except (UserError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        compared.problem = f"damaged: {' '.join(str(error).split())}"
+    return compared
+
+
+def _read(run: Run, compared: ComparedRun) -> str:
+    """Fill in what can be read of `run`; return why it can't be scored, or ""."""
+    if run.is_experiment:
+        made = run.made_from()
+        compared.config, compared.scheme = upgraded(made.config), made.folds
+        unfinished = [str(fold.number) for fold in run.folds() if not fold.has_predictions]
+        if unfinished:
+            return f"unfinished: folds {', '.join(unfinished)} lack predictions"
+        compared.costs = _costs([fold.metrics() for fold in run.folds()])
+    if not run.has_score:
+        return "not blended: run `python -m pcam_kaggle blend`"
+    compared.metrics, compared.oof = run.blend_metrics(), run.oof()
+    if compared.metrics.missing_folds:
+        return "blended without some of its folds: run `python -m pcam_kaggle blend`"
+    compared.scheme = compared.scheme or _blend_scheme(run, compared.metrics)
+    unit_of(compared.scheme)
+    return ""
+
+
+def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
+    """Return the fold scheme of the blend `run`, from its `metrics` or, in earlier versions, from the configs of its members.
+
+    Raises:
+        UserError: Neither has it.
+    """
+    if metrics.scheme:
+        return metrics.scheme
+    members = [Run(run.folder.parent / name) for name in metrics.members]
+    made = [member.made_from() for member in members if member.is_experiment]
+    schemes = {each.folds for each in made if each.folds_sha256 == metrics.folds_sha256}
+    if len(made) < len(members) or len(schemes) != 1:
+        raise UserError(f"{run.folder}: does not name its fold scheme, nor do its members' configs; blend again")
+    return schemes.pop()
+
+
+def _costs(folds: list[FoldMetrics]) -> dict[str, float | None]:
+    return {
+        "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
+        "parameters": folds[0].parameters,
+        "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
+    }
+
+
+def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
+    """Return the groups (id, wsi) to resample for the patches of `oof`, None to resample patches, and what a group is called.
+
+    Args:
+        scheme: The fold scheme of `oof`. It defines the groups unless `slides` is given.
+        oof: Columns id, fold.
+        folder: The folder of the fold files.
+        slides: A slide map (id, wsi), which replaces the groups of the fold file.
+
+    Raises:
+        UserError: The fold file is missing or has other folds than `oof`, or the map has none of the patches.
+    """
+    if slides:
+        found = read_slides(slides)
+        if not oof["id"].isin(found["id"]).any():
+            raise UserError(f"--slides {slides}: has none of the {len(oof):,} patches; pass the slide map of this data set")
+        return found, "slide"
+    unit, file = unit_of(scheme), folder / f"{scheme}.csv"
+    if unit == "patch":
+        return None, unit
+    needed = f"intervals and tests need its {unit}s; restore it, or pass a slide map with --slides"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; {needed}")
+    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
+    if table is None or not np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
+        raise UserError(f"{file}: not the folds of these runs; {needed}")
+    return table, unit
+
+
+def print_result(workspace: Workspace, names: list[str]) -> None:
+    """Print the score of the first of the runs `names` that has one; if it has all folds, also its comparison with all runs."""
+    scored = [run for run in (Run(workspace.run(name)) for name in names) if run.has_score]
+    if not scored:
+        print(f"{names[0]}: no fold is finished")
+        return
+    metrics = scored[0].blend_metrics()
+    print("\n".join([f"{scored[0].name}:", *(f"  {line}" for line in score_lines(metrics))]))
+    if not metrics.missing_folds and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
+        print(render_comparison(compare_runs(workspace, [], scored[0].name, None), "text"), end="")

@@ -1,0 +1,106 @@
+"""The JSON files of a run, each as a typed record."""
+
+from typing import Any
+
+from pcam_kaggle.core.records import Record
+
+
+class RunConfig(Record):
+    """`config.json` of a run: what it was made from.
+
+    Attributes:
+        folds: Name of the fold file, with its hash.
+        train_sha256: Hash of the train patches.
+        weights_sha256: Hash of the pretrained weights that its folds started from; None if there are none, or unknown.
+    """
+
+    experiment: str = ""
+    config: dict[str, Any]
+    folds: str
+    folds_sha256: str
+    train_sha256: str = ""
+    weights_sha256: str | None = None
+
+
+class FoldMetrics(Record):
+    """`metrics.json` of a fold: the result of its training.
+
+    Attributes:
+        valid_auc: Validation AUC of the best epoch, and the number of that `epoch`, from 1; a probe has none.
+        penalty: Penalty of a probe, relative to the mean loss.
+        macs: Multiply-accumulate operations of a forward pass of one patch.
+        images_per_second: Median rate of training, or the rate of a probe's embedding.
+    """
+
+    fold: int
+    valid_auc: float
+    epoch: int | None = None
+    penalty: float | None = None
+    train_patches: int = 0
+    valid_patches: int = 0
+    parameters: int
+    macs: int = 0
+    seconds: float
+    images_per_second: float
+
+
+class PredictionSources(Record):
+    """Hashes of what predictions were computed from: checkpoint, train and test patches."""
+
+    best_sha256: str = ""
+    train_sha256: str = ""
+    test_sha256: str = ""
+
+
+class PredictionsRecord(Record):
+    """`predictions.json` of a fold: the hashes of its tables of predictions by name, and of what they were computed from."""
+
+    sources: PredictionSources
+    files: dict[str, str]
+    images_per_second: float = 0.0
+
+
+class TeacherRecord(Record):
+    """`teacher.json` of a fold: the run whose test predictions it is trained on, and their hash."""
+
+    teacher: str
+    test_sha256: str
+
+
+class BackendRecord(Record):
+    """What a session computed on: kind of device, precision and memory format."""
+
+    kind: str
+    precision: str
+    memory_format: str = "channels_last"
+
+
+class Environment(Record):
+    """An entry of `environment.json`, a list of the sessions that worked on a run."""
+
+    started: str = ""
+    backend: BackendRecord
+    device: str = ""
+    cpus: int | None = None
+    machine: str = ""
+    python: str = ""
+    pcam_kaggle: str = ""
+    commit: str | None = None
+    packages: dict[str, str | None] = {}
+    data: dict[str, int | str] = {}
+
+
+class HeldOutSources(Record):
+    """What predictions of a held-out set were computed from: patches, checkpoint of each fold, config and backend."""
+
+    patches_sha256: str
+    checkpoints: dict[int, str]
+    config: dict[str, Any]
+    backend: BackendRecord
+
+
+class HeldOutRecord(Record):
+    """The hash of a table of predictions of a held-out set, and what they were computed from."""
+
+    sources: HeldOutSources
+    csv_sha256: str

@@ -1,0 +1,240 @@
+"""Submissions: the file that Kaggle takes, beside it what it was made from, the ledger of all, and Kaggle's scores."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Workspace
+from pcam_kaggle.core.records import Record
+from pcam_kaggle.data.tables import read_sample
+from pcam_kaggle.runs.evaluation import Evaluation
+from pcam_kaggle.runs.provenance import commit, versions
+from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.held_out import Ensemble, ensemble_auc
+from pcam_kaggle.scoring.results import Estimate
+
+log = logging.getLogger(__name__)
+
+LEDGER_FILE = "ledger.csv"
+SCORES = ["oof_auc", "oof_low", "oof_high", "public_score", "private_score"]
+COLUMNS = ["name", "members", "method", *SCORES, "oof_unit", "commit"]
+KAGGLE_SCORES = {"public_score": "public", "private_score": "private"}
+
+
+class SubmissionRecord(Record):
+    """`<name>.json` beside a submission.
+
+    Attributes:
+        sha256: Hash of the submission.
+        run: The blended run.
+        members: Weight of each of its members by name.
+        oof_auc: Pooled OOF AUC; `oof_auc_ranked` is the same after ranking within folds.
+        public_score: Kaggle's score, an AUC; None until it is known.
+        commit: Commit of the code, with the versions of the `packages`.
+    """
+
+    sha256: str
+    run: str
+    members: dict[str, float]
+    method: str
+    oof_auc: Estimate
+    oof_auc_ranked: Estimate | None = None
+    fold_auc: list[float] = []
+    missing_folds: list[int] = []
+    public_score: float | None = None
+    private_score: float | None = None
+    commit: str | None = None
+    packages: dict[str, str | None] = {}
+
+    @property
+    def mark(self) -> str:
+        """End of the submission's description on Kaggle, by which it is recognised there."""
+        return self.sha256[:16]
+
+
+def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
+    """Write the blended test predictions of `run` as a submission, and its record beside it.
+
+    Args:
+        run: A blended run.
+        sample: The competition's sample submission.
+        target: The CSV file to write.
+
+    Returns:
+        Columns id and label (a probability), with exactly the ids of `sample` in their order, and whether they are new.
+
+    Raises:
+        UserError: Ids differ, a value is not in [0, 1], all values are the same, or `target` is another submission.
+    """
+    metrics = run.blend_metrics()
+    table = submission_table(run.test(), read_sample(sample)["id"], run.folder, sample)
+    digest = sha256(csv_bytes(table))
+    if target.exists() and file_sha256(target) != digest:
+        raise UserError(f"{target}: holds another submission, which is not replaced; use --name for a new one, or delete it")
+    if target.exists() and target.with_suffix(".json").exists():
+        return table, False
+    record = SubmissionRecord(
+        sha256=digest,
+        run=run.name,
+        members=metrics.members,
+        method=metrics.method,
+        oof_auc=metrics.pooled,
+        oof_auc_ranked=metrics.ranked,
+        fold_auc=metrics.fold_auc,
+        missing_folds=metrics.missing_folds,
+        commit=commit(),
+        packages=versions(),
+    )
+    record.write(target.with_suffix(".json"))
+    write_csv(target, table)
+    return table, True
+
+
+def submission_table(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -> pd.DataFrame:
+    """Return the predictions `test` (id, probability) as a submission: id and label, in the order of `ids`.
+
+    `source` and `sample` are where `test` and `ids` come from, for messages.
+
+    Raises:
+        UserError: As `write_submission`.
+    """
+    values = test.set_index("id")["probability"]
+    missing, extra = ids[~ids.isin(values.index)], values.index[~values.index.isin(ids)]
+    if len(missing):
+        raise UserError(
+            f"{sample}: {len(missing):,} of {len(ids):,} ids have no prediction in {source} ({examples(missing)}); "
+            "predict again",
+            list(missing),
+        )
+    if len(extra):
+        raise UserError(
+            f"{source}: {len(extra):,} of {len(values):,} ids are not in {sample} ({examples(extra)}); predict again",
+            list(extra),
+        )
+    table = pd.DataFrame({"id": ids.to_numpy(), "label": values.reindex(ids).to_numpy()})
+    label = table["label"].to_numpy()
+    if not (np.isfinite(label) & (label >= 0) & (label <= 1)).all():
+        raise UserError(f"{source}: holds a value outside of [0, 1]; predict again")
+    if len(table) > 1 and np.ptp(label) == 0:
+        raise UserError(f"{source}: all predictions are {label[0]}; such a submission scores 0.5, so none is written")
+    return table
+
+
+def read_submissions(folder: Path) -> dict[Path, SubmissionRecord]:
+    """Return the record of each submission in `folder` by its CSV file; damaged ones are left out with a warning."""
+    records = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            records[file.with_suffix(".csv")] = SubmissionRecord.read(file)
+        except UserError as error:
+            log.warning("left out: %s", error)
+    return records
+
+
+def write_ledger(folder: Path) -> pd.DataFrame:
+    """Write `ledger.csv` from the records in the folder of submissions, and return it.
+
+    Returns:
+        Columns `COLUMNS`: `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or undefined),
+        and `oof_unit` is the unit that the interval from `oof_low` to `oof_high` resamples.
+    """
+    rows = []
+    for file, made in read_submissions(folder).items():
+        members = " ".join(f"{name}:{weight:.4g}" for name, weight in made.members.items())
+        scores = [made.oof_auc.value, made.oof_auc.low, made.oof_auc.high, made.public_score, made.private_score]
+        rows.append([file.stem, members, made.method, *scores, made.oof_auc.unit, made.commit])
+    table = pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(SCORES, "float64"))
+    target = folder / LEDGER_FILE
+    if not target.exists() or file_sha256(target) != sha256(csv_bytes(table)):
+        write_csv(target, table)
+    return table
+
+
+def record_score(folder: Path, name: str, public: float | None, private: float | None) -> None:
+    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged.
+
+    Raises:
+        UserError: There is no such submission, or a score is not an AUC.
+    """
+    file = folder / f"{name}.json"
+    if not file.exists():
+        raise UserError(f"{file}: no such submission")
+    given = {"public_score": public, "private_score": private}
+    scores = {key: score for key, score in given.items() if score is not None}
+    for key, score in scores.items():
+        if not 0 <= score <= 1:
+            raise UserError(f"{key}={score}: must be in [0, 1]")
+    SubmissionRecord.read(file).model_copy(update=scores).write(file)
+
+
+def record_scores(folder: Path, scored: pd.DataFrame) -> list[str]:
+    """Record Kaggle's scores of all submissions; return the names of those that have one.
+
+    `scored` has the columns description, which ends with the submission's mark, public_score and private_score.
+    """
+    recorded, scores = [], [*KAGGLE_SCORES]
+    for file, made in read_submissions(folder).items():
+        own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
+        if len(own):
+            public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in scores)
+            record_score(folder, file.stem, public, private)
+            recorded.append(file.stem)
+    return recorded
+
+
+def describe(folder: Path, name: str) -> tuple[Path, str]:
+    """Return the file of submission `name` and its description for Kaggle, by which its scores are found later.
+
+    Raises:
+        UserError: There is no such submission, it has changed since it was validated, or it is the demo's.
+    """
+    file = folder / f"{name}.csv"
+    if not file.exists():
+        others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
+        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
+    made = SubmissionRecord.read(file.with_suffix(".json"))
+    if name.endswith(DEMO_SUFFIX):
+        raise UserError(f"{file}: is the synthetic demo's, which is meaningless to Kaggle")
+    if file_sha256(file) != made.sha256:
+        raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
+    missing = f", without folds {', '.join(map(str, made.missing_folds))}" if made.missing_folds else ""
+    return file, f"{name}: OOF AUC {made.oof_auc.text()} (unit: {made.oof_auc.unit}){missing}, {made.mark}"
+
+
+def print_scores(workspace: Workspace, scored: pd.DataFrame | None) -> None:
+    """Print all submissions with their local scores and Kaggle's, after recording those in `scored` (see `record_scores`)."""
+    with locked(workspace.submissions):
+        recorded = [] if scored is None else record_scores(workspace.submissions, scored)
+        table = score_table(workspace)
+    print("no submissions yet" if table.empty else table.to_string(index=False))
+    if scored is not None:
+        log.info("scores: of %s recorded in %s", ", ".join(recorded) or "none", workspace.submissions / LEDGER_FILE)
+
+
+def score_table(workspace: Workspace) -> pd.DataFrame:
+    """Return a row of text per submission in `workspace`, the best private score first, then public score and OOF AUC.
+
+    Beside the OOF AUC and Kaggle's scores there is a column for each held-out set, with the AUC of the run's models there and
+    their number. The ledger is written from the same records.
+    """
+    ledger = write_ledger(workspace.submissions)
+    ledger = ledger.sort_values(["private_score", "public_score", "oof_auc"], ascending=False, ignore_index=True)
+    records = {file.stem: made for file, made in read_submissions(workspace.submissions).items()}
+    made = [records[name] for name in ledger["name"]]
+    shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
+    for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
+        shown[folder.name] = [_held_out_text(workspace, Evaluation(folder), each) for each in made]
+    for column, word in KAGGLE_SCORES.items():
+        shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
+    return shown
+
+
+def _held_out_text(workspace: Workspace, evaluation: Evaluation, made: SubmissionRecord) -> str:
+    tables = {name: evaluation.current(Run(workspace.run(name))) for name in made.members}
+    found = {name: table for name, table in tables.items() if table is not None}
+    area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), found)
+    return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""

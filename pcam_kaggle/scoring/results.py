@@ -1,0 +1,124 @@
+"""Results as typed records: an AUC with its interval, a paired difference, and the scores of a blend."""
+
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import model_validator
+
+from pcam_kaggle.core.records import Record
+
+# Below any standard error that is not zero (one pair of 10^12 in another order gives 1e-12), above its rounding error.
+ROUNDING = 1e-14
+Unit = Literal["patch", "slide", "stain group"]
+
+
+class Estimate(Record):
+    """An AUC with its confidence interval.
+
+    Attributes:
+        unit: The independent unit of observation; files of earlier versions that lack it have DeLong's interval over patches.
+        units: The number of units.
+        undefined: Why the variance cannot be estimated, or ""; `low` and `high` are then None.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    unit: Unit = "patch"
+    units: int = 0
+    undefined: str = ""
+
+    @model_validator(mode="after")
+    def _has_interval_or_reason(self) -> Self:
+        if not self.undefined and (self.low is None or self.high is None):
+            raise ValueError("an interval has neither ends nor a reason")
+        return self
+
+    @classmethod
+    def from_error(
+        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
+    ) -> Self:
+        """Return the AUC `value` with its interval at `level`, clipped to [0, 1], from a standardised SciPy `distribution`."""
+        undefined = _zero_variance(error) or undefined
+        if undefined:
+            return cls(value=value, low=None, high=None, unit=unit, units=units, undefined=undefined)
+        half = float(distribution.ppf((1 + level) / 2)) * error
+        low, high = np.clip([value - half, value + half], 0, 1).tolist()
+        return cls(value=value, low=low, high=high, unit=unit, units=units)
+
+    def text(self, form: str = ".4f") -> str:
+        """Return value and interval as text."""
+        return f"{self.value:{form}} {self.interval_text(form)}"
+
+    def interval_text(self, form: str = ".4f") -> str:
+        """Return the interval as text, or why there is none."""
+        return f"[n/a ({self.undefined})]" if self.undefined else f"[{self.low:{form}}, {self.high:{form}}]"
+
+
+class Difference(Estimate):
+    """A paired difference of two AUCs with its interval, standard error and two-sided p-value, None where undefined.
+
+    Attributes:
+        corrected_p: `p` corrected for the number of differences that were tested together.
+    """
+
+    error: float | None = None
+    p: float | None = None
+    corrected_p: float | None = None
+
+    @classmethod
+    def from_error(
+        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
+    ) -> Self:
+        """Return the difference `value` with the interval at `level` and p, from a standardised SciPy `distribution`."""
+        if error < ROUNDING and abs(value) < ROUNDING:
+            return cls(value=value, low=value, high=value, unit=unit, units=units, error=0.0, p=1.0)
+        undefined = _zero_variance(error) or undefined
+        if undefined:
+            return cls(value=value, low=None, high=None, unit=unit, units=units, undefined=undefined)
+        half = float(distribution.ppf((1 + level) / 2)) * error
+        p = float(2 * distribution.sf(abs(value) / error))
+        return cls(value=value, low=value - half, high=value + half, unit=unit, units=units, error=error, p=p)
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the interval is above zero."""
+        return self.low is not None and self.low > 0
+
+
+class BlendMetrics(Record):
+    """The score of blended predictions, `metrics.json` of a run.
+
+    Attributes:
+        members: Weight of each blended run by its name.
+        method: Method that was used; `asked` is the one that was asked for.
+        gain_of_weights: AUC of climbed weights minus the mean's, on folds that they were not chosen on.
+        scheme: Name of the fold file; empty in files of earlier versions.
+        folds: Numbers of the folds, with the number of `patches` and the `fold_auc` of each.
+        missing_folds: Folds that are left out.
+        sd: Sample standard deviation over folds; None for one fold.
+        pooled: AUC of all predictions together.
+        ranked: The same after ranking within folds.
+    """
+
+    members: dict[str, float]
+    method: str
+    asked: str = ""
+    gain_of_weights: Difference | None = None
+    scheme: str = ""
+    folds_sha256: str
+    missing_folds: list[int] = []
+    folds: list[int] = []
+    patches: list[int] = []
+    fold_auc: list[float]
+    mean: float
+    sd: float | None = None
+    pooled: Estimate
+    ranked: Estimate
+    oof_sha256: str = ""
+    test_sha256: str = ""
+
+
+def _zero_variance(error: float) -> str:
+    """Return the reason why a standard error of zero is no certainty, or ""."""
+    return "an estimated variance of zero" if error < ROUNDING else ""

@@ -1,0 +1,267 @@
+"""Results as text, Markdown, CSV or JSON: the score of a blend, a comparison of runs, and scores on a held-out set."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.held_out import EvaluationResult, RunScore
+from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Unit
+
+PLURALS: dict[Unit, str] = {"patch": "patches", "slide": "slides", "stain group": "stain groups"}
+SIGNIFICANCE = 0.05
+
+
+def score_lines(metrics: BlendMetrics) -> list[str]:
+    """Return the OOF AUC as lines of text: per fold, pooled, missing folds, and the gain of weights if any were climbed."""
+    folds = zip(metrics.folds, metrics.patches, metrics.fold_auc, strict=True)
+    lines = [f"fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}" for fold, size, area in folds]
+    deviation = "" if metrics.sd is None else f" ± {metrics.sd:.4f} (SD over folds)"
+    lines.append(f"mean     {metrics.mean:.4f}{deviation}")
+    for title, estimate in (("pooled", metrics.pooled), ("pooled after ranking within folds", metrics.ranked)):
+        lines.append(f"{title}   {estimate.value:.4f}, 95 % interval {estimate.interval_text()} (unit: {estimate.unit})")
+    if metrics.pooled.unit == "patch":
+        lines.append("folds by label share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
+    if metrics.missing_folds:
+        lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
+    if gain := metrics.gain_of_weights:
+        if gain.undefined:
+            verdict = "not known to be more than noise, so the mean is used"
+        elif metrics.method == "climb":
+            verdict = "more than noise, so weights are used"
+        else:
+            verdict = "within the noise, so the mean is used"
+        lines.append(f"difference of weights to mean   {gain.text('+.4f')} (unit: {gain.unit}): {verdict}")
+    return lines
+
+
+def describe_difference(run: ComparedRun, baseline: ComparedRun) -> str:
+    """Return one sentence on the pooled difference of `run` to `baseline`, with its interval, p and unit."""
+    if run.pooled is None:
+        return f"{run.name}: {run.problem or run.unpaired_reason}."
+    difference, unit = run.pooled, f"unit: {run.pooled.unit}"
+    if difference.corrected_p is None or difference.low is None or difference.high is None:
+        reason = f"interval and p n/a ({difference.undefined}; {unit})"
+        return f"{run.name} compared with {baseline.name}: {difference.value:+.4f}, {reason}."
+    p = p_text(difference.corrected_p)
+    if difference.corrected_p < SIGNIFICANCE and difference.low * difference.high > 0:
+        better, worse = (run, baseline) if difference.value > 0 else (baseline, run)
+        low, high = sorted([abs(difference.low), abs(difference.high)])
+        return (
+            f"{better.name} is better than {worse.name} by {abs(difference.value):.4f} [{low:.4f}, {high:.4f}], {p} ({unit})."
+        )
+    numbers = f"{difference.text('+.4f')}, {p}; {unit}"
+    return f"{run.name} compared with {baseline.name}: no significant difference ({numbers})."
+
+
+def caption(comparison: Comparison) -> str:
+    """Return how differences, their intervals and p-values are computed."""
+    unit, groups = comparison.unit, comparison.groups
+    test = "DeLong's paired test" if groups is None else f"a paired bootstrap over {PLURALS[unit]}"
+    text = (
+        f"Differences with 95 % intervals and p (unit: {unit}) are from {test}; p is corrected for the number of runs (Holm)."
+    )
+    missing = 0 if groups is None else int((~comparison.baseline.scored()[0]["id"].isin(groups["id"])).sum())
+    return f"{text} Each of {missing:,} patches that the slide map lacks counts as a {unit}." if missing else text
+
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """Return a sentence for each run but the baseline, and for each pair of runs that differ only in the fold scheme."""
+    others = [run for run in comparison.runs if run is not comparison.baseline]
+    return [*(describe_difference(run, comparison.baseline) for run in others), *compare_fold_schemes(comparison.runs)]
+
+
+def compare_fold_schemes(runs: list[ComparedRun]) -> list[str]:
+    """Return a sentence for each pair of runs with the same config, one on stratified folds and one on grouped folds."""
+    configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
+    scored = [run for run in runs if run.scheme and not run.problem]
+    stratified = [run for run in scored if unit_of(run.scheme) == "patch"]
+    grouped = [run for run in scored if unit_of(run.scheme) != "patch"]
+    sentences = []
+    for first, second in [(a, b) for a in stratified for b in grouped if configs[a.name] == configs[b.name]]:
+        before, after = (run.scored()[1].pooled.value for run in (first, second))
+        sentences.append(
+            f"{first.name} and {second.name} have the same config: pooled AUC {before:.4f} on {first.scheme}, {after:.4f} on "
+            f"{second.scheme} ({after - before:+.4f}), where patches of one {unit_of(second.scheme)} share a fold."
+        )
+    return sentences
+
+
+def comparison_table(comparison: Comparison) -> pd.DataFrame:
+    """Return one row per run, best first; runs that cannot be scored come last.
+
+    Returns:
+        Columns `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; `interval_unit`, the
+        unit of these intervals; `difference` with its interval and `p`, also per fold (`difference_0`, `p_0`, ...); `unit`, the
+        unit of the differences; costs; `differs`, the number of config fields that differ between runs; these fields; `note`.
+        Undefined values are NaN. A column `undefined_X` gives the reason, and is present only where X is undefined.
+    """
+    keys = differing_keys([run.config for run in comparison.runs if run.config])
+    areas = {run.name: run.metrics.pooled.value if run.metrics else 0.0 for run in comparison.runs}
+    ordered = sorted(comparison.runs, key=lambda run: (bool(run.problem), -areas[run.name]))
+    rows = [_row(run, comparison, keys) for run in ordered]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    last = ["differs", *keys, "note"]
+    return pd.DataFrame(rows, columns=[*(column for column in columns if column not in last), *last])
+
+
+def _row(run: ComparedRun, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": run.name}
+    if not run.problem:
+        _, metrics = run.scored()
+        row |= {f"fold_{k}": value for k, value in enumerate(metrics.fold_auc)}
+        row |= {"mean": metrics.mean, "sd": metrics.sd}
+        row |= _columns("pooled", metrics.pooled) | _columns("ranked", metrics.ranked)
+        row["interval_unit"] = metrics.pooled.unit
+    if run.pooled:
+        row |= _columns("difference", run.pooled) | {"p": run.pooled.corrected_p}
+        for k, fold in enumerate(run.folds):
+            row |= _columns(f"difference_{k}", fold) | {f"p_{k}": fold.p}
+    is_baseline = run is comparison.baseline
+    if run.pooled or is_baseline:
+        row["unit"] = comparison.unit
+    row |= run.costs | {"differs": len(keys)} | {key: run.config.get(key) for key in keys}
+    row["note"] = run.problem or run.unpaired_reason or ("the baseline" if is_baseline else "")
+    return row
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, Any]:
+    reason = {f"undefined_{name}": estimate.undefined} if estimate.undefined else {}
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high} | reason
+
+
+def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
+    """Return the config keys whose values differ between `configs`."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
+
+
+def render_comparison(comparison: Comparison, form: str) -> str:
+    """Return `comparison` as `text`, `md`, `csv` or `json`; only `csv` and `json` have all columns in full precision."""
+    rows, sentences = comparison_table(comparison), conclusions(comparison)
+    if form == "csv":
+        return rows.to_csv(index=False)
+    if form == "json":
+        records = json.loads(rows.to_json(orient="records", double_precision=15))
+        return _json({"unit": comparison.unit, "runs": records, "words": sentences})
+    return _render_tables([display_table(comparison), fold_differences(comparison)], [caption(comparison), *sentences], form)
+
+
+def fold_differences(comparison: Comparison) -> pd.DataFrame:
+    """Return the AUC of each paired run minus the baseline's in each fold, with its 95 % interval, as text."""
+    return pd.DataFrame(
+        {f"difference to {comparison.baseline.name}": run.name}
+        | {f"fold {k}": fold.text("+.4f") for k, fold in enumerate(run.folds)}
+        for run in comparison.runs
+        if run.pooled
+    )
+
+
+def display_table(comparison: Comparison) -> pd.DataFrame:
+    """Return the main columns of `comparison_table` as text, with intervals next to their values and "" for NaN."""
+    rows, runs = comparison_table(comparison), {run.name: run for run in comparison.runs}
+    shown = pd.DataFrame({"run": rows["run"]})
+    scores = {name: run.metrics for name, run in runs.items() if run.metrics and not run.problem}
+    for column in [column for column in rows if column.startswith("fold_")]:
+        shown[column.replace("_", " ")] = _formatted(rows[column], ".4f")
+    if scores:
+        deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
+        shown["mean ± SD"] = deviation.where(rows["mean"].notna(), "")
+        shown["pooled"] = [scores[name].pooled.text() if name in scores else "" for name in rows["run"]]
+        shown["ranked"] = _formatted(rows["ranked"], ".4f")
+        shown["interval unit"] = rows["interval_unit"].fillna("")
+    if "difference" in rows:
+        differences = [runs[name].pooled for name in rows["run"]]
+        shown["difference"] = ["" if each is None else each.text("+.4f") for each in differences]
+        shown["p"] = ["" if each is None else _number(each.corrected_p, ".2g") for each in differences]
+    for column, form in (("minutes", ".1f"), ("parameters", ",.0f"), ("images_per_second", ",.0f")):
+        if column in rows:
+            shown[column.replace("images_per_second", "images/s")] = _formatted(rows[column], form)
+    columns = list(rows.columns)
+    for column in columns[columns.index("differs") + 1 : columns.index("note")]:
+        shown[column] = _formatted(rows[column], "")
+    shown["note"] = rows["note"]
+    return shown
+
+
+def evaluation_table(result: EvaluationResult) -> pd.DataFrame:
+    """Return one row per run as text: AUC of its models and of their mean, OOF AUC, drop, calibration error, difference."""
+    return pd.DataFrame([_evaluation_row(run, result.baseline) for run in result.runs])
+
+
+def _evaluation_row(run: RunScore, baseline: str) -> dict[str, str]:
+    areas, oof = [*run.fold_auc.values()], [*run.oof_auc.values()]
+    deviation = f" ± {np.std(areas, ddof=1):.4f}" if len(areas) > 1 else ""
+    difference: Difference | None = run.difference
+    return {
+        "run": run.run,
+        "models": str(len(areas)),
+        "single model": f"{run.single:.4f}{deviation}",
+        "mean of models": run.mean.text(),
+        "OOF": f"{np.mean(oof):.4f}" if oof else "n/a",
+        "drop": _number(run.drop, "+.4f"),
+        "calibration error": _number(run.calibration_error, ".4f"),
+        f"difference to {baseline}": "" if difference is None else difference.text("+.4f"),
+        "p": "" if difference is None else _p_number(difference.corrected_p),
+    }
+
+
+def evaluation_caption(result: EvaluationResult) -> str:
+    """Return what the columns of `evaluation_table` are."""
+    test = "DeLong's interval and paired test" if result.unit == "patch" else "bootstrap over slides"
+    return (
+        f"{result.patches:,} patches, {result.positives / result.patches:.1%} with tumour. Single model: mean ± SD over the "
+        f"models of the folds. OOF: mean over folds; drop: OOF minus single model. Intervals: 95 % ({test}, unit: "
+        f"{result.unit}); p is corrected for the number of runs (Holm)."
+    )
+
+
+def render_evaluation(result: EvaluationResult, form: str) -> str:
+    """Return `result` as `text`, `md`, `csv` or `json`; only `csv` and `json` have full precision."""
+    content = result.model_dump(mode="json")
+    if form == "json":
+        return _json(content)
+    if form == "csv":
+        shared = {key: content[key] for key in ("name", "patches", "positives", "unit", "baseline")}
+        rows = [shared | {key: value for key, value in run.items() if value is not None} for run in content["runs"]]
+        return pd.json_normalize(rows).to_csv(index=False)
+    return f"{result.name}:\n\n" + _render_tables([evaluation_table(result)], [evaluation_caption(result)], form)
+
+
+def markdown(shown: pd.DataFrame) -> str:
+    """Return a table of text as Markdown."""
+    lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value as text."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def _p_number(p: float | None) -> str:
+    return "n/a" if p is None else p_text(p).removeprefix("p ").removeprefix("= ")
+
+
+def _render_tables(tables: list[pd.DataFrame], sentences: list[str], form: str) -> str:
+    """Return the tables that have rows, as `text` or `md`, followed by `sentences`, the first of which is a caption."""
+    shown = [markdown(table) if form == "md" else f"{table.to_string(index=False)}\n" for table in tables if len(table)]
+    if form == "md":
+        sentences = [f"{sentences[0]}\n", *(f"- {sentence}" for sentence in sentences[1:])]
+    return "\n".join([*shown, "\n".join(sentences)]) + "\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else f"{value:{form}}"
+
+
+def _formatted(values: pd.Series, form: str) -> pd.Series:
+    texts = ["" if pd.isna(value) else format(value, form) for value in values]
+    return pd.Series(texts, values.index, dtype=object)
