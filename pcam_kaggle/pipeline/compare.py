@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pcam_kaggle.core.config import upgraded
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
@@ -54,7 +55,7 @@ def _read(run: Run, compared: ComparedRun) -> str:
     """Fill in what can be read of `run`; return why it can't be scored, or ""."""
     if run.is_experiment:
         made = run.made_from()
-        compared.config, compared.scheme = made.config, made.folds
+        compared.config, compared.scheme = upgraded(made.config), made.folds
         unfinished = [str(fold.number) for fold in run.folds() if not fold.has_predictions]
         if unfinished:
             return f"unfinished: folds {', '.join(unfinished)} lack predictions"
