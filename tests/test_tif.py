@@ -69,7 +69,8 @@ def test_pixels_are_read_exactly(content: bytes, tmp_path: Path) -> None:
 
 
 CHANGED = {
-    **{"JPEG in TIFF": encoded(compression="jpeg", quality=60), "JPEG": encoded(format="JPEG")},
+    "JPEG in TIFF": encoded(compression="jpeg", quality=60),
+    "JPEG": encoded(format="JPEG"),
     **{f"orientation {number}": encoded(tiffinfo={274: number}, compression="tiff_lzw") for number in range(2, 9)},
 }
 
