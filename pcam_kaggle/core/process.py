@@ -53,13 +53,14 @@ def release_memory() -> None:
 def end_with_parent() -> None:
     """End this process when its parent process ends, so that no orphan keeps writing to a run's folder."""
     parent = multiprocessing.parent_process()
+    if not parent:
+        return
 
     def wait() -> None:
         parent.join()
         os._exit(1)
 
-    if parent:
-        threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _glibc(name: str) -> Callable[..., Any]:
