@@ -448,7 +448,7 @@ def test_a_folder_without_patches_is_one_short_line(many: pd.DataFrame, data: Da
 
 def test_labels_of_another_form_are_one_short_line(many: pd.DataFrame, data: Data) -> None:
     many.assign(label=np.array(["normal", "tumor"])[many["label"]]).to_csv(data.labels, index=False)
-    expected = "22,002 of 22,002 rows.*'normal' in 13,201 rows, 'tumor' in 8,801 rows; write 0 and 1"
+    expected = "22,002 of 22,002 rows.*'normal' in 13,200 rows, 'tumor' in 8,802 rows; write 0 and 1"
     with pytest.raises(UserError, match=expected) as caught:
         read_labels(data.labels)
     assert len(str(caught.value)) < 1000
