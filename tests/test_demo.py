@@ -29,7 +29,7 @@ def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
     assert not make_demo(data)
     made, _ = prepare(data, tmp_path / "store")
     other, _ = prepare(data, tmp_path / "again")
-    assert made["train_sha256"] == other["train_sha256"]
+    assert made.train_sha256 == other.train_sha256
     labels = pd.read_csv(data.labels)["label"]
     assert 0.25 < labels.mean() < 0.5
     assert data.slides() is not None

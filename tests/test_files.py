@@ -112,30 +112,19 @@ def foreign(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_store_folder_of_somebody_else_is_refused_by_name(data: Data, pcam: Command, tmp_path: Path) -> None:
-    kept = foreign(tmp_path / "work" / "store")
-    outcome = pcam("pipeline")
-    assert outcome.status == 2
-    assert outcome.err.startswith(f"error: {tmp_path / 'work' / 'store'}: exists and was not made by this program")
+@pytest.mark.parametrize("make", [prepare, lambda _, folder: make_demo(Data(folder))])
+def test_a_folder_of_somebody_else_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
+    kept = foreign(tmp_path / "target")
+    with pytest.raises(UserError, match="target: exists and was not made by this program"):
+        make(data, tmp_path / "target")
     assert {path: path.read_bytes() for path in kept} == kept
 
 
-def test_a_demo_folder_of_somebody_else_is_refused_by_name(tmp_path: Path) -> None:
-    kept = foreign(tmp_path / "demo" / "data")
-    with pytest.raises(UserError, match="demo/data: exists and was not made by this program"):
-        make_demo(Data(tmp_path / "demo" / "data"))
-    assert {path: path.read_bytes() for path in kept} == kept
-
-
-@pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_what_is_no_folder_is_not_replaced(kind: str, data: Data, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    if kind == "file":
-        store.write_text("mine")
-    else:
-        store.symlink_to(tmp_path / "nowhere")
+@pytest.mark.parametrize("make", [lambda store: store.write_text("mine"), lambda store: store.symlink_to("nowhere")])
+def test_what_is_no_folder_is_not_replaced(make: Callable[[Path], object], data: Data, tmp_path: Path) -> None:
+    make(tmp_path / "store")
     with pytest.raises(UserError, match="store: exists and was not made by this program"):
-        prepare(data, store)
+        prepare(data, tmp_path / "store")
 
 
 def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: Path) -> None:
@@ -147,10 +136,12 @@ def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: 
     assert prepare(data, store) == (made, True)
 
 
-def test_a_store_that_was_being_deleted_when_its_process_was_killed_is_no_obstacle(data: Data, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_no_obstacle(data: Data, tmp_path: Path) -> None:
     made, _ = prepare(data, tmp_path / "store")
     (tmp_path / "store").rename(tmp_path / ".store.old.part")
     (tmp_path / ".store.old.part" / "manifest.json").unlink()
+    (tmp_path / ".store.part").mkdir()
+    (tmp_path / ".store.part" / "patches.npy").write_bytes(b"half")
     assert prepare(data, tmp_path / "store") == (made, True)
     assert not list(tmp_path.glob(".store*.part"))
 

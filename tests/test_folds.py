@@ -17,14 +17,13 @@ SLIDES = Scheme(5, "slides")
 
 @pytest.fixture
 def labels() -> pd.DataFrame:
-    """Return 1,000 labels, four in ten positive."""
     rng = np.random.default_rng(0)
     return pd.DataFrame({"id": [f"{n:040x}" for n in rng.permutation(1000)], "label": (rng.random(1000) < 0.4).astype(np.int8)})
 
 
 @pytest.fixture
 def slides(labels: pd.DataFrame) -> pd.DataFrame:
-    """Return a map of these to 40 slides of very different sizes."""
+    """Return a map of the labels to 40 slides of very different sizes."""
     rng = np.random.default_rng(1)
     share = rng.dirichlet(np.ones(40))
     return pd.DataFrame({"id": labels["id"], "wsi": [f"slide_{n}" for n in rng.choice(40, len(labels), p=share)]})
@@ -134,10 +133,11 @@ def test_a_slides_name_is_not_its_spaces(tmp_path: Path) -> None:
     assert read_slides(tmp_path / "map.csv")["wsi"].nunique() == 1
 
 
-def test_an_edited_fold_file_is_refused(labels: pd.DataFrame, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "old", "new"), [("csv", ",0\n", ",1\n"), ("json", '"seed": 42', '"seed": 43')])
+def test_an_edited_file_is_refused(kind: str, old: str, new: str, labels: pd.DataFrame, tmp_path: Path) -> None:
     make_folds(labels, PLAIN, None, tmp_path)
-    file = tmp_path / f"{PLAIN.name}.csv"
-    file.write_text(file.read_text().replace(",0\n", ",1\n", 1))
+    file = tmp_path / f"{PLAIN.name}.{kind}"
+    file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match="has changed since"):
         load_folds(labels, PLAIN, None, tmp_path)
 

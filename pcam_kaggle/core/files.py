@@ -25,8 +25,7 @@ LOCK_SECONDS = 10
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, a file beside it, and delete partial files of killed processes.
 
-    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock. The operating system releases the
-    lock when the process ends.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock.
 
     Raises:
         UserError: Another process still holds the lock after ten seconds.
@@ -34,32 +33,28 @@ def locked(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        held = lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
-    try:
+    with held:
         for partial in list(folder.rglob(f".*{PART}")):
             if partial.is_dir():
                 shutil.rmtree(partial)
             else:
                 partial.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` when the block ends without an error; the caller holds its lock.
 
-    Args:
-        folder: Target, which must be missing, empty or made by this program.
-        is_ours: Returns whether this program made a folder.
-
     Raises:
-        UserError: `folder` has other content.
+        UserError: `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program.
     """
-    check_replaceable(folder, is_ours)
+    is_replaceable = folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))
+    if os.path.lexists(folder) and not is_replaceable:
+        raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
     folder = folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
     # Leftovers of a killed process.
@@ -75,13 +70,6 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise UserError if `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program."""
-    if not os.path.lexists(folder) or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
-        return
-    raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
@@ -128,11 +116,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """Return the JSON object in `path`.
-
-    Args:
-        path: The file.
-        **kinds: Required keys and the types of their values.
+    """Return the JSON object in `path`, whose required keys and the types of their values are `kinds`.
 
     Raises:
         UserError: The file is missing, is not a JSON object, lacks a required key, or a value has another type.

@@ -32,26 +32,22 @@ def set_environment() -> None:
 
 
 def tune_malloc() -> None:
-    """Make malloc keep freed memory for the next allocations; does nothing without glibc.
+    """Make glibc's malloc keep freed memory for the next allocations.
 
     By default, each training step returns the memory of its activations to the system and page-faults on it again. That takes a
     sixth of the step's time on a CPU, or a twentieth with huge pages.
     """
-    mallopt = _glibc("mallopt")
-    if mallopt:
-        for parameter, value in MALLOC_OPTIONS.items():
-            mallopt(parameter, value)
+    for parameter, value in MALLOC_OPTIONS.items():
+        _glibc("mallopt")(parameter, value)
 
 
 def release_memory() -> None:
-    """Return freed memory that malloc keeps to the system; does nothing without glibc.
+    """Return freed memory that glibc's malloc keeps to the system.
 
     Call it before a fork: the child would share that memory, and each page would be copied when the parent writes to it, which
-    takes seconds for the memory of a net.
+    takes seconds for the memory of a model.
     """
-    malloc_trim = _glibc("malloc_trim")
-    if malloc_trim:
-        malloc_trim(0)
+    _glibc("malloc_trim")(0)
 
 
 def end_with_parent() -> None:
@@ -67,5 +63,6 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _glibc(name: str) -> Callable[..., Any] | None:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+def _glibc(name: str) -> Callable[..., Any]:
+    """Return the function `name` of glibc, or without glibc one that does nothing."""
+    return getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, name, lambda *_: None)

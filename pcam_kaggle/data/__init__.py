@@ -1,4 +1,4 @@
 """Reads and checks the competition's files, and writes the patch store and the folds.
 
-Independent of nets and runs.
+Independent of models and runs.
 """

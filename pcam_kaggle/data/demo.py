@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from PIL import Image
 
 from pcam_kaggle.core.config import PATCH_SIDE
 from pcam_kaggle.core.errors import UserError
@@ -25,17 +26,13 @@ def draw_patch(
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Draw one patch: stroma is smooth pink noise, lymphocytes are small round nuclei, tumour nuclei are large and clustered.
 
-    Args:
-        rng: Source of the patch's content.
-        slide: Source of the stain: the same state gives the same stain.
-        tumour_at: Row and column of the centre of the tumour, or None.
+    The content is drawn from `rng` and the stain from `slide`; `tumour_at` is the row and column of the tumour's centre.
 
     Returns:
         The patch, RGB uint8 (96, 96, 3), and its tumour mask, bool (96, 96).
     """
     side = PATCH_SIDE
-    nuclei = np.zeros((side, side), np.float32)
-    tumour = np.zeros((side, side), np.uint8)
+    nuclei, tumour = np.zeros((side, side), np.float32), np.zeros((side, side), np.uint8)
     for _ in range(rng.integers(4, 12)):
         centre = tuple(int(v) for v in rng.integers(0, side, 2))
         cv2.circle(nuclei, centre, int(rng.integers(2, 4)), float(rng.uniform(0.6, 0.9)), -1, cv2.LINE_AA)
@@ -46,8 +43,7 @@ def draw_patch(
             angle = float(rng.uniform(0, 180))
             cv2.ellipse(nuclei, (column, row), axes, angle, 0, 360, float(rng.uniform(0.45, 0.75)), -1, cv2.LINE_AA)
             cv2.ellipse(tumour, (column, row), axes, angle, 0, 360, 1, -1)
-    stroma = cv2.GaussianBlur(rng.normal(0, 1, (side, side)).astype(np.float32), (0, 0), 3)
-    stroma = 0.35 + 0.9 * stroma
+    stroma = 0.35 + 0.9 * cv2.GaussianBlur(rng.normal(0, 1, (side, side)).astype(np.float32), (0, 0), 3)
     factors, tint = slide.uniform(0.7, 1.3, 2), slide.normal(0, 0.03, 3)
     density = np.clip(nuclei, 0, None)[..., None] * HAEMATOXYLIN * factors[0]
     density = density + np.clip(stroma, 0.05, None)[..., None] * EOSIN * factors[1] + np.abs(tint)
@@ -78,18 +74,14 @@ def make_demo(data: Data, seed: int = SEED) -> bool:
         if data.declaration.is_file() and read_json(data.declaration) == manifest:
             return False
         with building(data.root, is_demo) as folder:
-            _draw_demo(Data(folder), manifest, seed)
+            made = Data(folder)
+            train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
+            test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+            write_csv(made.labels, train[["id", "label"]])
+            write_csv(folder / "patch_id_wsi.csv", train[["id", "wsi"]])
+            write_csv(made.sample, test[["id"]].assign(label=0))
+            write_json(made.declaration, manifest)
     return True
-
-
-def _draw_demo(data: Data, manifest: dict[str, object], seed: int) -> None:
-    """Write the patches, the tables and the manifest of a demo into the empty folder of `data`."""
-    train = _draw_split(data, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
-    test = _draw_split(data, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
-    write_csv(data.labels, train[["id", "label"]])
-    write_csv(data.root / "patch_id_wsi.csv", train[["id", "wsi"]])
-    write_csv(data.sample, test[["id"]].assign(label=0))
-    write_json(data.declaration, manifest)
 
 
 def is_demo(folder: Path) -> bool:
@@ -109,7 +101,6 @@ def _draw_split(data: Data, split: str, count: int, slides: range, seed: int) ->
         rng = np.random.default_rng((seed, split == "test", number))
         patch, tumour = draw_patch(rng, np.random.default_rng((seed, slide)), tumour_place(rng))
         name = f"demo_{split}_{number:04d}"
-        uncompressed = [cv2.IMWRITE_TIFF_COMPRESSION, 1]
-        cv2.imwrite(str(folder / f"{name}.tif"), cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), uncompressed)
+        Image.fromarray(patch).save(folder / f"{name}.tif")
         rows.append((name, int(tumour[CENTRE, CENTRE].any()), f"slide_{slide:02d}"))
     return pd.DataFrame(rows, columns=["id", "label", "wsi"])

@@ -53,12 +53,7 @@ class FoldsManifest(Record):
 
 @dataclass(frozen=True, slots=True)
 class Folds:
-    """A fold file and its manifest.
-
-    Attributes:
-        table: Columns id (text), label (int64, 0 or 1) and fold (int64, from 0), sorted by id.
-        manifest: Scheme, counts per fold, and the hashes of labels, slide map and fold file.
-    """
+    """A fold file, as the columns id (text), label (int64, 0 or 1) and fold (int64, from 0), sorted by id; and its manifest."""
 
     table: pd.DataFrame
     manifest: FoldsManifest

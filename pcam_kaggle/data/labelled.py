@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.core.files import csv_bytes, sha256
 from pcam_kaggle.core.logs import progress
-from pcam_kaggle.data.listing import Ids, listing_problems, raise_common_problem, raise_problems, read_row, read_split
+from pcam_kaggle.data.listing import Ids, listing_problems, raise_problems, read_row, read_split
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.data.tif import SHAPE
 
@@ -57,15 +57,12 @@ def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatc
     """
     table = read_labels(labels)
     split = read_split(folder.resolve().name, folder, labels, table["id"].tolist())
-    problems = {problem.id: problem for problem in listing_problems(split, ids)}
-    raise_common_problem([split], list(problems.values()))
+    raise_problems(folder, [split], listing_problems(split, ids))
     pixels = np.empty((len(table), *SHAPE), np.uint8)
     rows = zip(split.rows, pixels, strict=True)
     read = [read_row(folder, row, ids, target) for row, target in progress(rows, "read", len(table))]
-    problems = {problem.id: problem for _, problem in read if problem} | problems
-    raise_problems(folder, [split], list(problems.values()))
-    unlisted = len(split.files.keys() - set(split.ids))
-    if unlisted:
-        log.warning("%s: %s TIFs that %s does not list are ignored", folder, f"{unlisted:,}", labels.name)
+    raise_problems(folder, [split], [problem for _, problem in read if problem])
+    if split.unlisted:
+        log.warning("%s: %s TIFs that %s does not list are ignored", folder, f"{len(split.unlisted):,}", labels.name)
     digests = [digest for digest, _ in read]
     return LabelledPatches(table.assign(label=table["label"].astype(np.int64), pixels=digests), pixels)

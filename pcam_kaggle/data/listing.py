@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,12 +18,10 @@ from pcam_kaggle.data.tif import Damaged, read_patch
 Ids = Literal["sha1", "names"]
 SHA1 = re.compile(r"[0-9a-f]{40}")
 TIF = (".tif", ".tiff")
-OTHER_IMAGES = (".png", ".jpg", ".jpeg")
+IMAGES = (*TIF, ".png", ".jpg", ".jpeg")
 OTHER_PIXELS = "the SHA-1 of the pixels is not the id"
-# If most patches of a split have the problem, copying them again does not help.
-ADVICE_FOR_ALL = {
-    OTHER_PIXELS: "the files were re-encoded or resaved: take the original ones, or accept these as they are with --ids names"
-}
+# If most patches of a split have this problem, copying them again does not help.
+REENCODED = "the files were re-encoded or resaved: take the original ones, or accept these as they are with --ids names"
 
 
 class Row(NamedTuple):
@@ -34,8 +32,7 @@ class Row(NamedTuple):
     file: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A patch that cannot be used: its split and id, the name of its file, the reason, and what the user can do."""
 
     split: str
@@ -50,7 +47,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the ids in its table, sorted, and the entries of its folder, without hidden ones.
+    """One split: the ids in its table, sorted, and the TIFs of its folder, without hidden ones.
 
     `files` maps each id on the disk to the name of its file; of several files with one id, to the first.
     """
@@ -60,13 +57,18 @@ class Split:
     table: Path
     ids: list[str]
     tifs: list[os.DirEntry[str]]
-    others: list[os.DirEntry[str]]
     files: dict[str, str]
 
     @property
     def rows(self) -> list[Row]:
         """The listed patches, sorted by id."""
         return [Row(self.name, name, self.files.get(name)) for name in self.ids]
+
+    @property
+    def unlisted(self) -> list[Problem]:
+        """The files that the table does not list."""
+        names, reason = sorted(self.files.keys() - set(self.ids)), f"not listed in {self.table.name}"
+        return [Problem(self.name, name, self.files[name], reason, "add the row or remove the file") for name in names]
 
 
 def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
@@ -85,28 +87,28 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
     tifs = [entry for entry in visible if entry.name.lower().endswith(TIF)]
     others = [entry for entry in visible if not entry.name.lower().endswith(TIF)]
     files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
-    split = Split(name, folder, table, sorted(ids), tifs, others, files)
+    split = Split(name, folder, table, sorted(ids), tifs, files)
     missing = [name for name in split.ids if name not in files]
     if 2 * len(missing) > len(ids):
-        _explain_missing(split, missing)
+        _explain_missing(split, missing, others)
     return split
 
 
-def _explain_missing(split: Split, missing: list[str]) -> None:
+def _explain_missing(split: Split, missing: list[str], others: list[os.DirEntry[str]]) -> None:
     """Raise UserError if the folder of `split` shows why most of its files are missing."""
-    nested = [f"{entry.name}/{file}" for entry in split.others if entry.is_dir() and (file := _first_image(entry))]
+    nested = [entry.name for entry in others if entry.is_dir() and any(_is_image(file.name) for file in Path(entry).iterdir())]
     if nested:
         found = f"{split.folder}: its patches are in {len(nested):,} subfolders ({examples(nested)})"
         raise UserError(f"{found}; move them into {split.name} itself", nested)
-    images = Counter(suffix for entry in split.others if (suffix := Path(entry.name).suffix.lower()) in OTHER_IMAGES)
-    for suffix, count in images.most_common(1):
-        if count > len(split.tifs):
-            raise UserError(
-                f"{split.folder}: holds {count:,} {suffix} files and {len(split.tifs):,} TIFs; take the original TIFs, since "
-                "another format may change pixels and an id is their SHA-1; convert a set of your own and use --ids names"
-            )
+    images = [entry.name for entry in others if _is_image(entry.name)]
+    if len(images) > len(split.tifs):
+        raise UserError(
+            f"{split.folder}: holds {len(images):,} PNG or JPEG files ({examples(images)}) and {len(split.tifs):,} TIFs; take "
+            "the original TIFs, since another format may change pixels; convert a set of your own and use --ids names",
+            images,
+        )
     if not split.tifs:
-        names = [entry.name for entry in split.others]
+        names = [entry.name for entry in others]
         other = f" but {len(names):,} other entries ({examples(names)})" if names else ""
         raise UserError(
             f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it: "
@@ -115,75 +117,60 @@ def _explain_missing(split: Split, missing: list[str]) -> None:
         )
 
 
-def _first_image(folder: os.DirEntry[str]) -> str | None:
-    with os.scandir(folder) as entries:
-        return next((entry.name for entry in entries if entry.name.lower().endswith((*TIF, *OTHER_IMAGES))), None)
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGES)
 
 
-def listing_problems(split: Split, ids: Ids) -> Iterator[Problem]:
-    """Yield the listed patches of `split` without a file, those with several files, and ids that are no SHA-1."""
+def listing_problems(split: Split, ids: Ids) -> list[Problem]:
+    """Return the listed patches of `split` that have no file, several files, or no SHA-1 for an id."""
+    found = []
     for name in split.ids:
         file = split.files.get(name, f"{name}.tif")
         if ids == "sha1" and not SHA1.fullmatch(name):
-            yield Problem(split.name, name, file, "its id is no SHA-1 in lower case", "use --ids names for other ids")
+            found.append(Problem(split.name, name, file, "its id is no SHA-1 in lower case", "use --ids names for other ids"))
         elif name not in split.files:
             reason = f"missing, though listed in {split.table.name}"
-            yield Problem(split.name, name, file, reason, "copy the file again or drop the row")
-    for entry in split.tifs:
-        first = split.files[_stem(entry.name)]
-        if entry.name != first:
-            reason = "there are two files of this id"
-            yield Problem(split.name, _stem(entry.name), entry.name, reason, f"remove it or {first}")
-
-
-def unlisted_files(split: Split) -> Iterator[Problem]:
-    """Yield the files of `split` that its table does not list."""
-    for name in sorted(split.files.keys() - set(split.ids)):
-        reason = f"not listed in {split.table.name}"
-        yield Problem(split.name, name, split.files[name], reason, "add the row or remove the file")
+            found.append(Problem(split.name, name, file, reason, "copy the file again or drop the row"))
+    for name, file in ((_stem(entry.name), entry.name) for entry in split.tifs):
+        if file != split.files[name]:
+            advice = f"remove it or {split.files[name]}"
+            found.append(Problem(split.name, name, file, "there are two files of this id", advice))
+    return found
 
 
 def read_row(folder: Path, row: Row, ids: Ids, target: NDArray[np.uint8]) -> tuple[str, Problem | None]:
     """Read the patch of `row` from `folder` into `target`, RGB uint8 (96, 96, 3), and check its id.
 
     Returns:
-        The SHA-1 of its pixels and None. If the patch cannot be used, `target` is zero and the SHA-1 empty; the problem is None
-        where `listing_problems` names it.
+        The SHA-1 of its pixels, and None. If the patch can't be used, an empty text and the problem; `target` is then zero.
     """
-    problem = None
-    if row.file is not None:
-        try:
-            digest = read_patch(folder / row.file, target)
-            if ids == "names" or digest == row.id:
-                return digest, None
-            problem = Problem(row.split, row.id, row.file, OTHER_PIXELS, Damaged(OTHER_PIXELS).advice)
-        except Damaged as damage:
-            problem = Problem(row.split, row.id, row.file, damage.reason, damage.advice)
-    target[:] = 0
-    return "", problem
-
-
-def raise_common_problem(splits: Iterable[Split], problems: list[Problem]) -> None:
-    """Raise UserError if most patches of one of `splits` have the same one of `problems`."""
-    for split in splits:
-        own = [problem for problem in problems if problem.split == split.name]
-        total = max(len(split.ids), len(split.files))
-        for reason, count in Counter(problem.reason for problem in own).most_common(1):
-            if count > EXAMPLES and 2 * count > total:
-                same = [problem for problem in own if problem.reason == reason]
-                files = examples([problem.file for problem in same])
-                advice = ADVICE_FOR_ALL.get(reason, same[0].advice)
-                raise UserError(
-                    f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason} ({files}); {advice}",
-                    list(map(str, problems)),
-                )
+    try:
+        if row.file is None:
+            raise Damaged("missing")
+        digest = read_patch(folder / row.file, target)
+        if ids == "sha1" and digest != row.id:
+            raise Damaged(OTHER_PIXELS)
+    except Damaged as damage:
+        target[:] = 0
+        return "", Problem(row.split, row.id, row.file or f"{row.id}.tif", damage.reason, damage.advice)
+    return digest, None
 
 
 def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem], advice: str = "fix them") -> None:
-    """Raise UserError if there are `problems`: names the common one, or `root`, `advice` and examples; `details` lists all."""
-    raise_common_problem(splits, problems)
+    """Raise UserError if there are `problems`: one that most patches of a split have, or else examples and `advice`."""
+    lines = list(map(str, problems))
+    for split in splits:
+        total = max(len(split.ids), len(split.files))
+        reasons = Counter(problem.reason for problem in problems if problem.split == split.name)
+        for reason, count in reasons.most_common(1):
+            if count > EXAMPLES and 2 * count > total:
+                same = [problem for problem in problems if (problem.split, problem.reason) == (split.name, reason)]
+                files = examples([problem.file for problem in same])
+                common = REENCODED if reason == OTHER_PIXELS else same[0].advice
+                raise UserError(
+                    f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason} ({files}); {common}", lines
+                )
     if problems:
-        lines = list(map(str, problems))
         raise UserError(f"{root}: patches that can't be used: {len(lines):,}; {advice}: {examples(lines)}", lines)
 
 

@@ -4,35 +4,21 @@ import logging
 import os
 import shutil
 import signal
-from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, read_json, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import end_with_parent
-from pcam_kaggle.data.listing import (
-    Ids,
-    Problem,
-    Row,
-    Split,
-    listing_problems,
-    raise_common_problem,
-    raise_problems,
-    read_row,
-    read_split,
-    unlisted_files,
-)
+from pcam_kaggle.data.listing import Ids, Problem, Row, Split, listing_problems, raise_problems, read_row, read_split
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
 from pcam_kaggle.data.tables import read_labels, read_sample
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE
@@ -57,13 +43,8 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     """Pack all patches of `data` into the folder `store`, unless it already holds the store of the same files.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
-    the content. Hidden files are ignored.
-
-    Args:
-        data: Folder in the competition's layout.
-        store: Target folder, replaced atomically.
-        ids: ID scheme. Default: see `declared_ids`.
-        skip_damaged: Skip damaged train patches and list them in `skipped.csv`.
+    the content. The ID scheme is by default that of `declared_ids`. With `skip_damaged`, damaged train patches are listed in
+    `skipped.csv`. Hidden files are ignored.
 
     Returns:
         The manifest, and whether the store was written.
@@ -91,26 +72,20 @@ def _build(
     data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, skip_damaged: bool, signature: str
 ) -> StoreManifest:
     """Write the array and the tables of a store into `folder`; return its manifest."""
-    listed = [problem for split in splits for problem in (*listing_problems(split, ids), *unlisted_files(split))]
-    # Reading all files takes minutes, and a common problem of the listing is known before.
-    raise_common_problem(splits, _fatal(listed, skip_damaged))
+    listed = [problem for split in splits for problem in (*listing_problems(split, ids), *split.unlisted)]
+    # Before the files are read, which takes minutes.
+    _raise_fatal(data, splits, listed, skip_damaged)
     rows = [row for split in splits for row in split.rows]
     digests, damaged = _pack(data, rows, folder / "patches.npy", ids)
+    _raise_fatal(data, splits, damaged, skip_damaged)
     problems = {(problem.split, problem.id): problem for problem in (*damaged, *listed)}
-    fatal = _fatal(problems.values(), skip_damaged)
-    skip = ", or skip those of train with --skip-damaged" if any(problem.split == "train" for problem in fatal) else ""
-    raise_problems(data.root, splits, fatal, f"fix them{skip}")
-    skipped = list(problems.values())
-    if labels.loc[~labels["id"].isin([problem.id for problem in skipped]), "label"].nunique() < 2:
-        reason, count = Counter(problem.reason for problem in skipped).most_common(1)[0]
-        raise UserError(
-            f"{data.root}: without the {len(skipped):,} damaged patches at most one label is left; fix them, {count:,} have "
-            f"the same problem: {reason}",
-            list(map(str, skipped)),
-        )
-    if skipped:
-        table = pd.DataFrame([(problem.id, problem.reason) for problem in skipped], columns=["id", "reason"])
-        write_csv(folder / "skipped.csv", table)
+    skipped = pd.DataFrame([(problem.id, problem.reason) for problem in problems.values()], columns=["id", "reason"])
+    if labels.loc[~labels["id"].isin(skipped["id"]), "label"].nunique() < 2:
+        advice = f"fix them, many have this problem: {skipped['reason'].mode()[0]}"
+        lines = list(map(str, problems.values()))
+        raise UserError(f"{data.root}: without the {len(lines):,} damaged patches at most one label is left; {advice}", lines)
+    if len(skipped):
+        write_csv(folder / "skipped.csv", skipped)
     kinds = ["skipped" if (row.split, row.id) in problems else row.split for row in rows]
     index = pd.DataFrame({"id": [row.id for row in rows], "split": kinds})
     write_csv(folder / "index.csv", index)
@@ -130,8 +105,10 @@ def _build(
     )
 
 
-def _fatal(problems: Iterable[Problem], skip_damaged: bool) -> list[Problem]:
-    return [problem for problem in problems if not (skip_damaged and problem.split == "train")]
+def _raise_fatal(data: Data, splits: list[Split], problems: list[Problem], skip_damaged: bool) -> None:
+    fatal = [problem for problem in problems if not (skip_damaged and problem.split == "train")]
+    skip = ", or skip those of train with --skip-damaged" if any(problem.split == "train" for problem in fatal) else ""
+    raise_problems(data.root, splits, fatal, f"fix them{skip}")
 
 
 def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
@@ -199,16 +176,10 @@ def _follow_parent() -> None:
 
 def _pack_chunk(data: Data, target: Path, ids: Ids, rows: list[Row], offset: int) -> tuple[list[str], list[Problem]]:
     """Write the patches of `rows` into the file `target`, from byte `offset`."""
-    block = _buffer()[: len(rows)]
+    block = np.empty((len(rows), *SHAPE), np.uint8)
     read = [read_row(data.patches(row.split), row, ids, patch) for row, patch in zip(rows, block, strict=True)]
     # Written, not mapped: on a full disk a process that writes through a map is killed without an error.
     with target.open("r+b") as file:
         file.seek(offset)
         file.write(block.data)
     return [digest for digest, _ in read], [problem for _, problem in read if problem]
-
-
-@lru_cache(maxsize=1)
-def _buffer() -> NDArray[np.uint8]:
-    """Return the memory for the patches of a chunk, which a process uses again for each: new pages cost a fifth of the time."""
-    return np.empty((CHUNK, *SHAPE), np.uint8)

@@ -24,14 +24,9 @@ MIN_TISSUE_PIXELS = 32
 
 
 def change(factors: NDArray[np.float64], offsets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the affine map of optical densities that scales each stain by its factor and adds its offset.
+    """Return the affine map (3, 4) of optical densities that scales each stain by its factor and adds its offset.
 
-    Args:
-        factors: Factors of haematoxylin, eosin and residual, (3,).
-        offsets: Offsets of the same, in units of density, (3,).
-
-    Returns:
-        Matrix (3, 4): linear part and translation.
+    `factors` (3,) are of haematoxylin, eosin and residual, `offsets` (3,) of the same, in units of density.
     """
     affine = np.empty((3, 4))
     affine[:, :3] = ((UNMIX * factors) @ STAINS).T
@@ -46,13 +41,10 @@ def restain(image: Image, affine: NDArray[np.float64]) -> Image:
 
 
 def stain_vectors(image: Image) -> NDArray[np.float64]:
-    """Estimate the stain vectors of a patch (Macenko et al. 2009).
+    """Estimate the stain vectors of `image`, RGB uint8 (h, w, 3) (Macenko et al. 2009).
 
     They are at the 1st and 99th percentile of the angle in the plane of the first two principal components of the tissue's
     optical density. For a patch with hardly any tissue they are those of Ruifrok & Johnston.
-
-    Args:
-        image: RGB uint8 (h, w, 3).
 
     Returns:
         Unit vectors of haematoxylin and eosin in optical density of R, G, B, float64 (2, 3).

@@ -15,18 +15,9 @@ from pcam_kaggle.core.records import Record
 class StoreManifest(Record):
     """The manifest.json of a store.
 
-    Attributes:
-        ids: ID scheme.
-        train: Number of train patches, without skipped ones.
-        test: Number of test patches.
-        skipped: Number of train patches that were skipped.
-        in_both: Ids that are in train and in test.
-        train_sha256: Hash of ids and pixels of the train patches.
-        test_sha256: The same of the test patches.
-        index_sha256: Hash of index.csv.
-        index_columns: Columns of index.csv; those of earlier versions have a perceptual_hash too.
-        bytes: Size of patches.npy.
-        signature: Hash of the inputs: names, sizes and times of the files, the tables, and the options.
+    `train`, `test` and `skipped` are numbers of patches; `in_both` are the ids that train and test share; `train_sha256` and
+    `test_sha256` hash ids and pixels, `signature` the inputs: names, sizes and times of files, the tables, and the options.
+    `bytes` is the size of patches.npy. The index of earlier versions has a column perceptual_hash, too.
     """
 
     ids: str
@@ -73,11 +64,9 @@ class PatchStore:
     def __init__(self, folder: Path) -> None:
         manifest = complete_manifest(folder)
         if manifest is None:
-            raise UserError(
-                f"{folder}: no patch store, or one that is incomplete or outdated; run `python -m pcam_kaggle prepare`"
-            )
-        self.folder = folder
-        self.manifest = manifest
+            advice = "run `python -m pcam_kaggle prepare`"
+            raise UserError(f"{folder}: no patch store, or one that is incomplete or outdated; {advice}")
+        self.folder, self.manifest = folder, manifest
         index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")

@@ -15,10 +15,9 @@ MAX_CELL = 60
 
 
 def read_labels(path: Path) -> pd.DataFrame:
-    """Return the labels in `path`; spaces around ids and labels are ignored.
+    """Return the labels in `path`: columns id (text) and label (int8, 0 or 1), sorted by id.
 
-    Returns:
-        Columns id (text) and label (int8, 0 or 1), sorted by id.
+    Spaces around ids and labels are ignored.
 
     Raises:
         UserError: The file or a column is missing; an id is repeated, not a plain file name, or has an image's extension; a
@@ -40,47 +39,32 @@ def read_labels(path: Path) -> pd.DataFrame:
 
 
 def read_sample(path: Path) -> pd.DataFrame:
-    """Return the ids of the sample submission in `path`, in the order of the file.
-
-    Returns:
-        One column, id (text).
+    """Return the ids of the sample submission in `path`: one column, id (text), in the order of the file.
 
     Raises:
         UserError: The file or a column is missing; or an id is repeated, not a plain file name, or has an image's extension.
     """
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; take the competition's, or write the line id,label and then a line ID,0 for each ID.tif in "
-            f"{path.parent / 'test'}"
-        )
+        advice = "take the competition's, or write the line id,label and then a line ID,0 for each ID.tif"
+        raise UserError(f"{path}: no such file; {advice} in {path.parent / 'test'}")
     return _read(path, ["id", "label"])[["id"]]
 
 
 def read_slides(path: Path) -> pd.DataFrame:
-    """Return the slide map in `path`.
-
-    Returns:
-        Columns id and wsi (both text), sorted by id.
+    """Return the slide map in `path`: columns id and wsi (both text), sorted by id.
 
     Raises:
         UserError: As `read_sample`; or a row has no slide.
     """
     table = _read(path, ["id", "wsi"])
     table = table.assign(wsi=table["wsi"].str.strip())
-    empty = table.loc[table["wsi"] == ""]
-    if len(empty):
-        raise UserError(
-            f"{path}: rows without a slide: {len(empty):,} (ids {examples(empty['id'])}); correct or drop them",
-            list(empty["id"]),
-        )
+    if empty := table.loc[table["wsi"] == "", "id"].tolist():
+        raise UserError(f"{path}: rows without a slide: {len(empty):,} (ids {examples(empty)}); correct or drop them", empty)
     return _by_id(table)
 
 
 def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return a table that the pipeline wrote.
-
-    Returns:
-        Columns id (text) and `columns` (float64).
+    """Return a table that the pipeline wrote: columns id (text) and `columns` (float64).
 
     Raises:
         UserError: The file is missing or truncated, or a number is not finite.
@@ -96,21 +80,15 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Validate the out-of-fold predictions `table` (id, label, fold, probability) that were read from `path`.
-
-    Returns:
-        `table` with label and fold as int64.
+    """Return the OOF predictions `table` (id, label, fold, probability), read from `path`, with label and fold as int64.
 
     Raises:
         UserError: A number is not finite, or a label is not 0 or 1.
     """
-    finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
-    for invalid, problem in (
-        (~finite, "rows hold a number that is not finite"),
-        (~table["label"].isin([0, 1]), "labels are not 0 or 1"),
-    ):
-        if ids := table.loc[invalid, "id"].tolist():
-            raise UserError(f"{path}: {len(ids):,} {problem}, of id {examples(ids)}; predict again", ids)
+    is_finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
+    if ids := table.loc[~is_finite | ~table["label"].isin([0, 1]), "id"].tolist():
+        problem = "rows hold a number that is not finite, or a label that is not 0 or 1"
+        raise UserError(f"{path}: {len(ids):,} {problem}, of id {examples(ids)}; predict again", ids)
     return table.astype({"label": np.int64, "fold": np.int64})
 
 

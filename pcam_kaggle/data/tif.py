@@ -30,14 +30,10 @@ class Damaged(Exception):
 
 
 def read_patch(path: Path, target: NDArray[np.uint8]) -> str:
-    """Read the patch in the TIF at `path` into `target`; return the SHA-1 of its pixels in C order, 40 hexadecimal digits.
+    """Read the patch in the TIF at `path` into `target`, RGB uint8 (96, 96, 3), contiguous; return the SHA-1 of its pixels.
 
     The competition's files end with their uncompressed pixels, and each file is named by the SHA-1 of its pixels. If the SHA-1
     of the last bytes equals the file's name, these bytes are the patch and no decoder is needed. All other files are decoded.
-
-    Args:
-        path: The file.
-        target: RGB uint8 (96, 96, 3), contiguous. Its content is undefined after an error.
 
     Raises:
         Damaged: The file cannot be read or is not an 8-bit RGB image of 96x96 px.
