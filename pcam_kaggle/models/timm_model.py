@@ -138,11 +138,7 @@ def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
 
 
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`.
-
-    Raises:
-        UserError: A size is given twice, or timm has no layer of a name.
-    """
+    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`."""
     timm, name = import_timm(), config.model.removeprefix("timm:")
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}

@@ -54,11 +54,7 @@ def is_wheel_file(file: Path, name: str) -> bool:
 
 
 def weights_sha256(config: Config) -> str | None:
-    """Return the SHA-256 in hexadecimal of the file that `config.weights` names; None if it is empty or `pretrained`.
-
-    Raises:
-        UserError: The file is missing.
-    """
+    """Return the SHA-256 in hexadecimal of the `weights_file` of `config`, or None."""
     file = weights_file(config.model.removeprefix("timm:"), config.weights)
     return file_sha256(file) if file else None
 
