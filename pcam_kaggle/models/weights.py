@@ -95,7 +95,8 @@ def with_folder_settings(assignments: list[str]) -> list[str]:
     deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
 
     Raises:
-        UserError: The folder has several config.json, or one that does not name a model of timm while no assignment does.
+        UserError: The folder has several config.json, or one that does not name a model of timm while no assignment does; or
+            `model_args` is not a JSON object.
     """
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
     folder = _existing(given.get("weights", ""))
@@ -164,12 +165,13 @@ def _existing(weights: str) -> Path | None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, empty if it is none, which `Config` reports."""
     try:
         content = json.loads(text or "{}")
     except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"model_args={text}: must be a JSON object")
+    return content
 
 
 def _wheel_file(name: str) -> Path:
