@@ -125,9 +125,9 @@ def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
     }
     if kernel := _patch_kernel(tensors):
         arguments["patch_size"] = kernel[-1]
-    if {"cls_token", "pos_embed"} <= shapes.keys():
-        # A square number of positions leaves none for the class token.
-        arguments["no_embed_class"] = math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]
+    # A square number of positions leaves none for the class token; of DINOv2's own files, timm drops that one.
+    if {"cls_token", "pos_embed"} <= shapes.keys() and math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]:
+        arguments["no_embed_class"] = True
     return arguments
 
 
