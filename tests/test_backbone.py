@@ -1,4 +1,4 @@
-"""Backbones that people bring: input size, weights in Hugging Face's layout, frozen layers, pooling."""
+"""Backbones of timm: input size, weights in Hugging Face's layout, frozen layers, pooling."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from torch import nn
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import plan
-from pcam_kaggle.models.backbone import Backbone, GeM, copy_trained, enlarge, trained_state
+from pcam_kaggle.models.backbone import GeM, copy_trained, enlarge, trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm, weights_file
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
@@ -30,27 +30,16 @@ SMALL = {"img_size": 56, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio
 MEAN, STD = (0.7, 0.57, 0.72), (0.19, 0.23, 0.18)
 RESNET = Config(model="timm:resnet10t")
 
-# One of each of timm's kinds of nets; those of a fixed input size enlarge the patch.
+# One of each of timm's kinds of models, and the side that those of a fixed input size enlarge the patch to.
+ANY_SIZE = "tf_efficientnetv2_b0 convnext_atto mobilenetv3_small_050 regnetx_002 densenet121 repvit_m0_9 tiny_vit_5m_224"
+SIDE_224 = (
+    "vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 "
+    "eva02_tiny_patch14_224 coatnet_pico_rw_224 levit_128s mixer_s32_224 xcit_nano_12_p16_224"
+)
 FAMILIES = {
-    "resnet10t": 0,
-    "tf_efficientnetv2_b0": 0,
-    "convnext_atto": 0,
-    "mobilenetv3_small_050": 0,
-    "regnetx_002": 0,
-    "densenet121": 0,
-    "repvit_m0_9": 0,
-    "tiny_vit_5m_224": 0,
-    "poolformer_s12": 0,
-    "vit_tiny_patch16_224": 224,
-    "deit_tiny_distilled_patch16_224": 224,
-    "swin_tiny_patch4_window7_224": 224,
-    "swinv2_cr_tiny_ns_224": 224,
-    "eva02_tiny_patch14_224": 224,
+    **dict.fromkeys([*ANY_SIZE.split(), "poolformer_s12", "resnet10t"], 0),
+    **dict.fromkeys(SIDE_224.split(), 224),
     "maxvit_rmlp_pico_rw_256": 256,
-    "coatnet_pico_rw_224": 224,
-    "levit_128s": 224,
-    "mixer_s32_224": 224,
-    "xcit_nano_12_p16_224": 224,
     "crossvit_tiny_240": 240,
 }
 
@@ -69,7 +58,7 @@ def test_every_family_trains_and_predicts(name: str, pcam: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s", "resnet10t"])
-def test_a_net_of_a_fixed_size_gets_its_size(name: str) -> None:
+def test_a_model_of_a_fixed_size_gets_its_size(name: str) -> None:
     seen = []
     net = create(Config(model=f"timm:{name}"))
     net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
@@ -78,10 +67,8 @@ def test_a_net_of_a_fixed_size_gets_its_size(name: str) -> None:
 
 
 def test_a_transformer_is_built_at_another_size() -> None:
-    for changes in ({"resize": 96}, {"model_args": '{"img_size": 96}'}):
-        net = create(Config(model="timm:vit_tiny_patch16_224", **changes))
-        assert net.net.pos_embed.shape[1] == 1 + 6 * 6
-        assert net.eval()(torch.rand(1, 3, 96, 96)).shape == (1,)
+    net = create(Config(model="timm:vit_tiny_patch16_224", model_args='{"img_size": 96}'))
+    assert net.net.pos_embed.shape[1] == 1 + 6 * 6
     with pytest.raises(UserError, match=r"resize=112 and img_size=96 contradict each other"):
         create(Config(model="timm:vit_tiny_patch16_224", resize=112, model_args='{"img_size": 96}'))
 
@@ -173,6 +160,7 @@ def test_missing_arguments_are_named(tmp_path: Path) -> None:
         ({"patch_size": 16}, {"patch_size": 14}, {"patch_size": 16}),
         ({"depth": 2}, {"depth": 3}, {"depth": 2}),
         ({}, {"init_values": 1e-5}, {"init_values": None}),
+        ({"init_values": 1e-5}, {}, {"init_values": 1e-5}),
         ({}, {"reg_tokens": 4}, {"reg_tokens": 0}),
         ({"mlp_ratio": 2}, {"mlp_ratio": 4}, {"mlp_ratio": 2.0}),
     ],
@@ -197,18 +185,15 @@ def test_a_file_whose_names_timm_converts_is_complete(tmp_path: Path) -> None:
     assert torch.equal(net.net.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
 
 
-def test_a_folder_holds_one_config(tmp_path: Path) -> None:
+def test_a_folders_config_must_name_one_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        hub_folder(tmp_path / name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
     with pytest.raises(UserError, match=r"must hold one config.json, but holds one/config.json, two/config.json"):
         with_folder_settings([f"weights={tmp_path}"])
-
-
-def test_a_folder_of_another_library_needs_a_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
     with pytest.raises(UserError, match=r"config.json: names no architecture, so it is not timm's; add --set model=timm:NAME"):
-        with_folder_settings([f"weights={tmp_path}"])
-    assignments = [f"weights={tmp_path}", "model=timm:resnet10t"]
+        with_folder_settings([f"weights={tmp_path / 'one'}"])
+    assignments = [f"weights={tmp_path / 'one'}", "model=timm:resnet10t"]
     assert with_folder_settings(assignments) == assignments
 
 
@@ -235,31 +220,28 @@ def test_an_unknown_normalisation_is_said(tmp_path: Path, caplog: pytest.LogCapt
     torch.testing.assert_close(net.normalize.mean.flatten(), torch.tensor(MEAN))
 
 
-def frozen(fraction: float, name: str = "resnet10t") -> Backbone:
-    config = Config(model=f"timm:{name}", weights="unused", freeze=fraction)
-    made = create(config, weights=False)
-    assert isinstance(made, Backbone)
-    return made
+def frozen(fraction: float, name: str = "resnet10t") -> Any:
+    return create(Config(model=f"timm:{name}", weights="unused", freeze=fraction), weights=False)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_frozen_layers_keep_weights_and_statistics(name: str) -> None:
     net = frozen(0.5, name)
-    average = copy_trained(net)
+    ema = copy_trained(net)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         net.train()
         net(torch.rand(4, 3, 96, 96)).square().mean().backward()
         optimizer.step()
-        MovingAverage(average, net).update(torch.tensor(0.5))
-    after, averaged = net.state_dict(), average.state_dict()
+        MovingAverage(ema, net).update(torch.tensor(0.5))
+    after, averaged = net.state_dict(), ema.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     trained = trained_state(net).keys()
     assert changed <= trained
     assert 0 < len(trained) < len(before)
     assert not any(key.startswith(("net.conv1", "net.conv_stem", "net.patch_embed")) for key in trained)
-    # The average shares what is frozen, and nothing else.
+    # The EMA shares what is frozen, and nothing else.
     shared = {key for key in after if after[key].data_ptr() == averaged[key].data_ptr()}
     assert shared == before.keys() - trained
 
@@ -327,14 +309,13 @@ def test_checkpointing_changes_no_gradient() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_settings_for_timm_only_are_refused_for_our_net() -> None:
-    for change in ({"resize": 192}, {"freeze": 1}, {"pool": "avg"}, {"layer_decay": 0.8}, {"grad_checkpointing": True}):
-        [name] = change
-        with pytest.raises(UserError, match=rf"{name}=.*: for timm models only"):
-            Config(**change)
-    for text in ("{", "[1]", "3"):
-        with pytest.raises(UserError, match=r"model_args=.*must be a JSON object"):
-            replace(RESNET, model_args=text)
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_arguments_are_a_json_object(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_args=.*must be a JSON object"):
+        replace(RESNET, model_args=text)
+    hub_folder(tmp_path)
+    with pytest.raises(UserError, match=r"model_args=.*must be a JSON object"):
+        config_of(f"weights={tmp_path}", f"model_args={text}")
 
 
 def test_a_run_takes_its_model_from_the_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""timm's nets by name, without a network."""
+"""timm's models by name, without a network."""
 
 import hashlib
 import re
@@ -23,9 +23,11 @@ from pcam_kaggle.models.weights import import_timm, weights_sha256
 RESNET = Config(model="timm:resnet18")
 
 
-def test_a_timm_net_gives_one_logit() -> None:
+def test_a_timm_model_gives_one_logit_of_pixels_normalised_as_it_expects() -> None:
     net = create(RESNET).eval()
     assert net(torch.rand(2, 3, 96, 96)).shape == (2,)
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+    assert net.normalize(mean.expand(1, 3, 4, 4)).abs().max() < 1e-6
 
 
 def random_state(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
@@ -50,18 +52,7 @@ def save(state: dict[str, Any], file: Path) -> str:
     return str(file)
 
 
-FAMILIES = [
-    "resnet18",
-    "efficientnet_lite0",
-    "convnext_atto",
-    "mobilenetv3_small_050",
-    "regnetx_002",
-    "densenet121",
-    "repvit_m0_9",
-]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "convnext_atto", "densenet121", "repvit_m0_9"])
 def test_a_file_fills_the_whole_backbone(name: str, tmp_path: Path) -> None:
     state = random_state(name)
     config = Config(model=f"timm:{name}", weights=save(state, tmp_path / "weights.pth"))
@@ -101,18 +92,10 @@ def test_a_file_may_lack_the_classifier_and_counts_of_batches(tmp_path: Path) ->
     assert all(torch.equal(net.state_dict()[name], value) for name, value in old.items())
 
 
-def test_a_net_does_not_hold_its_file_a_second_time(tmp_path: Path) -> None:
-    net = create_timm(replace(RESNET, weights=save(random_state("resnet18"), tmp_path / "weights.pth")))
-    assert "state_dict" not in net.pretrained_cfg
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda state: state.pop("layer1.0.bn1.running_mean"),
-            "not filled: 1 (layer1.0.bn1.running_mean), of another shape: 0",
-        ),
+        (lambda state: state.pop("bn1.running_mean"), "not filled: 1 (bn1.running_mean), of another shape: 0"),
         (lambda state: state.update(mask=torch.zeros(1)), "without a place in the model: 1 (mask), of the model not filled: 0"),
         (
             lambda state: state.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}),
@@ -130,18 +113,7 @@ def test_one_tensor_that_does_not_fit_is_an_error(
         create(replace(RESNET, weights=file))
 
 
-def test_layer_scale_without_a_place_is_an_error(tmp_path: Path) -> None:
-    file = save(random_state("vit_tiny_patch16_224", init_values=1e-5), tmp_path / "weights.pth")
-    config = Config(model="timm:vit_tiny_patch16_224", weights=file)
-    with pytest.raises(
-        UserError, match=r"in the model: 24 \(blocks\.0\.ls1\.gamma, .*set model_args='{\"init_values\": 1e-05"
-    ) as caught:
-        create_timm(config)
-    assert len(caught.value.details) == 24
-    check_filled(create_timm(replace(config, model_args='{"init_values": 1e-5}')), torch.load(file))
-
-
-def test_a_file_of_another_net_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_file_of_another_model_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
     state = random_state("resnet18")
     file = save({f"encoder.{name}": torch.zeros_like(value) for name, value in state.items()}, tmp_path / "zeros.pth")
     status, _, err = pcam("pipeline", "--set", "model=timm:resnet18", "--set", f"weights={file}")
@@ -166,7 +138,6 @@ class Unpickled:
     ("content", "message"),
     [
         (b"conv1.weight 0.5\n", "cannot be read as weights"),
-        (b"", "cannot be read as weights"),
         ({"fc": Unpickled()}, "cannot be read as weights"),
         (nn.Linear(2, 2), "cannot be read as weights"),
         ([torch.zeros(2)], "cannot be read as weights"),
@@ -192,17 +163,6 @@ def test_what_is_no_checkpoint_is_one_line(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
-    state = random_state("resnet18")
-    torch.save(state, tmp_path / "weights.pth")
-    save_file(state, tmp_path / "weights.safetensors")
-    for name in ("weights.pth", "weights.safetensors"):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(UserError, match=f"{name}: cannot be read as weights"):
-            create(replace(RESNET, weights=str(tmp_path / name)))
-
-
 def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights.pth").write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
@@ -223,12 +183,6 @@ def test_an_encoder_without_a_classifier_is_an_error() -> None:
         create_timm(Config(model="timm:mobilenetv5_300m_enc"))
 
 
-def test_pixels_are_normalised_as_the_weights_expect() -> None:
-    net = create(RESNET)
-    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-    assert net.normalize(mean.expand(1, 3, 4, 4)).abs().max() < 1e-6
-
-
 def test_what_timm_lacks_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such model; it has .*resnet18"):
         create(replace(RESNET, model="timm:esnet18"))
@@ -247,6 +201,8 @@ def test_weights_of_the_wheel_are_imagenets() -> None:
     assert torch.equal(net.blocks[6][0].bn3.running_var, theirs["_blocks.15._bn2.running_var"])
     assert torch.equal(net.conv_head.weight, theirs["_conv_head.weight"])
     assert net.classifier.out_features == 1
+    # Each copy of the model would hold the file's tensors again.
+    assert "state_dict" not in net.pretrained_cfg
 
 
 def test_a_fresh_head_starts_near_even() -> None:

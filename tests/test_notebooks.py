@@ -13,6 +13,13 @@ from pcam_kaggle.core.paths import Data
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
+def executed(name: str) -> nbformat.NotebookNode:
+    """Run a notebook in its folder; return it with its outputs."""
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    return notebook
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_no_output_is_kept(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -23,8 +30,7 @@ def test_no_output_is_kept(path: Path) -> None:
 @pytest.mark.slow
 def test_inspect_run_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
-    notebook = nbformat.read(FOLDER / "inspect_run.ipynb", as_version=4)
-    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    notebook = executed("inspect_run.ipynb")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output["data"]["text/html"].count("<img") for output in outputs if "data" in output]
     assert [count for count in pictures if count] == [2, 2, 2]
@@ -37,8 +43,7 @@ def test_the_comparison_runs(
 ) -> None:
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
     monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
-    notebook = nbformat.read(FOLDER / "compare.ipynb", as_version=4)
-    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    notebook = executed("compare.ipynb")
     text = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", []))
     assert "other" in text
     assert "difference" in text
@@ -49,8 +54,7 @@ def test_the_exploration_runs_and_names_what_is_damaged(data: Data, monkeypatch:
     damaged = min(data.patches("train").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:1000])
     monkeypatch.setenv("PCAM_DATA", str(data.root))
-    notebook = nbformat.read(FOLDER / "explore.ipynb", as_version=4)
-    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    notebook = executed("explore.ipynb")
     outputs = {cell.id: str(cell.get("outputs", "")) for cell in notebook.cells}
     assert damaged.stem in outputs["damaged"]
     assert "36 labelled patches" in outputs["imports"]

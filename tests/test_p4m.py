@@ -160,8 +160,3 @@ def test_filters_of_evaluation_follow_the_weights() -> None:
     torch.testing.assert_close(layer.eval()(x), 2 * before)
     assert "cached_filters" not in layer.state_dict()
     torch.testing.assert_close(layer.train()(x), 2 * before)
-
-
-def test_channels_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiples of 8"):
-        GroupConv2d(8, 12, 3)

@@ -21,16 +21,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.models.cnn import BottleneckCNN
-from pcam_kaggle.report.figures import (
-    correlation,
-    cv_versus_lb,
-    histogram,
-    learning,
-    precision_recall,
-    reliability,
-    roc,
-    slide_aucs,
-)
+from pcam_kaggle.report import figures
 from pcam_kaggle.report.mistakes import feature_module, grad_cam
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.scoring.compare import Comparison, Entry, compare_runs
@@ -60,13 +51,8 @@ def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory)
         assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches]) == 0
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
     (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
-    scores = {
-        "name": ["bottleneck", "other"],
-        "oof_auc": [0.5, 0.6],
-        "public_score": [0.5, 0.7],
-        "private_score": [np.nan, 0.6],
-    }
-    pd.DataFrame(scores).to_csv(work / "submissions" / "ledger.csv", index=False)
+    scores = "name,oof_auc,public_score,private_score\nbottleneck,0.5,0.5,\nother,0.6,0.7,0.6\n"
+    (work / "submissions" / "ledger.csv").write_text(scores)
     return root
 
 
@@ -225,17 +211,19 @@ def test_figures_of_all_patches_are_small() -> None:
     oof = pd.DataFrame({"id": [f"{k:06d}" for k in range(n)], "label": labels, "fold": np.arange(n) % 5, "probability": values})
     slides = pd.DataFrame({"id": oof["id"], "wsi": [f"slide_{k % 200}" for k in range(n)]})
     other = ("base", oof)
-    plots = [roc("a", oof, other), precision_recall("a", oof, other), histogram("a", oof), reliability("a", oof)]
-    plots += [slide_aucs("a", oof, slides), correlation(["a", "b"], np.stack([values, -values]))]
-    sizes = [len(plot.svg) for plot in plots if plot]
-    assert len(sizes) == 6
+    by_slide = figures.slide_aucs("a", oof, slides)
+    assert by_slide
+    plots = [by_slide, figures.roc("a", oof, other), figures.precision_recall("a", oof, other), figures.histogram("a", oof)]
+    plots += [figures.reliability("a", oof), figures.correlation(["a", "b"], np.stack([values, -values]))]
+    sizes = [len(plot.svg) for plot in plots]
     assert max(sizes) < 60_000
     assert "-1.000" in plots[-1].svg
 
 
 def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
     values = np.stack([np.arange(9.0), -np.arange(9.0), np.ones(9)])
-    some, none = correlation(["a", "b", "constant"], values), correlation(["a", "constant"], values[::2])
+    some = figures.correlation(["a", "b", "constant"], values)
+    none = figures.correlation(["a", "constant"], values[::2])
     assert "-1.000 to -1.000;" in some.caption
     assert "n/a: all predictions of a run are equal" in some.caption
     assert "probabilities: n/a;" in none.caption
@@ -252,24 +240,24 @@ def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
 def test_slides_with_one_label_are_excluded() -> None:
     oof = pd.DataFrame({"id": list("abcdef"), "label": [0, 1, 0, 1, 0, 0], "probability": [0.1, 0.9, 0.6, 0.4, 0.5, 0.5]})
     slides = pd.DataFrame({"id": list("abcdef"), "wsi": ["one", "one", "two", "two", "three", "three"]})
-    plot = slide_aucs("run", oof, slides)
+    plot = figures.slide_aucs("run", oof, slides)
     assert plot
     assert "2 slides, median 0.5000" in plot.caption
     assert "lowest 0.0000 (two); excluded, with one label only: 1." in plot.caption
-    assert slide_aucs("run", oof, slides.iloc[4:]) is None
+    assert figures.slide_aucs("run", oof, slides.iloc[4:]) is None
 
 
 def test_scores_are_counted() -> None:
     ledger = pd.DataFrame({"oof_auc": [0.1, 0.2, np.nan], "public_score": [0.2, 0.1, 0.3], "private_score": [np.nan, 0.1, 0.2]})
-    assert cv_versus_lb(ledger).caption == "Submissions: 2 with a public score, 1 with a private score."
-    plot = cv_versus_lb(ledger.assign(private_score=np.nan))
+    assert figures.cv_versus_lb(ledger).caption == "Submissions: 2 with a public score, 1 with a private score."
+    plot = figures.cv_versus_lb(ledger.assign(private_score=np.nan))
     assert plot.caption == "Submissions: 2 with a public score."
     assert "private" not in plot.svg
 
 
 def test_a_learning_curve_names_its_best_epoch() -> None:
     log = pd.DataFrame({"epoch": [1.0, 2.0, 3.0], "train_loss": [0.5, 0.4, 0.3], "valid_auc": [0.8, 0.9, 0.85]})
-    assert "(0.9000) after epoch 2." in learning("run", {"fold_0": log}).caption
+    assert "(0.9000) after epoch 2." in figures.learning("run", {"fold_0": log}).caption
 
 
 class Darkness(nn.Module):

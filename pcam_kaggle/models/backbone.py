@@ -67,14 +67,15 @@ class Backbone(nn.Module):
         Raises:
             UserError: timm does not know the order of the layers.
         """
-        if not hasattr(self.net, "group_matcher"):
-            raise UserError(
-                f"freeze={fraction}: timm does not know the order of this model's layers; use freeze=0 or another model"
-            )
-        layers = _layers(self.net)
+        net: Any = self.net
+        if not hasattr(net, "group_matcher"):
+            raise UserError(f"freeze={fraction}: timm does not know the order of the layers; use freeze=0 or another model")
+        # Numbered from 0 at the input.
+        matched = import_timm().models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+        layers = {name: layer for name, layer in matched.items() if not name.startswith(classifier_prefixes(net))}
         order = sorted(set(layers.values()))
         lower = order[: round(fraction * len(order))]
-        for name, parameter in self.net.named_parameters():
+        for name, parameter in net.named_parameters():
             if layers.get(name) in lower:
                 parameter.requires_grad_(False)
         names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
@@ -152,13 +153,6 @@ def copy_trained(net: nn.Module) -> nn.Module:
     frozen = net.frozen if isinstance(net, Backbone) else frozenset()
     shared = [value for name, value in (*net.named_parameters(), *net.named_buffers()) if name in frozen]
     return copy.deepcopy(net, {id(value): value for value in shared})
-
-
-def _layers(net: Any) -> dict[str, int]:
-    """Return the number of the layer of each parameter below the classifier, from 0 at the input."""
-    matched = import_timm().models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
-    heads = classifier_prefixes(net)
-    return {name: layer for name, layer in matched.items() if not name.startswith(heads)}
 
 
 def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Building blocks of the CNN, ordinary or equivariant: layer types, pooling, and the two kinds of bodies of a block."""
+"""Blocks of the CNN, ordinary or equivariant: layer types, pooling, and the two bodies of a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

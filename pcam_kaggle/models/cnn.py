@@ -29,14 +29,9 @@ def conv_output_shape(
     Raises:
         ValueError: The dilated kernel is larger than the padded input.
     """
-
-    def per_axis(value: int | tuple[int, int]) -> tuple[int, int]:
-        return (value, value) if isinstance(value, int) else value
-
+    per_axis = [(each, each) if isinstance(each, int) else each for each in (kernel_size, stride, padding, dilation)]
     sizes = []
-    for size, k, s, p, d in zip(
-        shape, per_axis(kernel_size), per_axis(stride), per_axis(padding), per_axis(dilation), strict=True
-    ):
+    for size, k, s, p, d in zip(shape, *per_axis, strict=True):
         span = size + 2 * p - d * (k - 1) - 1
         if span < 0:
             raise ValueError(f"a kernel of {k} with dilation {d} does not fit into {size} px padded by {p}")

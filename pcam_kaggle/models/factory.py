@@ -38,12 +38,10 @@ def create(config: Config, weights: bool = True) -> nn.Module:
         raise
     except Exception as error:
         # The errors of timm and its loaders have no common type.
-        message = " ".join(str(error).split())[:200]
-        given = {"model_args": config.model_args, "resize": config.resize, "pool": config.pool}
-        fields = [f"model={config.model}", f"weights={config.weights or 'none'}"]
-        fields += [f"{key}={value}" for key, value in given.items() if value not in ("", 0, "default")]
+        given = {key: getattr(config, key) for key in ("model", "weights", "model_args", "resize", "pool")}
+        fields = ", ".join(f"{key}={value}" for key, value in given.items() if value not in ("", 0, "default"))
         advice = "; without internet weights must be a file's path" if config.weights == "pretrained" else ""
-        raise UserError(f"{', '.join(fields)}: {type(error).__name__}, {message}{advice}") from None
+        raise UserError(f"{fields}: {type(error).__name__}, {' '.join(str(error).split())[:200]}{advice}") from None
 
 
 def _backbone(config: Config, weights: bool) -> Backbone:

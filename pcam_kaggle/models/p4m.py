@@ -28,17 +28,11 @@ def product_table() -> Tensor:
 
 
 def filter_index(kernel_size: int, lifts: bool) -> Tensor:
-    """Return the positions in a filter from which its values under each symmetry are gathered.
+    """Return the flat positions in a filter from which its values under each symmetry are gathered.
 
-    Under symmetry g the filter is transformed like an image, and its slice for h is the one that it had for g⁻¹h (Cohen &
-    Welling 2016, section 6.2).
-
-    Args:
-        kernel_size: Side k of the kernel in pixels.
-        lifts: Whether the input is an image, with one input symmetry, or a feature map, with eight.
-
-    Returns:
-        Flat positions, int64 (8, input symmetries, k, k).
+    The result is int64 (8, input symmetries, k, k); the input is an image with one symmetry (`lifts`) or a feature map with
+    eight. Under symmetry g the filter is transformed like an image, and its slice for h is the one that it had for g⁻¹h (Cohen
+    & Welling 2016, section 6.2).
     """
     symmetries = 1 if lifts else ORDER
     positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
@@ -56,9 +50,6 @@ class GroupConv2d(nn.Module):
     changing the weights.
 
     Shape: (n, in_channels, h, w) to (n, channels, h, w).
-
-    Raises:
-        ValueError: A number of channels is not a multiple of 8.
     """
 
     index: Tensor
@@ -66,8 +57,6 @@ class GroupConv2d(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, lifts: bool = False) -> None:
         super().__init__()
-        if channels % ORDER or (in_channels % ORDER and not lifts):
-            raise ValueError(f"{in_channels} to {channels} channels: feature maps need multiples of {ORDER}")
         symmetries = 1 if lifts else ORDER
         self.padding = kernel_size // 2
         fields, in_fields = channels // ORDER, in_channels // symmetries

@@ -125,9 +125,9 @@ def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
     }
     if kernel := _patch_kernel(tensors):
         arguments["patch_size"] = kernel[-1]
-    if {"cls_token", "pos_embed"} <= shapes.keys():
-        # A square number of positions leaves none for the class token.
-        arguments["no_embed_class"] = math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]
+    # A square number of positions leaves none for the class token; of DINOv2's own files, timm drops that one.
+    if {"cls_token", "pos_embed"} <= shapes.keys() and math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]:
+        arguments["no_embed_class"] = True
     return arguments
 
 
@@ -138,11 +138,7 @@ def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
 
 
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`.
-
-    Raises:
-        UserError: A size is given twice, or timm has no layer of a name.
-    """
+    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`."""
     timm, name = import_timm(), config.model.removeprefix("timm:")
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -90,7 +89,7 @@ def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
         # A copy, since the next layer may be in-place.
         return features[-1].clone()
 
-    with torch.enable_grad(), _hooked([module], record):
+    with torch.enable_grad(), module.register_forward_hook(record):
         logits = net(images)
         (gradient,) = torch.autograd.grad((logits * signs).sum(), features[-1])
     maps = (gradient.mean((2, 3), keepdim=True) * features[-1].detach()).sum(1, keepdim=True).relu().float()
@@ -115,23 +114,15 @@ def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
 
     # What a transformer makes of patches, and its attention between them, are no maps of features.
     modules = [module for name, module in net.named_modules() if name and not NO_MAPS & set(name.split("."))]
-    with torch.no_grad(), _hooked(modules, record):
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(record))
         net(images)
     for minimum in (MIN_SIDE, 2):
         candidates = [module for side, module in outputs if side >= minimum]
         if candidates:
             return candidates[-1]
     raise UserError("no module of the model returns a map of more than one position")
-
-
-@contextlib.contextmanager
-def _hooked(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _jpeg(patch: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> str:
