@@ -1,5 +1,6 @@
-"""Comparison: only paired runs get a difference, sentences match the numbers, and a damaged run does not stop the others."""
+"""Comparison: runs are paired, the groups of their folds are resampled, and a damaged run does not stop the others."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -7,70 +8,145 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from made_runs import FOLD, LABELS, SHARED, N, predictions, write_blended_run, write_run
+from made_runs import FOLD, FOLDS, LABELS, SLIDE, SLIDE_MAP, by_slide, fold_table, noisy, write_blended_run, write_run
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.core.files import file_sha256, read_json, write_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json, write_csv
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.pipeline.compare import compare_runs, print_result, read_run
+from pcam_kaggle.pipeline.compare import compare_runs, print_result, read_run, resampled_groups
+from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import RunPredictions
-from pcam_kaggle.scoring.intervals import delong_difference
-from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
+from pcam_kaggle.scoring.blend import RunPredictions, blend
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.intervals import Clusters, delong_interval, interval, paired_test, unit_of
+from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import describe_difference, differing_keys, p_text
 
+RUNS = ("a", "b")
 
-def made(name: str, signal: float, seed: int) -> RunPredictions:
-    """Return a run whose logits hold `signal` of the label and, in part, noise that all runs share."""
-    return predictions(name, signal * LABELS + SHARED + 0.5 * np.random.default_rng(seed).normal(size=N))
+
+def write_runs(work: Path, scheme: str) -> None:
+    """Write two blended runs on the folds of `scheme`."""
+    for seed, name in enumerate(RUNS, 1):
+        write_blended_run(work, by_slide(name, 0.5 + 0.5 * seed, seed, scheme), lr=seed)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Return a workspace with two runs on folds by slide."""
+    write_runs(tmp_path, "slides_3_42")
+    return tmp_path
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Return the folder of four runs: two similar ones, a worse one, and one on other folds."""
-    write_blended_run(tmp_path, made("best", 2.0, 1), lr=0.1)
-    write_blended_run(tmp_path, made("twin", 1.99, 2), lr=0.2)
-    write_blended_run(tmp_path, made("worse", 1.0, 3), lr=0.1)
-    write_blended_run(tmp_path, replace(made("elsewhere", 2.0, 4), folds_sha256="other"), lr=0.1)
+    for seed, (name, noise) in enumerate((("best", 0.9), ("worse", 4.0), ("twin", 0.95)), 1):
+        write_blended_run(tmp_path, noisy(name, noise, seed))
+    write_blended_run(tmp_path, replace(noisy("elsewhere", 1.0, 4), folds_sha256="other"))
     return tmp_path / "runs"
 
 
-def compared(runs: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def comparison(work: Path, baseline: str | None = None) -> tuple[dict[str, ComparedRun], Comparison]:
+    """Return all runs by name, and their comparison."""
+    made = compare_runs(Workspace(work, work / "store"), [], baseline, None)
+    return {run.name: run for run in made.runs}, made
+
+
+def compared(work: Path, capsys: pytest.CaptureFixture[str], *arguments: str, form: str = "json") -> str:
     """Return what `compare` prints."""
     capsys.readouterr()
-    status = main(["compare", "--work", str(runs.parent), *arguments])
+    status = main(["compare", *arguments, "--work", str(work), "--format", form])
     out, err = capsys.readouterr()
     assert status == 0, err
     return out
 
 
-def test_differences_and_sentences_are_the_paired_ones(runs: Path) -> None:
-    comparison = compare_runs(Workspace(runs.parent, runs / "store"), [], "worse", None)
-    by_name = {run.name: run for run in comparison.runs}
-    best, worse = by_name["best"].oof["probability"].to_numpy(), by_name["worse"].oof["probability"].to_numpy()
-    pooled = delong_difference(LABELS, best, worse)
-    assert comparison.baseline is by_name["worse"]
-    assert by_name["best"].pooled == pooled.model_copy(update={"corrected_p": by_name["best"].pooled.corrected_p})
-    assert pooled.p < by_name["best"].pooled.corrected_p <= 2 * pooled.p
-    inside = FOLD == 2
-    difference = auc(LABELS[inside], best[inside]) - auc(LABELS[inside], worse[inside])
-    assert by_name["best"].folds[2].value == pytest.approx(difference)
-    assert by_name["elsewhere"].pooled is None
-    assert "folds or labels differ from those of worse" in describe_difference(by_name["elsewhere"], comparison.baseline)
+def blended(work: Path, *options: str) -> BlendMetrics:
+    """Blend both runs on the command line; return the metrics that were written."""
+    assert main(["blend", *RUNS, "--work", str(work), *options]) == 0
+    return Run(work / "runs" / "-".join(RUNS)).blend_metrics()
+
+
+@pytest.mark.parametrize(("scheme", "clusters"), [("stratified_3_42", Clusters()), ("slides_3_42", Clusters("slide", SLIDE))])
+def test_differences_are_the_paired_ones(scheme: str, clusters: Clusters, tmp_path: Path) -> None:
+    write_runs(tmp_path, scheme)
+    by_name, made = comparison(tmp_path, "a")
+    assert made.baseline is by_name["a"]
+    run = by_name["b"]
+    ours, theirs = (each.oof["probability"].to_numpy() for each in (run, made.baseline))
+    assert run.metrics.pooled == interval(LABELS, ours, clusters)
+    pooled = paired_test(LABELS, theirs, clusters)(ours)
+    assert run.pooled == pooled.model_copy(update={"corrected_p": pooled.p})
+    for number, fold in enumerate(run.folds):
+        inside = number == FOLD
+        assert fold == paired_test(LABELS[inside], theirs[inside], clusters.part(inside))(ours[inside])
+        assert fold.units == (6 if scheme.startswith("slides") else 240)
+    if scheme.startswith("slides"):
+        patches = delong_interval(LABELS, ours)
+        assert run.metrics.pooled.high - run.metrics.pooled.low > 1.5 * (patches.high - patches.low)
 
 
 def test_sentences_name_the_better_run(runs: Path) -> None:
-    comparison = compare_runs(Workspace(runs.parent, runs / "store"), [], None, None)
-    by_name = {run.name: run for run in comparison.runs}
-    assert comparison.baseline is by_name["best"]
+    by_name, made = comparison(runs.parent)
+    assert made.baseline is by_name["best"]
     worse, twin = by_name["worse"].pooled, by_name["twin"].pooled
     assert worse.high < 0
+    assert worse.p < twin.p
+    assert (worse.corrected_p, twin.corrected_p) == (pytest.approx(2 * worse.p), twin.p)
     numbers = f"by {-worse.value:.4f} [{-worse.high:.4f}, {-worse.low:.4f}], {p_text(worse.corrected_p)} (unit: patch)."
-    assert describe_difference(by_name["worse"], comparison.baseline) == f"best is better than worse {numbers}"
+    assert describe_difference(by_name["worse"], made.baseline) == f"best is better than worse {numbers}"
+    from_below, made_from_below = comparison(runs.parent, "worse")
+    assert describe_difference(from_below["best"], made_from_below.baseline).startswith("best is better than worse by ")
     numbers = f"({twin.text('+.4f')}, {p_text(twin.corrected_p)}; unit: patch)."
     expected = f"twin compared with best: no significant difference {numbers}"
-    assert describe_difference(by_name["twin"], comparison.baseline) == expected
+    assert describe_difference(by_name["twin"], made.baseline) == expected
+    expected = "elsewhere: not paired: folds or labels differ from those of best."
+    assert describe_difference(by_name["elsewhere"], made.baseline) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "unit"),
+    [
+        ("slides", "slide"),
+        pytest.param("stratified", "patch", marks=pytest.mark.slow),
+        pytest.param("stain", "stain group", marks=pytest.mark.slow),
+    ],
+)
+def test_every_format_holds_the_same_numbers_and_names_the_unit(
+    scheme: str, unit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(tmp_path, f"{scheme}_3_42")
+    metrics = blended(tmp_path)
+    assert metrics.scheme == f"{scheme}_3_42"
+    assert metrics.pooled.unit == metrics.ranked.unit == unit
+    assert f"(unit: {unit})" in capsys.readouterr().out
+    # The blend is the baseline, which is the default as it is best, and then an experiment's run.
+    for arguments in ([], ["--baseline", "a"]):
+        read = json.loads(compared(tmp_path, capsys, *arguments))
+        assert read["unit"] == unit
+        assert {row["unit"] for row in read["runs"]} == {row["interval_unit"] for row in read["runs"]} == {unit}
+        assert all(f"unit: {unit}" in sentence for sentence in read["words"])
+        table = pd.read_csv(io.StringIO(compared(tmp_path, capsys, *arguments, form="csv")))
+        pooled = [row["pooled"] for row in read["runs"]]
+        assert pooled == sorted(pooled, reverse=True) == pytest.approx(table["pooled"].tolist())
+        # Of the config, only fields that differ.
+        assert "lr" in table
+        assert "n_splits" not in table
+        for form in ("text", "md"):
+            printed = compared(tmp_path, capsys, *arguments, form=form)
+            assert f"95 % intervals and p (unit: {unit}) are from" in printed
+            assert all(f"{value:.4f}" in printed for value in pooled)
+    assert json.loads(compared(tmp_path, capsys))["runs"][0]["note"] == "the baseline"
+    write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"95 % intervals and p (unit: {unit}) are from" in page
+    assert (f"AUC of a by {unit}" in page) == (unit != "patch")
+    assert differing_keys([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ["b"]
 
 
 def edited(name: str, **values: object) -> Callable[[Run], None]:
@@ -101,43 +177,26 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "partial": (edited("metrics.json", missing_folds=[2]), "blended without some of its folds"),
     "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: not what metrics.json describes"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
-    "infinite": (edited("fold_0/metrics.json", parameters=1e400), "fold_0/metrics.json: parameters:"),
-    "worded": (edited("fold_0/metrics.json", seconds="an hour"), "fold_0/metrics.json: seconds:"),
-    "null": (edited("fold_0/metrics.json", images_per_second=None), "fold_0/metrics.json: images_per_second:"),
-    "empty": (lambda run: write_json(run.fold(0).folder / "metrics.json", {}), "fold_0/metrics.json: fold:"),
+    "null": (edited("fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
     "not-finite": (replaced(718, 3, "inf"), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),
-    "no-number": (replaced(718, 3, ""), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),
     "label-2": (replaced(718, 1, "2"), "oof.csv: 3 labels are not 0 or 1, of id p0717"),
 }
 
 
 def test_a_damaged_run_is_listed_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, (name, (damage, _)) in enumerate(DAMAGES.items()):
-        damage(write_blended_run(runs.parent, made(name, 2.0, seed)))
-    notes = {row["run"]: row["note"] for row in json.loads(compared(runs, capsys, "--format", "json"))["runs"]}
+        damage(write_blended_run(runs.parent, noisy(name, 1.0, seed)))
+    notes = {row["run"]: row["note"] for row in json.loads(compared(runs.parent, capsys))["runs"]}
     assert list(notes)[3:4] == ["worse"]
     assert sorted(list(notes)[4:]) == sorted(DAMAGES)
     for name, (_, reason) in DAMAGES.items():
         assert reason in notes[name], name
     assert notes["elsewhere"] == "not paired: folds or labels differ from those of best"
-    assert re.search(r"^ *unfinished .*folds 1 lack", compared(runs, capsys), re.MULTILINE)
-
-
-def test_every_format_holds_the_same_numbers(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, markdown, content = (compared(runs, capsys, "--format", form) for form in ("csv", "md", "json"))
-    records = json.loads(content)["runs"]
-    pooled = [record["pooled"] for record in records]
-    assert pooled == sorted(pooled, reverse=True)
-    assert all(f"{value:.4f}" in markdown for value in pooled)
-    assert [line.split(",")[0] for line in table.splitlines()[1:]] == [record["run"] for record in records]
-    # Of the config, only fields that differ.
-    assert "lr" in table.splitlines()[0].split(",")
-    assert "n_splits" not in table.splitlines()[0].split(",")
-    assert differing_keys([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ["b"]
+    assert re.search(r"^ *unfinished .*folds 1 lack", compared(runs.parent, capsys, form="text"), re.MULTILINE)
 
 
 def test_a_baseline_that_cannot_be_scored_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(runs.parent, made("unblended", 1.0, 5))
+    write_run(runs.parent, noisy("unblended", 1, 5))
     for arguments, message in (
         (["--baseline", "unblended"], "--baseline unblended: not blended"),
         (["--baseline", "unheard"], "not unheard"),
@@ -182,3 +241,100 @@ def test_a_blend_of_an_earlier_version_takes_its_scheme_from_its_members(runs: P
             member.config_file.write_bytes(before)
     edited("metrics.json", scheme="stratified_3_42")(blended)
     assert read_run(blended).problem == ""
+
+
+def test_the_scheme_determines_what_is_resampled(work: Path) -> None:
+    ids = SLIDE_MAP["id"]
+    for scheme, unit in (("slides_5_42", "slide"), ("stain_5_42", "stain group")):
+        assert unit_of(scheme) == unit
+        with pytest.raises(ValueError, match=f"one {unit} are not independent"):
+            Clusters.of(ids, None, unit)
+    assert Clusters.of(ids, None, unit_of("stratified_5_42")).codes is None
+    with pytest.raises(UserError, match="not a fold scheme"):
+        unit_of("")
+    table, unit = resampled_groups("slides_3_42", pd.DataFrame({"id": ids, "fold": FOLD}), work / "folds", None)
+    assert unit == "slide"
+    pd.testing.assert_frame_equal(table, SLIDE_MAP)
+    # A patch that the groups lack is a cluster of its own.
+    codes = Clusters.of(ids, table[5:], unit).codes
+    assert len(np.unique(codes)) == 18 + 5
+    assert len(np.unique(codes[5:40])) == 1
+
+
+def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = work / "folds" / "slides_3_42.csv"
+    before = json.loads(compared(work, capsys))
+    others = fold_table("slides_3_42").assign(fold=(FOLD + 1) % FOLDS), fold_table("stratified_3_42"), None
+    for other, reason in zip(others, (*["not the folds of these runs"] * 2, "missing"), strict=True):
+        file.unlink()
+        if other is not None:
+            write_csv(file, other)
+        for arguments in (["compare"], ["compare", "--baseline", "a"], ["compare", "a"], ["blend", *RUNS]):
+            assert main([*arguments, "--work", str(work)]) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert f"{file}: {reason}" in err
+            assert "--slides" in err
+    slides = work / "map.csv"
+    write_csv(slides, SLIDE_MAP)
+    assert json.loads(compared(work, capsys, "--slides", str(slides))) == before
+    assert blended(work, "--method", "climb", "--slides", str(slides)).gain_of_weights.unit == "slide"
+    write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
+    assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
+    assert "has none of the 720 patches" in capsys.readouterr().err
+
+
+def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, "stratified_3_42")
+    slides = tmp_path / "map.csv"
+    write_csv(slides, SLIDE_MAP[5:])
+    assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
+    assert json.loads(compared(tmp_path, capsys, "--slides", str(slides)))["unit"] == "slide"
+    printed = compared(tmp_path, capsys, "--slides", str(slides), form="text")
+    assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
+
+
+REASON = "a single positive patch"
+
+
+@pytest.fixture
+def undefined(tmp_path: Path) -> Path:
+    """Return a workspace with two blended runs that have a single positive patch."""
+    labels = np.where(np.arange(6) == 2, 1, 0)
+    tests = [pd.DataFrame({"id": ["t0", "t1"], "probability": [0.1, 0.9]})]
+    for seed, name in enumerate(RUNS):
+        values = np.random.default_rng(seed).random(6)
+        oof = pd.DataFrame({"id": list("abcdef"), "label": labels, "fold": 0, "probability": values})
+        made = RunPredictions(name, oof, tests, "stratified_3_42", "same", [])
+        Run(tmp_path / "runs" / name).write_blend(blend([made], "mean"))
+    return tmp_path
+
+
+def test_an_undefined_interval_is_null_with_its_reason(undefined: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pooled = Run(undefined / "runs" / "a").blend_metrics().pooled
+    assert (pooled.low, pooled.high, pooled.undefined) == (None, None, REASON)
+    read = json.loads(compared(undefined, capsys), parse_constant=pytest.fail)
+    row = next(row for row in read["runs"] if row["difference"] is not None)
+    keys = ("pooled_low", "difference_low", "difference_high", "p", "difference_0_high", "p_0")
+    assert [row[key] for key in keys] == [None] * len(keys)
+    assert row["undefined_pooled"] == row["undefined_difference"] == row["undefined_difference_0"] == REASON
+    assert f"interval and p n/a ({REASON}; unit: patch)" in read["words"][0]
+    assert pd.read_csv(io.StringIO(compared(undefined, capsys, form="csv")))["p"].isna().all()
+    for form in ("text", "md"):
+        printed = compared(undefined, capsys, form=form)
+        assert f"n/a ({REASON})" in printed
+        assert "nan" not in printed
+    write_report(comparison(undefined)[1], Workspace(undefined, undefined / "store"), undefined / "page.html")
+    assert f"n/a ({REASON})" in (undefined / "page.html").read_text()
+
+
+def test_a_submission_with_an_undefined_interval_has_its_reason(undefined: Path) -> None:
+    sample, submissions = undefined / "sample.csv", undefined / "submissions"
+    write_csv(sample, pd.DataFrame({"id": ["t0", "t1"], "label": [0, 0]}))
+    write_submission(Run(undefined / "runs" / "a"), sample, submissions / "a.csv")
+    _, description = describe(submissions, "a")
+    assert f"[n/a ({REASON})] (unit: patch)" in description
+    ledger = write_ledger(submissions)
+    assert ledger[["oof_low", "oof_high"]].isna().all(axis=None)
+    assert ledger["oof_unit"].tolist() == ["patch"]
+    assert pd.read_csv(submissions / "ledger.csv")["oof_auc"].notna().all()

@@ -108,24 +108,18 @@ def test_an_interrupted_import_is_completed_here_and_by_others(
         assert not list(completed.root.rglob(f"*{PART}"))
 
 
-def test_a_fold_without_its_best_checkpoint_is_copied_again(session: Path, here: Workspace) -> None:
-    import_runs(session, here)
-    best = here.root / RUN / "fold_1" / "best.pt"
-    best.unlink()
-    (best.parent / "notes.txt").write_text("mine")
-    assert import_runs(session, here) == ["bottleneck"]
-    assert best.read_bytes() == (session / RUN / "fold_1" / "best.pt").read_bytes()
-    assert (best.parent / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_fold_is_not_lost_between_two_renames(replaced: bool, session: Path, here: Workspace) -> None:
-    """A call was killed between moving the old fold away and deleting it."""
+@pytest.mark.parametrize("state", ["incomplete", "moved away", "replaced"])
+def test_a_fold_is_repaired_and_other_files_in_it_are_kept(state: str, session: Path, here: Workspace) -> None:
+    """A call was killed between moving the old fold away and deleting it, or the best checkpoint is missing."""
     import_runs(session, here)
     fold = here.root / RUN / "fold_1"
+    old = fold.with_name(".fold_1.old")
     (fold / "notes.txt").write_text("mine")
-    old = fold.replace(fold.with_name(".fold_1.old"))
-    if replaced:
+    if state == "incomplete":
+        (fold / "best.pt").unlink()
+    else:
+        fold.replace(old)
+    if state == "replaced":
         shutil.copytree(session / RUN / "fold_1", fold)
     import_runs(session, here)
     assert (fold / "notes.txt").read_text() == "mine"
