@@ -261,6 +261,14 @@ def test_the_scheme_determines_what_is_resampled(work: Path) -> None:
     assert len(np.unique(codes[5:40])) == 1
 
 
+def test_runs_that_differ_only_in_the_fold_scheme_have_a_sentence(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_blended_run(work, by_slide("c", 1.0, 1, "stratified_3_42"), lr=1)
+    (sentence,) = [each for each in json.loads(compared(work, capsys))["words"] if "same config" in each]
+    area = comparison(work)[0]["a"].metrics.pooled.value
+    assert sentence.startswith(f"c and a have the same config: pooled AUC {area:.4f} on stratified_3_42, {area:.4f} on slides")
+    assert sentence.endswith("(+0.0000), where patches of one slide share a fold.")
+
+
 def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = work / "folds" / "slides_3_42.csv"
     before = json.loads(compared(work, capsys))

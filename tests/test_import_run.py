@@ -46,10 +46,10 @@ def test_of_two_states_of_a_fold_the_newer_one_is_used(session: Path, here: Work
     for name in ("metrics.json", "predictions.json", "oof.csv", "test.csv"):
         (early / RUN / "fold_1" / name).unlink()
     (early / RUN / "fold_1" / "best.pt").unlink()
-    last, log = early / RUN / "fold_1" / "last.pt", early / RUN / "fold_1" / "log.csv"
+    last = early / RUN / "fold_1" / "last.pt"
     content = checkpoint.load(last)
     checkpoint.save(last, content | {"log": json.dumps(json.loads(content["log"])[:-1])})
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    without_last_row(early / RUN / "fold_1" / "log.csv")
     change(early / RUN / "metrics.json", method="of two folds")
     assert import_runs(early, here) == ["bottleneck"]
     assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
@@ -189,7 +189,11 @@ def other_config(folder: Path, **fields: object) -> None:
 
 
 def other_values(file: Path) -> None:
-    file.write_text(file.read_text().replace("0.4", "0.9"))
+    file.write_text(file.read_text().replace("0.", ".0"))
+
+
+def without_last_row(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
 
 
 PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
@@ -205,7 +209,7 @@ PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
         (lambda folder: other_values(folder / RUN / "fold_0" / "oof.csv"), "oof.csv: not what predictions.json describes"),
         (lambda folder: (folder / RUN / "fold_0" / "test.csv").write_text("id\n"), "test.csv: has no column probability"),
         (lambda folder: (folder / RUN / "fold_0" / "best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
-        (lambda folder: (folder / RUN / "fold_0" / "log.csv").write_text("epoch\n1\n"), "log.csv: not the log of last.pt"),
+        (lambda folder: without_last_row(folder / RUN / "fold_0" / "log.csv"), "log.csv: not the log of last.pt"),
         (lambda folder: (folder / "folds" / "stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
         (lambda folder: (folder / RUN).rename(folder / "runs" / "a name"), "'a name' is not a plain file name"),
     ],

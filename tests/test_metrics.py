@@ -88,7 +88,7 @@ USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
-        (LABELS, np.where(np.arange(20) == 3, np.nan, A), "NaN"),
+        (LABELS, np.where(np.arange(20) == 3, np.nan, A), "(?i)nan"),
         (np.where(LABELS == 1, 2, LABELS), A, "neither 0 nor 1"),
         (np.where(A == 6, -1, LABELS), A, "neither 0 nor 1"),
         (LABELS / 2, A, "neither 0 nor 1"),
@@ -101,12 +101,12 @@ USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
 @pytest.mark.parametrize("use", USES)
 def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, scores: np.ndarray, message: str) -> None:
     USES[use](LABELS, A)
-    with pytest.raises(ValueError, match=rf"{message}|all input arrays must have the same shape"):
+    with pytest.raises(ValueError, match=message):
         USES[use](labels, scores)
 
 
 def test_ranks_of_nan_and_scores_of_another_rank_are_an_error() -> None:
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="nan"):
         rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
     for use, scores in ((auc, A[None]), (delong_interval, A[None]), (delong, A)):
         with pytest.raises(ValueError, match="shape"):
