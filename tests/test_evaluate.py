@@ -17,16 +17,16 @@ from pcam_kaggle.core.paths import Data
 from pcam_kaggle.runs.run import Run
 
 PREDICTIONS = Path("evaluations/others/predictions")
-Evaluate = Callable[..., Outcome]
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def evaluate(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
-    """Return `pcam evaluate` in the workspace of a finished run."""
+def evaluate(finished_run: Path, others: Others, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Return `pcam evaluate` in the workspace of a finished run, on `others` unless its arguments name other patches."""
 
     def call(*arguments: str) -> Outcome:
         capsys.readouterr()
-        status = main(["evaluate", "--work", str(finished_run), *arguments])
+        status = main(["evaluate", "--work", str(finished_run), *others.options, *arguments])
         return Outcome(status, *capsys.readouterr())
 
     return call
@@ -40,9 +40,17 @@ def labelled_test_set(data: Data, tmp_path: Path) -> list[str]:
     return ["--patches", str(data.patches("test")), "--labels", str(tmp_path / "labels.csv"), "--name", "others"]
 
 
-def result(outcome: Outcome) -> dict:
+def result(evaluate: Command, *arguments: str) -> dict:
+    """Return the scores that `evaluate` prints."""
+    outcome = evaluate(*arguments, "--format", "json")
     assert outcome.status == 0, outcome.err
     return json.loads(outcome.out)
+
+
+def refused(outcome: Outcome) -> str:
+    """Return the message of a command that ended with an error."""
+    assert outcome.status == 2
+    return outcome.err
 
 
 def stored(work: Path, name: str = "bottleneck") -> pd.DataFrame:
@@ -50,8 +58,8 @@ def stored(work: Path, name: str = "bottleneck") -> pd.DataFrame:
     return pd.read_csv(work / PREDICTIONS / f"{name}.csv", dtype={"id": str})
 
 
-def test_scores_are_those_of_the_stored_predictions(evaluate: Evaluate, others: Others, finished_run: Path) -> None:
-    found = result(evaluate("bottleneck", *others.options, "--format", "json"))
+def test_scores_are_those_of_the_stored_predictions(evaluate: Command, others: Others, finished_run: Path) -> None:
+    found = result(evaluate, "bottleneck")
     assert found == json.loads((finished_run / "evaluations/others/result.json").read_text())
     (run,), table = found["runs"], stored(finished_run)
     assert table["id"].tolist() == sorted(others.table["id"])
@@ -65,16 +73,16 @@ def test_scores_are_those_of_the_stored_predictions(evaluate: Evaluate, others: 
     fold_auc = [roc_auc_score(part["label"], part["probability"]) for _, part in oof.groupby("fold")]
     assert run["drop"] == pytest.approx(np.mean(fold_auc) - np.mean(each))
     for form in ("text", "md", "csv"):
-        printed = evaluate("bottleneck", *others.options, "--format", form)
+        printed = evaluate("bottleneck", "--format", form)
         assert printed.status == 0
         assert "bottleneck" in printed.out
 
 
 def test_a_patch_predicted_in_training_gets_the_same_probability_here(
-    evaluate: Evaluate, finished_run: Path, labelled_test_set: list[str]
+    evaluate: Command, finished_run: Path, labelled_test_set: list[str]
 ) -> None:
     """The test set is no train patch, so it may be evaluated: each fold's prediction must be that of `predict`."""
-    result(evaluate("bottleneck", *labelled_test_set, "--format", "json"))
+    result(evaluate, "bottleneck", *labelled_test_set)
     table = stored(finished_run).set_index("id")
     for number in range(3):
         predicted = Run(finished_run / "runs/bottleneck").fold(number).predictions()[1].set_index("id")
@@ -83,72 +91,63 @@ def test_a_patch_predicted_in_training_gets_the_same_probability_here(
 
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_patch_that_was_trained_on_is_refused(
-    evaluate: Evaluate, others: Others, data: Data, finished_run: Path, renamed: bool
+    evaluate: Command, others: Others, data: Data, finished_run: Path, renamed: bool
 ) -> None:
     leaked = pd.read_csv(data.labels, dtype={"id": str}).iloc[0]
     name = "other_name" if renamed else leaked["id"]
     shutil.copy(data.patches("train") / f"{leaked['id']}.tif", others.patches / f"{name}.tif")
     others.table.loc[len(others.table)] = [name, leaked["label"]]
     others.save()
-    outcome = evaluate("bottleneck", *others.options, *(["--ids", "names"] if renamed else []))
-    assert outcome.status == 2
-    assert f"was trained on 1 of these 13 patches ({name})" in outcome.err
+    message = refused(evaluate("bottleneck", *(["--ids", "names"] if renamed else [])))
+    assert f"was trained on 1 of these 13 patches ({name})" in message
     assert not (finished_run / PREDICTIONS).exists()
 
 
-def test_test_patches_that_a_teacher_labelled_are_refused(
-    evaluate: Evaluate, pcam: Callable[..., Outcome], finished_run: Path, labelled_test_set: list[str]
+def test_patches_that_a_teacher_labelled_are_refused(
+    evaluate: Command, pcam: Command, finished_run: Path, labelled_test_set: list[str]
 ) -> None:
     assert pcam("train", "--set", "teacher=bottleneck", "--name", "student", "--folds", "1").status == 0
-    outcome = evaluate("student", *labelled_test_set)
-    assert outcome.status == 2
-    assert "student: was trained on 7 of these 7 patches" in outcome.err
+    assert "student: was trained on 7 of these 7 patches" in refused(evaluate("student", *labelled_test_set))
     assert not (finished_run / "runs/student/fold_0").exists()
 
 
-def test_a_run_whose_train_patches_are_not_known(evaluate: Evaluate, others: Others, finished_run: Path) -> None:
+def test_a_run_whose_train_patches_are_not_known(evaluate: Command, finished_run: Path) -> None:
     folds, config = finished_run / "folds/stratified_3_42.csv", finished_run / "runs/bottleneck/config.json"
     before, table = file_sha256(folds), pd.read_csv(folds)
     table.assign(id=[f"patch_{n}" for n in range(len(table))]).to_csv(folds, index=False)
-    refused = evaluate("bottleneck", *others.options)
-    assert refused.status == 2
-    assert "its train patches are not known" in refused.err
+    assert "its train patches are not known" in refused(evaluate("bottleneck"))
     config.write_text(config.read_text().replace(before, file_sha256(folds)))
-    outcome = evaluate("bottleneck", *others.options)
+    outcome = evaluate("bottleneck")
     assert outcome.status == 0
     assert "train patches under other names are not recognised" in outcome.err
 
 
-def test_predictions_are_reused_until_a_checkpoint_or_the_config_changes(
-    evaluate: Evaluate, others: Others, finished_run: Path, pcam: Callable[..., Outcome]
-) -> None:
+def test_predictions_are_reused_until_checkpoint_or_config_change(evaluate: Command, finished_run: Path, pcam: Command) -> None:
     file = finished_run / PREDICTIONS / "bottleneck.csv"
-    first, written = evaluate("bottleneck", *others.options), file.stat().st_mtime_ns
-    again = evaluate("bottleneck", *others.options)
+    first, written = evaluate("bottleneck"), file.stat().st_mtime_ns
+    again = evaluate("bottleneck")
     assert (again.out, file.stat().st_mtime_ns) == (first.out, written)
     run = Run(finished_run / "runs/bottleneck")
     shutil.copy(run.fold(0).best_checkpoint, run.fold(1).best_checkpoint)
-    assert evaluate("bottleneck", *others.options).status == 2
+    assert "trained again since it was predicted" in refused(evaluate("bottleneck"))
     assert pcam("predict").status == 0
-    assert evaluate("bottleneck", *others.options).status == 0
+    assert evaluate("bottleneck").status == 0
     table = stored(finished_run)
     assert table["fold_0"].equals(table["fold_1"])
     run.config_file.write_text(run.config_file.read_text().replace('"tta": 4', '"tta": 1'))
-    assert evaluate("bottleneck", *others.options).status == 0
+    assert evaluate("bottleneck").status == 0
     assert not stored(finished_run).equals(table)
 
 
-def test_results_of_other_patches_are_not_replaced(evaluate: Evaluate, others: Others) -> None:
-    assert evaluate("bottleneck", *others.options).status == 0
+def test_results_of_other_patches_are_not_replaced(evaluate: Command, others: Others) -> None:
+    assert evaluate("bottleneck").status == 0
     others.table["label"] = 1 - others.table["label"]
     others.save()
-    refused = evaluate("bottleneck", *others.options)
-    assert refused.status == 2
-    assert "choose another name with --name" in refused.err
-    assert evaluate("bottleneck", *others.options, "--name", "swapped").status == 0
+    assert "choose another name with --name" in refused(evaluate("bottleneck"))
+    assert evaluate("bottleneck", "--name", "swapped").status == 0
 
 
-def test_wrong_options_are_one_line(evaluate: Evaluate, others: Others, pcam: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_wrong_options_are_one_line(evaluate: Command, pcam: Command, tmp_path: Path) -> None:
     assert pcam("train", "--folds", "1", "--set", "seed=7", "--name", "part").status == 0
     slides, named = tmp_path / "slides.csv", Others(tmp_path / "named", [f"patient_{number}" for number in range(12)])
     slides.write_text("id,wsi\nother,s0\n")
@@ -162,32 +161,27 @@ def test_wrong_options_are_one_line(evaluate: Evaluate, others: Others, pcam: Ca
         (["bottleneck", "--slides", str(slides)], "has none of the 12 patches"),
         (["bottleneck", *named.options], "--ids names"),
     ):
-        outcome = evaluate(*others.options, *arguments)
-        assert outcome.status == 2
-        assert printed in outcome.err
-        assert outcome.err.count("\n") == 1
-    found = result(evaluate("bottleneck", "part", "--folds", "1", *others.options, "--format", "json"))
+        message = refused(evaluate(*arguments))
+        assert printed in message
+        assert message.count("\n") == 1
+    found = result(evaluate, "bottleneck", "part", "--folds", "1")
     assert [[*run["fold_auc"]] for run in found["runs"]] == [["1"], ["1"]]
     # A run without out-of-fold predictions has no drop.
     assert (found["runs"][1]["oof_auc"], found["runs"][1]["drop"]) == ({}, None)
 
 
-def test_few_patches_are_too_few_for_batch_norm_statistics(
-    evaluate: Evaluate, others: Others, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "takes batch norm statistics from these 12 patches" in evaluate("bottleneck", *others.options).err
+def test_few_patches_are_too_few_for_batch_norm_statistics(evaluate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "takes batch norm statistics from these 12 patches" in evaluate("bottleneck").err
     monkeypatch.setattr("pcam_kaggle.training.held_out.FEW_PATCHES", 12)
-    assert not evaluate("bottleneck", *others.options).err
+    assert not evaluate("bottleneck").err
 
 
-def test_a_blend_is_the_weighted_mean_of_its_members(
-    evaluate: Evaluate, others: Others, finished_run: Path, pcam: Callable[..., Outcome]
-) -> None:
+def test_a_blend_is_the_weighted_mean_of_its_members(evaluate: Command, finished_run: Path, pcam: Command) -> None:
     assert pcam("pipeline", "--set", "seed=7", "--name", "seven").status == 0
     members = ["bottleneck", "seven"]
     assert pcam("blend", *members, "--name", "both").status == 0
     assert pcam("blend", *members, "--name", "ranks", "--method", "rank").status == 0
-    found = result(evaluate("both", "ranks", *members, *others.options, "--format", "json", "--baseline", "seven"))
+    found = result(evaluate, "both", "ranks", *members, "--baseline", "seven")
     both, ranks, bottleneck, seven = found["runs"]
     tables = [stored(finished_run, name).filter(like="fold_") for name in members]
     labels = stored(finished_run, "seven")["label"]
@@ -206,12 +200,12 @@ def test_a_blend_is_the_weighted_mean_of_its_members(
     assert both["oof_auc"]["1"] == pytest.approx(roc_auc_score(oof[0]["label"], blended))
 
 
-def test_slides_are_the_unit_where_a_map_is_given(evaluate: Evaluate, others: Others, tmp_path: Path) -> None:
+def test_slides_are_the_unit_where_a_map_is_given(evaluate: Command, others: Others, tmp_path: Path) -> None:
     slides = tmp_path / "slides.csv"
     table = others.table.assign(wsi=[f"slide{n // 4}" for n in range(12)])[["id", "wsi"]]
     for lacking, units in ((0, 3), (1, 4)):
         table[lacking:].to_csv(slides, index=False)
-        outcome = evaluate("bottleneck", *others.options, "--slides", str(slides), "--format", "json")
-        found = result(outcome)
+        outcome = evaluate("bottleneck", "--slides", str(slides), "--format", "json")
+        found = json.loads(outcome.out)
         assert (found["unit"], found["runs"][0]["mean"]["units"]) == ("slide", units)
         assert ("lacks 1 of 12 patches" in outcome.err) == bool(lacking)
