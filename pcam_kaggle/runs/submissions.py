@@ -232,15 +232,16 @@ def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     ledger = ledger.sort_values(["private_score", "public_score", "oof_auc"], ascending=False, ignore_index=True)
     made = [records[workspace.submissions / f"{name}.csv"] for name in ledger["name"]]
     shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
+    runs = [Run(workspace.run(name)) for name in dict.fromkeys(name for each in made for name in each.members)]
     for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
-        shown[folder.name] = [_held_out_text(workspace, Evaluation(folder), each) for each in made]
+        tables = {run.name: Evaluation(folder).current(run) for run in runs}
+        shown[folder.name] = [_held_out_text(tables, each) for each in made]
     for column, word in KAGGLE_SCORES.items():
         shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
     return shown
 
 
-def _held_out_text(workspace: Workspace, evaluation: Evaluation, made: SubmissionRecord) -> str:
-    tables = {name: evaluation.current(Run(workspace.run(name))) for name in made.members}
-    found = {name: table for name, table in tables.items() if table is not None}
+def _held_out_text(tables: dict[str, pd.DataFrame | None], made: SubmissionRecord) -> str:
+    found = {name: table for name in made.members if (table := tables[name]) is not None}
     area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), found)
     return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""
