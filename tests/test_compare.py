@@ -158,14 +158,12 @@ def edited(name: str, **values: object) -> Callable[[Run], None]:
     return damage
 
 
-def replaced(row: int, column: int, value: str) -> Callable[[Run], None]:
-    """Return the damage of another value in all lines from `row` on of oof.csv, which metrics.json then describes."""
+def other_oof(column: str, value: object) -> Callable[[Run], None]:
+    """Return the damage of another value in the last three rows of oof.csv, which metrics.json then describes."""
 
     def damage(run: Run) -> None:
-        lines = [line.split(",") for line in (run.folder / "oof.csv").read_text().splitlines()]
-        for line in lines[row:]:
-            line[column] = value
-        (run.folder / "oof.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+        table = run.oof()
+        write_csv(run.folder / "oof.csv", table.assign(**{column: table[column].where(table.index < 717, value)}))
         edited("metrics.json", oof_sha256=file_sha256(run.folder / "oof.csv"))(run)
 
     return damage
@@ -178,8 +176,8 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: not what metrics.json describes"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (edited("fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
-    "not-finite": (replaced(718, 3, "inf"), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),
-    "label-2": (replaced(718, 1, "2"), "oof.csv: 3 labels are not 0 or 1, of id p0717"),
+    "not-finite": (other_oof("probability", np.inf), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),
+    "label-2": (other_oof("label", 2), "oof.csv: 3 labels are not 0 or 1, of id p0717"),
 }
 
 
@@ -302,46 +300,34 @@ def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
 
 
-REASON = "a single positive patch"
-
-
-@pytest.fixture
-def undefined(tmp_path: Path) -> Path:
-    """Return a workspace with two blended runs that have a single positive patch."""
-    labels = np.where(np.arange(6) == 2, 1, 0)
+def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "a single positive patch"
     tests = [pd.DataFrame({"id": ["t0", "t1"], "probability": [0.1, 0.9]})]
-    for seed, name in enumerate(RUNS):
-        values = np.random.default_rng(seed).random(6)
-        oof = pd.DataFrame({"id": list("abcdef"), "label": labels, "fold": 0, "probability": values})
-        made = RunPredictions(name, oof, tests, "stratified_3_42", "same", [])
-        Run(tmp_path / "runs" / name).write_blend(blend([made], "mean"))
-    return tmp_path
-
-
-def test_an_undefined_interval_is_null_with_its_reason(undefined: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pooled = Run(undefined / "runs" / "a").blend_metrics().pooled
-    assert (pooled.low, pooled.high, pooled.undefined) == (None, None, REASON)
-    read = json.loads(compared(undefined, capsys), parse_constant=pytest.fail)
+    runs = {name: Run(tmp_path / "runs" / name) for name in RUNS}
+    for seed, (name, run) in enumerate(runs.items()):
+        oof = pd.DataFrame({"id": list("abcdef"), "label": [0, 0, 1, 0, 0, 0], "fold": 0})
+        oof["probability"] = np.random.default_rng(seed).random(6)
+        run.write_blend(blend([RunPredictions(name, oof, tests, "stratified_3_42", "same", [])], "mean"))
+    pooled = runs["a"].blend_metrics().pooled
+    assert (pooled.low, pooled.high, pooled.undefined) == (None, None, reason)
+    read = json.loads(compared(tmp_path, capsys), parse_constant=pytest.fail)
     row = next(row for row in read["runs"] if row["difference"] is not None)
     keys = ("pooled_low", "difference_low", "difference_high", "p", "difference_0_high", "p_0")
     assert [row[key] for key in keys] == [None] * len(keys)
-    assert row["undefined_pooled"] == row["undefined_difference"] == row["undefined_difference_0"] == REASON
-    assert f"interval and p n/a ({REASON}; unit: patch)" in read["words"][0]
-    assert pd.read_csv(io.StringIO(compared(undefined, capsys, form="csv")))["p"].isna().all()
+    assert row["undefined_pooled"] == row["undefined_difference"] == row["undefined_difference_0"] == reason
+    assert f"interval and p n/a ({reason}; unit: patch)" in read["words"][0]
+    assert pd.read_csv(io.StringIO(compared(tmp_path, capsys, form="csv")))["p"].isna().all()
     for form in ("text", "md"):
-        printed = compared(undefined, capsys, form=form)
-        assert f"n/a ({REASON})" in printed
+        printed = compared(tmp_path, capsys, form=form)
+        assert f"n/a ({reason})" in printed
         assert "nan" not in printed
-    write_report(comparison(undefined)[1], Workspace(undefined, undefined / "store"), undefined / "page.html")
-    assert f"n/a ({REASON})" in (undefined / "page.html").read_text()
-
-
-def test_a_submission_with_an_undefined_interval_has_its_reason(undefined: Path) -> None:
-    sample, submissions = undefined / "sample.csv", undefined / "submissions"
+    write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    assert f"n/a ({reason})" in (tmp_path / "page.html").read_text()
+    sample, submissions = tmp_path / "sample.csv", tmp_path / "submissions"
     write_csv(sample, pd.DataFrame({"id": ["t0", "t1"], "label": [0, 0]}))
-    write_submission(Run(undefined / "runs" / "a"), sample, submissions / "a.csv")
+    write_submission(runs["a"], sample, submissions / "a.csv")
     _, description = describe(submissions, "a")
-    assert f"[n/a ({REASON})] (unit: patch)" in description
+    assert f"[n/a ({reason})] (unit: patch)" in description
     ledger = write_ledger(submissions)
     assert ledger[["oof_low", "oof_high"]].isna().all(axis=None)
     assert ledger["oof_unit"].tolist() == ["patch"]
