@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import torch
+from pcam_kaggle.training.step import Learner, TrainStep
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -37,7 +38,6 @@ from pcam_kaggle.training.engine import train_epoch
 from pcam_kaggle.training.gpus import configure_torch, loader_processes
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.optim import create_optimizer
-from pcam_kaggle.training.step import Learner, TrainStep
 
 # Steps before the clock starts.
 WARM_UP = 8

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
 from benchmarks.results import markdown, replace_block
 from pcam_kaggle.core.config import Config
@@ -27,7 +28,6 @@ from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
 PAGE = Path(__file__).parent / "SCORES.md"
 FOLDER = PAGE.parent / "scores"

@@ -1,220 +1,334 @@
-"""Comparison: only paired runs get a difference, sentences match the numbers, and a damaged run does not stop the others."""
+"""Comparison: runs are paired, the groups of their folds are resampled, and a damaged run does not stop the others."""
 
+import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Outcome
-from pcam_kaggle.scoring.bootstrap import bootstrap_difference, concordant_pairs
-from pcam_kaggle.scoring.delong import delong_difference
-from pcam_kaggle.scoring.render import describe_difference, differing_keys
-from scipy import stats
+from made_runs import FOLD, FOLDS, LABELS, SLIDE, SLIDE_MAP, by_slide, fold_table, noisy, write_blended_run, write_run
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.core.files import csv_bytes, read_json, sha256, write_csv, write_json
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.files import file_sha256, read_json, write_csv
+from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.pipeline.compare import compare_runs, print_result, read_run, resampled_groups
+from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import score
-from pcam_kaggle.scoring.compare import compare, find_baseline, read_entry
-from pcam_kaggle.scoring.metrics import Difference, auc, holm
+from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
+from pcam_kaggle.scoring.blend import RunPredictions, blend
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.intervals import Clusters, delong_interval, interval, paired_test, unit_of
+from pcam_kaggle.scoring.results import BlendMetrics
+from pcam_kaggle.scoring.tables import describe_difference, differing_keys, p_text
 
-N, FOLDS = 900, 3
-RNG = np.random.default_rng(0)
-LABELS, FOLD = RNG.integers(0, 2, N), np.arange(N) % FOLDS
-SHARED = RNG.normal(size=N)
+RUNS = ("a", "b")
 
 
-def write_run(run: Path, signal: float, seed: int, folds: str = "same", **config: float) -> pd.DataFrame:
-    """Write a finished run whose scores hold `signal` of the label; return its OOF table."""
-    noise = np.random.default_rng(seed).normal(size=N)
-    probability = 1 / (1 + np.exp(-(signal * LABELS + SHARED + 0.5 * noise)))
-    oof = pd.DataFrame({"id": [f"p{n:04d}" for n in range(N)], "label": LABELS, "fold": FOLD, "probability": probability})
-    write_csv(run / "oof.csv", oof)
-    write_json(run / "config.json", {"config": {"n_splits": FOLDS, **config}, "folds": "stratified", "folds_sha256": folds})
-    for fold in range(FOLDS):
-        write_json(run / f"fold_{fold}" / "predictions.json", {})
-        write_json(run / f"fold_{fold}" / "metrics.json", {"seconds": 60.0, "parameters": 10, "images_per_second": 5.0})
-    metrics = {"folds_sha256": folds, "missing_folds": [], "oof_sha256": sha256(csv_bytes(oof)), **score(oof)}
-    write_json(run / "metrics.json", metrics)
-    return oof
+def write_runs(work: Path, scheme: str) -> None:
+    """Write two blended runs on the folds of `scheme`."""
+    for seed, name in enumerate(RUNS, 1):
+        write_blended_run(work, by_slide(name, 0.5 + 0.5 * seed, seed, scheme), lr=seed)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Return a workspace with two runs on folds by slide."""
+    write_runs(tmp_path, "slides_3_42")
+    return tmp_path
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Return a folder of runs: two similar, one worse, one on other folds, and unfinished, damaged and incomplete ones."""
-    runs = tmp_path / "runs"
-    write_run(runs / "best", 2.0, 1, lr=0.1)
-    write_run(runs / "twin", 1.99, 2, lr=0.2)
-    write_run(runs / "worse", 1.0, 3, lr=0.1)
-    write_run(runs / "elsewhere", 2.0, 4, folds="other", lr=0.1)
-    write_run(runs / "unfinished", 2.0, 5, lr=0.1)
-    (runs / "unfinished" / "fold_1" / "predictions.json").unlink()
-    write_run(runs / "damaged", 2.0, 6, lr=0.1)
-    (runs / "damaged" / "oof.csv").write_text("id,label\n")
-    write_run(runs / "partial", 2.0, 7, lr=0.1)
-    partial = runs / "partial" / "metrics.json"
-    write_json(partial, read_json(partial) | {"missing_folds": [2]})
-    write_run(runs / "garbled", 2.0, 6, lr=0.1)
-    (runs / "garbled" / "config.json").write_text("{")
-    return runs
+    """Return the folder of four runs: two similar ones, a worse one, and one on other folds."""
+    for seed, (name, noise) in enumerate((("best", 0.9), ("worse", 4.0), ("twin", 0.95)), 1):
+        write_blended_run(tmp_path, noisy(name, noise, seed))
+    write_blended_run(tmp_path, replace(noisy("elsewhere", 1.0, 4), folds_sha256="other"))
+    return tmp_path / "runs"
 
 
-def compared(runs: Path, baseline: str | None = None) -> tuple[dict, object]:
-    """Return the entries by name and the baseline."""
-    entries = [read_entry(Run(path)) for path in sorted(runs.iterdir())]
-    base = find_baseline(entries, baseline)
-    compare(entries, base, None)
-    return {entry.name: entry for entry in entries}, base
+def comparison(work: Path, baseline: str | None = None) -> tuple[dict[str, ComparedRun], Comparison]:
+    """Return all runs by name, and their comparison."""
+    made = compare_runs(Workspace(work, work / "store"), [], baseline, None)
+    return {run.name: run for run in made.runs}, made
 
 
-def test_too_many_slides_make_a_difference_undefined(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.scoring.bootstrap.MAX_CLUSTERS", 20)
-    base = read_entry(Run(runs / "best"))
-    ids = base.oof["id"]
-    known = pd.DataFrame({"id": ids, "wsi": [f"slide_{number % 20}" for number in range(N)]})
-    compare([base, read_entry(Run(runs / "twin"))], base, known)
-    twin = read_entry(Run(runs / "twin"))
-    compare([base, twin], base, known[100:])
-    assert twin.pooled is not None
-    assert "more than the 20 that can be drawn" in twin.pooled.undefined
-    assert twin.corrected_p is None
+def compared(work: Path, capsys: pytest.CaptureFixture[str], *arguments: str, form: str = "json") -> str:
+    """Return what `compare` prints."""
+    capsys.readouterr()
+    status = main(["compare", *arguments, "--work", str(work), "--format", form])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
 
 
-def test_differences_are_the_paired_ones(runs: Path) -> None:
-    entries, base = compared(runs, "worse")
-    assert base is entries["worse"]
-    best, worse = entries["best"].oof["probability"].to_numpy(), entries["worse"].oof["probability"].to_numpy()
-    assert entries["best"].pooled == delong_difference(LABELS, best, worse)
-    inside = FOLD == 2
-    assert entries["best"].folds[2].value == pytest.approx(
-        auc(LABELS[inside], best[inside]) - auc(LABELS[inside], worse[inside])
-    )
+def blended(work: Path, *options: str) -> BlendMetrics:
+    """Blend both runs on the command line; return the metrics that were written."""
+    assert main(["blend", *RUNS, "--work", str(work), *options]) == 0
+    return Run(work / "runs" / "-".join(RUNS)).blend_metrics()
 
 
-def test_sentences_match_the_numbers(runs: Path) -> None:
-    entries, base = compared(runs, "best")
-    sentence = describe_difference(entries["worse"], base)
-    value, low, high = (float(text) for text in re.findall(r"\d\.\d{4}", sentence)[:3])
-    assert sentence.startswith("best is better than worse by ")
-    assert low <= value <= high
-    assert value == pytest.approx(-entries["worse"].pooled.value, abs=1e-4)
-    assert low > 0
-    same = describe_difference(entries["twin"], base)
-    assert "no significant difference" in same
-    assert "more patches are needed" in same
-    assert describe_difference(entries["worse"], base) == describe_difference(entries["worse"], base)
+@pytest.mark.parametrize(("scheme", "clusters"), [("stratified_3_42", Clusters()), ("slides_3_42", Clusters("slide", SLIDE))])
+def test_differences_are_the_paired_ones(scheme: str, clusters: Clusters, tmp_path: Path) -> None:
+    write_runs(tmp_path, scheme)
+    by_name, made = comparison(tmp_path, "a")
+    assert made.baseline is by_name["a"]
+    run = by_name["b"]
+    ours, theirs = (each.oof["probability"].to_numpy() for each in (run, made.baseline))
+    assert run.metrics.pooled == interval(LABELS, ours, clusters)
+    pooled = paired_test(LABELS, theirs, clusters)(ours)
+    assert run.pooled == pooled.model_copy(update={"corrected_p": pooled.p})
+    for number, fold in enumerate(run.folds):
+        inside = number == FOLD
+        assert fold == paired_test(LABELS[inside], theirs[inside], clusters.part(inside))(ours[inside])
+        assert fold.units == (6 if scheme.startswith("slides") else 240)
+    if scheme.startswith("slides"):
+        patches = delong_interval(LABELS, ours)
+        assert run.metrics.pooled.high - run.metrics.pooled.low > 1.5 * (patches.high - patches.low)
 
 
-def test_an_unpaired_run_has_its_reason(runs: Path) -> None:
-    entries, base = compared(runs, "best")
-    assert entries["elsewhere"].pooled is None
-    assert "folds or labels differ" in describe_difference(entries["elsewhere"], base)
+def test_sentences_name_the_better_run(runs: Path) -> None:
+    by_name, made = comparison(runs.parent)
+    assert made.baseline is by_name["best"]
+    worse, twin = by_name["worse"].pooled, by_name["twin"].pooled
+    assert worse.high < 0
+    assert worse.p < twin.p
+    assert (worse.corrected_p, twin.corrected_p) == (pytest.approx(2 * worse.p), twin.p)
+    numbers = f"by {-worse.value:.4f} [{-worse.high:.4f}, {-worse.low:.4f}], {p_text(worse.corrected_p)} (unit: patch)."
+    assert describe_difference(by_name["worse"], made.baseline) == f"best is better than worse {numbers}"
+    from_below, made_from_below = comparison(runs.parent, "worse")
+    assert describe_difference(from_below["best"], made_from_below.baseline).startswith("best is better than worse by ")
+    numbers = f"({twin.text('+.4f')}, {p_text(twin.corrected_p)}; unit: patch)."
+    expected = f"twin compared with best: no significant difference {numbers}"
+    assert describe_difference(by_name["twin"], made.baseline) == expected
+    expected = "elsewhere: not paired: folds or labels differ from those of best."
+    assert describe_difference(by_name["elsewhere"], made.baseline) == expected
 
 
-def test_a_broken_run_is_listed_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--work", str(runs.parent)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for name, reason in (
-        ("unfinished", "folds 1"),
-        ("damaged", "oof.csv"),
-        ("partial", "without some"),
-        ("garbled", "not JSON"),
-        ("elsewhere", "folds or labels differ"),
-    ):
-        assert any(line.split()[0] == name and reason in line for line in lines if line.strip()), name
-    assert sum(line.split()[0] in ("best", "twin", "worse") for line in lines[:9] if line.strip()) == 3
-
-
-@pytest.mark.parametrize("cost", [{"parameters": 1e400}, {"seconds": "an hour"}, {"images_per_second": None}, {}])
-def test_invalid_costs_affect_only_their_run(cost: dict, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = runs / "twin" / "fold_0" / "metrics.json"
-    costs = read_json(file) | cost if cost else {}
-    file.write_text(json.dumps(costs))
-    assert main(["compare", "--work", str(runs.parent)]) == 0
-    assert "twin" in (printed := capsys.readouterr().out)
-    assert any(line.split()[:1] == ["twin"] and "damaged" in line for line in printed.splitlines())
-
-
-def test_only_differing_config_fields_are_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--work", str(runs.parent), "--format", "csv"]) == 0
-    header = capsys.readouterr().out.splitlines()[0].split(",")
-    assert "lr" in header
-    assert "n_splits" not in header
+@pytest.mark.parametrize(
+    ("scheme", "unit"),
+    [
+        ("slides", "slide"),
+        pytest.param("stratified", "patch", marks=pytest.mark.slow),
+        pytest.param("stain", "stain group", marks=pytest.mark.slow),
+    ],
+)
+def test_every_format_holds_the_same_numbers_and_names_the_unit(
+    scheme: str, unit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(tmp_path, f"{scheme}_3_42")
+    metrics = blended(tmp_path)
+    assert metrics.scheme == f"{scheme}_3_42"
+    assert metrics.pooled.unit == metrics.ranked.unit == unit
+    assert f"(unit: {unit})" in capsys.readouterr().out
+    # The blend is the baseline, which is the default as it is best, and then an experiment's run.
+    for arguments in ([], ["--baseline", "a"]):
+        read = json.loads(compared(tmp_path, capsys, *arguments))
+        assert read["unit"] == unit
+        assert {row["unit"] for row in read["runs"]} == {row["interval_unit"] for row in read["runs"]} == {unit}
+        assert all(f"unit: {unit}" in sentence for sentence in read["words"])
+        table = pd.read_csv(io.StringIO(compared(tmp_path, capsys, *arguments, form="csv")))
+        pooled = [row["pooled"] for row in read["runs"]]
+        assert pooled == sorted(pooled, reverse=True) == pytest.approx(table["pooled"].tolist())
+        # Of the config, only fields that differ.
+        assert "lr" in table
+        assert "n_splits" not in table
+        for form in ("text", "md"):
+            printed = compared(tmp_path, capsys, *arguments, form=form)
+            assert f"95 % intervals and p (unit: {unit}) are from" in printed
+            assert all(f"{value:.4f}" in printed for value in pooled)
+    assert json.loads(compared(tmp_path, capsys))["runs"][0]["note"] == "the baseline"
+    write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"95 % intervals and p (unit: {unit}) are from" in page
+    assert (f"AUC of a by {unit}" in page) == (unit != "patch")
     assert differing_keys([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ["b"]
 
 
-def test_every_format_holds_the_same_numbers(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    read = {}
-    for form in ("csv", "json", "md"):
-        assert main(["compare", "--work", str(runs.parent), "--format", form]) == 0
-        read[form] = capsys.readouterr().out
-    records = json.loads(read["json"])["runs"]
-    pooled = [record["pooled"] for record in records if record["pooled"]]
-    assert pooled == sorted(pooled, reverse=True)
-    assert all(f"{value:.4f}" in read["md"] for value in pooled)
-    assert [line.split(",")[0] for line in read["csv"].splitlines()[1:]] == [record["run"] for record in records]
+def edited(name: str, **values: object) -> Callable[[Run], None]:
+    """Return the damage of other `values` in the JSON file `name` of a run, where 1e400 is infinity and None is null."""
+
+    def damage(run: Run) -> None:
+        (run.folder / name).write_text(json.dumps(read_json(run.folder / name) | values))
+
+    return damage
 
 
-def test_a_chosen_baseline_that_is_broken_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("unfinished", "unheard"):
-        assert main(["compare", "--work", str(runs.parent), "--baseline", name]) == 2
+def other_oof(column: str, value: object) -> Callable[[Run], None]:
+    """Return the damage of another value in the last three rows of oof.csv, which metrics.json then describes."""
+
+    def damage(run: Run) -> None:
+        table = run.oof()
+        write_csv(run.folder / "oof.csv", table.assign(**{column: table[column].where(table.index < 717, value)}))
+        edited("metrics.json", oof_sha256=file_sha256(run.folder / "oof.csv"))(run)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
+    "unfinished": (lambda run: (run.fold(1).folder / "predictions.json").unlink(), "unfinished: folds 1 lack predictions"),
+    "unblended": (lambda run: (run.folder / "metrics.json").unlink(), "not blended"),
+    "partial": (edited("metrics.json", missing_folds=[2]), "blended without some of its folds"),
+    "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: not what metrics.json describes"),
+    "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
+    "null": (edited("fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
+    "not-finite": (other_oof("probability", np.inf), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),
+    "label-2": (other_oof("label", 2), "oof.csv: 3 labels are not 0 or 1, of id p0717"),
+}
+
+
+def test_a_damaged_run_is_listed_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, (name, (damage, _)) in enumerate(DAMAGES.items()):
+        damage(write_blended_run(runs.parent, noisy(name, 1.0, seed)))
+    notes = {row["run"]: row["note"] for row in json.loads(compared(runs.parent, capsys))["runs"]}
+    assert list(notes)[3:4] == ["worse"]
+    assert sorted(list(notes)[4:]) == sorted(DAMAGES)
+    for name, (_, reason) in DAMAGES.items():
+        assert reason in notes[name], name
+    assert notes["elsewhere"] == "not paired: folds or labels differ from those of best"
+    assert re.search(r"^ *unfinished .*folds 1 lack", compared(runs.parent, capsys, form="text"), re.MULTILINE)
+
+
+def test_a_baseline_that_cannot_be_scored_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(runs.parent, noisy("unblended", 1, 5))
+    for arguments, message in (
+        (["--baseline", "unblended"], "--baseline unblended: not blended"),
+        (["--baseline", "unheard"], "not unheard"),
+        (["unblended"], "none of 1 runs can be scored: unblended: not blended"),
+    ):
+        assert main(["compare", "--work", str(runs.parent), *arguments]) == 2
         err = capsys.readouterr().err
-        assert name in err
+        assert message in err
         assert err.count("\n") == 1
 
 
-def test_holm_matches_a_worked_example() -> None:
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+def test_a_result_is_compared_with_other_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = Workspace(runs.parent, runs / "store")
+    print_result(workspace, ["none", "twin"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("twin:\n  fold 0       240 patches   OOF AUC ")
+    assert "best compared with twin" in printed
+    edited("metrics.json", missing_folds=[2])(Run(runs / "twin"))
+    print_result(workspace, ["twin"])
+    assert "compared" not in capsys.readouterr().out
+    print_result(workspace, ["none"])
+    assert capsys.readouterr().out == "none: no fold is finished\n"
 
 
-def test_the_slide_bootstrap_is_wider_than_delong_where_slides_differ() -> None:
-    rng = np.random.default_rng(3)
-    slides = np.repeat(np.arange(60), 30)
-    labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
-    first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
-
-    def by(groups: np.ndarray, level: float = 0.95) -> Difference:
-        return bootstrap_difference(
-            labels, groups, *(concordant_pairs(labels, groups, scores) for scores in (first, second)), level
-        )
-
-    plain, by_slide = delong_difference(labels, first, second), by(slides)
-    assert by_slide.value == pytest.approx(plain.value, abs=1e-12)
-    assert by_slide.error > 1.5 * plain.error
-    assert by(np.arange(1800)).error == pytest.approx(plain.error, rel=0.1)
-    assert by(slides) == by_slide
-    for level in (0.5, 0.95):
-        made = by(slides, level)
-        assert made.high - made.value == pytest.approx(stats.t(59).ppf((1 + level) / 2) * made.error)
-    assert by_slide.p == pytest.approx(2 * stats.t(59).sf(abs(by_slide.value) / by_slide.error))
-    # Drawn slide by slide, the slow way.
-    draws = np.random.default_rng(1).integers(0, 60, (400, 60))
-    patches = [np.concatenate([np.arange(30) + 30 * slide for slide in draw]) for draw in draws]
-    slow = [auc(labels[some], first[some]) - auc(labels[some], second[some]) for some in patches]
-    assert by_slide.error == pytest.approx(np.std(slow, ddof=1), rel=0.15)
+def test_a_blend_of_an_earlier_version_takes_its_scheme_from_its_members(runs: Path) -> None:
+    members, blended = [Run(runs / name) for name in ("best", "twin")], Run(runs / "ab")
+    blended.folder.mkdir()
+    for name in ("oof.csv", "metrics.json"):
+        (blended.folder / name).write_bytes((members[0].folder / name).read_bytes())
+    edited("metrics.json", members={"best": 0.5, "twin": 0.5}, scheme="")(blended)
+    assert (read_run(blended).scheme, read_run(blended).problem) == ("stratified_3_42", "")
+    # Members that were trained again on other folds, or are gone, do not determine the scheme of the blend.
+    before = members[0].config_file.read_bytes()
+    for damage in (
+        lambda: [edited("config.json", folds_sha256="other")(member) for member in members],
+        lambda: [edited("config.json", folds="slides_3_42")(members[1])],
+        members[1].config_file.unlink,
+    ):
+        damage()
+        assert "does not name its fold scheme" in read_run(blended).problem
+        for member in members:
+            member.config_file.write_bytes(before)
+    edited("metrics.json", scheme="stratified_3_42")(blended)
+    assert read_run(blended).problem == ""
 
 
-def test_the_bootstrap_draws_whole_slides() -> None:
-    rng = np.random.default_rng(4)
-    slides, labels = np.arange(40) // 4, rng.integers(0, 2, 40)
-    scores = rng.integers(0, 6, 40).astype(float)
-    copied = np.concatenate([np.flatnonzero(slides == slide) for slide in (1, 1, 3, 7)])
-    expected = auc(labels[copied], scores[copied])
-    pairs = concordant_pairs(labels, slides, scores)
-    counts = np.bincount([1, 1, 3, 7], minlength=10).astype(float)
-    positives, negatives = (counts @ np.bincount(slides[labels == k], minlength=10) for k in (1, 0))
-    assert counts @ pairs @ counts / (positives * negatives) == pytest.approx(expected, abs=1e-12)
+def test_the_scheme_determines_what_is_resampled(work: Path) -> None:
+    ids = SLIDE_MAP["id"]
+    for scheme, unit in (("slides_5_42", "slide"), ("stain_5_42", "stain group")):
+        assert unit_of(scheme) == unit
+        with pytest.raises(ValueError, match=f"one {unit} are not independent"):
+            Clusters.of(ids, None, unit)
+    assert Clusters.of(ids, None, unit_of("stratified_5_42")).codes is None
+    with pytest.raises(UserError, match="not a fold scheme"):
+        unit_of("")
+    table, unit = resampled_groups("slides_3_42", pd.DataFrame({"id": ids, "fold": FOLD}), work / "folds", None)
+    assert unit == "slide"
+    pd.testing.assert_frame_equal(table, SLIDE_MAP)
+    # A patch that the groups lack is a cluster of its own.
+    codes = Clusters.of(ids, table[5:], unit).codes
+    assert len(np.unique(codes)) == 18 + 5
+    assert len(np.unique(codes[5:40])) == 1
 
 
-def test_real_runs_of_the_pipeline_compare(
-    pcam: Callable[..., Outcome], finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
-    capsys.readouterr()
-    assert main(["compare", "--work", str(tmp_path / "work")]) == 0
-    out = capsys.readouterr().out
-    assert "seed" in out.splitlines()[0]
-    assert "other" in out
+def test_runs_that_differ_only_in_the_fold_scheme_have_a_sentence(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_blended_run(work, by_slide("c", 1.0, 1, "stratified_3_42"), lr=1)
+    (sentence,) = [each for each in json.loads(compared(work, capsys))["words"] if "same config" in each]
+    area = comparison(work)[0]["a"].metrics.pooled.value
+    assert sentence.startswith(f"c and a have the same config: pooled AUC {area:.4f} on stratified_3_42, {area:.4f} on slides")
+    assert sentence.endswith("(+0.0000), where patches of one slide share a fold.")
+
+
+def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = work / "folds" / "slides_3_42.csv"
+    before = json.loads(compared(work, capsys))
+    others = fold_table("slides_3_42").assign(fold=(FOLD + 1) % FOLDS), fold_table("stratified_3_42"), None
+    for other, reason in zip(others, (*["not the folds of these runs"] * 2, "missing"), strict=True):
+        file.unlink()
+        if other is not None:
+            write_csv(file, other)
+        for arguments in (["compare"], ["compare", "--baseline", "a"], ["compare", "a"], ["blend", *RUNS]):
+            assert main([*arguments, "--work", str(work)]) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert f"{file}: {reason}" in err
+            assert "--slides" in err
+    slides = work / "map.csv"
+    write_csv(slides, SLIDE_MAP)
+    assert json.loads(compared(work, capsys, "--slides", str(slides))) == before
+    assert blended(work, "--method", "climb", "--slides", str(slides)).gain_of_weights.unit == "slide"
+    write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
+    assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
+    assert "has none of the 720 patches" in capsys.readouterr().err
+
+
+def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, "stratified_3_42")
+    slides = tmp_path / "map.csv"
+    write_csv(slides, SLIDE_MAP[5:])
+    assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
+    assert json.loads(compared(tmp_path, capsys, "--slides", str(slides)))["unit"] == "slide"
+    printed = compared(tmp_path, capsys, "--slides", str(slides), form="text")
+    assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
+
+
+def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "a single positive patch"
+    tests = [pd.DataFrame({"id": ["t0", "t1"], "probability": [0.1, 0.9]})]
+    runs = {name: Run(tmp_path / "runs" / name) for name in RUNS}
+    for seed, (name, run) in enumerate(runs.items()):
+        oof = pd.DataFrame({"id": list("abcdef"), "label": [0, 0, 1, 0, 0, 0], "fold": 0})
+        oof["probability"] = np.random.default_rng(seed).random(6)
+        run.write_blend(blend([RunPredictions(name, oof, tests, "stratified_3_42", "same", [])], "mean"))
+    pooled = runs["a"].blend_metrics().pooled
+    assert (pooled.low, pooled.high, pooled.undefined) == (None, None, reason)
+    read = json.loads(compared(tmp_path, capsys), parse_constant=pytest.fail)
+    row = next(row for row in read["runs"] if row["difference"] is not None)
+    keys = ("pooled_low", "difference_low", "difference_high", "p", "difference_0_high", "p_0")
+    assert [row[key] for key in keys] == [None] * len(keys)
+    assert row["undefined_pooled"] == row["undefined_difference"] == row["undefined_difference_0"] == reason
+    assert f"interval and p n/a ({reason}; unit: patch)" in read["words"][0]
+    assert pd.read_csv(io.StringIO(compared(tmp_path, capsys, form="csv")))["p"].isna().all()
+    for form in ("text", "md"):
+        printed = compared(tmp_path, capsys, form=form)
+        assert f"n/a ({reason})" in printed
+        assert "nan" not in printed
+    write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    assert f"n/a ({reason})" in (tmp_path / "page.html").read_text()
+    sample, submissions = tmp_path / "sample.csv", tmp_path / "submissions"
+    write_csv(sample, pd.DataFrame({"id": ["t0", "t1"], "label": [0, 0]}))
+    write_submission(runs["a"], sample, submissions / "a.csv")
+    _, description = describe(submissions, "a")
+    assert f"[n/a ({reason})] (unit: patch)" in description
+    ledger = write_ledger(submissions)
+    assert ledger[["oof_low", "oof_high"]].isna().all(axis=None)
+    assert ledger["oof_unit"].tolist() == ["patch"]
+    assert pd.read_csv(submissions / "ledger.csv")["oof_auc"].notna().all()

@@ -1,22 +1,35 @@
 """AUC, intervals and paired tests, compared with scikit-learn, R's pROC and resampling by brute force."""
 
-import json
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from pcam_kaggle.scoring.bootstrap import bootstrap_difference, bootstrap_interval, concordant_pairs
-from pcam_kaggle.scoring.delong import delong, delong_difference, delong_interval
-from pcam_kaggle.scoring.resampling import paired_test
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.scoring.metrics import Difference, Estimate, auc, holm, interval_text, json_fields, midranks, rank_within
+from pcam_kaggle.scoring.intervals import (
+    Clusters,
+    bootstrap_difference,
+    bootstrap_interval,
+    concordant_pairs,
+    delong,
+    delong_difference,
+    delong_interval,
+    interval,
+    paired_test,
+)
+from pcam_kaggle.scoring.metrics import auc, holm, rank_within
+from pcam_kaggle.scoring.results import Difference, Estimate
 
 # From pROC 1.18 in R: roc(direction = "<"), var, cov, ci.auc and roc.test(method = "delong", paired = TRUE).
 LABELS = np.array([0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0])
 A = np.array([1, 5, 2, 4, 3, 3, 2, 6, 1, 2, 4, 3, 5, 4, 2, 6, 5, 1, 3, 2], float)
 B = np.array([2, 4, 1, 5, 5, 4, 1, 3, 3, 3, 2, 2, 6, 2, 1, 4, 3, 3, 5, 4], float)
+ZEROS = np.zeros(20, int)
+
+
+def by_slide(slides: np.ndarray) -> Clusters:
+    return Clusters("slide", slides)
 
 
 def test_delong_matches_proc() -> None:
@@ -24,12 +37,9 @@ def test_delong_matches_proc() -> None:
     np.testing.assert_allclose(areas, [0.838383838384, 0.843434343434], atol=1e-12)
     expected = [[0.00774155698398122, 0.00069954596469748], [0.00069954596469748, 0.00739847974696459]]
     np.testing.assert_allclose(covariance, expected, rtol=1e-12)
-
-
-def test_delong_intervals_match_proc() -> None:
-    interval = delong_interval(LABELS, A)
-    assert interval.low == pytest.approx(0.665934215705, abs=1e-12)
-    assert interval.high == 1
+    made = delong_interval(LABELS, A)
+    assert made.low == pytest.approx(0.665934215705, abs=1e-12)
+    assert made.high == 1
     difference = delong_difference(LABELS, A, B)
     assert difference.low == pytest.approx(-0.234800964489847, abs=1e-12)
     assert difference.high == pytest.approx(0.224699954388837, abs=1e-12)
@@ -46,13 +56,6 @@ def test_delong_intervals_at_other_levels() -> None:
     assert difference.value == pytest.approx(0.843434343434 - 0.838383838384, abs=1e-10)
     assert difference.high - difference.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
     assert difference.p == pytest.approx(2 * stats.norm.sf(difference.value / error), abs=1e-12)
-    assert delong_difference(LABELS, A, A)[:5] == (0, 0, 0, 0, 1)
-
-
-def test_a_class_with_one_member_has_no_variance() -> None:
-    areas, covariance = delong(np.array([1, 0, 0]), np.array([[2.0, 1, 3]]))
-    assert areas.tolist() == [0.5]
-    assert np.isnan(covariance).all()
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -63,84 +66,79 @@ def test_auc_matches_scikit_learn_with_ties(levels: int) -> None:
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
-def test_auc_needs_both_classes() -> None:
-    with pytest.raises(ValueError, match="both classes"):
-        auc(np.ones(4, int), np.arange(4.0))
-
-
-def test_midranks_share_ties() -> None:
-    assert midranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
-
-
 def test_ranks_within_folds_ignore_their_scales() -> None:
     rng = np.random.default_rng(1)
     folds, scores = rng.integers(0, 3, 300), rng.random(300)
     scaled = np.choose(folds, [scores, scores**3 / 10, 5 + 2 * scores])
     np.testing.assert_array_equal(rank_within(folds, scaled), rank_within(folds, scores))
     assert 0 < rank_within(folds, scores).min() <= rank_within(folds, scores).max() <= 1
+    assert rank_within(ZEROS[:4], np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.875, 0.25, 0.875, 0.5]
 
 
-WITH_NAN = np.where(np.arange(20) == 3, np.nan, A)
-ZEROS = np.zeros(20, int)
+USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
+    "auc": auc,
+    "delong": lambda labels, scores: delong(labels, np.stack([A, scores])),
+    "delong_interval": delong_interval,
+    "delong_difference": lambda labels, scores: delong_difference(labels, A, scores),
+    "concordant_pairs": lambda labels, scores: concordant_pairs(labels, np.arange(20) % 3, scores),
+    "bootstrap_interval": lambda labels, scores: bootstrap_interval(labels, np.arange(20) % 3, scores),
+}
 
 
 @pytest.mark.parametrize(
-    "use",
+    ("labels", "scores", "message"),
     [
-        midranks,
-        lambda scores: rank_within(ZEROS, scores),
-        lambda scores: auc(LABELS, scores),
-        lambda scores: delong(LABELS, np.stack([A, scores])),
-        lambda scores: delong_interval(LABELS, scores),
-        lambda scores: delong_difference(LABELS, A, scores),
-        lambda scores: concordant_pairs(LABELS, np.arange(20) % 3, scores),
-        lambda scores: bootstrap_interval(LABELS, np.arange(20) % 3, scores),
+        (LABELS, np.where(np.arange(20) == 3, np.nan, A), "(?i)nan"),
+        (np.where(LABELS == 1, 2, LABELS), A, "neither 0 nor 1"),
+        (np.where(A == 6, -1, LABELS), A, "neither 0 nor 1"),
+        (LABELS / 2, A, "neither 0 nor 1"),
+        (np.ones(20, int), A, "both classes"),
+        (LABELS, A[1:], "shape"),
+        (LABELS[None], A, "shape"),
+        (LABELS[:1], A, "shape"),
     ],
 )
-def test_a_nan_score_is_an_error(use: Callable[[np.ndarray], object]) -> None:
-    use(A)
-    with pytest.raises(ValueError, match="NaN"):
-        use(WITH_NAN)
+@pytest.mark.parametrize("use", USES)
+def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, scores: np.ndarray, message: str) -> None:
+    USES[use](LABELS, A)
+    with pytest.raises(ValueError, match=message):
+        USES[use](labels, scores)
 
 
-@pytest.mark.parametrize("labels", [np.where(LABELS == 1, 2, LABELS), np.where(A == 6, -1, LABELS), LABELS / 2])
-def test_labels_other_than_0_and_1_are_an_error(labels: np.ndarray) -> None:
-    for use in (auc, delong_interval, lambda *given: concordant_pairs(given[0], ZEROS, given[1])):
-        with pytest.raises(ValueError, match="neither 0 nor 1"):
-            use(labels, A)
+def test_ranks_of_nan_and_scores_of_another_rank_are_an_error() -> None:
+    with pytest.raises(ValueError, match="nan"):
+        rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
+    for use, scores in ((auc, A[None]), (delong_interval, A[None]), (delong, A)):
+        with pytest.raises(ValueError, match="shape"):
+            use(LABELS, scores)
 
 
-@pytest.mark.parametrize(("labels", "scores"), [(LABELS, A[1:]), (LABELS, A[None]), (LABELS[None], A), (LABELS[:1], A)])
-def test_mismatched_shapes_are_an_error(labels: np.ndarray, scores: np.ndarray) -> None:
-    for use in (auc, delong_interval, lambda *given: delong_difference(*given, given[1])):
-        with pytest.raises(ValueError, match=r"shape|both classes"):
-            use(labels, scores)
-    with pytest.raises(ValueError, match="shape"):
-        delong(LABELS, A)
-    with pytest.raises(ValueError):
-        delong_difference(LABELS, A, B[1:])
+def is_zero(made: Difference) -> bool:
+    """Return whether `made` is a difference of exactly zero, with p = 1."""
+    return (made.value, made.low, made.high, made.error, made.p) == (0, 0, 0, 0, 1)
 
 
-def is_undefined(made: Difference | Estimate, reason: str) -> bool:
-    """Return whether `made` has a value but neither interval nor p because of `reason`, also as JSON and as text."""
-    fields = json.loads(json.dumps(json_fields(made), allow_nan=False))
-    unknown = [key for key in ("low", "high", "error", "p") if key in fields]
-    text = interval_text(made.low, made.high, made.undefined)
-    same = interval_text(fields["low"], fields["high"], fields["undefined"])
+def is_undefined(made: Estimate, reason: str) -> bool:
+    """Return whether `made` has a value but neither interval nor p because of `reason`, also as text and as JSON."""
+    numbers = [getattr(made, key) for key in ("low", "high", "error", "p") if hasattr(made, key)]
     return (
-        all(np.isnan(getattr(made, key)) and fields[key] is None for key in unknown)
+        numbers == [None] * len(numbers)
         and np.isfinite(made.value)
         and made.undefined == reason
-        and text == same == f"[n/a ({reason})]"
+        and made.text(".2f") == f"{made.value:.2f} [n/a ({reason})]"
+        and type(made).model_validate_json(made.model_dump_json()) == made
     )
 
 
-@pytest.mark.parametrize(("kind", "label"), [("positive", 1), ("negative", 0)])
-def test_a_class_with_one_patch_has_no_interval(kind: str, label: int) -> None:
-    labels = np.where(np.arange(20) == 7, label, 1 - label)
-    assert is_undefined(delong_interval(labels, A), f"a single {kind} patch")
-    assert is_undefined(delong_difference(labels, A, B), f"a single {kind} patch")
-    assert paired_test(labels, B, None)(A)[:1] == (auc(labels, A) - auc(labels, B),)
+def test_a_class_with_one_member_has_no_variance() -> None:
+    areas, covariance = delong(np.array([1, 0, 0]), np.array([[2.0, 1, 3]]))
+    assert areas.tolist() == [0.5]
+    assert np.isnan(covariance).all()
+    for kind, label in (("positive", 1), ("negative", 0)):
+        labels = np.where(np.arange(20) == 7, label, 1 - label)
+        assert is_undefined(delong_interval(labels, A), f"a single {kind} patch")
+        assert is_undefined(delong_difference(labels, A, B), f"a single {kind} patch")
+        assert paired_test(labels, B)(A).value == auc(labels, A) - auc(labels, B)
 
 
 def test_an_estimated_variance_of_zero_is_undefined() -> None:
@@ -151,8 +149,9 @@ def test_an_estimated_variance_of_zero_is_undefined() -> None:
         assert is_undefined(delong_interval(labels, scores), zero)
     for scores in (-up, level):
         assert is_undefined(delong_difference(labels, up, scores), zero)
-    # Equal rankings: a difference of exactly zero, with p = 1.
-    assert delong_difference(labels, up, 2 * up)[:5] == (0, 0, 0, 0, 1)
+    # Equal rankings.
+    assert is_zero(delong_difference(labels, up, 2 * up))
+    assert is_zero(delong_difference(LABELS, A, A))
 
 
 def test_rounding_errors_are_not_taken_for_variance() -> None:
@@ -162,8 +161,8 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
         labels = np.tile([0, 1, 0, 1, 1, 0, 0], 7)
         slides = np.repeat(np.arange(7), 7)
         first, second = (np.tile(rng.integers(0, 5, 7), 7).astype(float) for _ in range(2))
-        made = paired_test(labels, second, slides)(first)
-        assert made[:5] == (0, 0, 0, 0, 1) if auc(labels, first) == auc(labels, second) else made.undefined
+        made = paired_test(labels, second, by_slide(slides))(first)
+        assert is_zero(made) if auc(labels, first) == auc(labels, second) else made.undefined
 
 
 @pytest.mark.parametrize(
@@ -173,52 +172,76 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
         (np.where(LABELS == 1, 0, 1 + np.arange(20) % 4), "a single slide with positive patches"),
         (np.where(LABELS == 0, 3, np.arange(20) % 3), "a single slide with negative patches"),
         (LABELS, "a single slide with positive patches"),
+        (np.arange(20) % 10, "10 slides, more than the 9 that can be drawn"),
     ],
 )
-def test_a_class_on_one_slide_has_no_interval(slides: np.ndarray, reason: str) -> None:
-    assert is_undefined(bootstrap_interval(LABELS, slides, A), reason)
-    made = paired_test(LABELS, B, slides)(A)
+def test_clusters_that_cannot_be_drawn_have_no_interval(
+    slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.scoring.intervals.MAX_CLUSTERS", 9)
+    assert is_undefined(interval(LABELS, A, by_slide(slides)), reason)
+    made = paired_test(LABELS, B, by_slide(slides))(A)
     assert is_undefined(made, reason)
     assert made.value == pytest.approx(auc(LABELS, A) - auc(LABELS, B), abs=1e-12)
-    assert made.unit == "slide"
-    assert made.units == len(np.unique(slides))
-
-
-def test_too_many_slides_have_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcam_kaggle.scoring.bootstrap.MAX_CLUSTERS", 9)
-    slides = np.arange(20) % 10
-    assert is_undefined(bootstrap_interval(LABELS, slides, A), "10 slides, more than the 9 that can be drawn")
-    assert is_undefined(paired_test(LABELS, B, slides)(A), "10 slides, more than the 9 that can be drawn")
+    assert (made.unit, made.units) == ("slide", len(np.unique(slides)))
     assert not bootstrap_interval(LABELS, np.arange(20) % 9, A).undefined
 
 
-def test_the_bootstrap_interval_matches_drawing_slides() -> None:
+def test_the_bootstrap_matches_drawing_slides() -> None:
     rng = np.random.default_rng(3)
-    slides = np.repeat(np.arange(40), 20)
-    labels = (rng.random(800) < rng.beta(1, 1.5, 40)[slides]).astype(int)
-    scores = labels + rng.normal(size=800) + rng.normal(size=40)[slides]
-    made = bootstrap_interval(labels, 7 * slides + 5, scores, level=0.5)
-    assert made.value == pytest.approx(auc(labels, scores), abs=1e-12)
-    assert (made.unit, made.units, made.undefined) == ("slide", 40, "")
-    draws = [np.concatenate([np.flatnonzero(slides == slide) for slide in rng.integers(0, 40, 40)]) for _ in range(400)]
-    spread = np.std([auc(labels[drawn], scores[drawn]) for drawn in draws], ddof=1)
-    assert made.high - made.value == pytest.approx(stats.t(39).ppf(0.75) * spread, rel=0.15)
+    slides = np.repeat(np.arange(60), 30)
+    labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
+    first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
+
+    def difference(groups: np.ndarray, level: float = 0.95) -> Difference:
+        return bootstrap_difference(
+            labels, groups, *(concordant_pairs(labels, groups, scores) for scores in (first, second)), level
+        )
+
+    over_patches, over_slides = delong_difference(labels, first, second), difference(slides)
+    assert over_slides.value == pytest.approx(over_patches.value, abs=1e-12)
+    assert over_slides.error > 1.5 * over_patches.error
+    assert difference(np.arange(1800)).error == pytest.approx(over_patches.error, rel=0.1)
+    assert difference(slides) == over_slides
+    for level in (0.5, 0.95):
+        made = difference(slides, level)
+        assert made.high - made.value == pytest.approx(stats.t(59).ppf((1 + level) / 2) * made.error)
+    assert over_slides.p == pytest.approx(2 * stats.t(59).sf(abs(over_slides.value) / over_slides.error))
+    # Drawn slide by slide, the slow way.
+    draws = np.random.default_rng(1).integers(0, 60, (400, 60))
+    patches = [np.concatenate([np.arange(30) + 30 * slide for slide in draw]) for draw in draws]
+    areas = np.array([[auc(labels[some], scores[some]) for some in patches] for scores in (first, second)])
+    assert over_slides.error == pytest.approx(np.std(areas[0] - areas[1], ddof=1), rel=0.15)
+    made = bootstrap_interval(labels, 7 * slides + 5, first, level=0.5)
+    assert made.value == pytest.approx(auc(labels, first), abs=1e-12)
+    assert (made.unit, made.units, made.undefined) == ("slide", 60, "")
+    assert made.high - made.value == pytest.approx(stats.t(59).ppf(0.75) * np.std(areas[0], ddof=1), rel=0.15)
     assert made.value - made.low == pytest.approx(made.high - made.value)
+    assert bootstrap_interval(labels, slides, 4 * labels + first, level=0.9999).high == 1
+
+
+def test_a_draw_of_whole_slides_needs_no_sorting() -> None:
+    rng = np.random.default_rng(4)
+    slides, labels = np.arange(40) // 4, rng.integers(0, 2, 40)
+    scores = rng.integers(0, 6, 40).astype(float)
+    copied = np.concatenate([np.flatnonzero(slides == slide) for slide in (1, 1, 3, 7)])
+    expected = auc(labels[copied], scores[copied])
     pairs = concordant_pairs(labels, slides, scores)
-    error = bootstrap_difference(labels, slides, pairs, np.zeros_like(pairs)).error
-    assert made.high - made.value == pytest.approx(stats.t(39).ppf(0.75) * error, rel=1e-12)
-    assert bootstrap_interval(labels, slides, 4 * labels + scores, level=0.9999).high == 1
+    counts = np.bincount([1, 1, 3, 7], minlength=10).astype(float)
+    positives, negatives = (counts @ np.bincount(slides[labels == k], minlength=10) for k in (1, 0))
+    assert counts @ pairs @ counts / (positives * negatives) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_paired_test_accepts_any_codes() -> None:
     slides = np.arange(20) % 5
     pairs = [concordant_pairs(LABELS, slides, scores) for scores in (A, B)]
-    assert paired_test(LABELS, B, 10 * slides + 3)(A) == bootstrap_difference(LABELS, slides, *pairs)
-    assert paired_test(LABELS, B, slides, "stain group")(A).unit == "stain group"
-    assert paired_test(LABELS, B, None)(A) == delong_difference(LABELS, A, B)
+    assert paired_test(LABELS, B, by_slide(10 * slides + 3))(A) == bootstrap_difference(LABELS, slides, *pairs)
+    assert paired_test(LABELS, B, Clusters("stain group", slides))(A).unit == "stain group"
+    assert paired_test(LABELS, B)(A) == delong_difference(LABELS, A, B)
 
 
 def test_holm_ignores_undefined_p_values() -> None:
+    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
     p = np.array([0.01, np.nan, 0.04, 0.03, np.nan, 0.005])
     np.testing.assert_allclose(holm(p), [0.03, np.nan, 0.06, 0.06, np.nan, 0.02])
     assert np.isnan(holm(np.array([np.nan]))).all()

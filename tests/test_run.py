@@ -1,46 +1,109 @@
-"""A run tells what is in its folder and when it is complete."""
+"""A run tells what is in its folder and when it is complete, and refuses predictions that are damaged or outdated."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_runs import IDS, noisy, write_blended_run, write_run
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import write_json
+from pcam_kaggle.core.files import file_sha256, read_json, write_json
 from pcam_kaggle.core.logs import configure_logging
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.blend import blend
 
-OOF = pd.DataFrame({"id": ["b", "a"], "label": [1, 0], "fold": [0, 1], "probability": [0.75, 0.25]})
-TEST = pd.DataFrame({"id": ["c"], "probability": [0.5]})
+MADE = noisy("a", 1, 1)
 
 
 def test_the_folds_of_a_run_are_those_of_its_config(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"config": {"n_splits": 3}})
-    assert [fold.number for fold in Run(tmp_path).folds()] == [0, 1, 2]
+    run = write_run(tmp_path, MADE)
+    assert [fold.number for fold in run.folds()] == [0, 1, 2]
+    made = read_json(run.config_file)
     for config in ({}, {"n_splits": 1}, {"n_splits": "many"}, {"n_splits": None}):
-        write_json(tmp_path / "config.json", {"config": config})
+        write_json(run.config_file, made | {"config": config})
         with pytest.raises(UserError, match=r"config\.json|n_splits"):
-            Run(tmp_path).folds()
+            run.folds()
+
+
+def test_missing_folds_are_listed_when_some_are_chosen(tmp_path: Path) -> None:
+    run = write_run(tmp_path, MADE, lambda table: table.iloc[::-1])
+    assert run.predictions().missing == []
+    some = run.predictions([2, 0])
+    assert (some.name, some.scheme, some.folds_sha256, some.missing) == ("a", MADE.scheme, MADE.folds_sha256, [1])
+    expected = MADE.oof[MADE.oof["fold"] != 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some.oof, expected, check_dtype=False)
+    for table, number in zip(some.tests, (2, 0), strict=True):
+        pd.testing.assert_frame_equal(table, MADE.tests[number])
+
+
+def truncated(run: Run) -> None:
+    file = run.fold(1).folder / "test.csv"
+    file.write_text(file.read_text()[:-10])
+
+
+def trained_again(run: Run) -> None:
+    run.fold(1).best_checkpoint.write_bytes(b"weights")
+
+
+def repeated(run: Run) -> None:
+    file = run.fold(1).folder / "oof.csv"
+    file.write_text(file.read_text().replace(IDS[40], IDS[0]))
+    made = read_json(run.fold(1).folder / "predictions.json")
+    write_json(run.fold(1).folder / "predictions.json", made | {"files": made["files"] | {"oof.csv": file_sha256(file)}})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "fold_1/test.csv: missing or changed"),
+        (lambda run: (run.fold(1).folder / "oof.csv").unlink(), "fold_1/oof.csv: missing or changed"),
+        (lambda run: (run.fold(0).folder / "predictions.json").unlink(), "fold_0: no predictions; run .* for fold 0 first"),
+        (lambda run: run.config_file.unlink(), "a: no such run"),
+        (trained_again, "fold_1: trained again since it was predicted"),
+        (repeated, "id p0000 is out of fold twice"),
+    ],
+)
+def test_damaged_predictions_are_refused(damage: Callable[[Run], object], message: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, MADE)
+    damage(run)
+    with pytest.raises(UserError, match=message):
+        run.predictions()
 
 
 def test_a_blend_is_written_once_and_read_sorted_by_id(tmp_path: Path) -> None:
-    run = Run(tmp_path / "a")
-    metrics, new = run.write_blend(OOF, TEST, {"mean": 1.0})
+    run, made = Run(tmp_path / "ab"), blend([MADE, noisy("b", 1, 2)], "mean")
+    metrics, new = run.write_blend(made)
     assert new
-    assert run.write_blend(OOF, TEST, {"mean": 1.0}) == (metrics, False)
-    assert run.write_blend(OOF, TEST, {"mean": 0.5})[1]
-    assert run.oof()["id"].tolist() == ["a", "b"]
-    assert run.test()["probability"].tolist() == [0.5]
+    assert metrics == run.blend_metrics()
+    hashes = {"oof_sha256": file_sha256(run.folder / "oof.csv"), "test_sha256": file_sha256(run.folder / "test.csv")}
+    assert metrics == made.metrics.model_copy(update=hashes)
+    assert run.write_blend(made) == (metrics, False)
+    pd.testing.assert_frame_equal(run.oof(), made.oof)
+    pd.testing.assert_frame_equal(run.test(), made.test)
+    assert run.write_blend(blend([noisy("b", 1, 2), MADE], "rank"))[1]
 
 
-@pytest.mark.parametrize("name", ["oof", "test"])
-def test_changed_predictions_of_a_blend_are_refused(name: str, tmp_path: Path) -> None:
-    run = Run(tmp_path / "a")
-    run.write_blend(OOF, TEST, {})
-    file = run.folder / f"{name}.csv"
-    file.write_bytes(file.read_bytes().replace(b"0.", b".0"))
-    with pytest.raises(UserError, match="blend"):
-        getattr(run, name)()
+@pytest.mark.parametrize("name", ["oof.csv", "test.csv", "metrics.json"])
+@pytest.mark.parametrize("loss", ["gone", "other"])
+def test_an_incomplete_blend_is_written_again(name: str, loss: str, tmp_path: Path) -> None:
+    run = write_blended_run(tmp_path, MADE)
+    file = run.folder / name
+    before = file.read_text()
+    file.write_text(before.replace('"mean",', '"other",') if name == "metrics.json" else "other")
+    if loss == "gone":
+        file.unlink()
+    if name != "metrics.json":
+        with pytest.raises(UserError, match="blend"):
+            run.oof() if name == "oof.csv" else run.test()
+    assert run.write_blend(blend([MADE], "mean"))[1]
+    assert file.read_text() == before
+
+
+def test_a_blend_does_not_replace_an_experiments_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path, MADE)
+    with pytest.raises(UserError, match="--name"):
+        run.write_blend(blend([MADE, noisy("b", 1, 2)], "mean"))
 
 
 def test_damaged_logs_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,9 +93,10 @@ class Fold:
         if not file.exists():
             return pd.DataFrame(columns=LOG_COLUMNS, dtype=float)
         try:
-            # Logs of earlier versions lack the last columns.
-            return pd.read_csv(file).reindex(columns=LOG_COLUMNS).astype(float)
-        except ValueError:
+            table = pd.read_csv(file)
+            # Logs of earlier versions lack some of the seconds.
+            return table[LOG_COLUMNS[:3]].join(table.reindex(columns=LOG_COLUMNS[3:])).astype(float)
+        except (KeyError, ValueError):
             raise UserError(f"{file}: not a training log; delete {self.folder} to train the fold again") from None
 
     def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from pcam_kaggle.scoring.results import Estimate
 
 log = logging.getLogger(__name__)
 
+Records = dict[Path, "SubmissionRecord"]
 LEDGER_FILE = "ledger.csv"
 SCORES = ["oof_auc", "oof_low", "oof_high", "public_score", "private_score"]
 COLUMNS = ["name", "members", "method", *SCORES, "oof_unit", "commit"]
@@ -124,7 +125,7 @@ def submission_table(test: pd.DataFrame, ids: pd.Series, source: Path, sample: P
     return table
 
 
-def read_submissions(folder: Path) -> dict[Path, SubmissionRecord]:
+def read_submissions(folder: Path) -> Records:
     """Return the record of each submission in `folder` by its CSV file; damaged ones are left out with a warning."""
     records = {}
     for file in sorted(folder.glob("*.json")):
@@ -135,15 +136,15 @@ def read_submissions(folder: Path) -> dict[Path, SubmissionRecord]:
     return records
 
 
-def write_ledger(folder: Path) -> pd.DataFrame:
-    """Write `ledger.csv` from the records in the folder of submissions, and return it.
+def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
+    """Write `ledger.csv` in the folder of submissions from their `records`, which are read if None, and return it.
 
     Returns:
         Columns `COLUMNS`: `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or undefined),
         and `oof_unit` is the unit that the interval from `oof_low` to `oof_high` resamples.
     """
     rows = []
-    for file, made in read_submissions(folder).items():
+    for file, made in (read_submissions(folder) if records is None else records).items():
         members = " ".join(f"{name}:{weight:.4g}" for name, weight in made.members.items())
         scores = [made.oof_auc.value, made.oof_auc.low, made.oof_auc.high, made.public_score, made.private_score]
         rows.append([file.stem, members, made.method, *scores, made.oof_auc.unit, made.commit])
@@ -163,27 +164,31 @@ def record_score(folder: Path, name: str, public: float | None, private: float |
     file = folder / f"{name}.json"
     if not file.exists():
         raise UserError(f"{file}: no such submission")
-    given = {"public_score": public, "private_score": private}
+    _record_score(file, SubmissionRecord.read(file), {"public_score": public, "private_score": private})
+
+
+def record_scores(records: Records, scored: pd.DataFrame) -> Records:
+    """Record Kaggle's scores of the submissions `records`; return the records of those that have one.
+
+    `scored` has the columns description, which ends with the submission's mark, public_score and private_score.
+    """
+    recorded, scores = {}, [*KAGGLE_SCORES]
+    for file, made in records.items():
+        own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
+        if len(own):
+            given = {key: None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in scores}
+            recorded[file] = _record_score(file.with_suffix(".json"), made, given)
+    return recorded
+
+
+def _record_score(file: Path, made: SubmissionRecord, given: dict[str, float | None]) -> SubmissionRecord:
     scores = {key: score for key, score in given.items() if score is not None}
     for key, score in scores.items():
         if not 0 <= score <= 1:
             raise UserError(f"{key}={score}: must be in [0, 1]")
-    SubmissionRecord.read(file).model_copy(update=scores).write(file)
-
-
-def record_scores(folder: Path, scored: pd.DataFrame) -> list[str]:
-    """Record Kaggle's scores of all submissions; return the names of those that have one.
-
-    `scored` has the columns description, which ends with the submission's mark, public_score and private_score.
-    """
-    recorded, scores = [], [*KAGGLE_SCORES]
-    for file, made in read_submissions(folder).items():
-        own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
-        if len(own):
-            public, private = (None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in scores)
-            record_score(folder, file.stem, public, private)
-            recorded.append(file.stem)
-    return recorded
+    made = made.model_copy(update=scores)
+    made.write(file)
+    return made
 
 
 def describe(folder: Path, name: str) -> tuple[Path, str]:
@@ -208,33 +213,35 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
 def print_scores(workspace: Workspace, scored: pd.DataFrame | None = None) -> None:
     """Print all submissions with their local scores and Kaggle's, after recording those in `scored` (see `record_scores`)."""
     with locked(workspace.submissions):
-        recorded = [] if scored is None else record_scores(workspace.submissions, scored)
-        table = score_table(workspace)
+        records = read_submissions(workspace.submissions)
+        recorded = {} if scored is None else record_scores(records, scored)
+        table = score_table(workspace, records | recorded)
     print("no submissions yet" if table.empty else table.to_string(index=False))
     if scored is not None:
-        log.info("scores: of %s recorded in %s", ", ".join(recorded) or "none", workspace.submissions / LEDGER_FILE)
+        names = ", ".join(file.stem for file in recorded) or "none"
+        log.info("scores: of %s recorded in %s", names, workspace.submissions / LEDGER_FILE)
 
 
-def score_table(workspace: Workspace) -> pd.DataFrame:
+def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     """Return a row of text per submission in `workspace`, the best private score first, then public score and OOF AUC.
 
     Beside the OOF AUC and Kaggle's scores there is a column for each held-out set, with the AUC of the run's models there and
-    their number. The ledger is written from the same records.
+    their number. The ledger is written from the same `records`.
     """
-    ledger = write_ledger(workspace.submissions)
+    ledger = write_ledger(workspace.submissions, records)
     ledger = ledger.sort_values(["private_score", "public_score", "oof_auc"], ascending=False, ignore_index=True)
-    records = {file.stem: made for file, made in read_submissions(workspace.submissions).items()}
-    made = [records[name] for name in ledger["name"]]
+    made = [records[workspace.submissions / f"{name}.csv"] for name in ledger["name"]]
     shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
+    runs = [Run(workspace.run(name)) for name in dict.fromkeys(name for each in made for name in each.members)]
     for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
-        shown[folder.name] = [_held_out_text(workspace, Evaluation(folder), each) for each in made]
+        tables = {run.name: Evaluation(folder).current(run) for run in runs}
+        shown[folder.name] = [_held_out_text(tables, each) for each in made]
     for column, word in KAGGLE_SCORES.items():
         shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
     return shown
 
 
-def _held_out_text(workspace: Workspace, evaluation: Evaluation, made: SubmissionRecord) -> str:
-    tables = {name: evaluation.current(Run(workspace.run(name))) for name in made.members}
-    found = {name: table for name, table in tables.items() if table is not None}
+def _held_out_text(tables: dict[str, pd.DataFrame | None], made: SubmissionRecord) -> str:
+    found = {name: table for name in made.members if (table := tables[name]) is not None}
     area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), found)
     return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""
