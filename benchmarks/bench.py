@@ -23,7 +23,7 @@ from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import Data, find_data, find_workspace
 from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.training.device import find_device, precisions
+from pcam_kaggle.training.device import find_device, native_precision
 
 NET = "bottleneck"
 # Without it albumentations asks the network for its newest version during the measurement.
@@ -39,7 +39,7 @@ STAGES = ("prepare", "folds", "train", "predict", "blend", "submission", "compar
 def loops(bench: Bench, measure: str, **arguments: Any) -> dict[str, Turn]:
     """Return the turns of the loop with default settings, and fully tuned: in bf16 if the processor has instructions for it."""
     default = {"precision": "fp32", "channels_last": False, "environment": COMMON}
-    tuned = {"precision": precisions("cpu")[0], "channels_last": True, "environment": TUNED}
+    tuned = {"precision": native_precision("cpu"), "channels_last": True, "environment": TUNED}
     return {
         "loop": partial(bench.turn, measure, **arguments, **default),
         "loop, fully tuned": partial(bench.turn, measure, **arguments, **tuned),

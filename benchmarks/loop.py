@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pcam_kaggle.training.step import CLIP_NORM
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training.augment import augmentation, center_crop
+from pcam_kaggle.training.learner import CLIP_NORM
 from pcam_kaggle.training.optim import create_optimizer
 
 WORKERS = 2

@@ -11,16 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
 import torch
-from pcam_kaggle.training.step import Learner, TrainStep
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -29,15 +26,15 @@ from benchmarks.synthetic import SIZES
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.core.process import hold_memory
+from pcam_kaggle.core.process import tune_malloc
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import choose_backend
+from pcam_kaggle.training.device import choose_backend, configure_torch
 from pcam_kaggle.training.engine import train_epoch
-from pcam_kaggle.training.gpus import configure_torch, loader_processes
+from pcam_kaggle.training.gpus import loader_processes
+from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
-from pcam_kaggle.training.optim import create_optimizer
 
 # Steps before the clock starts.
 WARM_UP = 8
@@ -68,23 +65,21 @@ class Source:
 def training(given: Source, name: str) -> None:
     """Report our images/s, the backend, and the limit: images/s of the same steps on one batch in memory."""
     config, labels, store = experiment(name).config, given.train_labels(), PatchStore(given.store)
-    hold_memory()
+    tune_malloc()
     configure_torch()
-    backend = choose_backend(partial(create, config, weights=False), config.side, config.batch_size, config.precision)
+    backend = choose_backend(config.precision)
     rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
     source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
     net = backend.place(create(config, weights=False))
-    step = TrainStep(
-        Learner(net, deepcopy(net), create_optimizer(net, config), backend.scaler(), backend), config, source.count
-    )
-    step.replay = fastest_step(step)
+    learner = Learner(net, config, backend, source.count)
+    learner.replay = fastest_step(learner)
 
     def images_per_second(stream: Iterator[tuple[torch.Tensor, ...]]) -> float:
-        train_epoch(step, stream, WARM_UP, 0, config)
+        train_epoch(learner, stream, WARM_UP, 0, config)
         # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
-        pace = _rate(lambda: train_epoch(step, stream, WARM_UP, 0, config), WARM_UP)
+        pace = _rate(lambda: train_epoch(learner, stream, WARM_UP, 0, config), WARM_UP)
         steps = math.ceil(given.seconds * pace)
-        return _rate(lambda: train_epoch(step, stream, steps, 0, config), steps * config.batch_size)
+        return _rate(lambda: train_epoch(learner, stream, steps, 0, config), steps * config.batch_size)
 
     images, image_labels = source[0]
     resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))

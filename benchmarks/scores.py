@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pcam_kaggle.scoring.resampling import interval, paired_test, unit_of
 
 from benchmarks.results import markdown, replace_block
 from pcam_kaggle.core.config import Config
@@ -25,9 +24,10 @@ from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS
 from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import find_workspace
 from pcam_kaggle.data.tables import read_numbers
-from pcam_kaggle.runs.evaluation import UNCHANGED
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_test, unit_of
 from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.scoring.results import Estimate
 
 PAGE = Path(__file__).parent / "SCORES.md"
 FOLDER = PAGE.parent / "scores"
@@ -91,27 +91,27 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
     made, old = run.made_from(), scored.records.get(name, {})
     base, change = base or old.get("base"), change or old.get("change")
     folds = [fold for fold in run.folds() if fold.has_predictions]
-    if not (base and change and folds and made["folds"] in scored.oof):
+    if not (base and change and folds and made.folds in scored.oof):
         raise UserError(f"{name}: predict {BY_LABEL} or {BY_STAIN}, and pass --base and --change for a run without a record")
     metrics, session = [fold.metrics() for fold in folds], run.environments()[-1]
-    by_stain = made["folds"] == BY_STAIN
+    by_stain = made.folds == BY_STAIN
     scored.records[name] = {
-        "parameters": metrics[0]["parameters"],
-        "macs": metrics[0]["macs"],
-        "train_images_per_second": round(float(np.median([fold["images_per_second"] for fold in metrics])), 1),
+        "parameters": metrics[0].parameters,
+        "macs": metrics[0].macs,
+        "train_images_per_second": round(float(np.median([fold.images_per_second for fold in metrics])), 1),
         "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in folds])), 1),
-        "minutes": round(sum(fold["seconds"] for fold in metrics) / 60, 1),
-        "config": {key: value for key, value in made["config"].items() if value != getattr(Config(), key, None)},
+        "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
+        "config": {key: value for key, value in made.config.items() if value != getattr(Config(), key, None)},
         "base": base,
         "change": change,
-        "backend": f"{session['device']}, {session['backend']['precision']}",
-        "commit": session["commit"],
+        "backend": f"{session.device}, {session.backend.precision}",
+        "commit": session.commit,
         "table": "stain" if by_stain else "experiments" if name in EXPERIMENTS else "trials",
     }
-    wanted = scored.oof[made["folds"]].isin([fold.number for fold in folds])
+    wanted = scored.oof[made.folds].isin([fold.number for fold in folds])
     _add_column(scored.oof, name, pd.concat([fold.predictions()[0] for fold in folds]), "probability", wanted)
     if not by_stain:
-        evaluated = read_numbers(workspace.evaluations / "held_out" / UNCHANGED / f"{name}.csv", ["fold_0"])
+        evaluated = read_numbers(workspace.evaluations / "held_out" / "predictions" / f"{name}.csv", ["fold_0"])
         _add_column(scored.held_out, name, evaluated, "fold_0", scored.held_out["label"].notna())
 
 
@@ -147,13 +147,17 @@ def score(scored: Scored, name: str, scheme: str) -> dict[str, Any]:
     for key, table in {"oof": oof, "fold_0": oof[oof[scheme] == 0], "held_out": scored.held_out}.items():
         if name in table:
             unit, labels = unit_of(scheme), table["label"].to_numpy(int)
-            groups = None if unit == "patch" else table["stain_group"].to_numpy(np.int64)
-            found[key] = _rounded(interval(labels, table[name].to_numpy(), groups, unit)[:3])
+            clusters = PATCHES if unit == "patch" else Clusters(unit, table["stain_group"].to_numpy(np.int64))
+            found[key] = _with_interval(interval(labels, table[name].to_numpy(), clusters))
             if base != name and base in table and table[base].notna().all():
-                test = paired_test(labels, table[base].to_numpy(), groups, unit)
-                found[f"{key}_difference"] = _rounded(test(table[name].to_numpy())[:3])
+                test = paired_test(labels, table[base].to_numpy(), clusters)
+                found[f"{key}_difference"] = _with_interval(test(table[name].to_numpy()))
     folds = [auc(part["label"].to_numpy(int), part[name].to_numpy()) for _, part in oof.groupby(scheme)]
     return {**found, "folds": _rounded(folds)}
+
+
+def _with_interval(estimate: Estimate) -> list[float]:
+    return _rounded([estimate.value, estimate.low, estimate.high])
 
 
 def _rounded(values: Any) -> list[float]:

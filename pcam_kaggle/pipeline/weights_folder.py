@@ -61,9 +61,10 @@ def _folder(weights: str) -> Path | None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, empty if it is none, which `Config` reports."""
     try:
         content = json.loads(text or "{}")
     except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"model_args={text}: must be a JSON object")
+    return content
