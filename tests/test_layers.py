@@ -1,39 +1,61 @@
-"""Imports between the sub-packages point one way, and one sub-package knows the files of a run."""
+"""The sub-packages import each other only as listed, and one of them knows the files of a run."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 import pcam_kaggle
-from pcam_kaggle.kaggle.notebook import imported_modules
 
 PACKAGE = Path(pcam_kaggle.__file__).parent
-LAYERS = ("core", "data", "models", "runs", "scoring", "training", "kaggle", "report", "pipeline", "cli", "__main__")
-LAYER = {name: number for number, name in enumerate(LAYERS)}
+# The cells of the notebook count as a sub-package.
+KERNEL = PACKAGE.parent / "notebooks" / "kernel.py"
+ARROWS = {
+    "core": set(),
+    "data": {"core"},
+    "models": {"core"},
+    "scoring": {"core"},
+    "runs": {"core", "data", "scoring"},
+    "training": {"core", "data", "models", "runs", "scoring"},
+    "pipeline": {"core", "data", "runs", "scoring", "training"},
+    "report": {"core", "data", "runs", "scoring", "training"},
+    "kaggle": {"core", "runs"},
+    "cli": {"core", "kaggle", "pipeline", "report", "runs", "scoring"},
+    "kernel": {"core", "pipeline", "report"},
+    "__main__": {"core", "cli"},
+}
 RUN_FILES = (
     *("metrics.json", "log.csv", "predictions.json", "best.pt", "last.pt", "oof.csv", "test.csv"),
     *("environment.json", "teacher.json"),
 )
+SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 
-@pytest.mark.parametrize("name", LAYER)
-def test_imports_point_down(name: str) -> None:
-    files = [PACKAGE / f"{name}.py"] if name == "__main__" else list((PACKAGE / name).glob("*.py"))
-    assert files
-    used = {module.partition(".")[0] for file in files for module in imported_modules(file.read_text(encoding="utf-8"))}
-    assert not [other for other in used - {name} if LAYER[other] >= LAYER[name]]
+def imported(source: str) -> set[str]:
+    """Return the sub-packages that Python `source` imports, also inside of functions; any other import of the package is one."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pcam_kaggle."):
+            names.add((node.module or "").split(".")[1])
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("pcam_kaggle")}
+    return names
 
 
-def test_every_entry_of_the_package_has_a_layer() -> None:
-    entries = {path.stem for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__")}
-    assert entries == set(LAYER)
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_sub_package_imports_what_is_listed(name: str) -> None:
+    own = [source for path, source in SOURCES.items() if path.parts[0].removesuffix(".py") == name]
+    sources = [KERNEL.read_text(encoding="utf-8")] if name == "kernel" else own
+    assert sources
+    assert set().union(*map(imported, sources)) - {name} == ARROWS[name]
+
+
+def test_the_list_is_short_and_names_every_sub_package() -> None:
+    assert sum(map(len, ARROWS.values())) - len(ARROWS["__main__"]) <= 32
+    assert {path.parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"} == ARROWS.keys() - {"kernel"}
 
 
 def test_only_runs_spells_the_names_of_files_in_a_run_folder() -> None:
     literals = ('/ f"fold_', *(f'"{name}"' for name in RUN_FILES))
-    sources = {
-        path.relative_to(PACKAGE): path.read_text(encoding="utf-8")
-        for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] != "runs"
-    }
-    assert not [(str(path), literal) for path, source in sources.items() for literal in literals if literal in source]
+    others = {path: source for path, source in SOURCES.items() if path.parts[0] != "runs"}
+    assert not [(str(path), literal) for path, source in others.items() for literal in literals if literal in source]
