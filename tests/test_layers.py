@@ -32,7 +32,7 @@ SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path 
 
 
 def imported(source: str) -> set[str]:
-    """Return the sub-packages that Python `source` imports, also inside of functions; any other import of the package is one."""
+    """Return the sub-packages that Python `source` imports, also inside of functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pcam_kaggle."):
