@@ -383,7 +383,7 @@ def test_a_token_is_enough(kaggle: Kaggle, in_file: bool, tmp_path: Path, monkey
 @pytest.mark.parametrize("reply", [{"submissions": []}, {}])
 def test_no_submissions_are_no_error(kaggle: Kaggle, reply: Reply, call: Call) -> None:
     kaggle.replies["ListSubmissions"] = reply
-    assert "scores of none" in call("scores")
+    assert "scores: of none recorded" in call("scores")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
-from pcam_kaggle.kaggle.notebook import ROOT, Settings, build
+from pcam_kaggle.kaggle.notebook import Settings, build
 from pcam_kaggle.kaggle.session import fetch, finish, is_complete, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -27,7 +27,7 @@ def _run_download(options: argparse.Namespace) -> None:
 
 
 def _run_notebook(_: argparse.Namespace) -> None:
-    log.info("notebook: %s", build(ROOT))
+    log.info("notebook: %s", build())
     log.info("next: make kaggle")
 
 
@@ -41,10 +41,10 @@ def _run_run(options: argparse.Namespace) -> None:
         if session:
             finish(client, session, kernel, workspace)
         print_result(workspace, kernel.runs)
-        if not is_complete(workspace, kernel.run):
+        if not is_complete(workspace, kernel.plan.name):
             log.info("next: repeat the command with --resume (make: in ARGS), which trains what is missing")
         elif options.submit:
-            submit_and_wait(client, workspace, kernel.run)
+            submit_and_wait(client, workspace, kernel.plan.name)
         else:
             log.info("next: repeat the command with --submit (make: in ARGS)")
 

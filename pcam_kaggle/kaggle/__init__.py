@@ -1,4 +1,1 @@
-"""The platform: its client, the competition's archive, the notebook, submissions and their scores.
-
-Nothing outside of this package talks to Kaggle.
-"""
+"""The platform: its client, the competition's archive, the notebook and its sessions. Nothing else talks to Kaggle."""

@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import io
-import json
-import operator
 import sys
 import time
 from collections.abc import Iterator
@@ -16,24 +14,20 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import COMPETITION
-from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, disconnected, explained, refused
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, asking, disconnected, refused
 
-# Statuses of a session that is not over.
-UNFINISHED = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
-COMPLETE = "COMPLETE"
-# Files or submissions that are listed at a time.
+# Files or submissions that Kaggle lists at once.
 PAGE_SIZE = 200
 # Seconds until a connection is made, and between two pieces of a reply.
 TIMEOUT = (10.0, 120.0)
 # Seconds after which the client logs in again.
 LOGIN_SECONDS = 3600.0
-# Folders that a session saves for the workspace.
 SAVED_FOLDERS = ("runs", "folds", "submissions")
 SUBMISSION_COLUMNS = ["description", "status", "error_description", "public_score", "private_score"]
 
 
 class Quota(NamedTuple):
-    """The GPU hours of a week: those that are `left`, not used or reserved, of `total`, until `renewed` (None if unknown)."""
+    """The GPU hours of a week: `left`, neither used nor reserved, of `total`, until `renewed` (None if unknown)."""
 
     left: float
     total: float
@@ -45,7 +39,7 @@ class Quota(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The status of a kernel's last session: its name, such as RUNNING, and why it failed, empty if it did not."""
+    """The status of a kernel's last session, such as RUNNING, and why it failed, empty if it did not."""
 
     name: str
     failure: str = ""
@@ -56,22 +50,21 @@ class Status(NamedTuple):
     @property
     def is_over(self) -> bool:
         """Whether the session has ended."""
-        return self.name not in UNFINISHED
+        return self.name not in ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 
 
 class Client:
     """Kaggle, under the account of the user, whose name is `owner`; a kernel is named by its id, owner/slug.
 
-    All methods raise UserError, or its subclass Unreachable where the same request may succeed later.
+    All methods raise UserError, or its subclass Unreachable where the same request may succeed later. The constructor logs in.
     """
 
     def __init__(self) -> None:
-        """Log in; raises UserError if the client is not installed or has no valid credentials."""
         self._log_in()
 
     def _log_in(self) -> None:
         # The client logs in when it is imported, ignores a failure, and prints advice of its own.
-        with _asking("login"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with asking("login"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 from kaggle.api.kaggle_api_extended import KaggleApi
             except ModuleNotFoundError:
@@ -88,68 +81,57 @@ class Client:
         self._logged_in = time.monotonic()
 
     def check_rules(self) -> None:
-        """Raise UserError unless the user has joined the competition, which includes accepting its rules."""
+        """Raise UserError unless the user has joined the competition and so accepted its rules."""
         from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
 
         request = ApiGetCompetitionRequest()
         request.competition_name = COMPETITION
-        with _asking("rules"), self._api.build_kaggle_client() as kaggle:
+        with asking("rules"), self._api.build_kaggle_client() as kaggle:
             competition = kaggle.competitions.competition_api_client.get_competition(request)
         if not competition.user_has_entered:
             raise UserError(f"kaggle rules: {self.owner} has not joined the competition; accept its rules at {RULES}")
 
     def quota(self) -> Quota | None:
-        """Return the GPU quota of this week; None if Kaggle does not tell it."""
-        with _asking("quota"):
+        """Return this week's GPU quota; None if Kaggle does not tell it."""
+        with asking("quota"):
             reply = self._api.quota_view()
             gpu = reply.gpu_quota
             if gpu is None or gpu.total_time_allowed is None:
                 return None
-            spent = [each.total_seconds() for each in (gpu.time_used, gpu.time_reserved) if each is not None]
-            total = gpu.total_time_allowed.total_seconds()
-            return Quota(max(0.0, total - sum(spent)) / 3600, total / 3600, reply.quota_refresh_time)
+            durations = (gpu.total_time_allowed, gpu.time_used, gpu.time_reserved)
+            total, used, reserved = (each.total_seconds() / 3600 if each else 0.0 for each in durations)
+            return Quota(max(0.0, total - used - reserved), total, reply.quota_refresh_time)
 
     def download_archive(self, folder: Path) -> Path:
-        """Download the competition's archive into `folder`, resuming a partial download, and return its file.
-
-        On a terminal it shows a progress bar.
-        """
-        with _asking("download"), contextlib.redirect_stdout(io.StringIO()):
+        """Download the competition's archive into `folder`, resuming a partial download, and return its file."""
+        with asking("download"), contextlib.redirect_stdout(io.StringIO()):
             self._api.competition_download_files(COMPETITION, path=str(folder), quiet=not sys.stderr.isatty())
-        archive = folder / f"{COMPETITION}.zip"
-        if not archive.is_file():
-            raise UserError(f"{folder}: Kaggle has sent no {archive.name}; see whether the competition still offers its data")
-        return archive
+        return folder / f"{COMPETITION}.zip"
 
     def push(self, folder: Path) -> tuple[int, str]:
         """Push the kernel in `folder`, which starts its session, and return its version and its address.
 
-        Raises:
-            UserError: Kaggle refuses the kernel, or leaves out one of its sources; the session is then running without it.
+        Raises Refused also if Kaggle leaves out one of its sources; the session is then running without it.
         """
-        with _asking("push"), contextlib.redirect_stdout(io.StringIO()):
+        with asking("push"), contextlib.redirect_stdout(io.StringIO()):
             reply = self._api.kernels_push(str(folder))
-            version = operator.index(reply.version_number or 0)
         if reply.error:
             raise refused("push", reply.error)
         kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
         if left_out:
-            raise Refused(
-                f"kaggle push: Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}; stop the "
-                f"session at {reply.url}, correct the sources and push again",
-                left_out,
-            )
-        return version, str(reply.url)
+            problem = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
+            advice = f"stop the session at {reply.url}, correct the sources and push again"
+            raise Refused(f"kaggle push: {problem}; {advice}", left_out)
+        return reply.version_number or 0, str(reply.url)
 
     def current_version(self, kernel: str, mark: str) -> int | None:
         """Return the version of `kernel` if its source contains `mark`; None if it doesn't or does not exist."""
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
         from requests import HTTPError
 
-        request = ApiGetKernelRequest()
-        request.user_name, _, request.kernel_slug = kernel.partition("/")
-        with _asking("status"), self._api.build_kaggle_client() as kaggle:
+        request = _named(ApiGetKernelRequest(), kernel)
+        with asking("status"), self._api.build_kaggle_client() as kaggle:
             try:
                 reply = kaggle.kernels.kernels_api_client.get_kernel(request)
             except HTTPError as error:
@@ -163,25 +145,24 @@ class Client:
         # The token of an OAuth login expires within the hours of a session.
         if time.monotonic() - self._logged_in > LOGIN_SECONDS:
             self._log_in()
-        with _asking("status"):
+        with asking("status"):
             reply = self._api.kernels_status(kernel)
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
 
     def follow_log(self, kernel: str) -> Iterator[str]:
         """Yield the pieces of the log of the last session of `kernel`, as they are written if it is running."""
-        with _asking("log"):
+        with asking("log"):
             for event in self._api.kernels_logs_stream(kernel):
                 yield str(event.get("data", ""))
 
     def output(self, kernel: str, folder: Path) -> None:
-        """Download runs, folds and submissions that the last session of `kernel` has saved into `folder`."""
+        """Download the runs, folds and submissions that the last session of `kernel` has saved into `folder`."""
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
-        request = ApiListKernelSessionOutputRequest()
-        request.user_name, _, request.kernel_slug = kernel.partition("/")
+        request = _named(ApiListKernelSessionOutputRequest(), kernel)
         request.page_size = PAGE_SIZE
         token: str | None = ""
-        with _asking("fetch"), self._api.build_kaggle_client() as kaggle:
+        with asking("fetch"), self._api.build_kaggle_client() as kaggle:
             while token is not None:
                 request.page_token = token
                 reply = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
@@ -195,7 +176,7 @@ class Client:
     def submit(self, file: Path, message: str) -> None:
         """Submit `file` with `message` as its description."""
         printed = io.StringIO()
-        with _asking("submit"), contextlib.redirect_stdout(printed):
+        with asking("submit"), contextlib.redirect_stdout(printed):
             reply = self._api.competition_submit(str(file), message, COMPETITION, quiet=True)
         if reply.message == self._api.COMPETITION_SUBMIT_UPLOAD_FAILED_MESSAGE:
             # The client prints why a connection failed, with an address that is secret, and nothing if the upload was refused.
@@ -206,27 +187,23 @@ class Client:
             raise refused("submit", reply.message or "no reason given")
 
     def submissions(self) -> pd.DataFrame:
-        """Return the columns `SUBMISSION_COLUMNS` of the user's submissions, the newest first.
+        """Return the columns `SUBMISSION_COLUMNS` of the user's newest 200 submissions, the newest first.
 
         The status is `pending`, `complete` or `error`; scores are float64, NaN if unknown.
         """
-        found: list[Any] = []
-        with _asking("scores"):
-            # A page that is not full is the last.
-            while len(found) % PAGE_SIZE == 0:
-                page = 1 + len(found) // PAGE_SIZE
-                part = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE, page_number=page)
-                if not part:
-                    break
-                found += part
-            table = pd.DataFrame(
-                [[getattr(each, name) for name in SUBMISSION_COLUMNS] for each in found], columns=SUBMISSION_COLUMNS
-            )
+        with asking("scores"):
+            found = self._api.competition_submissions(COMPETITION, page_size=PAGE_SIZE) or []
+            rows = [[getattr(each, name) for name in SUBMISSION_COLUMNS] for each in found]
+            table = pd.DataFrame(rows, columns=SUBMISSION_COLUMNS)
             table["status"] = [status.name.lower() for status in table["status"]]
-        scores = {
-            name: pd.to_numeric(table[name], errors="coerce").astype("float64") for name in ("public_score", "private_score")
-        }
-        return table.fillna({"description": "", "error_description": ""}).assign(**scores)
+        for name in ("public_score", "private_score"):
+            table[name] = pd.to_numeric(table[name], errors="coerce").astype("float64")
+        return table.fillna({"description": "", "error_description": ""})
+
+
+def _named(request: Any, kernel: str) -> Any:
+    request.user_name, _, request.kernel_slug = kernel.partition("/")
+    return request
 
 
 def _save(url: str, path: Path) -> None:
@@ -242,34 +219,13 @@ def _save(url: str, path: Path) -> None:
 
 @functools.cache
 def _limit_waiting() -> None:
-    """Give each request that has no timeout one: the client sets none, and would wait forever on a connection that is lost.
-
-    The class is patched, since the client makes its sessions, and for uploads also their adapters, itself, and requests ignores
-    `socket.setdefaulttimeout`.
-    """
+    # The client sets no timeout, and would wait forever on a lost connection. The class is patched, since the client makes its
+    # sessions, and for uploads also their adapters, itself, and requests ignores `socket.setdefaulttimeout`.
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send
 
-    @functools.wraps(send)
     def limited(self: Any, request: Any, stream: bool = False, timeout: Any = None, **options: Any) -> Any:
         return send(self, request, stream, timeout or TIMEOUT, **options)
 
     HTTPAdapter.send = limited  # type: ignore[method-assign,assignment]
-
-
-@contextlib.contextmanager
-def _asking(action: str) -> Iterator[None]:
-    """Turn what Kaggle's client raises in `action` into one line for the user."""
-    from requests import RequestException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"kaggle {action}: the client can't read Kaggle's reply ({reason}); update it with pip install -U kaggle"
-        ) from None
-    except (RequestException, HTTPError, ValueError) as error:
-        raise explained(error, action) from None

@@ -1,9 +1,16 @@
 """What Kaggle's client raises, as one line that says what to do."""
 
+import contextlib
+import json
 import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import COMPETITION
+
+if TYPE_CHECKING:
+    from requests import HTTPError
 
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
 CREDENTIALS = "no valid credentials; put a token from kaggle.com/settings/api into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
@@ -28,29 +35,38 @@ class Refused(UserError):
     """Kaggle has refused a request, or the client has not sent it, so that it has had no effect."""
 
 
-def explained(error: Exception, action: str) -> UserError:
-    """Return the error for the user if `action` (`push`, `status`, …) has raised `error` in Kaggle's client."""
-    # requests is only installed where the client is.
+@contextlib.contextmanager
+def asking(action: str) -> Iterator[None]:
+    """Turn what Kaggle's client raises in `action` (`push`, `status`, …) into one line for the user."""
     from requests import HTTPError, RequestException
     from urllib3.exceptions import HTTPError as TransportError
 
-    # The client replaces a refusal to show a kernel by a ValueError with a guess at its cause.
-    if not isinstance(error, (RequestException, TransportError)) and isinstance(error.__context__, HTTPError):
-        error = error.__context__
+    try:
+        yield
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        reason = f"the client can't read Kaggle's reply ({type(error).__name__}: {error})"
+        raise UserError(f"kaggle {action}: {reason}; update it with pip install -U kaggle") from None
+    except HTTPError as error:
+        raise _answered(action, error) from None
+    except (RequestException, TransportError) as error:
+        raise disconnected(action, str(error)) from None
+    except ValueError as error:
+        # The client replaces a refusal to show a kernel by a guess at its cause.
+        if isinstance(error.__context__, HTTPError):
+            raise _answered(action, error.__context__) from None
+        raise Refused(f"kaggle {action}: {error}") from None
+
+
+def _answered(action: str, error: "HTTPError") -> UserError:
+    code = error.response.status_code if error.response is not None else 0
     # Without an address: those of downloads hold signatures.
-    message = re.sub(r" for url: .*$", "", (str(error).strip() or type(error).__name__).splitlines()[0])
-    if isinstance(error, HTTPError):
-        code = _code(error.response)
-        if code == 429 or code >= 500:
-            return Unreachable(f"kaggle {action}: {message}; Kaggle cannot answer now, try again later")
-        return Refused(f"kaggle {action}: {_with_advice(message, action, code)}")
-    if isinstance(error, (RequestException, TransportError)):
-        return disconnected(action, str(error))
-    return Refused(f"kaggle {action}: {message}")
+    message = re.sub(r" for url: .*$", "", str(error).strip().splitlines()[0])
+    if code == 429 or code >= 500:
+        return Unreachable(f"kaggle {action}: {message}; Kaggle cannot answer now, try again later")
+    return Refused(f"kaggle {action}: {_with_advice(message, action, code)}")
 
 
 def _with_advice(message: str, action: str, code: int) -> str:
-    """Return `message` with what to do about the status `code`, which depends on the request."""
     if code == 401:
         return CREDENTIALS
     if code in (403, 404) and action in ("status", "log", "fetch"):
@@ -60,26 +76,12 @@ def _with_advice(message: str, action: str, code: int) -> str:
 
 
 def disconnected(action: str, text: str) -> Unreachable:
-    """Return the error for the user if the connection failed in `action`; `text` is what requests says of it."""
+    """Return what to tell the user if the connection failed in `action`; `text` is what requests says of it."""
     cause = ", ".join(dict.fromkeys(CAUSE.findall(text))) or "it broke off"
     return Unreachable(f"kaggle {action}: no connection to Kaggle: {cause}; check the network and try again")
 
 
 def refused(action: str, message: str) -> Refused:
-    """Return the error for a reply to `action` in which Kaggle says that it refuses it, and why."""
+    """Return what to tell the user if Kaggle's reply to `action` is a refusal with the reason `message`."""
     advice = f"; {QUOTA}" if "quota" in message.lower() else ""
     return Refused(f"kaggle {action}: {' '.join(message.split())}{advice}")
-
-
-def _code(response: object) -> int:
-    """Return the status of a reply; its content may say another one than its header."""
-    from requests import Response
-
-    if not isinstance(response, Response):
-        return 0
-    try:
-        content = response.json()
-    except ValueError:
-        content = None
-    code = content.get("code") if isinstance(content, dict) else None
-    return code if isinstance(code, int) else response.status_code

@@ -8,24 +8,17 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import Plan, RunSpec, changed_name, experiment, plan
-from pcam_kaggle.core.files import write
+from pcam_kaggle.core.experiments import Plan, changed_name, experiment, plan
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
 
 METADATA = Path("kernel-metadata.json")
-MOST_BYTES = 900_000
 # Kaggle ends a session after 12 hours and saves nothing of it.
 MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
-# Kaggle's names of the accelerators that a session can use.
+# Kaggle's names of the accelerators that a session can use: the PyTorch of Kaggle's image has no kernels for a P100.
 ACCELERATORS = (DEFAULT_ACCELERATOR, "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
-# Accelerators that a session cannot use, by the beginning of Kaggle's names.
-UNUSABLE = {
-    "NvidiaTeslaP100": "the PyTorch of Kaggle's image has no kernels for it",
-    "Tpu": "a push gives a session without the TPU's software, and the package trains on GPUs",
-}
 # What the notebook relies on; Kaggle's defaults for missing fields differ.
 NEEDED = {
     "code_file": str(NOTEBOOK),
@@ -41,7 +34,7 @@ NEEDED = {
 
 
 class Metadata(Record):
-    """The file kernel-metadata.json, with all fields that the client knows, also those that are not listed here."""
+    """The file kernel-metadata.json; fields that are not listed here are kept too."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,8 +50,8 @@ class Kernel:
     """A kernel as the user asks for it.
 
     `weights` are attached and used: a dataset (owner/name), a model (owner/name/framework/variation/version), `pretrained` to
-    download those of timm's model, or empty for those of the experiment. `resume` attaches the kernel's own last output. Kaggle
-    makes the slug of `title`, which is empty for that of kernel-metadata.json.
+    download those of timm's model, or empty for those of the experiment. `resume` attaches the kernel's own last output. An
+    empty `title` is that of kernel-metadata.json.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -70,39 +63,25 @@ class Kernel:
 
     @property
     def notebook_settings(self) -> Settings:
-        """The settings in the pushed notebook: they name the weights, unless members of a blend find the attached ones."""
+        """The settings in the pushed notebook: they name the weights; members of a blend find attached ones."""
         if not self.weights or experiment(self.settings.experiment).members:
             return self.settings
         return replace(self.settings, changes=(*self.settings.changes, f"weights={self.weights}"))
 
     @property
     def plan(self) -> Plan:
-        """The runs that its session trains, and the name of their blend or of the single run.
-
-        Raises:
-            UserError: There is no such experiment, or it does not admit the settings.
-        """
+        """The plan of its session; raises UserError if there is no such experiment, or it does not admit the settings."""
         settings = self.notebook_settings
         name = changed_name(settings.experiment, settings.changes)
         return plan(settings.experiment, settings.changes, name, settings.seeds)
 
     @property
-    def run(self) -> str:
-        """The name of the run that its session makes."""
-        return self.plan.name
-
-    @property
-    def parts(self) -> tuple[RunSpec, ...]:
-        """The runs that its session trains: `run`, or those that `run` blends."""
-        return self.plan.runs
-
-    @property
     def runs(self) -> list[str]:
-        """The names of all runs that its session makes, `run` first."""
-        return list(dict.fromkeys([self.run, *(part.name for part in self.parts)]))
+        """The names of all runs that its session makes, that of the plan first."""
+        return list(dict.fromkeys([self.plan.name, *(run.name for run in self.plan.runs)]))
 
     def slug(self, root: Path = ROOT) -> str:
-        """Return the last part of its id, for which `root` has the metadata; raises UserError if the title can't be one."""
+        """Return the last part of its id; `root` has the metadata. Raises UserError if Kaggle can't make one of the title."""
         if not self.title:
             return Metadata.read(root / METADATA).id.rpartition("/")[2]
         slug = slugged(self.title)
@@ -115,12 +94,10 @@ class Kernel:
 def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
     """Raise UserError unless Kaggle would run what `kernel` and the files in the repository `root` mean.
 
-    Kaggle itself accepts most of what is refused here: metadata with missing fields or a title that does not match the id, and
-    sessions that cannot use their accelerator, end after twelve hours or lack weights.
+    Kaggle itself accepts most of what is refused here.
     """
     if kernel.accelerator not in ACCELERATORS:
-        reasons = [f"{reason}; " for prefix, reason in UNUSABLE.items() if kernel.accelerator.startswith(prefix)]
-        raise UserError(f"--accelerator {kernel.accelerator}: {''.join(reasons)}choose one of {', '.join(ACCELERATORS)}")
+        raise UserError(f"--accelerator {kernel.accelerator}: can't be used; choose one of {', '.join(ACCELERATORS)}")
     if kernel.settings.hours > MOST_HOURS:
         raise UserError(f"--hours {kernel.settings.hours:g}: Kaggle ends a session after 12; use at most {MOST_HOURS}")
     kernel.slug(root)
@@ -132,26 +109,21 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
         wrong.append(f"title {metadata.title!r} must become the id's {slug!r}, not {slugged(metadata.title)!r}")
     if wrong:
         raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
-    weights = {part.config.weights for part in kernel.parts} - {""}
+    weights = {run.config.weights for run in kernel.plan.runs} - {""}
     if "pretrained" in weights and not kernel.settings.internet:
         raise UserError("weights=pretrained: are downloaded, for which the session needs internet; add --internet")
     if weights - {"pretrained"} and not (metadata.dataset_sources or metadata.model_sources):
-        raise UserError(
-            f"{kernel.settings.experiment}: needs pretrained weights; attach a dataset or model with --weights owner/name, or "
-            "download those of timm with --internet --weights pretrained"
-        )
-    if not (root / NOTEBOOK).is_file() or (root / NOTEBOOK).read_bytes() != notebook():
+        advice = "attach a dataset or model with --weights owner/name, or download timm's with --internet --weights pretrained"
+        raise UserError(f"{kernel.settings.experiment}: needs pretrained weights; {advice}")
+    if (root / NOTEBOOK).read_bytes() != notebook():
         raise UserError(f"{root / NOTEBOOK}: does not match the package; run `make notebook`")
 
 
 def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = ROOT) -> str:
     """Write what Kaggle's client pushes, notebook and metadata, into `folder`, and return the kernel's id, owner/slug.
 
-    By `mark`, a comment in the notebook, this version is found on Kaggle. Raises UserError if the notebook is too large.
+    By `mark`, a comment in the notebook, this version is found on Kaggle.
     """
-    content = notebook(kernel.notebook_settings, mark)
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{root / NOTEBOOK}: {len(content):,} bytes, and Kaggle takes about a million; leave modules out")
     metadata = _metadata(kernel, root)
     name = f"{owner}/{kernel.slug(root)}"
     changed = {
@@ -163,7 +135,7 @@ def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = 
         "machine_shape": kernel.accelerator,
         "kernel_sources": [*metadata.kernel_sources, *([name] if kernel.resume else [])],
     }
-    write(folder / NOTEBOOK.name, lambda out: out.write(content))
+    (folder / NOTEBOOK.name).write_bytes(notebook(kernel.notebook_settings, mark))
     metadata.model_copy(update=changed).write(folder / METADATA.name)
     return name
 
@@ -181,8 +153,7 @@ def _metadata(kernel: Kernel, root: Path) -> Metadata:
     parts = kernel.weights.split("/")
     kind = {2: "dataset_sources", 5: "model_sources"}.get(len(parts))
     if kind is None or not all(parts):
-        raise UserError(
-            f"--weights {kernel.weights}: must be owner/name of a dataset or owner/name/framework/variation/version of a model"
-        )
+        form = "owner/name of a dataset or owner/name/framework/variation/version of a model"
+        raise UserError(f"--weights {kernel.weights}: must be {form}")
     sources = list(dict.fromkeys([*getattr(metadata, kind), kernel.weights]))
     return metadata.model_copy(update={kind: sources})

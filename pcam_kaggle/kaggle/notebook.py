@@ -39,21 +39,16 @@ class Settings:
         """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
         values = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
         values["internet"] = str(self.internet)
-        lines = []
-        for line in code.splitlines():
-            target = line.partition(" = ")[0]
-            name = target.partition(":")[0].lower()
-            lines.append(f"{target} = {values[name]}" if name in values else line)
-        return "\n".join(lines)
+        return re.sub(r"^(([A-Z]+).*) = .*$", lambda line: f"{line[1]} = {values[line[2].lower()]}", code, flags=re.MULTILINE)
 
 
 def required_modules(names: set[str]) -> list[str]:
-    """Return the modules called `names` (dotted, below the package) and all that they import, each after those it imports."""
+    """Return the modules `names` (dotted, below the package) and all that they import, each after those it imports."""
     found: dict[str, None] = {}
 
     def visit(name: str) -> None:
         if name not in found:
-            for other in sorted(imported_modules(_source(name))):
+            for other in sorted(imported_modules(_file(name).read_text(encoding="utf-8"))):
                 visit(other)
             found[name] = None
 
@@ -68,32 +63,25 @@ def imported_modules(source: str) -> set[str]:
     named = [(node.module or "", alias.name) for node in nodes for alias in node.names]
     found = {part for module, name in named for part in (module, f"{module}.{name}")}
     below = {name.removeprefix("pcam_kaggle.") for name in found if name.startswith("pcam_kaggle.")}
-    return {name for name in below if (PACKAGE / _path(name)).is_file()}
+    return {name for name in below if _file(name).is_file()}
 
 
-def _path(module: str) -> Path:
-    return Path(f"{module.replace('.', '/')}.py")
-
-
-def _source(module: str) -> str:
-    return (PACKAGE / _path(module)).read_text(encoding="utf-8")
+def _file(module: str) -> Path:
+    return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
-    """Return the notebook with `settings`, as UTF-8 JSON; the same package gives the same bytes.
-
-    `mark` is a text by which the version is found on Kaggle, which the cell of settings then shows as a comment.
-    """
+    """Return the notebook with `settings`, as UTF-8 JSON; the cell of settings shows `mark` as a comment."""
     source = CELLS.read_text(encoding="utf-8")
     cells = []
     for name, kind, text in re.findall(CELL, source):
         if kind:
-            cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE)))
+            cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text, flags=re.MULTILINE)))
         elif name == "settings":
-            cells.append(_cell("code", name, settings.inserted(text.strip()) + (f"\n# {mark}" if mark else "")))
+            cells.append(_cell("code", name, settings.inserted(text) + (f"# {mark}" if mark else "")))
         else:
             # A magic is a comment there.
-            cells.append(_cell("code", name, re.sub(r"^# (?=%)", "", text.strip(), flags=re.MULTILINE)))
+            cells.append(_cell("code", name, re.sub(r"^# (?=%)", "", text, flags=re.MULTILINE)))
         if name == "package":
             # JupyterLab folds the section of such a heading.
             cells[-1]["metadata"] = {"jp-MarkdownHeadingCollapsed": True}
@@ -105,7 +93,6 @@ def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
 
 
 def _package_cells(modules: list[str]) -> list[dict[str, Any]]:
-    """Return the cells that write the files of `modules`."""
     folders = sorted({name.rpartition(".")[0] for name in modules})
     make = f"""from pathlib import Path
 
@@ -113,17 +100,19 @@ for folder in {json.dumps(folders)}:
     Path("pcam_kaggle", folder).mkdir(parents=True, exist_ok=True)"""
     cells = [_cell("code", "folders", make, FOLDED)]
     for name in ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]:
-        code = f"%%writefile {Path('pcam_kaggle') / _path(name)}\n{_source(name)}".rstrip("\n")
+        file = _file(name)
+        code = f"%%writefile {file.relative_to(ROOT)}\n{file.read_text(encoding='utf-8')}"
         cells.append(_cell("code", f"file-{name.replace('.', '-')}", code, FOLDED))
     return cells
 
 
 def _cell(kind: str, name: str, source: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": source.splitlines(keepends=True)}
+    lines = source.strip().splitlines(keepends=True)
+    cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": lines}
     return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 
-def build(root: Path) -> Path:
-    """Write the notebook into the repository at `root` and return its file."""
-    write(root / NOTEBOOK, lambda file: file.write(notebook()))
-    return root / NOTEBOOK
+def build() -> Path:
+    """Write the notebook into the repository and return its file."""
+    write(ROOT / NOTEBOOK, lambda file: file.write(notebook()))
+    return ROOT / NOTEBOOK

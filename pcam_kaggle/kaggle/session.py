@@ -17,7 +17,7 @@ from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.kaggle.client import COMPLETE, Client, Status
+from pcam_kaggle.kaggle.client import Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
 from pcam_kaggle.runs.import_run import import_runs
@@ -26,19 +26,18 @@ from pcam_kaggle.runs.submissions import SubmissionRecord, describe, print_score
 
 log = logging.getLogger(__name__)
 
-# Hours of the quota for which a session is started, and those that it leaves, since it ends a little after its time.
+# A session is started if the quota has the least hours, and leaves the spare ones, since it ends a little after its time.
 LEAST_HOURS, SPARE_HOURS = 0.5, 0.2
-# Seconds between two questions for the status of a session, and for the score of a submission.
-POLL_SECONDS, SCORE_SECONDS = 20.0, 10.0
-# Seconds for which Kaggle may be unreachable while a session is followed, which it survives, and for which a score is awaited.
-PATIENCE, SCORE_PATIENCE = 1800.0, 1800.0
+# Between two requests of a session's status or of a submission's score.
+POLL_SECONDS = 20.0
+# For which Kaggle may be unreachable while a session is followed, and for which a score is awaited.
+PATIENCE_SECONDS = 1800.0
 
 
 class Session(Record):
-    """A pushed kernel's session whose output is not downloaded yet.
+    """The session of a pushed kernel (owner/slug) whose output is not downloaded yet.
 
-    `kernel` is the id, owner/slug, `run` the name of the run that it makes, and `mark` a text in its notebook by which its
-    version is recognised on Kaggle. The version is 0 until Kaggle has confirmed the push.
+    It makes `run`. `mark` is a text in its notebook; by it the version is found if it is 0: the push is not confirmed yet.
     """
 
     kernel: str
@@ -49,31 +48,33 @@ class Session(Record):
     def __str__(self) -> str:
         return f"{self.run}, version {self.version} of {self.kernel}"
 
+    def confirmed(self, version: int, file: Path) -> "Session":
+        """Write the session with its `version` to `file` and return it."""
+        session = self.model_copy(update={"version": version})
+        session.write(file)
+        return session
+
 
 def session_file(workspace: Workspace, slug: str) -> Path:
-    """Return the file that describes the session of the kernel with this slug until its output is downloaded."""
+    """Return the file of the kernel's session, which exists until its output is downloaded."""
     return workspace.root / "sessions" / f"{slug}.json"
 
 
 def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | None:
     """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none.
 
-    Raises:
-        UserError: A session of another experiment is not downloaded yet, `check_kernel` refuses `kernel`, the quota is too
-            small, or the push fails.
+    Raises UserError if a session of another experiment is not downloaded yet, the quota is too small, or the push fails.
     """
     file = session_file(workspace, kernel.slug())
     session = _pending(client, file)
-    if session and session.run != kernel.run:
-        raise UserError(
-            f"{session}: was started and is not downloaded yet; continue it with `kaggle run`, use --title for a second "
-            f"notebook, or delete {file} to give it up"
-        )
+    if session and session.run != kernel.plan.name:
+        choices = f"continue it with `kaggle run`, use --title for a second notebook, or delete {file} to give it up"
+        raise UserError(f"{session}: was started and is not downloaded yet; {choices}")
     if session:
         log.info("push: %s (up to date)", session)
         return session
     if _is_trained(workspace, kernel):
-        log.info("output: %s (up to date)", workspace.run(kernel.run))
+        log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
         return None
     check_kernel(kernel)
     quota, hours = client.quota(), kernel.settings.hours
@@ -88,17 +89,14 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | Non
 def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
     """Follow `session` to its end and import the runs that it has saved.
 
-    Raises:
-        UserError: The session fails; it is then forgotten, so that the same command starts a new one. Or as `fetch`.
+    Raises UserError if it fails; it is then forgotten, so that the same command starts a new one.
     """
     file = session_file(workspace, kernel.slug())
     status = _follow(client, session)
-    if status.name != COMPLETE:
+    if status.name != "COMPLETE":
         file.unlink()
-        raise UserError(
-            f"{session}: ended as {status}; read its log with `python -m pcam_kaggle kaggle status --log` "
-            "and repeat the command for a new session"
-        )
+        advice = "read its log with `python -m pcam_kaggle kaggle status --log` and repeat the command for a new session"
+        raise UserError(f"{session}: ended as {status}; {advice}")
     fetch(client, session.kernel, workspace, kernel)
     file.unlink()
 
@@ -106,14 +104,13 @@ def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspac
 def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> None:
     """Import the runs that the last session of the kernel `name` (owner/slug) has saved.
 
-    Raises:
-        UserError: Nothing was saved, files are damaged, or there is no run of `kernel`, for which the session was started.
+    Raises UserError if nothing was saved, files are damaged, or no run of `kernel` is among the saved ones.
     """
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder))
         found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
         if kernel and not set(found) & set(kernel.runs):
-            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.run}; another version was started since")
+            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.plan.name}; another version was started since")
         imported = ", ".join(import_runs(Path(folder), workspace))
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
 
@@ -134,20 +131,19 @@ def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
         log.info("submit: %s, %s", file, description)
     else:
         log.info("submit: %s was submitted before", file)
-    until = time.monotonic() + SCORE_PATIENCE
+    until = time.monotonic() + PATIENCE_SECONDS
     with status_line() as show:
         while True:
             found = client.submissions()
-            own = _of(found, mark)
-            status = own["status"].iloc[0] if len(own) else "missing"
-            if status == "complete":
+            own = _of(found, mark)[:1]
+            if (own["status"] == "complete").any():
                 break
-            if status == "error":
-                raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].iloc[0] or 'no reason given'}")
+            if (own["status"] == "error").any():
+                raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].item() or 'no reason given'}")
             if time.monotonic() >= until:
                 raise UserError(f"{file}: not scored for half an hour; run `python -m pcam_kaggle kaggle scores` later")
             show("submit: waiting for the scores")
-            time.sleep(SCORE_SECONDS)
+            time.sleep(POLL_SECONDS)
     print_scores(workspace, found)
 
 
@@ -156,67 +152,54 @@ def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
 
 
 def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
-    """Return whether no session is needed: the run is complete, or it is not and `kernel` does not resume it."""
-    if is_complete(workspace, kernel.run):
+    """Return whether no session is needed: the run is complete, or exists and is not to be resumed."""
+    if is_complete(workspace, kernel.plan.name):
         return True
     # Members of a blend may have been trained for themselves.
-    names = [kernel.run] if experiment(kernel.settings.experiment).members else kernel.runs
+    names = [kernel.plan.name] if experiment(kernel.settings.experiment).members else kernel.runs
     runs = [Run(workspace.run(name)) for name in names]
     return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
 
 
 def _pending(client: Client, file: Path) -> Session | None:
-    """Return the session that `file` describes; None if there is none, or if its push did not arrive.
-
-    Raises:
-        UserError: `file` is damaged, or Kaggle can't be asked for the version of a push whose reply was lost.
-    """
+    """Return the session in `file`; None if there is none, or if its push did not arrive."""
     if not file.is_file():
         return None
     session = Session.read(file)
     if session.version:
         return session
     version = client.current_version(session.kernel, session.mark)
-    if version is None:
-        return None
-    session = session.model_copy(update={"version": version})
-    session.write(file)
-    return session
+    return session.confirmed(version, file) if version else None
 
 
 def _push(client: Client, kernel: Kernel, file: Path) -> Session:
-    """Push `kernel` and describe its session in `file`, which is deleted if Kaggle refuses the push.
-
-    It is written before the push: if Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
-    """
     with tempfile.TemporaryDirectory() as folder:
         mark = f"push {secrets.token_hex(8)}"
-        session = Session(kernel=pack(kernel, client.owner, Path(folder), mark), run=kernel.run, mark=mark)
+        session = Session(kernel=pack(kernel, client.owner, Path(folder), mark), run=kernel.plan.name, mark=mark)
+        # If Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
         session.write(file)
         try:
             version, url = client.push(Path(folder))
         except Refused:
             file.unlink()
             raise
-    session = session.model_copy(update={"version": version})
-    session.write(file)
+    session = session.confirmed(version, file)
     log.info("push: %s at %s", session, url)
     return session
 
 
 def _follow(client: Client, session: Session) -> Status:
-    """Show the status of `session` and the last line of its log until it is over, and return its last status."""
+    """Show the status of `session` and the last line of its log until it is over; return its last status."""
     lines, over = [""], threading.Event()
     # The stream of the log blocks, and does not tell when a session has failed to start.
     threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
         with status_line() as show:
-            while True:
-                status = _patient_status(client, session.kernel)
+            while not (status := _patient_status(client, session.kernel)).is_over:
                 show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
-                if status.is_over:
-                    return status
                 time.sleep(POLL_SECONDS)
+            show(f"{session}: {status}")
+            return status
     finally:
         over.set()
 
@@ -235,8 +218,7 @@ def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Eve
 
 
 def _patient_status(client: Client, kernel: str) -> Status:
-    """Return the status of `kernel`; while Kaggle is unreachable, ask again for up to `PATIENCE` seconds."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + PATIENCE_SECONDS
     has_warned = False
     while True:
         try:
@@ -246,5 +228,5 @@ def _patient_status(client: Client, kernel: str) -> Status:
                 raise
             if not has_warned:
                 log.warning("%s; the session continues, and its status is requested again", error)
-                has_warned = True
+            has_warned = True
             time.sleep(POLL_SECONDS)
