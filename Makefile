@@ -13,7 +13,6 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # One word for the shell, whatever spaces and quotes the value has.
 quoted = '$(subst ','\'',$(1))'
-WITH_DATA = $(if $(DATA),PCAM_DATA=$(call quoted,$(DATA)))
 PIPELINE = $(if $(TORCHRUN),$(VENV)/bin/python -m torch.distributed.run $(TORCHRUN) -m pcam_kaggle,$(PCAM)) pipeline
 OPTIONS = $(if $(DATA),--data $(call quoted,$(DATA))) $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
@@ -67,7 +66,7 @@ lint: $(VENV)/dev.stamp ## run ruff (check and format) and mypy
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-coverage: $(VENV)/dev.stamp ## run all tests in one process and report the line coverage of pcam_kaggle
+coverage: $(VENV)/dev.stamp ## run all tests in one process and report the branch coverage of pcam_kaggle
 	@$(VENV)/bin/coverage erase
 	@$(VENV)/bin/coverage run -m pytest -m ''
 	@$(VENV)/bin/coverage combine --quiet
@@ -79,14 +78,14 @@ mutants: $(VENV)/dev.stamp ## change folds, blend, metrics, submission and tta i
 	@$(VENV)/bin/mutmut results
 
 stress: $(VENV)/dev.stamp ## kill runs, which must resume bit-identically; damage input files, which must end in a one-line error
-	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.stress $(or $(ARGS),kills)
+	@$(VENV)/bin/python -m benchmarks.stress $(or $(ARGS),kills)
 	@$(if $(ARGS),,$(VENV)/bin/python -m benchmarks.stress damages)
 
-bench: $(VENV)/bench.stamp ## write benchmarks/RESULTS.md: speed compared with common implementations; ARGS=full for the full size
-	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
+bench: $(VENV)/run.stamp ## write benchmarks/RESULTS.md: speed compared with common implementations; ARGS=full for the full size
+	@$(if $(DATA),PCAM_DATA=$(call quoted,$(DATA))) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
-scores: $(VENV)/dev.stamp ## write benchmarks/SCORES.md: scores of every experiment and trial; trains rows without a record
-	@$(WITH_DATA) $(VENV)/bin/python -m benchmarks.scores $(ARGS)
+scores: $(VENV)/run.stamp ## write benchmarks/SCORES.md from the records of all scores; ARGS=RUN records a run first
+	@$(VENV)/bin/python -m benchmarks.scores $(ARGS)
 
 clean: ## delete the environments and the demo, nothing else
 	rm -rf $(VENV) $(IMAGES) demo
@@ -100,11 +99,6 @@ $(VENV)/run.stamp: requirements.txt
 $(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt $(VENV)/run.stamp
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
-	@touch $@
-
-$(VENV)/bench.stamp: requirements-bench.txt $(VENV)/run.stamp
-	@echo "installing requirements-bench.txt into $(VENV)"
-	@$(PIP) -r requirements-bench.txt
 	@touch $@
 
 $(VENV)-%/image.stamp: requirements-%.txt

@@ -22,19 +22,18 @@ Reply = Content | int | tuple[int, Content] | None
 
 
 def quota(left: float) -> dict[str, Reply]:
-    """Return the reply to a question for the quota: `left` of 30 GPU hours."""
     gpu = {"timeUsed": f"{(30 - left) * 3600:.0f}s", "totalTimeAllowed": "108000s"}
     return {"GetAcceleratorQuotaStatistics": {"gpuQuota": gpu, "quotaRefreshTime": "2026-12-05T00:00:00Z"}}
 
 
 class Kaggle(ThreadingHTTPServer):
-    """A server that answers like Kaggle: a redirect to the archive or a status, and `replies` by the name of the request.
+    """A server that answers like Kaggle: with `replies` by the name of the request, otherwise with `status`.
 
     A reply is JSON, a status, a status with JSON, None to close the connection, or a function of the request's content that
     returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
-    `put` is the last upload, `stream` has the pieces of a session's log. A download of the archive can be resumed; `halfway` is
-    called once, in its middle, and closes the connection. `hook` is called with the name of each request, `upload`,
-    `download` or `log`, before it is answered.
+    `put` is the last upload, `stream` has the pieces of a session's log. `halfway` is called once, in the middle of a download
+    of the archive, which then breaks off. `hook` is called with the name of each request, `upload`, `download` or `log`, before
+    it is answered.
     """
 
     def __init__(self) -> None:
@@ -60,11 +59,9 @@ class Kaggle(ThreadingHTTPServer):
         """Print nothing: some tests kill the client while it waits for a reply."""
 
     def names(self) -> list[str]:
-        """Return the names of the requests so far."""
         return [path.rsplit("/", 1)[1] for path in self.asked]
 
     def address(self, path: str) -> str:
-        """Return the address of `path` on this server."""
         return f"http://127.0.0.1:{self.server_port}{path}"
 
 
@@ -113,10 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         if path != ARCHIVE:
             self.server.hook("download")
             content = self.server.files[path]
-            if isinstance(content, int):
-                self.answer(content, b"<Error/>", **headers)
-            else:
-                self.answer(200, content, **headers)
+            status, text = (content, b"<Error/>") if isinstance(content, int) else (200, content)
+            self.answer(status, text, **headers)
             return
         whole = self.server.archive
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
@@ -146,7 +141,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def zipped(folder: Path) -> bytes:
-    """Return all files of `folder` as a ZIP."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(folder.rglob("*")):

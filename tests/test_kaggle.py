@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from conftest import Outcome, on_terminal
@@ -28,12 +27,10 @@ MonkeyPatch = pytest.MonkeyPatch
 
 @pytest.fixture
 def target(home: Path) -> Path:
-    """Return the folder in which the competition's data belong; it does not exist yet."""
     return home / "data" / COMPETITION
 
 
 def assert_complete(target: Path, data: Data) -> None:
-    """Assert that `target` has all files of `data` and nothing unfinished."""
     for path in data.root.rglob("*.*"):
         assert (target / path.relative_to(data.root)).read_bytes() == path.read_bytes()
     assert not [path for path in target.rglob("*") if path.relative_to(target).parts[0].startswith(".")]
@@ -57,7 +54,7 @@ def test_the_competition_is_downloaded_once(
 
 def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, target: Path, call: Call) -> None:
     # The client writes pieces of 1 MiB.
-    (data.root / "dataset.json").write_bytes(os.urandom(4 << 20))
+    (data.patches("train") / "noise.tif").write_bytes(os.urandom(4 << 20))
     kaggle.archive = zipped(data.root)
     partial = target / ".download" / "partial" / f"{COMPETITION}.zip"
 
@@ -84,17 +81,10 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, target: 
     assert_complete(target, data)
 
 
-# The renames: the archive, the verified folder, then the four parts. Parts that vanish then are unpacked again.
-@pytest.mark.parametrize(("renames", "vanished"), [(1, ()), (2, ()), (3, ()), (5, ()), (4, ("sample_submission.csv", "test"))])
+# The renames: the archive, the verified folder, then the four parts, of which train comes third.
+@pytest.mark.parametrize("renames", [1, 2, 3, 5])
 def test_an_interrupted_install_is_completed(
-    kaggle: Kaggle,
-    data: Data,
-    home: Path,
-    target: Path,
-    renames: int,
-    vanished: tuple[str, ...],
-    monkeypatch: MonkeyPatch,
-    call: Call,
+    kaggle: Kaggle, data: Data, target: Path, renames: int, monkeypatch: MonkeyPatch, call: Call
 ) -> None:
     kaggle.archive = zipped(data.root)
     target.mkdir(parents=True)
@@ -111,9 +101,11 @@ def test_an_interrupted_install_is_completed(
         patch.setattr(Path, "rename", interrupted)
         call("download", status=130)
     assert not Data(target).labels.exists()
-    for name in vanished:
-        (target / name).rename(home / name)
     asked = len(kaggle.asked)
+    if renames == 3:
+        (target / "train").mkdir()
+        assert f"{target / 'train'}: exists already" in call("download", status=2)
+        (target / "train").rmdir()
     call("download")
     assert len(kaggle.asked) == asked
     assert_complete(target, data)
@@ -148,40 +140,9 @@ def test_an_interrupted_unpacking_needs_no_second_download(
 @pytest.mark.parametrize("name", ["train", "test", "sample_submission.csv", "train_labels.csv"])
 def test_an_existing_part_is_refused_before_the_download(kaggle: Kaggle, target: Path, name: str, call: Call) -> None:
     (target / name).mkdir(parents=True)
-    err = call("download", status=2)
-    assert f"{target / name}: exists already" in err
-    assert "move it away" in err
+    assert f"{target / name}: exists already" in call("download", status=2)
     assert kaggle.asked == []
     assert [path for path in target.rglob("*") if not path.name.startswith(".")] == [target / name]
-
-
-def test_another_existing_file_is_not_overwritten(kaggle: Kaggle, data: Data, home: Path, target: Path, call: Call) -> None:
-    (data.root / "dataset.json").write_text("{}")
-    kaggle.archive = zipped(data.root)
-    target.mkdir(parents=True)
-    (target / "dataset.json").write_text("own")
-    assert f"{target / 'dataset.json'}: exists already" in call("download", status=2)
-    assert sorted(path.name for path in target.iterdir()) == [".download", "dataset.json"]
-    asked = len(kaggle.asked)
-    (target / "dataset.json").rename(home / "own.json")
-    call("download")
-    assert len(kaggle.asked) == asked
-    assert_complete(target, data)
-
-
-def test_only_a_folder_can_be_the_target(kaggle: Kaggle, data: Data, home: Path, target: Path, call: Call) -> None:
-    kaggle.archive = zipped(data.root)
-    target.parent.mkdir(parents=True)
-    target.write_text("a file")
-    assert f"{target}: is a file or a broken link" in call("download", status=2)
-    assert target.read_text() == "a file"
-    target.unlink()
-    target.symlink_to(home / "disk")
-    assert f"{target}: is a file or a broken link" in call("download", status=2)
-    assert kaggle.asked == []
-    (home / "disk").mkdir()
-    call("download")
-    assert_complete(home / "disk", data)
 
 
 def test_a_damaged_archive_is_downloaded_again(kaggle: Kaggle, data: Data, target: Path, call: Call) -> None:
@@ -190,9 +151,7 @@ def test_a_damaged_archive_is_downloaded_again(kaggle: Kaggle, data: Data, targe
     changed[len(changed) // 2] ^= 255
     for content in (whole[: len(whole) // 2], bytes(changed)):
         kaggle.archive = content
-        err = call("download", status=2)
-        assert "damaged" in err
-        assert "downloads it again" in err
+        assert re.search("damaged .*downloads it again", call("download", status=2))
         assert list(target.iterdir()) == []
     kaggle.archive = whole
     call("download")
@@ -244,14 +203,6 @@ RECIPES = (
     "see whether kaggle.com",
 )
 TOKEN, ACCEPT, NETWORK, LATER, CREATE, SOURCES, LOOK = RECIPES
-
-
-def assert_recipe(err: str, recipe: str) -> None:
-    """Assert that the error `err` has `recipe` and no other one, and no address."""
-    assert [each for each in RECIPES if each in err] == [recipe], err
-    assert "http" not in err
-
-
 COMMANDS = {
     "DownloadDataFiles": "download",
     "ListSubmissions": "scores",
@@ -260,7 +211,6 @@ COMMANDS = {
     "ListKernelSessionOutput": "fetch",
     "IntrospectToken": "download",
 }
-RULES_FIRST = {"code": 403, "message": "You must accept this competition's rules before you'll be able to download files."}
 
 
 @pytest.mark.parametrize(
@@ -268,27 +218,21 @@ RULES_FIRST = {"code": 403, "message": "You must accept this competition's rules
     [
         ("DownloadDataFiles", 401, TOKEN),
         ("DownloadDataFiles", 403, ACCEPT),
-        ("DownloadDataFiles", (403, RULES_FIRST), ACCEPT),
+        ("DownloadDataFiles", (403, {"code": 403, "message": "You must accept this competition's rules"}), ACCEPT),
         ("DownloadDataFiles", 404, LOOK),
         ("DownloadDataFiles", 500, LATER),
         ("DownloadDataFiles", 429, LATER),
         ("DownloadDataFiles", None, NETWORK),
-        ("ListSubmissions", 401, TOKEN),
-        ("ListSubmissions", 403, ACCEPT),
         ("ListSubmissions", 503, LATER),
         ("SaveKernel", 401, TOKEN),
-        ("SaveKernel", 403, ACCEPT),
         ("SaveKernel", 404, SOURCES),
         ("SaveKernel", 500, LATER),
         ("SaveKernel", None, NETWORK),
         ("GetKernelSessionStatus", 403, CREATE),
-        ("GetKernelSessionStatus", 404, CREATE),
         ("GetKernelSessionStatus", 502, LATER),
-        ("ListKernelSessionOutput", 403, CREATE),
         ("ListKernelSessionOutput", 404, CREATE),
         ("IntrospectToken", {"active": False}, TOKEN),
         ("IntrospectToken", 401, TOKEN),
-        ("IntrospectToken", (401, {"code": 401, "message": "Unauthenticated"}), TOKEN),
         ("IntrospectToken", 403, TOKEN),
         ("IntrospectToken", 503, LATER),
     ],
@@ -300,7 +244,8 @@ def test_each_kind_of_refusal_has_one_recipe(
         use_token(monkeypatch)
     kaggle.replies[name] = reply
     err = call(COMMANDS[name], status=2)
-    assert_recipe(err, recipe)
+    assert [each for each in RECIPES if each in err] == [recipe], err
+    assert "http" not in err
     assert recipe not in (LATER, LOOK, SOURCES) or str(reply) in err
     left = [path.name for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"]
     # A push whose reply has not arrived may have started a session, which the next command looks for.
@@ -320,7 +265,6 @@ UNKNOWN = [f"someone/weights-{number}" for number in range(7)]
             f"8 of the sources as not valid: {', '.join(UNKNOWN[:5])} and 3 more; stop the session at {STARTED['url']}",
         ),
         ("ListSubmissions", {"code": 400, "message": "no such thing"}, "no such thing"),
-        ("ListKernelSessionOutput", {"code": 400, "message": "no such thing"}, "no such thing"),
         ("ListSubmissions", {"submissions": [{"ref": 1, "status": "LOST"}]}, "can't read Kaggle's reply"),
         ("ListSubmissions", {"submissions": {"ref": 1}}, "can't read Kaggle's reply"),
     ],
@@ -347,21 +291,19 @@ def test_a_server_that_cannot_be_reached_is_no_matter_of_credentials(
     if credentials == "token":
         monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     err = call("download", status=2)
-    assert_recipe(err, NETWORK)
-    assert "no connection to Kaggle" in err
-    assert "Connection refused" in err
+    assert re.search("no connection to Kaggle: .*Connection refused; check the network", err)
+    assert TOKEN not in err
     assert ("proxy" in err) == proxy
 
 
-@pytest.mark.parametrize("command", ["run", "status", "download", "scores"])
+@pytest.mark.parametrize("command", ["run", "download"])
 def test_missing_credentials_are_one_line(kaggle: Kaggle, command: str, monkeypatch: MonkeyPatch, call: Call) -> None:
     monkeypatch.delenv("KAGGLE_USERNAME")
-    assert_recipe(call(command, status=2), TOKEN)
+    assert TOKEN in call(command, status=2)
     assert kaggle.asked == []
 
 
 def use_token(monkeypatch: MonkeyPatch) -> None:
-    """Log in with a token in place of user name and key."""
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
@@ -378,12 +320,6 @@ def test_a_token_is_enough(kaggle: Kaggle, in_file: bool, tmp_path: Path, monkey
     call("run", "--detach")
     assert kaggle.bodies["SaveKernel"]["slug"] == f"somebody/{KERNEL}"
     assert kaggle.credentials == {"Bearer"}
-
-
-@pytest.mark.parametrize("reply", [{"submissions": []}, {}])
-def test_no_submissions_are_no_error(kaggle: Kaggle, reply: Reply, call: Call) -> None:
-    kaggle.replies["ListSubmissions"] = reply
-    assert "scores: of none recorded" in call("scores")
 
 
 @pytest.mark.parametrize(
@@ -449,17 +385,19 @@ def test_a_damaged_output_is_not_imported(kaggle: Kaggle, session: Path, home: P
     file = session / "runs" / "bottleneck" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     saved(kaggle, session)
-    err = call("fetch", status=2)
-    assert name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0] in err
+    assert Path(name).stem in call("fetch", status=2)
     assert not [path for path in (home / "runs").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Path, call: Call) -> None:
     file = session / "submissions" / "bottleneck.csv"
-    kaggle.replies |= {
-        "StartSubmissionUpload": {"token": "abc", "createUrl": kaggle.address("/upload")},
-        "CreateSubmission": {"message": f"Successfully submitted to {COMPETITION}"},
-    }
+    kaggle.replies["StartSubmissionUpload"] = {"token": "abc", "createUrl": kaggle.address("/upload")}
+    kaggle.replies["ListSubmissions"] = {}
+    assert "no submissions yet" in call("scores")
+    for refusal, printed in (({"message": "Submission not allowed: limit reached"}, "limit reached"), (400, "400")):
+        kaggle.replies["CreateSubmission"] = refusal
+        assert printed in call("submit", status=2, work=session)
+    kaggle.replies["CreateSubmission"] = {"message": f"Successfully submitted to {COMPETITION}"}
     call("submit", work=session)
     assert kaggle.put == file.read_bytes()
     description = kaggle.bodies["CreateSubmission"]["submissionDescription"]
@@ -483,20 +421,6 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
     for wrong in (["bottleneck"], ["--public", "0.9"]):
         assert "needs NAME and --public or --private" in call("scores", *wrong, status=2, work=session)
     assert len(kaggle.asked) == asked
-
-
-@pytest.mark.parametrize(
-    ("reply", "printed"),
-    [({"message": "Submission not allowed: limit reached"}, "limit reached"), (400, "400"), (None, "onnection")],
-)
-def test_a_submission_that_kaggle_refuses_is_one_line(
-    kaggle: Kaggle, session: Path, reply: dict[str, Any] | int | None, printed: str, call: Call
-) -> None:
-    kaggle.replies |= {
-        "StartSubmissionUpload": {"token": "abc", "createUrl": kaggle.address("/upload")},
-        "CreateSubmission": reply,
-    }
-    assert printed in call("submit", status=2, work=session)
 
 
 def test_what_was_changed_since_its_validation_is_not_sent(kaggle: Kaggle, session: Path, call: Call) -> None:

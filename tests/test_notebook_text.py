@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -15,13 +16,11 @@ from pcam_kaggle.kaggle.notebook import Settings, notebook
 
 ROOT = Path(__file__).parent.parent
 # The distributions of imported modules whose names differ.
-DISTRIBUTIONS = {"cv2": "opencv", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {"cv2": "opencv", "PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
 # Names and versions of Kaggle's image.
 IMAGE = {"torch": "2.10.0+cu128", "timm": "1.0.26", "albumentations": "2.0.8", "opencv-python-headless": "4.13.0.92"}
 IMAGE |= {"numpy": "2.0.2", "pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy": "1.14.1", "pydantic": "2.12.3"}
-IMAGE |= {"matplotlib": "3.10.0", "tqdm": "4.67.1", "joblib": "1.5.2", "filelock": "3.20.0"}
-
-
+IMAGE |= {"matplotlib": "3.10.0", "pillow": "11.3.0", "tqdm": "4.67.1", "joblib": "1.5.2", "filelock": "3.20.0"}
 # Characters that a phone shows of a line of code.
 COMMENT_WIDTH = 41
 Cells = dict[str, nbformat.NotebookNode]
@@ -30,17 +29,15 @@ MonkeyPatch = pytest.MonkeyPatch
 
 
 def cells_of(settings: Settings) -> Cells:
-    """Return the cells of the notebook with `settings` by id."""
     return {cell.id: cell for cell in nbformat.reads(notebook(settings).decode(), as_version=4).cells}
 
 
 @pytest.fixture(scope="module")
 def cells() -> Cells:
-    """Return the cells of the notebook by id."""
     return cells_of(Settings())
 
 
-def check(cells: Cells, installed: dict[str, str], monkeypatch: MonkeyPatch) -> dict[str, object]:
+def check(cells: Cells, installed: dict[str, str], monkeypatch: MonkeyPatch) -> dict[str, Any]:
     """Run the package check where the distributions in `installed` exist, and return its variables."""
 
     def version(name: str) -> str:
@@ -51,15 +48,9 @@ def check(cells: Cells, installed: dict[str, str], monkeypatch: MonkeyPatch) -> 
     monkeypatch.setattr(importlib.metadata, "version", version)
     magic, _, code = cells["check"].source.partition("\n")
     assert magic == "%xmode Minimal"
-    variables: dict[str, object] = {}
+    variables: dict[str, Any] = {}
     exec(code, variables)  # noqa: S102
     return variables
-
-
-def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells: Cells) -> None:
-    first = next(cell for cell in cells.values() if cell.cell_type == "code")
-    assert first.id == "check"
-    assert third_party([first]) == set()
 
 
 @pytest.mark.parametrize(
@@ -68,14 +59,11 @@ def test_the_check_is_the_first_code_and_imports_the_standard_library_only(cells
         ({}, ""),
         ({"torch": "2.11.0a0+git1234567", "timm": "1.1.0.dev0"}, ""),
         ({"opencv-python-headless": None, "opencv-contrib-python": "5.0.0.93"}, ""),
-        ({"opencv-python": "4.5.0.10000"}, ""),
         ({"numpy": "2.10.0", "pandas": "3.0"}, ""),
         ({"torch": "2.9.1+cu128"}, "torch 2.9.1+cu128 (needed: 2.10)"),
-        ({"numpy": "1.26.4"}, "numpy 1.26.4 (needed: 2.0.2)"),
         ({"numpy": "2.0+cpu9"}, "numpy 2.0+cpu9 (needed: 2.0.2)"),
         ({"timm": None}, "timm missing (needed: 1.0.26)"),
         ({"opencv-python-headless": None}, "opencv missing (needed: 4.13)"),
-        ({"opencv-python-headless": "4.9.0.80"}, "opencv 4.9.0.80 (needed: 4.13)"),
         (
             {"filelock": None, "timm": "1.0.9", "pandas": "2.2"},
             "timm 1.0.9 (needed: 1.0.26), pandas 2.2 (needed: 2.2.2), filelock m",
@@ -87,10 +75,8 @@ def test_missing_and_old_packages_are_named_in_one_line(
 ) -> None:
     installed = {name: release for name, release in (IMAGE | change).items() if release}
     if problems:
-        with pytest.raises(RuntimeError, match="Always use latest environment") as caught:
+        with pytest.raises(RuntimeError, match=f"^{re.escape(problems)}.*Always use latest environment.*$"):
             check(cells, installed, monkeypatch)
-        assert str(caught.value).startswith(problems)
-        assert "\n" not in str(caught.value)
     else:
         check(cells, installed, monkeypatch)
     printed = f"Python {sys.version.split()[0]}, torch {installed['torch']}; all packages are recent enough\n"
@@ -99,9 +85,11 @@ def test_missing_and_old_packages_are_named_in_one_line(
 
 def test_the_check_covers_what_the_notebook_imports(cells: Cells, monkeypatch: MonkeyPatch) -> None:
     imported = {DISTRIBUTIONS.get(name, name) for name in third_party(list(cells.values()))}
-    needed = check(cells, IMAGE, monkeypatch)["NEEDED"]
-    assert isinstance(needed, dict)
-    assert set(needed) == imported
+    assert check(cells, IMAGE, monkeypatch)["NEEDED"].keys() == imported
+    # The check itself is the first code and needs none of them.
+    first = next(cell for cell in cells.values() if cell.cell_type == "code")
+    assert first.id == "check"
+    assert third_party([first]) == set()
 
 
 def test_the_tested_images_have_the_needed_versions(cells: Cells, monkeypatch: MonkeyPatch) -> None:
@@ -147,7 +135,7 @@ def test_the_packages_cells_are_folded_and_no_others(cells: Cells) -> None:
 def test_settings_are_python_with_a_comment_each() -> None:
     settings = Settings("blend", ('model_args={"a": "é"}', "epochs=3"), 2.5, 3, internet=True)
     code = cells_of(settings)["settings"].source
-    variables: dict[str, object] = {}
+    variables: dict[str, Any] = {}
     exec(code, variables)  # noqa: S102
     assert {field.name: variables[field.name.upper()] for field in fields(settings)} == asdict(settings) | {
         "changes": list(settings.changes)
@@ -161,11 +149,9 @@ def test_settings_are_python_with_a_comment_each() -> None:
         assert re.match(r"[A-Z]+\b.* = ", assigned)
 
 
-def test_the_script_has_the_defaults(cells: Cells) -> None:
-    assert cells["settings"].source in (ROOT / "notebooks" / "kernel.py").read_text()
-
-
 def test_the_comment_of_the_experiment_names_all_but_the_demo(cells: Cells) -> None:
+    # The script has the defaults of the settings.
+    assert cells["settings"].source in (ROOT / "notebooks" / "kernel.py").read_text()
     comment = " ".join(line.removeprefix("# ") for line in cells["settings"].source.split("\nEXPERIMENT")[0].splitlines())
     without, _, needs = comment.partition("; with attached weights: ")
     assert {*without.split(", "), *needs.split(", ")} == set(EXPERIMENTS) - {DEMO}
