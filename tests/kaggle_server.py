@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 from pcam_kaggle.core.paths import COMPETITION
 
 SECRET = "0123456789abcdef" * 2
@@ -161,3 +163,10 @@ def saved(kaggle: Kaggle, session: Path) -> None:
         return {"files": listed[start : start + 7], "log": "done", **more}
 
     kaggle.replies["ListKernelSessionOutput"] = page
+
+
+def use_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log in with a token in place of user name and key."""
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)

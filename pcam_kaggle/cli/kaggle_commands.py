@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import DEFAULT
-from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.files import locked, write
 from pcam_kaggle.core.paths import COMPETITION, Data, find_workspace
 from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
-from pcam_kaggle.kaggle.notebook import Settings, build
+from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
 from pcam_kaggle.kaggle.session import fetch, finish, is_complete, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -27,7 +27,8 @@ def _run_download(options: argparse.Namespace) -> None:
 
 
 def _run_notebook(_: argparse.Namespace) -> None:
-    log.info("notebook: %s", build())
+    write(ROOT / NOTEBOOK, lambda file: file.write(notebook()))
+    log.info("notebook: %s", ROOT / NOTEBOOK)
     log.info("next: make kaggle")
 
 

@@ -63,10 +63,7 @@ def _fetch(waiting: Path, unpacked: Path) -> None:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack the ZIP `archive` into the new folder `target`, whose parent exists, verifying checksums.
-
-    Raises ArchiveError if it is damaged or lacks a part of the competition, UserError if it does not fit on the disk.
-    """
+    """Unpack the ZIP `archive` into `target`, whose parent exists, verifying checksums; raises ArchiveError if damaged."""
     try:
         with zipfile.ZipFile(archive) as file:
             names = file.namelist()

@@ -109,10 +109,7 @@ class Client:
         return folder / f"{COMPETITION}.zip"
 
     def push(self, folder: Path) -> tuple[int, str]:
-        """Push the kernel in `folder`, which starts its session, and return its version and its address.
-
-        Raises Refused also if Kaggle leaves out one of its sources; the session is then running without it.
-        """
+        """Push the kernel in `folder`, which starts its session, and return its version and its address."""
         with asking("push"), contextlib.redirect_stdout(io.StringIO()):
             reply = self._api.kernels_push(str(folder))
         if reply.error:
@@ -130,7 +127,8 @@ class Client:
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
         from requests import HTTPError
 
-        request = _named(ApiGetKernelRequest(), kernel)
+        request = ApiGetKernelRequest()
+        request.user_name, _, request.kernel_slug = kernel.partition("/")
         with asking("status"), self._api.build_kaggle_client() as kaggle:
             try:
                 reply = kaggle.kernels.kernels_api_client.get_kernel(request)
@@ -159,7 +157,8 @@ class Client:
         """Download the runs, folds and submissions that the last session of `kernel` has saved into `folder`."""
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
-        request = _named(ApiListKernelSessionOutputRequest(), kernel)
+        request = ApiListKernelSessionOutputRequest()
+        request.user_name, _, request.kernel_slug = kernel.partition("/")
         request.page_size = PAGE_SIZE
         token: str | None = ""
         with asking("fetch"), self._api.build_kaggle_client() as kaggle:
@@ -199,11 +198,6 @@ class Client:
         for name in ("public_score", "private_score"):
             table[name] = pd.to_numeric(table[name], errors="coerce").astype("float64")
         return table.fillna({"description": "", "error_description": ""})
-
-
-def _named(request: Any, kernel: str) -> Any:
-    request.user_name, _, request.kernel_slug = kernel.partition("/")
-    return request
 
 
 def _save(url: str, path: Path) -> None:

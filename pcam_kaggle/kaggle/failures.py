@@ -4,13 +4,10 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import COMPETITION
-
-if TYPE_CHECKING:
-    from requests import HTTPError
 
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
 CREDENTIALS = "no valid credentials; put a token from kaggle.com/settings/api into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
@@ -57,22 +54,21 @@ def asking(action: str) -> Iterator[None]:
         raise Refused(f"kaggle {action}: {error}") from None
 
 
-def _answered(action: str, error: "HTTPError") -> UserError:
+def _answered(action: str, error: Any) -> UserError:
+    """Return what to tell the user if `error` of requests is Kaggle's answer to `action`."""
     code = error.response.status_code if error.response is not None else 0
     # Without an address: those of downloads hold signatures.
     message = re.sub(r" for url: .*$", "", str(error).strip().splitlines()[0])
     if code == 429 or code >= 500:
         return Unreachable(f"kaggle {action}: {message}; Kaggle cannot answer now, try again later")
-    return Refused(f"kaggle {action}: {_with_advice(message, action, code)}")
-
-
-def _with_advice(message: str, action: str, code: int) -> str:
     if code == 401:
-        return CREDENTIALS
-    if code in (403, 404) and action in ("status", "log", "fetch"):
-        return NO_KERNEL
-    advice = {403: ACCEPT, 404: SOURCES if action == "push" else LOOK}
-    return f"{message}; {advice[code]}" if code in advice and action != "login" else message
+        message = CREDENTIALS
+    elif code in (403, 404) and action in ("status", "log", "fetch"):
+        message = NO_KERNEL
+    elif code in (403, 404) and action != "login":
+        not_found = SOURCES if action == "push" else LOOK
+        message += f"; {ACCEPT if code == 403 else not_found}"
+    return Refused(f"kaggle {action}: {message}")
 
 
 def disconnected(action: str, text: str) -> Unreachable:

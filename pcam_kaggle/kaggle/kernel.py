@@ -19,7 +19,7 @@ MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
 # Kaggle's names of the accelerators that a session can use: the PyTorch of Kaggle's image has no kernels for a P100.
 ACCELERATORS = (DEFAULT_ACCELERATOR, "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
-# What the notebook relies on; Kaggle's defaults for missing fields differ.
+# What the notebook relies on; Kaggle's defaults differ.
 NEEDED = {
     "code_file": str(NOTEBOOK),
     "language": "python",
@@ -92,10 +92,7 @@ class Kernel:
 
 
 def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
-    """Raise UserError unless Kaggle would run what `kernel` and the files in the repository `root` mean.
-
-    Kaggle itself accepts most of what is refused here.
-    """
+    """Raise UserError unless Kaggle can run `kernel` with the files in the repository `root`; it accepts most mistakes."""
     if kernel.accelerator not in ACCELERATORS:
         raise UserError(f"--accelerator {kernel.accelerator}: can't be used; choose one of {', '.join(ACCELERATORS)}")
     if kernel.settings.hours > MOST_HOURS:
@@ -120,10 +117,7 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
 
 
 def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = ROOT) -> str:
-    """Write what Kaggle's client pushes, notebook and metadata, into `folder`, and return the kernel's id, owner/slug.
-
-    By `mark`, a comment in the notebook, this version is found on Kaggle.
-    """
+    """Write what Kaggle's client pushes into `folder`, the notebook with `mark` (see `notebook`); return the id, owner/slug."""
     metadata = _metadata(kernel, root)
     name = f"{owner}/{kernel.slug(root)}"
     changed = {

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pcam_kaggle.core.experiments import DEFAULT
-from pcam_kaggle.core.files import write
 
 PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
@@ -110,9 +109,3 @@ def _cell(kind: str, name: str, source: str, metadata: dict[str, Any] | None = N
     lines = source.strip().splitlines(keepends=True)
     cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": lines}
     return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
-
-
-def build() -> Path:
-    """Write the notebook into the repository and return its file."""
-    write(ROOT / NOTEBOOK, lambda file: file.write(notebook()))
-    return ROOT / NOTEBOOK

@@ -61,10 +61,7 @@ def session_file(workspace: Workspace, slug: str) -> Path:
 
 
 def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | None:
-    """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none.
-
-    Raises UserError if a session of another experiment is not downloaded yet, the quota is too small, or the push fails.
-    """
+    """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none."""
     file = session_file(workspace, kernel.slug())
     session = _pending(client, file)
     if session and session.run != kernel.plan.name:
@@ -87,10 +84,7 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | Non
 
 
 def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
-    """Follow `session` to its end and import the runs that it has saved.
-
-    Raises UserError if it fails; it is then forgotten, so that the same command starts a new one.
-    """
+    """Follow `session` and import the runs that it has saved; one that fails is forgotten, and the command starts a new one."""
     file = session_file(workspace, kernel.slug())
     status = _follow(client, session)
     if status.name != "COMPLETE":
@@ -102,10 +96,7 @@ def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspac
 
 
 def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> None:
-    """Import the runs that the last session of the kernel `name` (owner/slug) has saved.
-
-    Raises UserError if nothing was saved, files are damaged, or no run of `kernel` is among the saved ones.
-    """
+    """Import the runs that the last session of the kernel `name` (owner/slug) has saved, some of them those of `kernel`."""
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder))
         found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
@@ -190,16 +181,24 @@ def _push(client: Client, kernel: Kernel, file: Path) -> Session:
 
 def _follow(client: Client, session: Session) -> Status:
     """Show the status of `session` and the last line of its log until it is over; return its last status."""
-    lines, over = [""], threading.Event()
+    lines, over, answered = [""], threading.Event(), time.monotonic()
     # The stream of the log blocks, and does not tell when a session has failed to start.
     threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
         with status_line() as show:
-            while not (status := _patient_status(client, session.kernel)).is_over:
-                show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
+            while True:
+                try:
+                    status = client.status(session.kernel)
+                except Unreachable as error:
+                    if time.monotonic() - answered >= PATIENCE_SECONDS:
+                        raise
+                    show(f"{error}; the session continues, and its status is requested again")
+                else:
+                    answered = time.monotonic()
+                    show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
+                    if status.is_over:
+                        return status
                 time.sleep(POLL_SECONDS)
-            show(f"{session}: {status}")
-            return status
     finally:
         over.set()
 
@@ -213,20 +212,3 @@ def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Eve
             for piece in itertools.islice(client.follow_log(kernel), seen, None):
                 seen += 1
                 lines += piece.strip().splitlines()[-1:]
-                if over.is_set():
-                    return
-
-
-def _patient_status(client: Client, kernel: str) -> Status:
-    until = time.monotonic() + PATIENCE_SECONDS
-    has_warned = False
-    while True:
-        try:
-            return client.status(kernel)
-        except Unreachable as error:
-            if time.monotonic() >= until:
-                raise
-            if not has_warned:
-                log.warning("%s; the session continues, and its status is requested again", error)
-            has_warned = True
-            time.sleep(POLL_SECONDS)
