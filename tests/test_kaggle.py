@@ -175,11 +175,10 @@ def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, call: Ca
     kaggle.replies["SaveKernel"] = STARTED
     printed = call("run", "--detach", "-e", "quick", "--hours", "2", "--resume")
     sent = kaggle.bodies["SaveKernel"]
-    assert sent["slug"] == f"someone/{KERNEL}"
-    assert sent["kernelDataSources"] == [f"someone/{KERNEL}"]
-    assert sent["competitionDataSources"] == [COMPETITION]
-    assert sent["machineShape"] == "NvidiaTeslaT4"
-    assert (sent["enableInternet"], sent["isPrivate"], sent["enableGpu"]) == (False, True, True)
+    kernel = f"someone/{KERNEL}"
+    expected = {"slug": kernel, "kernelDataSources": [kernel], "competitionDataSources": [COMPETITION], "isPrivate": True}
+    expected |= {"machineShape": "NvidiaTeslaT4", "enableGpu": True, "enableInternet": False}
+    assert {key: sent[key] for key in expected} == expected
     cells = json.loads(sent["text"])["cells"]
     assert '\nEXPERIMENT = "quick"\n' in next(cell["source"] for cell in cells if cell["id"] == "settings")
     assert f"quick, version 3 of someone/{KERNEL} at {STARTED['url']}" in printed
@@ -317,15 +316,10 @@ def test_status_tells_login_quota_and_session(
     assert call("status", "--log").splitlines() == [*printed, "fold 0", "fold 1"]
 
 
-OLD = {"check": "status", "build": "notebook", "push": "run --detach", "logs": "status --log", "output": "fetch"}
-
-
-@pytest.mark.parametrize(("old", "new"), (OLD | {"leaderboard": "scores", "ledger": "scores"}).items())
-def test_an_old_command_names_the_new_one(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["kaggle", old, "-e", "quick"])
-    assert ended.value.code == 2
-    assert re.fullmatch(rf"error: `kaggle {old}` is now `kaggle {new}`; .*\n", capsys.readouterr().err)
+def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["kaggle", "push", "-e", "quick"])
+    assert re.fullmatch(r"error: `kaggle push` is now `kaggle run --detach`; .*\n", capsys.readouterr().err)
 
 
 def test_output_is_verified_and_imported(
@@ -335,15 +329,10 @@ def test_output_is_verified_and_imported(
     assert f"output: bottleneck imported into {home / 'runs'}" in call("fetch")
     for path in [*session.glob("runs/bottleneck/*.*"), *session.glob("runs/*/fold_*/*.*"), *session.glob("submissions/bott*")]:
         assert (home / path.relative_to(session)).read_bytes() == path.read_bytes()
-    assert not (home / "store").exists()
-    assert not (home / f"{KERNEL}.log").exists()
     home.rename(tmp_path / "work")
     again = pcam("pipeline")
     assert again.status == 0, again.err
     assert "(up to date)" in next(line for line in again.out.splitlines() if line.startswith("train"))
-    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == (
-        session / "submissions" / "bottleneck.csv"
-    ).read_bytes()
 
 
 def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Path, call: Call) -> None:

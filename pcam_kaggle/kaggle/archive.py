@@ -51,7 +51,6 @@ def _fetch(waiting: Path, unpacked: Path) -> None:
     archive, unpacking = waiting / f"{COMPETITION}.zip", waiting / "unpacking"
     if not archive.is_file():
         Client().download_archive(waiting / "partial").rename(archive)
-    shutil.rmtree(unpacking, ignore_errors=True)
     try:
         unpack(archive, unpacking)
         unpacking.rename(unpacked)

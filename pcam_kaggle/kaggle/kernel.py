@@ -101,9 +101,8 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
     metadata = _metadata(kernel, root)
     content = metadata.model_dump()
     wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if content.get(key) != value]
-    slug = metadata.id.rpartition("/")[2]
-    if slug != slugged(metadata.title):
-        wrong.append(f"title {metadata.title!r} must become the id's {slug!r}, not {slugged(metadata.title)!r}")
+    if metadata.id.rpartition("/")[2] != slugged(metadata.title):
+        wrong.append(f"id must end with {slugged(metadata.title)!r}, as Kaggle makes it of the title")
     if wrong:
         raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
     weights = {run.config.weights for run in kernel.plan.runs} - {""}
