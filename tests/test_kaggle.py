@@ -317,7 +317,7 @@ def test_status_tells_login_quota_and_session(
 
 
 def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["kaggle", "push", "-e", "quick"])
     assert re.fullmatch(r"error: `kaggle push` is now `kaggle run --detach`; .*\n", capsys.readouterr().err)
 

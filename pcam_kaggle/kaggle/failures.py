@@ -51,14 +51,14 @@ def asking(action: str) -> Iterator[None]:
         # The client replaces a refusal to show a kernel by a guess at its cause.
         if isinstance(error.__context__, HTTPError):
             raise _answered(action, error.__context__) from None
-        raise Refused(f"kaggle {action}: {error}") from None
+        raise Refused(f"kaggle {action}: {' '.join(str(error).split())}") from None
 
 
 def _answered(action: str, error: Any) -> UserError:
     """Return what to tell the user if `error` of requests is Kaggle's answer to `action`."""
     code = error.response.status_code if error.response is not None else 0
     # Without an address: those of downloads hold signatures.
-    message = re.sub(r" for url: .*$", "", str(error).strip().splitlines()[0])
+    message = re.sub(r" for url: .*$", "", " ".join(str(error).split()))
     if code == 429 or code >= 500:
         return Unreachable(f"kaggle {action}: {message}; Kaggle cannot answer now, try again later")
     if code == 401:
