@@ -284,6 +284,11 @@ def test_missing_or_revoked_credentials_are_one_line(kaggle: Kaggle, monkeypatch
     assert len(kaggle.asked) == asked
 
 
+def test_a_missing_client_is_one_line(monkeypatch: MonkeyPatch, call: Call) -> None:
+    monkeypatch.setattr("pcam_kaggle.kaggle.client.find_spec", lambda _: None)
+    assert "run pip install kaggle" in call("run", status=2)
+
+
 @pytest.mark.parametrize("in_file", [True, False])
 def test_a_token_is_enough(kaggle: Kaggle, in_file: bool, tmp_path: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
     use_token(monkeypatch)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +64,12 @@ class Client:
         self._log_in()
 
     def _log_in(self) -> None:
+        if find_spec("kaggle") is None:
+            raise UserError("Kaggle's client is not installed; run pip install kaggle")
         # The client logs in when it is imported, ignores a failure, and prints advice of its own.
         with asking("login"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                from kaggle.api.kaggle_api_extended import KaggleApi
-            except ModuleNotFoundError:
-                raise UserError("Kaggle's client is not installed; run pip install kaggle") from None
+            from kaggle.api.kaggle_api_extended import KaggleApi
+
             _limit_waiting()
             KaggleApi.already_printed_version_warning = True
             self._api: Any = KaggleApi()

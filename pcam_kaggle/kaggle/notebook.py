@@ -106,6 +106,5 @@ for folder in {json.dumps(folders)}:
 
 
 def _cell(kind: str, name: str, source: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    lines = source.strip().splitlines(keepends=True)
-    cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": lines}
+    cell = {"cell_type": kind, "id": name, "metadata": metadata or {}, "source": source.strip().splitlines(keepends=True)}
     return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
