@@ -20,7 +20,7 @@ KERNEL = "pcam-submission"
 STARTED = {"url": f"https://www.kaggle.com/code/someone/{KERNEL}", "versionNumber": 3}
 
 Content = dict[str, Any]
-Reply = Content | int | tuple[int, Content] | None
+Reply = Content | int | None
 
 
 def quota(left: float) -> dict[str, Reply]:
@@ -29,10 +29,9 @@ def quota(left: float) -> dict[str, Reply]:
 
 
 class Kaggle(ThreadingHTTPServer):
-    """A server that answers like Kaggle: with `replies` by the name of the request, otherwise with `status`.
+    """A server that answers like Kaggle: with `replies` by the name of the request, otherwise with a redirect to the archive.
 
-    A reply is JSON, a status, a status with JSON, None to close the connection, or a function of the request's content that
-    returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
+    A reply is JSON, a status, None to close the connection, or a function of the request's content that returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
     `put` is the last upload, `stream` has the pieces of a session's log. `halfway` is called once, in the middle of a download
     of the archive, which then breaks off. `hook` is called with the name of each request, `upload`, `download` or `log`, before
     it is answered.
@@ -40,7 +39,7 @@ class Kaggle(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.archive, self.status = b"", 302
+        self.archive = b""
         self.asked: list[str] = []
         self.credentials: set[str] = set()
         self.sent = self.streamed = 0
@@ -79,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.rsplit("/", 1)[1]
         if name not in self.server.replies:
             self.server.hook(name)
-            self.answer(self.server.status, b"", Location=self.server.address(ARCHIVE))
+            self.answer(302, b"", Location=self.server.address(ARCHIVE))
             return
         self.server.bodies[name] = json.loads(body)
         reply = self.server.replies[name]
@@ -89,8 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(reply, int):
             self.answer(reply, b"{}")
         elif reply is not None:
-            status, content = reply if isinstance(reply, tuple) else (200, reply)
-            self.answer(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+            self.answer(200, json.dumps(reply).encode(), **{"Content-Type": "application/json"})
         else:
             self.close_connection = True
             self.connection.close()
@@ -157,7 +155,6 @@ def saved(kaggle: Kaggle, session: Path) -> None:
     listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
 
     def page(body: Content) -> Reply:
-        """List a few files at a time, whatever was asked for."""
         start = int(body.get("pageToken") or 0)
         more = {"nextPageToken": str(start + 7)} if start + 7 < len(listed) else {}
         return {"files": listed[start : start + 7], "log": "done", **more}
