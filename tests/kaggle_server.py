@@ -31,10 +31,10 @@ def quota(left: float) -> dict[str, Reply]:
 class Kaggle(ThreadingHTTPServer):
     """A server that answers like Kaggle: with `replies` by the name of the request, otherwise with a redirect to the archive.
 
-    A reply is JSON, a status, None to close the connection, or a function of the request's content that returns one of these. `files` has the content of each file that can be downloaded, or the status with which that fails;
-    `put` is the last upload, `stream` has the pieces of a session's log. `halfway` is called once, in the middle of a download
-    of the archive, which then breaks off. `hook` is called with the name of each request, `upload`, `download` or `log`, before
-    it is answered.
+    A reply is JSON, a status, None to close the connection, or a function of the request's content that returns one of these.
+    `files` has the content of each file that can be downloaded, or the status with which that fails; `put` is the last upload,
+    `stream` has the pieces of a session's log. `halfway` is called once, in the middle of a download of the archive, which then
+    breaks off. `hook` is called with the name of each request, `upload`, `download` or `log`, before it is answered.
     """
 
     def __init__(self) -> None:
