@@ -201,6 +201,7 @@ COMMANDS = {
     "GetKernelSessionStatus": "fetch",
     "ListKernelSessionOutput": "fetch",
     "IntrospectToken": "download",
+    "GetAcceleratorQuotaStatistics": "status",
 }
 
 
@@ -248,6 +249,7 @@ UNKNOWN = [f"someone/weights-{number}" for number in range(7)]
         ("ListSubmissions", {"code": 400, "message": "no such thing"}, "no such thing"),
         ("ListSubmissions", {"submissions": [{"ref": 1, "status": "LOST"}]}, "can't read Kaggle's reply"),
         ("ListSubmissions", {"submissions": {"ref": 1}}, "can't read Kaggle's reply"),
+        (QUOTA, {"quotaRefreshTime": "soon"}, "kaggle quota: "),
     ],
 )
 def test_what_kaggle_says_is_shown(kaggle: Kaggle, name: str, reply: Reply, expected: str, call: Call) -> None:
@@ -330,6 +332,8 @@ def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) ->
 def test_output_is_verified_and_imported(
     kaggle: Kaggle, session: Path, home: Path, pcam: Callable[..., Outcome], tmp_path: Path, call: Call
 ) -> None:
+    kaggle.replies["ListKernelSessionOutput"] = {}
+    assert "has saved no runs" in call("fetch", status=2)
     saved(kaggle, session)
     assert f"output: bottleneck imported into {home / 'runs'}" in call("fetch")
     for path in [*session.glob("runs/bottleneck/*.*"), *session.glob("runs/*/fold_*/*.*"), *session.glob("submissions/bott*")]:
