@@ -301,6 +301,7 @@ def test_what_is_pushed_is_what_was_asked_for(
     kernel: Kernel, fields: dict[str, Any], changes: list[str], tmp_path: Path
 ) -> None:
     root, folder = copy(tmp_path / "root"), tmp_path / "push"
+    folder.mkdir()
     check_kernel(kernel, root)
     assert pack(kernel, "someone", folder, root=root) == (PLAIN | fields)["id"]
     tracked, metadata = (json.loads((place / METADATA).read_text()) for place in (root, folder))
