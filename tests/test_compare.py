@@ -44,10 +44,12 @@ def work(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Return the folder of four runs: two similar ones, a worse one, and one on other folds."""
+    """Return the folder of five runs: two similar ones, a worse one, one on other folds, and one on fewer patches."""
     for seed, (name, noise) in enumerate((("best", 0.9), ("worse", 4.0), ("twin", 0.95)), 1):
         write_blended_run(tmp_path, noisy(name, noise, seed))
     write_blended_run(tmp_path, replace(noisy("elsewhere", 1.0, 4), folds_sha256="other"))
+    fewer = noisy("fewer", 4.0, 5)
+    write_blended_run(tmp_path, replace(fewer, oof=fewer.oof[1:].reset_index(drop=True)))
     return tmp_path / "runs"
 
 
@@ -185,11 +187,11 @@ def test_a_damaged_run_is_listed_with_its_reason(runs: Path, capsys: pytest.Capt
     for seed, (name, (damage, _)) in enumerate(DAMAGES.items()):
         damage(write_blended_run(runs.parent, noisy(name, 1.0, seed)))
     notes = {row["run"]: row["note"] for row in json.loads(compared(runs.parent, capsys))["runs"]}
-    assert list(notes)[3:4] == ["worse"]
-    assert sorted(list(notes)[4:]) == sorted(DAMAGES)
+    assert sorted(list(notes)[5:]) == sorted(DAMAGES)
     for name, (_, reason) in DAMAGES.items():
         assert reason in notes[name], name
     assert notes["elsewhere"] == "not paired: folds or labels differ from those of best"
+    assert notes["fewer"] == "not paired: patches differ from those of best"
     assert re.search(r"^ *unfinished .*folds 1 lack", compared(runs.parent, capsys, form="text"), re.MULTILINE)
 
 

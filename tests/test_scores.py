@@ -124,7 +124,9 @@ def test_the_auc_on_held_out_slides_is_that_of_the_present_models(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], package_log: pytest.LogCaptureFixture
 ) -> None:
     evaluated = read_json(workspace.evaluations / "others" / "result.json")["runs"][0]
+    (workspace.evaluations / "of_other_runs").mkdir()
     row = scores(workspace).iloc[0].to_dict()
+    assert row["of_other_runs"] == ""
     assert row["submission"] == "bottleneck"
     assert row["others"] == f"{evaluated['mean']['value']:.4f} (3 models)"
     assert row["OOF AUC"] == Run(workspace.run("bottleneck")).blend_metrics().pooled.text()

@@ -79,7 +79,7 @@ class BackendRecord(Record):
     """What a session computed on: kind of device, precision and memory format."""
 
     kind: str
-    precision: str
+    precision: str = "fp32"
     memory_format: str = "channels_last"
 
 
