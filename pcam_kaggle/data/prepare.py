@@ -54,7 +54,9 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
 
 
 def _declared_ids(data: Data) -> Ids:
-    ids = read_json(data.declaration).get("ids") if data.declaration.is_file() else "sha1"
+    if not data.declaration.is_file():
+        return "sha1"
+    ids = read_json(data.declaration).get("ids")
     if ids not in ("sha1", "names"):
         raise UserError(f'{data.declaration}: "ids" must be "sha1" or "names"')
     return ids
