@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -413,17 +412,6 @@ def test_status_tells_login_quota_and_session(
     printed = ["login: someone, who has joined the competition", f"quota: {quota}", f"session: {told}"]
     assert call("status").splitlines() == printed
     assert call("status", "--log").splitlines() == [*printed, "fold 0", "fold 1"]
-
-
-OLD = {"check": "status", "build": "notebook", "push": "run --detach", "logs": "status --log", "output": "fetch"}
-
-
-@pytest.mark.parametrize(("old", "new"), (OLD | {"leaderboard": "scores", "ledger": "scores"}).items())
-def test_an_old_command_names_the_new_one(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["kaggle", old, "-e", "quick"])
-    assert ended.value.code == 2
-    assert re.fullmatch(rf"error: `kaggle {old}` is now `kaggle {new}`; .*\n", capsys.readouterr().err)
 
 
 def test_output_is_verified_and_imported(

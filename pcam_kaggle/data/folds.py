@@ -123,6 +123,8 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
                 f"folds ({examples(lacking)}); complete it or use --set groups=none",
                 lacking,
             )
+        if groups.nunique() < scheme.n_splits:
+            raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
         splitter = StratifiedGroupKFold(scheme.n_splits, shuffle=True, random_state=scheme.seed)
         table["group"] = groups
     if table["label"].value_counts().min() < scheme.n_splits:

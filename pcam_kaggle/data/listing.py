@@ -135,7 +135,7 @@ def read_row(folder: Path, row: Row, ids: Ids, target: NDArray[np.uint8]) -> tup
     try:
         digest = read_patch(folder / row.file, target)
         if ids == "sha1" and digest != row.id:
-            advice = "damaged, re-encoded or resaved: take the original file, or accept it as it is with --ids names"
+            advice = "copy the original file again, or accept one that was re-encoded with --ids names"
             raise Damaged("the SHA-1 of the pixels is not the id", advice)
     except Damaged as damage:
         target[:] = 0
