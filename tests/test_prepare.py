@@ -224,7 +224,7 @@ def test_ids_that_are_names_are_declared_not_guessed(data: Data, tmp_path: Path)
     write_json(data.declaration, {"ids": "names"})
     assert prepare(data, tmp_path / "store")[0].ids == "names"
     write_json(data.declaration, {"ids": "numbers"})
-    with pytest.raises(UserError, match=r'"ids" must be "sha1" or "names"'):
+    with pytest.raises(UserError, match=r"dataset.json: ids: .*'sha1' or 'names'"):
         prepare(data, tmp_path / "store")
 
 

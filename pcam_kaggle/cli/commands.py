@@ -23,14 +23,6 @@ from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 log = logging.getLogger(__name__)
 
 
-def _run_pipeline(options: argparse.Namespace) -> None:
-    run_all(_job(options))
-
-
-def _run_probe(options: argparse.Namespace) -> None:
-    run_all(_job(options, PRETRAINED, PROBE, "-probe"))
-
-
 def _run_stage(options: argparse.Namespace) -> None:
     job, order = _job(options), [*STAGES]
     run_stage(job, options.command)
@@ -136,8 +128,8 @@ def _run_config(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(STAGES, _run_stage),
-    "pipeline": _run_pipeline,
-    "probe": _run_probe,
+    "pipeline": lambda options: run_all(_job(options)),
+    "probe": lambda options: run_all(_job(options, PRETRAINED, PROBE, "-probe")),
     "compare": _run_compare,
     "evaluate": _run_evaluate,
     "report": _run_report,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
 
 METHODS = ("mean", "rank", "climb")
-MOST_SEEDS = 100
+KAGGLE = "Kaggle: data, training in a session, submissions and scores"
 
 
 class Option:
@@ -21,12 +21,11 @@ class Option:
 
 
 class Command(NamedTuple):
-    """A command with its options, or a group of commands; a nested tuple holds mutually exclusive options."""
+    """A command with its options; a nested tuple holds mutually exclusive options."""
 
     name: str
     purpose: str
     options: tuple[Option | tuple[Option, ...], ...] = ()
-    commands: tuple["Command", ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,8 +44,8 @@ def _folds(text: str) -> tuple[int, ...]:
 
 
 def _seeds(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_SEEDS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEEDS}")
+    if not (text.isdecimal() and 1 <= int(text) <= 100):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 100")
     return int(text)
 
 
@@ -116,6 +115,7 @@ SESSION = (
     Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]"),
     Option(
         "--weights",
+        default="",
         metavar="owner/name",
         help="dataset, or model as owner/name/framework/variation/version, to attach and use; with --internet also pretrained",
     ),
@@ -144,40 +144,30 @@ COMMANDS = (
     Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
     Command("report", "write an HTML report of runs, into reports/", (RUNS, BASELINE, SLIDES)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
-    Command(
-        "kaggle",
-        "Kaggle: data, training in a session, submissions and scores",
-        commands=(
-            Command("run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
-            Command("status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
-            Command("fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
-            Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
-            Command("scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
-            Command("notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
-            Command("download", "download, verify and unpack the competition's data"),
-        ),
-    ),
+    Command("kaggle run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
+    Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
+    Command("kaggle fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
+    Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
+    Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
+    Command("kaggle notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
+    Command("kaggle download", "download, verify and unpack the competition's data"),
 )
 
 
 def parser() -> Parser:
-    """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle run`."""
+    """Return the parser of all commands; `command` of what it parses is the name of one, such as `kaggle run`."""
     top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
     top.set_defaults(**DEFAULTS)
-    _add_commands(top, COMMANDS, "")
+    groups = {"": top.add_subparsers(required=True, metavar="command", parser_class=Parser)}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            parent = groups[""].add_parser(group, help=KAGGLE, description=KAGGLE)
+            groups[group] = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
+        added = groups[group].add_parser(name, help=command.purpose, description=command.purpose)
+        added.set_defaults(command=command.name)
+        for each in (*command.options, *COMMON):
+            target, options = (added.add_mutually_exclusive_group(), each) if isinstance(each, tuple) else (added, (each,))
+            for option in options:
+                target.add_argument(*option.flags, **option.settings)
     return top
-
-
-def _add_commands(parent: Parser, commands: tuple[Command, ...], path: str) -> None:
-    group = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
-    for command in commands:
-        added = group.add_parser(command.name, help=command.purpose, description=command.purpose)
-        name = f"{path} {command.name}".strip()
-        if command.commands:
-            _add_commands(added, command.commands, name)
-        else:
-            added.set_defaults(command=name)
-            for each in (*command.options, *COMMON):
-                target, options = (added.add_mutually_exclusive_group(), each) if isinstance(each, tuple) else (added, (each,))
-                for option in options:
-                    target.add_argument(*option.flags, **option.settings)

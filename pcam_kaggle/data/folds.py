@@ -141,8 +141,8 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
 def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
     """Write `<scheme>.csv` and its manifest `<scheme>.json` into `folder`, or load them if they exist.
 
-    The same labels, scheme and slides give the same bytes, independent of the order of rows. Of the two files, a lost one is
-    written again. Returns the folds, and whether anything was written.
+    The same labels, scheme and slides give the same bytes, independent of the order of rows. One of the two files alone is
+    replaced. Returns the folds, and whether anything was written.
     """
     file = folder / f"{scheme.name}.csv"
     manifest_file = file.with_suffix(".json")
@@ -150,34 +150,28 @@ def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
         return load_folds(labels, scheme, slides, folder), False
     table = draw_folds(labels, scheme, slides)
     manifest = _manifest(table, scheme, slides)
-    is_other_manifest = manifest_file.exists() and FoldsManifest.read(manifest_file) != manifest
-    if is_other_manifest or (file.exists() and file_sha256(file) != manifest.csv_sha256):
-        raise UserError(f"{manifest_file if is_other_manifest else file}: belongs to other labels or slides; {_advice(scheme)}")
     write_csv(file, table)
     manifest.write(manifest_file)
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 
 def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> Folds:
-    """Return the folds of `scheme` from `folder`.
-
-    Raises:
-        UserError: They are missing, changed since they were drawn, or belong to other labels or slides.
-    """
+    """Return the folds of `scheme` from `folder`, unless they have changed or belong to other labels or slides."""
     file = folder / f"{scheme.name}.csv"
     manifest_file = file.with_suffix(".json")
     if not file.exists() or not manifest_file.exists():
         raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
+    advice = f"delete {scheme.name}.csv and .json to draw the folds again, or use another folder with --work"
     manifest = FoldsManifest.read(manifest_file)
     if manifest.labels_sha256 != labels_sha256(labels):
-        raise UserError(f"{file}: belongs to other labels; {_advice(scheme)}")
+        raise UserError(f"{file}: belongs to other labels; {advice}")
     if manifest.slides_sha256 != _slides_sha256(slides):
-        raise UserError(f"{file}: belongs to another slide map; {_advice(scheme)}")
+        raise UserError(f"{file}: belongs to another slide map; {advice}")
     if manifest.csv_sha256 == file_sha256(file):
         table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
         if manifest == _manifest(table, scheme, slides):
             return Folds(table[["id", "label", "fold"]], manifest)
-    raise UserError(f"{file}: it or its manifest has changed since it was drawn; {_advice(scheme)}")
+    raise UserError(f"{file}: it or its manifest has changed since it was drawn; {advice}")
 
 
 def read_groups(file: Path) -> pd.DataFrame | None:
@@ -202,10 +196,6 @@ def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) 
         slides_sha256=_slides_sha256(slides),
         csv_sha256=sha256(csv_bytes(table)),
     )
-
-
-def _advice(scheme: Scheme) -> str:
-    return f"delete {scheme.name}.csv and .json to draw the folds again, or use another folder with --work"
 
 
 def _slides_sha256(slides: pd.DataFrame | None) -> str | None:

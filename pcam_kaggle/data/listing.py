@@ -22,7 +22,7 @@ IMAGES = (*TIF, ".png", ".jpg", ".jpeg")
 
 
 class Row(NamedTuple):
-    """A listed patch: its split and id, and the name of its file, `<id>.tif` if there is none."""
+    """A listed patch: its split and id, and the name of its file: the first of several, `<id>.tif` if there is none."""
 
     split: str
     id: str
@@ -44,28 +44,27 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the ids in its table, sorted, and the TIFs of its folder, without hidden ones.
-
-    `files` maps each id on the disk to the name of its file; of several files with one id, to the first.
-    """
+    """One split: the patches in its table, sorted by id, and the TIFs of its folder, sorted by name, without hidden ones."""
 
     name: str
     folder: Path
     table: Path
-    ids: list[str]
+    rows: list[Row]
     tifs: list[os.DirEntry[str]]
-    files: dict[str, str]
 
     @property
-    def rows(self) -> list[Row]:
-        """The listed patches, sorted by id."""
-        return [Row(self.name, name, self.files.get(name, f"{name}.tif")) for name in self.ids]
+    def missing(self) -> list[str]:
+        """The ids that have no file."""
+        names = {entry.name for entry in self.tifs}
+        return [row.id for row in self.rows if row.file not in names]
 
     @property
     def unlisted(self) -> list[Problem]:
-        """The files that the table does not list."""
-        names, reason = sorted(self.files.keys() - set(self.ids)), f"not listed in {self.table.name}"
-        return [Problem(self.name, name, self.files[name], reason, "add the row or remove the file") for name in names]
+        """The files that the table does not list, and second ones of an id."""
+        listed = {row.file for row in self.rows}
+        reason = f"not listed in {self.table.name}, or a second file of an id"
+        unlisted = [entry.name for entry in self.tifs if entry.name not in listed]
+        return [Problem(self.name, _stem(name), name, reason, "add the row or remove the file") for name in unlisted]
 
 
 def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
@@ -83,14 +82,14 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
         raise UserError(f"{folder}: no such folder; it must hold the TIFs of {name}{unpack}") from None
     tifs = [entry for entry in visible if entry.name.lower().endswith(TIF)]
     others = [entry for entry in visible if not entry.name.lower().endswith(TIF)]
-    split = Split(name, folder, table, sorted(ids), tifs, {_stem(entry): entry.name for entry in reversed(tifs)})
-    missing = [each for each in split.ids if each not in split.files]
-    if 2 * len(missing) > len(ids):
-        _explain_missing(split, missing, others)
+    files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
+    split = Split(name, folder, table, [Row(name, each, files.get(each, f"{each}.tif")) for each in sorted(ids)], tifs)
+    if 2 * len(split.missing) > len(ids):
+        _explain_missing(split, others)
     return split
 
 
-def _explain_missing(split: Split, missing: list[str], others: list[os.DirEntry[str]]) -> None:
+def _explain_missing(split: Split, others: list[os.DirEntry[str]]) -> None:
     """Raise UserError if the folder of `split` shows why most of its files are missing."""
     nested = [entry.name for entry in others if entry.is_dir() and any(map(_is_image, Path(entry).iterdir()))]
     if nested:
@@ -107,23 +106,19 @@ def _explain_missing(split: Split, missing: list[str], others: list[os.DirEntry[
         names = [entry.name for entry in others]
         other = f" but {len(names):,} other entries ({examples(names)})" if names else ""
         found = f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it"
-        raise UserError(f"{found}: {len(missing):,} ids ({examples(missing)})", missing)
+        raise UserError(f"{found}: {len(split.missing):,} ids ({examples(split.missing)})", split.missing)
 
 
 def listing_problems(split: Split, ids: Ids) -> list[Problem]:
-    """Return the listed patches of `split` that have no file, several files, or no SHA-1 for an id."""
+    """Return the listed patches of `split` that have no file, or no SHA-1 for an id."""
     found = []
-    missing = f"missing, though listed in {split.table.name}"
+    missing = set(split.missing)
     for row in split.rows:
         if ids == "sha1" and not SHA1.fullmatch(row.id):
             found.append(Problem(*row, "its id is no SHA-1 in lower case", "use --ids names for other ids"))
-        elif row.id not in split.files:
-            found.append(Problem(*row, missing, "copy the file again or drop the row"))
-    for entry in split.tifs:
-        first = split.files[_stem(entry)]
-        if entry.name != first:
-            advice = f"remove it or {first}"
-            found.append(Problem(split.name, _stem(entry), entry.name, "there are two files of this id", advice))
+        elif row.id in missing:
+            reason = f"missing, though listed in {split.table.name}"
+            found.append(Problem(*row, reason, "copy the file again or drop the row"))
     return found
 
 
@@ -147,7 +142,7 @@ def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem],
     """Raise UserError if there are `problems`: one that most patches of a split have, or else examples and `advice`."""
     lines = list(map(str, problems))
     for split in splits:
-        total = max(len(split.ids), len(split.files))
+        total = max(len(split.rows), len(split.tifs))
         reasons = Counter(problem.reason for problem in problems if problem.split == split.name)
         for reason, count in reasons.most_common(1):
             if count > EXAMPLES and 2 * count > total:
@@ -162,5 +157,5 @@ def _is_image(file: os.DirEntry[str] | Path) -> bool:
     return file.name.lower().endswith(IMAGES)
 
 
-def _stem(file: os.DirEntry[str]) -> str:
-    return file.name.rpartition(".")[0]
+def _stem(file: str) -> str:
+    return file.rpartition(".")[0]

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import building, file_sha256, locked, read_json, sha256, write_csv
+from pcam_kaggle.core.files import building, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import end_with_parent
+from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.listing import Ids, Problem, Row, Split, listing_problems, raise_problems, read_row, read_split
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
 from pcam_kaggle.data.tables import read_labels, read_sample
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 CHUNK = 64
 
 
+class Declaration(Record):
+    """The optional dataset.json beside the patches."""
+
+    ids: Ids = "sha1"
+
+
 def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[StoreManifest, bool]:
     """Pack all patches of `data` into the folder `store`, unless it already holds the store of the same files.
 
@@ -38,7 +45,7 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
 
     Patches that are damaged, missing or unlabelled are a UserError that lists all of them; the old store is then unchanged.
     """
-    ids = ids or _declared_ids(data)
+    ids = ids or (Declaration.read(data.declaration).ids if data.declaration.is_file() else "sha1")
     labels = read_labels(data.labels)
     listed = {"train": labels["id"].tolist(), "test": read_sample(data.sample)["id"].tolist()}
     splits = [read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")]
@@ -51,15 +58,6 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
             manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
             manifest.write(folder / "manifest.json")
     return manifest, True
-
-
-def _declared_ids(data: Data) -> Ids:
-    if not data.declaration.is_file():
-        return "sha1"
-    ids = read_json(data.declaration).get("ids")
-    if ids not in ("sha1", "names"):
-        raise UserError(f'{data.declaration}: "ids" must be "sha1" or "names"')
-    return ids
 
 
 def _build(
@@ -93,7 +91,7 @@ def _build(
         train=kinds.count("train"),
         test=kinds.count("test"),
         skipped=len(skipped),
-        in_both=tuple(sorted({*splits[0].ids} & {*splits[1].ids})),
+        in_both=tuple(sorted(set.intersection(*({row.id for row in split.rows} for split in splits)))),
         train_sha256=hashes["train"],
         test_sha256=hashes["test"],
         index_sha256=file_sha256(folder / "index.csv"),
