@@ -101,8 +101,11 @@ FAULTS: dict[str, Fault] = {
 }
 # What the error names, if it is not the id of the first train patch.
 NAMED = {
-    "shorter than a patch": SHORT, "added": sha1(BLACK), "climbing id": "../escape",
-    "unknown test id": "ab" * 20, "one class": "train_labels.csv",
+    "shorter than a patch": SHORT,
+    "added": sha1(BLACK),
+    "climbing id": "../escape",
+    "unknown test id": "ab" * 20,
+    "one class": "train_labels.csv",
 }
 
 

@@ -29,13 +29,12 @@ def encoded(image: Image.Image = IMAGE, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def tagged(tag: int, value: int, other: int = 0) -> bytes:
-    """Return an uncompressed TIFF of the patch with another value of `tag`, and of the tag `other`."""
+def tagged(value: int, *tags: int) -> bytes:
+    """Return an uncompressed TIFF of the patch whose `tags` have another value."""
     content = bytearray(encoded(compression="raw"))
-    for each in (tag, other):
-        place = max(content.find(struct.pack("<HHI", each, kind, 1)) for kind in (3, 4))
-        if place >= 0:
-            struct.pack_into("<I", content, place + 8, value)
+    for tag in tags:
+        place = max(content.find(struct.pack("<HHI", tag, kind, 1)) for kind in (3, 4))
+        struct.pack_into("<I", content, place + 8, value)
     return bytes(content)
 
 
@@ -78,11 +77,11 @@ REFUSED = [
     *[(cv2.imencode(kind, DEEP)[1].tobytes(), "is 96x96 px 16-bit RGB, not 96x96 px RGB.*8-bit") for kind in (".tif", ".png")],
     *[(encoded(IMAGE.convert(mode)), f"is 96x96 px {mode}, not 96x96 px RGB") for mode in ("1", "L", "P", "RGBA", "CMYK", "F")],
     (encoded(IMAGE.resize((95, 96))), "is 95x96 px RGB, not 96x96 px RGB.*take the original"),
-    (tagged(WIDTH, 12000, HEIGHT), "is 12000x12000 px RGB"),
+    (tagged(12000, WIDTH, HEIGHT), "is 12000x12000 px RGB"),
     *[(content, "can't be decoded") for content in (b"", b"II*", b"no image" * 99, encoded(format="GIF"))],
     *[(EXACT[kind][: SIZE // 2], "can't be decoded") for kind in ("raw", "tiff_lzw", "BigTIFF")],
-    *[(tagged(COMPRESSION, number), "can't be decoded") for number in (2, 6, 7, 9999, 34712, 34925, 50000)],
-    (tagged(WIDTH, 60000, HEIGHT), "can't be decoded"),
+    *[(tagged(number, COMPRESSION), "can't be decoded") for number in (2, 6, 7, 9999, 34712, 34925, 50000)],
+    (tagged(60000, WIDTH, HEIGHT), "can't be decoded"),
 ]
 
 
@@ -123,7 +122,7 @@ def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -
 
 def test_any_bytes_are_a_patch_or_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
-    originals = [*EXACT.values(), *CHANGED.values(), tagged(COMPRESSION, 50000)]
+    originals = [*EXACT.values(), *CHANGED.values(), tagged(50000, COMPRESSION)]
     n_damaged = 0
     for number in range(600):
         content = bytearray(originals[number % len(originals)])

@@ -70,8 +70,7 @@ class Split:
 def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
     """Return the split called `name` in `folder`, whose `table` lists `ids`.
 
-    Raises:
-        UserError: The folder is missing; or most ids have no file, and the folder shows why.
+    A missing folder is a UserError, and so is one in which most ids have no file, if it shows why.
     """
     try:
         with os.scandir(folder) as entries:

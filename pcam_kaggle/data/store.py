@@ -58,20 +58,17 @@ class PatchStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = complete_manifest(folder)
-        if manifest is None:
+        if complete_manifest(folder) is None:
             advice = "run `python -m pcam_kaggle prepare`"
             raise UserError(f"{folder}: no patch store, or one that is incomplete or outdated; {advice}")
-        self.folder, self.manifest = folder, manifest
+        # First: if the folder is replaced between the reads, `images` notices.
+        self.folder, self._file = folder, _identity(folder / "patches.npy")
+        self.manifest = StoreManifest.read(folder / "manifest.json")
         index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }
-        self._file = _identity(folder / "patches.npy")
         self._images: NDArray[np.uint8] | None = None
-        # The folder may have been replaced between the reads above.
-        if complete_manifest(folder) != manifest:
-            raise self._replaced()
 
     def ids(self, split: str) -> NDArray[np.object_]:
         """Return the ids of `split` (train or test) in the order of the store, which is sorted."""
@@ -95,12 +92,9 @@ class PatchStore:
             except OSError:
                 is_replaced = True
             if is_replaced:
-                raise self._replaced()
+                raise UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
             self._images = images
         return self._images[rows]
-
-    def _replaced(self) -> UserError:
-        return UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_images": None}
