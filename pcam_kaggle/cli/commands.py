@@ -38,7 +38,7 @@ def _run_stage(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
-    # `changes` to the config precede those of the options; `suffix` ends the run's name if none is given.
+    """Return the job of `options`; `changes` to the config precede theirs, `suffix` ends the run's name if none is given."""
     runs = tuple(options.members)
     if runs and options.seeds > 1:
         raise UserError(f"--seeds {options.seeds}: trains runs, so it can't be combined with runs to blend")
