@@ -1,6 +1,5 @@
 """The store contains the exact pixels of the files, and an unusable file is named in a one-line error."""
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,11 +288,6 @@ def move_to(name: Callable[[Path], str]) -> Mistake:
     return each(move)
 
 
-def as_jpeg(tif: Path) -> None:
-    Image.open(tif).save(buffer := io.BytesIO(), "JPEG")
-    tif.write_bytes(buffer.getvalue())
-
-
 def still_packed(data: Data, split: str) -> None:
     data.patches(split).with_suffix(".zip").touch()
     shutil.rmtree(data.patches(split))
@@ -314,16 +308,12 @@ def half_copied(data: Data, split: str) -> None:
         tif.unlink()
 
 
-def half_listed(data: Data, split: str) -> None:
-    edit(data.table(split), lambda table: table.iloc[:1] if split == "test" else table.iloc[:4])
-
-
 SAME = r"(\d+) of \1 patches have the same problem: "
 NO_NAMES = r"(\d+) of \1 ids are not plain file names .*without folder and extension"
 LARGE = np.zeros((224, 224, 3), np.uint8)
 # Only the pixels show these.
 IN_PIXELS = {
-    "re-encoded": (each(as_jpeg), SAME + "the SHA-1 .*copy the original .*--ids names"),
+    "re-encoded": (each(lambda tif: Image.open(tif).save(tif, "JPEG")), SAME + "the SHA-1 .*copy the original .*--ids names"),
     "cut short": (each(lambda tif: tif.write_bytes(tif.read_bytes()[:9999])), SAME + "can't be decoded.*copy the file again"),
     "resized": (each(lambda tif: write_tif(tif, LARGE)), SAME + "is 224x224 px RGB, not 96x96 px RGB"),
 }
@@ -333,7 +323,10 @@ SKIPPED = {
     "capital ids": (ids(lambda names: names.str.upper()), SAME + "its id is no SHA-1 in lower case"),
     "other ids": (other_kind_of_ids, SAME + "its id is no SHA-1 .*--ids names"),
     "half copied": (half_copied, "of .* patches have the same problem: missing, though listed in"),
-    "half listed": (half_listed, "of .* patches have the same problem: not listed in"),
+    "half listed": (
+        lambda data, split: edit(data.table(split), lambda rows: rows.groupby("label").head(1)),
+        "of .* patches have the same problem: not listed in",
+    ),
 }
 MISTAKES = {
     **SKIPPED,
