@@ -41,7 +41,6 @@ os.environ["KAGGLE_API_ENVIRONMENT"] = "LOCALHOST"
 
 # The real patches, where there are any. Tests do not see the variables themselves.
 REAL_DATA = os.environ.get("PCAM_DATA")
-VARIABLES = ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG")
 
 TINY = [
     *("width=4", "n_blocks=2", "side=32", "hidden=8", "batch_size=8", "epochs=2", "average_epochs=0.5"),
@@ -50,36 +49,21 @@ TINY = [
 
 
 class Outcome(NamedTuple):
-    """The exit status, standard output and standard error of a command."""
-
     status: int
     out: str
     err: str
 
 
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
-    """Write an RGB patch in the competition's format: uncompressed, the pixels at the end."""
     Image.fromarray(patch).save(path)
 
 
 def sha1(patch: NDArray[np.uint8]) -> str:
-    """Return the id of a patch."""
     return hashlib.sha1(patch.tobytes(), usedforsecurity=False).hexdigest()
 
 
 def first_tif(data: Data, split: str = "train") -> Path:
-    """Return the file of one patch."""
     return min(data.patches(split).glob("*.tif"))
-
-
-def read_terminal(terminal: int) -> str:
-    """Return all that was written to the other, closed end of `terminal`, and close it."""
-    pieces = []
-    # Once everything is read, a terminal without a writer is an error.
-    with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):
-        while piece := file.read(1 << 12):
-            pieces.append(piece)
-    return b"".join(pieces).decode()
 
 
 @contextlib.contextmanager
@@ -91,11 +75,16 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with os.fdopen(end, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
         yield shown
-    shown.append(read_terminal(terminal))
+    # Once everything is read, a terminal without a writer is an error.
+    content = b""
+    with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):
+        while piece := file.read(1 << 12):
+            content += piece
+    shown.append(content.decode())
 
 
 class Others:
-    """Labelled patches of other slides: a folder of TIFs and a CSV beside it."""
+    """Twelve held-out patches: a folder of TIFs and a CSV beside it; `options` of `evaluate` name them."""
 
     def __init__(self, root: Path, names: list[str] | None = None) -> None:
         self.patches, self.labels = root / "patches", root / "labels.csv"
@@ -108,17 +97,14 @@ class Others:
         self.save()
 
     def save(self) -> None:
-        """Write the labels."""
         self.table.to_csv(self.labels, index=False)
 
     @property
     def options(self) -> list[str]:
-        """The options of `evaluate` that name them."""
         return ["--patches", str(self.patches), "--labels", str(self.labels)]
 
 
 def run_tiny(data: Data, work: Path, command: str, *arguments: str) -> int:
-    """Run a command on `data` in the workspace `work` with the tiny config; return its exit status."""
     fields = [part for field in TINY for part in ("--set", field)]
     return main([command, "--data", str(data.root), "--work", str(work), *fields, *arguments])
 
@@ -131,7 +117,7 @@ def run_quietly(data: Data, work: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Return the patches of `data`, which no test may change."""
+    """Return the patches of `data`, which no test may change, as the workspace of `finished_run`."""
     made = Data(tmp_path_factory.mktemp("shared") / "data")
     rng = np.random.default_rng(0)
     for split, count in (("train", 36), ("test", 7)):
@@ -142,14 +128,12 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             patch = rng.integers(0, 160 if label else 256, (96, 96, 3), dtype=np.uint8)
             write_tif(made.patches(split) / f"{sha1(patch)}.tif", patch)
             rows.append((sha1(patch), int(label)))
-        table = pd.DataFrame(rows, columns=["id", "label"])
-        table.to_csv(made.labels if split == "train" else made.sample, index=False)
+        pd.DataFrame(rows, columns=["id", "label"]).to_csv(made.table(split), index=False)
     return made
 
 
 @pytest.fixture(scope="session")
 def shared_work(shared_data: Data) -> Path:
-    """Return the workspace of `finished_run`, which no test may change."""
     work = shared_data.root.with_name("work")
     run_quietly(shared_data, work)
     return work
@@ -157,7 +141,7 @@ def shared_work(shared_data: Data) -> Path:
 
 @pytest.fixture
 def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """Capture what the package logs, debug lines included; a test before may have configured its logger."""
+    """Capture what the package logs; a test before may have configured its logger."""
     monkeypatch.setattr(logging.getLogger("pcam_kaggle"), "propagate", True)
     caplog.set_level(logging.DEBUG, logger="pcam_kaggle")
     return caplog
@@ -171,14 +155,12 @@ def data(shared_data: Data, tmp_path: Path) -> Data:
 
 @pytest.fixture
 def store(data: Data, tmp_path: Path) -> PatchStore:
-    """Return the packed patches of `data`."""
     prepare(data, tmp_path / "store")
     return PatchStore(tmp_path / "store")
 
 
 @pytest.fixture
 def folds(data: Data, tmp_path: Path) -> Folds:
-    """Return three folds of `data`."""
     return make_folds(read_labels(data.labels), Scheme(3, "stratified"), None, tmp_path / "folds")[0]
 
 
@@ -190,7 +172,6 @@ def finished_run(data: Data, shared_work: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny() -> Config:
-    """Return a net and a training that take a second."""
     return Config().changed(TINY)
 
 
@@ -229,14 +210,11 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
     (tmp_path / "config").mkdir()
     for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "HTTP_PROXY": f"http://127.0.0.1:{server.server_port}",
-        "KAGGLE_USERNAME": "someone",
-        "KAGGLE_KEY": SECRET,
-        "KAGGLE_CONFIG_DIR": str(tmp_path / "config"),
-        "HOME": str(tmp_path),
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("KAGGLE_USERNAME", "someone")
+    monkeypatch.setenv("KAGGLE_KEY", SECRET)
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     yield server
     server.shutdown()
     thread.join()
@@ -245,7 +223,7 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
 
 @pytest.fixture
 def session(finished_run: Path, tmp_path: Path) -> Path:
-    """Return the folder that a session on Kaggle has saved: a run of three folds."""
+    """Return the folder that a session on Kaggle has saved."""
     return finished_run.rename(tmp_path / "session")
 
 
@@ -275,7 +253,6 @@ def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def others(tmp_path: Path) -> Others:
-    """Return twelve labelled patches of other slides."""
     return Others(tmp_path / "others")
 
 
@@ -284,6 +261,6 @@ def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
     # In a context of its own: a test that undoes its patches does not undo this.
     with pytest.MonkeyPatch.context() as patch:
-        for name in VARIABLES:
+        for name in ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG"):
             patch.delenv(name, raising=False)
         yield

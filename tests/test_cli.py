@@ -15,7 +15,7 @@ from conftest import Outcome
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.cli.parser import COMMANDS as PARSED
-from pcam_kaggle.cli.parser import METHODS, Command
+from pcam_kaggle.cli.parser import METHODS
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import Data
@@ -23,6 +23,7 @@ from pcam_kaggle.core.process import ENVIRONMENT
 from pcam_kaggle.scoring.blend import Method
 
 ROOT = Path(__file__).parent.parent
+Command = Callable[..., Outcome]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,21 +54,27 @@ def test_choices_are_those_that_the_blend_knows() -> None:
 
 
 def test_every_command_that_is_parsed_is_carried_out() -> None:
-    def paths(commands: tuple[Command, ...]) -> list[str]:
-        return [" ".join([each.name, *rest.split()]) for each in commands for rest in (paths(each.commands) or [""])]
+    assert [command.name for command in PARSED] == list(commands.COMMANDS)
 
-    assert paths(PARSED) == list(commands.COMMANDS)
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Return the command line, working in `tmp_path`."""
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        status = main([*arguments, "--work", str(tmp_path)])
+        return Outcome(status, *capsys.readouterr())
+
+    return call
 
 
 @pytest.mark.parametrize("arguments", [["-e", "quick"], ["--set", "epochs=1"], ["--groups", "none"], ["--slides", "map.csv"]])
-def test_options_for_real_data_do_not_fall_back_to_the_demo(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["pipeline", "--work", str(tmp_path), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {' '.join(arguments)}: no data of the competition found")
-    assert "--demo" in error
-    assert error.count("\n") == 1
+def test_options_for_real_data_do_not_fall_back_to_the_demo(arguments: list[str], cli: Command, tmp_path: Path) -> None:
+    outcome = cli("pipeline", *arguments)
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith(f"error: {' '.join(arguments)}: no data of the competition found")
+    assert "--demo" in outcome.err
     assert not list(tmp_path.iterdir())
 
 
@@ -75,72 +82,57 @@ def test_options_for_real_data_do_not_fall_back_to_the_demo(
     "arguments",
     [["-e", "unheard"], ["--set", "epochs=many"], ["--name", "a/b"], ["--folds", "0,7"], ["--slides", "none.csv"]],
 )
-def test_a_mistake_is_noticed_before_the_demo_is_written(arguments: list[str], tmp_path: Path) -> None:
-    assert main(["pipeline", "--demo", "--work", str(tmp_path), *arguments]) == 2
+def test_a_mistake_is_noticed_before_the_demo_is_written(arguments: list[str], cli: Command, tmp_path: Path) -> None:
+    assert cli("pipeline", "--demo", *arguments).status == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_the_demo_can_be_asked_for_beside_real_data(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared_data: Data, cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PCAM_DATA", str(data.root))
-    work = tmp_path / "work"
-    assert main(["prepare", "--demo", "-e", "quick", "--work", str(work)]) == 0
-    assert [path.name for path in work.iterdir()] == ["demo"]
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"next: python -m pcam_kaggle folds --demo --work {work} -e quick"
+    monkeypatch.setenv("PCAM_DATA", str(shared_data.root))
+    outcome = cli("prepare", "--demo", "-e", "quick")
+    assert outcome.status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert outcome.out.splitlines()[-1] == f"next: python -m pcam_kaggle folds --demo --work {tmp_path} -e quick"
     with pytest.raises(SystemExit):
-        main(["prepare", "--demo", "--data", str(data.root)])
+        cli("prepare", "--demo", "--data", str(shared_data.root))
 
 
-def test_a_fold_named_twice_is_worked_on_once(pcam: Callable[..., Outcome], tmp_path: Path) -> None:
-    assert pcam("pipeline", "--folds", "1,0,1").status == 0
-    assert pcam("blend", "--folds", "1,0,0").status == 0
-    assert read_json(tmp_path / "work" / "runs" / "bottleneck" / "metrics.json")["folds"] == [0, 1]
+def test_folds_of_a_blend_are_those_of_its_members(finished_run: Path, pcam: Command) -> None:
+    blend = ("blend", "bottleneck", "--name", "other", "--set", "n_splits=2", "--folds")
+    assert pcam(*blend, "2,0,2").status == 0
+    assert read_json(finished_run / "runs" / "other" / "metrics.json")["folds"] == [0, 2]
+    assert "bottleneck has folds 0 to 2" in pcam(*blend, "3").err
 
 
-def test_folds_of_a_blend_are_those_of_its_members(pcam: Callable[..., Outcome]) -> None:
-    assert pcam("pipeline", "--set", "n_splits=7").status == 0
-    assert pcam("blend", "bottleneck", "--name", "other", "--folds", "6").status == 0
-    assert "bottleneck has folds 0 to 6" in pcam("blend", "bottleneck", "--name", "other", "--folds", "7").err
-
-
-def test_runs_of_the_demo_are_not_compared_in_silence(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_of_the_demo_are_not_compared_in_silence(finished_run: Path, cli: Command, tmp_path: Path) -> None:
     finished_run.rename(tmp_path / "demo")
-    capsys.readouterr()
-    assert main(["compare", "--format", "json", "--work", str(tmp_path)]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.startswith("{")
-    assert "these are the synthetic demo's" in printed.err
-    assert main(["blend", "bottleneck", "--name", "other", "--work", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("This is the synthetic demo")
+    outcome = cli("compare", "--format", "json")
+    assert (outcome.status, outcome.out[0]) == (0, "{")
+    assert "these are the synthetic demo's" in outcome.err
+    assert cli("blend", "bottleneck", "--name", "other").out.startswith("This is the synthetic demo")
 
 
-def test_runs_are_blended_without_the_data_that_they_were_trained_on(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["blend", "bottleneck", "--name", "alone", "--work", str(tmp_path / "work")]) == 0, capsys.readouterr().err
-    assert (tmp_path / "work" / "runs" / "alone" / "metrics.json").exists()
-    assert not (tmp_path / "work" / "demo").exists()
+def test_runs_are_blended_without_the_data_that_they_were_trained_on(finished_run: Path, cli: Command, tmp_path: Path) -> None:
+    (finished_run / "runs").rename(tmp_path / "runs")
+    assert cli("blend", "bottleneck", "--name", "alone").status == 0
+    assert (tmp_path / "runs" / "alone" / "metrics.json").exists()
+    assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.parametrize(("option", "variable"), [(["--debug"], "0"), ([], "1")])
-def test_debug_prints_where_an_error_was_raised(
-    option: list[str], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PCAM_DEBUG", variable)
-    blocked = tmp_path / "file"
-    blocked.touch()
-    line = ["prepare", "--demo", "--work", str(blocked)]
-    assert main([*line, *option]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("error: ")
-    monkeypatch.setenv("PCAM_DEBUG", "0")
-    assert main(line) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_the_next_command_after_a_blend_names_it(finished_run: Path, pcam: Command) -> None:
+    shutil.copytree(finished_run / "runs" / "bottleneck", finished_run / "runs" / "second")
+    *_, last = pcam("blend", "bottleneck", "second").out.splitlines()
+    assert last.startswith("next: python -m pcam_kaggle submission --data ")
+    assert "--name bottleneck-second" in last
+
+
+def test_an_error_of_the_system_is_one_line(cli: Command, tmp_path: Path) -> None:
+    (tmp_path / "demo").touch()
+    outcome = cli("prepare", "--demo")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith(f"error: {tmp_path / 'demo'}")
 
 
 def raising(error: UserError) -> Callable[[object], None]:
@@ -155,27 +147,26 @@ def raising(error: UserError) -> Callable[[object], None]:
     return fail
 
 
-def test_debug_shows_what_a_users_error_was_raised_from(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(("option", "variable"), [(["--debug"], "0"), ([], "1"), ([], "0")])
+def test_debug_prints_what_an_error_was_raised_from(
+    option: list[str], variable: str, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PCAM_DEBUG", variable)
     monkeypatch.setitem(commands.COMMANDS, "compare", raising(UserError("the message")))
-    assert main(["compare", "--debug", "--work", str(tmp_path)]) == 2
-    assert "the cause" in capsys.readouterr().err
+    *traceback, last = cli("compare", *option).err.splitlines()
+    assert last == "error: the message"
+    assert any("the cause" in line for line in traceback) == bool(option or variable == "1")
 
 
-def test_a_long_list_goes_to_a_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_long_list_goes_to_a_file(monkeypatch: pytest.MonkeyPatch, cli: Command, tmp_path: Path) -> None:
     items = [f"item {number}" for number in range(6)]
     monkeypatch.setitem(commands.COMMANDS, "compare", raising(UserError("too many", items)))
-    assert main(["compare", "--work", str(tmp_path)]) == 2
     file = tmp_path / "error-details.txt"
-    assert capsys.readouterr().err == f"error: too many; all 6 are listed in {file}\n"
+    assert cli("compare") == (2, "", f"error: too many; all 6 are listed in {file}\n")
     assert file.read_text().splitlines() == items
     file.unlink()
     file.mkdir()
-    assert main(["compare", "--work", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: too many; the list of all 6 can't be written: ")
+    assert cli("compare").err.startswith("error: too many; the list of all 6 can't be written: ")
 
 
 @pytest.mark.parametrize("folder", ["/a folder/x", "/it's mine", '/a "b"'])
@@ -190,7 +181,6 @@ def test_make_passes_a_folder_as_one_word(folder: str) -> None:
 
 @pytest.mark.slow
 def test_what_only_unix_has_is_not_needed(tmp_path: Path) -> None:
-    """Training works without fcntl, nice and scheduling classes, as on Windows."""
     options = ["pipeline", "--demo", "--work", str(tmp_path), "--hours", "1"]
     fields = ["width=4", "n_blocks=2", "side=32", "hidden=8", "epochs=1", "n_splits=2", "precision=fp32"]
     options += [part for field in fields for part in ("--set", field)]
@@ -219,10 +209,3 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
     line = [target / "bin" / "pcam", "--help"]
     command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True)
     assert "prepare" in command.stdout
-
-
-def test_the_next_command_after_a_blend_names_it(finished_run: Path, pcam: Callable[..., Outcome]) -> None:
-    shutil.copytree(finished_run / "runs" / "bottleneck", finished_run / "runs" / "second")
-    *_, last = pcam("blend", "bottleneck", "second").out.splitlines()
-    assert last.startswith("next: python -m pcam_kaggle submission --data ")
-    assert "--name bottleneck-second" in last

@@ -205,9 +205,11 @@ def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
 
     def swap(file: Path) -> tuple[int, int, int, int]:
         monkeypatch.undo()
+        before = identity(file)
         prepare(other, tmp_path / "store")
-        return identity(file)
+        return before
 
     monkeypatch.setattr(module, "_identity", swap)
+    store = PatchStore(tmp_path / "store")
     with pytest.raises(UserError, match="replaced while it was in use"):
-        PatchStore(tmp_path / "store")
+        store.images(store.rows("train", store.ids("train")))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -321,12 +320,6 @@ def test_status_tells_login_quota_and_session(
     printed = ["login: someone, who has joined the competition", f"quota: {quota}", f"session: {session}"]
     assert call("status").splitlines() == printed
     assert call("status", "--log").splitlines() == [*printed, "fold 0", "fold 1"]
-
-
-def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(["kaggle", "push", "-e", "quick"])
-    assert re.fullmatch(r"error: `kaggle push` is now `kaggle run --detach`; .*\n", capsys.readouterr().err)
 
 
 def test_output_is_verified_and_imported(

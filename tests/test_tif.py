@@ -1,10 +1,10 @@
 """A TIF's pixels are read exactly, however the file keeps them, and an unusable file is named."""
 
-import os
 import struct
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ from pcam_kaggle.data.tif import Damaged, read_patch
 SIZE = 96 * 96 * 3
 RGB = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8), (0, 0), 1)
 IMAGE = Image.fromarray(RGB)
-TAGS = {"width": 256, "height": 257, "compression": 259, "planes": 284, "tile_width": 322, "tile_height": 323}
+WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
 
 
 def encoded(image: Image.Image = IMAGE, **options: Any) -> bytes:
@@ -28,37 +28,26 @@ def encoded(image: Image.Image = IMAGE, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def tiff_of(blocks: list[bytes], **changed: int) -> bytes:
-    """Return a TIFF of `blocks`, its strips or tiles, whose tags are those of an RGB patch except for `changed`."""
-    tags = {256: [96], 257: [96], 258: [8, 8, 8], 259: [1], 262: [2], 277: [3], 278: [96]}
-    tags |= {TAGS[name]: [value] for name, value in changed.items()}
-    offsets, counts = (324, 325) if "tile_width" in changed else (273, 279)
-    content = bytes(8) + b"".join(blocks)
-    tags[counts] = list(map(len, blocks))
-    tags[offsets] = [8 + sum(tags[counts][:number]) for number in range(len(blocks))]
-    entries = struct.pack("<H", len(tags))
-    for tag, values in sorted(tags.items()):
-        packed = struct.pack(f"<{len(values)}I", *values)
-        if len(values) > 1:
-            content, packed = content + packed, struct.pack("<I", len(content))
-        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
-    return struct.pack("<2sHI", b"II", 42, len(content)) + content[8:] + entries + bytes(4)
+def tagged(value: int, *tags: int) -> bytes:
+    """Return an uncompressed TIFF of the patch whose `tags` have another value."""
+    content = bytearray(encoded(compression="raw"))
+    for tag in tags:
+        place = max(content.find(struct.pack("<HHI", tag, kind, 1)) for kind in (3, 4))
+        struct.pack_into("<I", content, place + 8, value)
+    return bytes(content)
 
 
-def read(content: bytes, folder: Path) -> NDArray[np.uint8]:
+def read(content: bytes | bytearray, folder: Path) -> NDArray[np.uint8]:
     tif, patch = folder / "patch.tif", np.empty((96, 96, 3), np.uint8)
     tif.write_bytes(content)
     assert read_patch(tif, patch) == sha1(patch)
     return patch
 
 
-TILES = [RGB[row : row + 32, column : column + 32].tobytes() for row in (0, 32, 64) for column in (0, 32, 64)]
 EXACT = {
     **{kind: encoded(compression=kind) for kind in ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits")},
     "BigTIFF": encoded(big_tiff=True, compression="tiff_lzw"),
     "two pages": encoded(save_all=True, append_images=[Image.new("RGB", (96, 96))]),
-    "tiles": tiff_of(TILES, tile_width=32, tile_height=32),
-    "planes": tiff_of([RGB[..., channel].tobytes() for channel in range(3)], planes=2),
     "PNG": encoded(format="PNG"),
 }
 
@@ -87,11 +76,11 @@ REFUSED = [
     *[(cv2.imencode(kind, DEEP)[1].tobytes(), "is 96x96 px 16-bit RGB, not 96x96 px RGB.*8-bit") for kind in (".tif", ".png")],
     *[(encoded(IMAGE.convert(mode)), f"is 96x96 px {mode}, not 96x96 px RGB") for mode in ("1", "L", "P", "RGBA", "CMYK", "F")],
     (encoded(IMAGE.resize((95, 96))), "is 95x96 px RGB, not 96x96 px RGB.*take the original"),
-    (tiff_of([RGB.tobytes()], width=12000, height=12000), "is 12000x12000 px RGB"),
+    (tagged(12000, WIDTH, HEIGHT), "is 12000x12000 px RGB"),
     *[(content, "can't be decoded") for content in (b"", b"II*", b"no image" * 99, encoded(format="GIF"))],
-    *[(EXACT[kind][: SIZE // 2], "can't be decoded") for kind in ("raw", "tiff_lzw", "BigTIFF", "tiles", "planes")],
-    *[(tiff_of([RGB.tobytes()], compression=number), "can't be decoded") for number in (2, 6, 7, 9999, 34712, 34925, 50000)],
-    (tiff_of([RGB.tobytes()], width=60000, height=60000), "can't be decoded"),
+    *[(EXACT[kind][: SIZE // 2], "can't be decoded") for kind in ("raw", "tiff_lzw", "BigTIFF")],
+    *[(tagged(number, COMPRESSION), "can't be decoded") for number in (2, 6, 7, 9999, 34712, 34925, 50000)],
+    (tagged(60000, WIDTH, HEIGHT), "can't be decoded"),
 ]
 
 
@@ -103,10 +92,7 @@ def test_an_unusable_file_is_named(content: bytes, reason: str, tmp_path: Path, 
 
 
 def test_an_unreadable_file_is_a_damaged_one(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(Damaged, match="Permission denied"):
         read_patch(first_tif(data), np.empty((96, 96, 3), np.uint8))
 
@@ -122,25 +108,9 @@ def test_pixels_that_have_their_ids_sha1_need_nothing_else_of_their_file(data: D
         read_patch(tif, other)
 
 
-def test_no_flipped_bit_of_a_header_goes_unnoticed(data: Data, tmp_path: Path) -> None:
-    tif, patch = first_tif(data), np.empty((96, 96, 3), np.uint8)
-    original = tif.read_bytes()
-    header = len(original) - SIZE
-    spoilt = tmp_path / "spoilt.tif"
-    for position in range(header):
-        for bit in range(8):
-            spoilt.write_bytes(original[:position] + bytes([original[position] ^ 1 << bit]) + original[position + 1 :])
-            try:
-                digest = read_patch(spoilt, patch)
-            except Damaged:
-                continue
-            assert digest == sha1(patch)
-            assert digest != tif.stem or patch.tobytes() == original[header:]
-
-
 def test_any_bytes_are_a_patch_or_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
-    originals = [*EXACT.values(), *CHANGED.values(), tiff_of([RGB.tobytes()], compression=50000)]
+    originals = [*EXACT.values(), *CHANGED.values(), tagged(50000, COMPRESSION)]
     n_damaged = 0
     for number in range(600):
         content = bytearray(originals[number % len(originals)])
@@ -150,7 +120,7 @@ def test_any_bytes_are_a_patch_or_damaged(tmp_path: Path, capfd: pytest.CaptureF
         for place in (*rng.integers(2, min(300, len(content)) + 1, 3), len(content) - rng.integers(1, 200)):
             content[place : place + 8] = rng.choice([rng.bytes(8), b"\xff" * 8, b"\0" * 8, b""])
         try:
-            read(bytes(content), tmp_path)
+            read(content, tmp_path)
         except Damaged:
             n_damaged += 1
     assert 300 < n_damaged < 600

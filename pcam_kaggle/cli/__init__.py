@@ -1,4 +1,1 @@
-"""The command line: the parser and the function of each command.
-
-Nothing that the notebook on Kaggle needs belongs here.
-"""
+"""The command line: the parser and the function of each command; nothing that the notebook on Kaggle needs."""

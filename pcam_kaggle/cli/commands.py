@@ -22,25 +22,15 @@ from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 
 log = logging.getLogger(__name__)
 
-# Options that the next stage takes too.
-REPEATED = ("--demo", "--data", "--work", "-e", "--name", "--seeds", "--slides", "--groups", "--folds", "--set")
-
-
-def _run_pipeline(options: argparse.Namespace) -> None:
-    run_all(_job(options))
-
-
-def _run_probe(options: argparse.Namespace) -> None:
-    run_all(_job(options, PRETRAINED, PROBE, "-probe"))
-
 
 def _run_stage(options: argparse.Namespace) -> None:
     job, order = _job(options), [*STAGES]
     run_stage(job, options.command)
-    following = order[order.index(options.command) + 1 :]
-    if following:
-        flags = [flag for flag in REPEATED if (flag, following[0]) != ("--folds", "submission")]
-        log.info("next: python -m pcam_kaggle %s", shlex.join([following[0], *_given(options, flags)]))
+    if options.command != order[-1]:
+        following = order[order.index(options.command) + 1]
+        given = [word for pair in _given(options) for word in pair if (pair[0], following) != ("--folds", "submission")]
+        demo = ["--demo"] if options.demo else []
+        log.info("next: python -m pcam_kaggle %s", shlex.join([following, *demo, *given]))
     elif job.demo:
         log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
     else:
@@ -48,14 +38,7 @@ def _run_stage(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
-    """Return the job that `options` ask for.
-
-    Args:
-        options: Parsed options.
-        default: Experiment if none is given; None for the usual one.
-        changes: Assignments to the fields of its config, before those of the options.
-        suffix: End of the run's name if none is given.
-    """
+    """Return the job of `options`; `changes` to the config precede theirs, `suffix` ends the run's name if none is given."""
     runs = tuple(options.members)
     if runs and options.seeds > 1:
         raise UserError(f"--seeds {options.seeds}: trains runs, so it can't be combined with runs to blend")
@@ -63,15 +46,9 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
     chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
     changes = [*changes, *options.set, *([f"groups={options.groups}"] if options.groups else [])]
     name = options.name or "-".join(runs) or (suffix and f"{chosen}{suffix}")
-    job = Job(
-        plan(chosen, with_folder_settings(changes), name, options.seeds),
-        data,
-        workspace,
-        Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs),
-        options.method,
-        time_limit(options.hours),
-        is_demo,
-    )
+    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs)
+    chosen_plan = plan(chosen, with_folder_settings(changes), name, options.seeds)
+    job = Job(chosen_plan, data, workspace, selection, options.method, time_limit(options.hours), is_demo)
     if is_demo:
         reason = "" if options.demo else ", since no data of the competition was found"
         log.info("This is the synthetic demo in %s%s.", workspace.root, reason)
@@ -79,11 +56,7 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
 
 
 def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
-    """Return the data and the workspace, and whether they are the synthetic demo's.
-
-    Raises:
-        UserError: There are no data, and an option means real ones.
-    """
+    """Return the data and the workspace, and whether they are the synthetic demo's."""
     workspace = find_workspace(options.work)
     demo = demo_workspace(workspace)
     demo_data = Data(demo.root / "data")
@@ -94,36 +67,31 @@ def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
         # Runs are blended without the data that they were trained on.
         found = runs_workspace(workspace)
         return demo_data, found, found == demo
-    given = _given(options, ("-e", "--set", "--groups", "--slides"))
+    given = [" ".join(pair) for pair in _given(options) if pair[0] in ("-e", "--set", "--groups", "--slides")]
     if given and not options.demo:
-        raise UserError(
-            f"{' '.join(given[:2])}: no data of the competition found; name its folder with --data (make: DATA=), or add "
-            "--demo (make: ARGS=--demo) for the synthetic demo"
-        )
+        advice = "name its folder with --data (make: DATA=), or add --demo (make: ARGS=--demo) for the synthetic demo"
+        raise UserError(f"{given[0]}: no data of the competition found; {advice}")
     return demo_data, demo, True
 
 
-def _given(options: argparse.Namespace, flags: Sequence[str]) -> list[str]:
-    """Return the options of a job called `flags` that were given, as words."""
-    values = {
-        "--demo": [""] if options.demo else [],
-        "--data": [options.data],
-        "--work": [options.work if options.work != os.environ.get("PCAM_WORK") else None],
-        "-e": [options.experiment],
-        "--name": [options.name or "-".join(options.members) or None],
-        "--seeds": [options.seeds if options.seeds > 1 else None],
-        "--slides": [options.slides],
-        "--groups": [options.groups],
-        "--folds": [options.folds and ",".join(map(str, options.folds))],
-        "--set": options.set,
-    }
-    found = [(flag, str(value)) for flag in flags for value in values[flag] if value is not None]
-    return [word for pair in found for word in pair if word]
+def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the options of a job that were given and that the next stage takes too, except --demo, with their values."""
+    pairs = [
+        ("--data", options.data),
+        ("--work", options.work if options.work != os.environ.get("PCAM_WORK") else None),
+        ("-e", options.experiment),
+        ("--name", options.name or "-".join(options.members)),
+        ("--seeds", options.seeds if options.seeds > 1 else None),
+        ("--slides", options.slides),
+        ("--groups", options.groups),
+        ("--folds", ",".join(map(str, options.folds or ()))),
+        *(("--set", assignment) for assignment in options.set),
+    ]
+    return [(flag, str(value)) for flag, value in pairs if value]
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    _, comparison = _comparison(options)
-    print(render_comparison(comparison, options.format), end="")
+    print(render_comparison(_comparison(options)[1], options.format), end="")
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
@@ -160,8 +128,8 @@ def _run_config(options: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(STAGES, _run_stage),
-    "pipeline": _run_pipeline,
-    "probe": _run_probe,
+    "pipeline": lambda options: run_all(_job(options)),
+    "probe": lambda options: run_all(_job(options, PRETRAINED, PROBE, "-probe")),
     "compare": _run_compare,
     "evaluate": _run_evaluate,
     "report": _run_report,

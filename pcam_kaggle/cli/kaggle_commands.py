@@ -33,7 +33,9 @@ def _run_notebook(_: argparse.Namespace) -> None:
 
 
 def _run_run(options: argparse.Namespace) -> None:
-    kernel, workspace, client = _kernel(options), find_workspace(options.work), _log_in()
+    settings = Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.internet)
+    kernel = Kernel(settings, options.weights, options.resume, options.accelerator, options.public, options.title)
+    workspace, client = find_workspace(options.work), _log_in()
     with locked(session_file(workspace, kernel.slug()).with_suffix("")):
         session = start(client, kernel, workspace)
         if options.detach:
@@ -55,8 +57,7 @@ def _run_status(options: argparse.Namespace) -> None:
     log.info("quota: %s", client.quota() or "unknown")
     name = _name(client, options)
     try:
-        status = client.status(name)
-        log.info("session: %s is %s", name, status)
+        log.info("session: %s is %s", name, client.status(name))
     except Refused as error:
         log.info("session: none (%s)", error)
     for piece in client.follow_log(name) if options.log else ():
@@ -99,14 +100,7 @@ def _log_in() -> Client:
     return client
 
 
-def _kernel(options: argparse.Namespace) -> Kernel:
-    experiment, changes = options.experiment or DEFAULT, tuple(options.set)
-    settings = Settings(experiment, changes, options.hours, options.seeds, options.internet)
-    return Kernel(settings, options.weights or "", options.resume, options.accelerator, options.public, options.title)
-
-
 def _name(client: Client, options: argparse.Namespace) -> str:
-    """Return the kernel's id, owner/slug."""
     return f"{client.owner}/{Kernel(title=options.title).slug()}"
 
 

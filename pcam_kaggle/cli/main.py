@@ -11,27 +11,19 @@ from pcam_kaggle.cli.parser import parser
 from pcam_kaggle.core.errors import EXAMPLES, UserError
 from pcam_kaggle.core.logs import configure_logging
 
-DETAILS = "error-details.txt"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments: The command and its options; by default those of the process.
-
-    Returns:
-        The exit status: 0, 2 after an error of the user, 130 after an interruption.
-    """
+    """Run the command in `arguments`, by default those of the process; return 0, 2 after an error or 130 if interrupted."""
     options = parser().parse_args(arguments)
     options.work = options.work or os.environ.get("PCAM_WORK")
-    options.debug = options.debug or os.environ.get("PCAM_DEBUG", "0") not in ("", "0")
     configure_logging(options.verbose - options.quiet)
     try:
         _run(options)
     except (UserError, OSError) as error:
-        if options.debug:
-            _print_traceback(error)
+        if options.debug or os.environ.get("PCAM_DEBUG", "0") not in ("", "0"):
+            # What the error was raised from is shown, too.
+            error.__suppress_context__ = False
+            traceback.print_exception(error)
         print(f"error: {_message(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -61,18 +53,9 @@ def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
     from pcam_kaggle.core.files import write
     from pcam_kaggle.core.paths import find_workspace
 
-    file = find_workspace(options.work).root / DETAILS
+    file = find_workspace(options.work).root / "error-details.txt"
     try:
         write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode()))
     except UserError as reason:
         return f"{error}; the list of all {len(error.details):,} can't be written: {reason}"
     return f"{error}; all {len(error.details):,} are listed in {file}"
-
-
-def _print_traceback(error: BaseException) -> None:
-    """Print the traceback of `error` and of what it was raised from, also if `from None` hides that."""
-    cause: BaseException | None = error
-    while cause:
-        cause.__suppress_context__ = False
-        cause = cause.__context__
-    traceback.print_exception(error)

@@ -10,18 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
 
 METHODS = ("mean", "rank", "climb")
-MOST_SEEDS = 100
-FORMATS = ("text", "md", "csv", "json")
-# Former commands of `kaggle`.
-RENAMED = {
-    "check": "status",
-    "build": "notebook",
-    "push": "run --detach",
-    "logs": "status --log",
-    "output": "fetch",
-    "leaderboard": "scores",
-    "ledger": "scores",
-}
+KAGGLE = "Kaggle: data, training in a session, submissions and scores"
 
 
 class Option:
@@ -32,22 +21,18 @@ class Option:
 
 
 class Command(NamedTuple):
-    """A command with its options, or a group of commands; a nested tuple holds mutually exclusive options."""
+    """A command with its options; a nested tuple holds mutually exclusive options."""
 
     name: str
     purpose: str
     options: tuple[Option | tuple[Option, ...], ...] = ()
-    commands: tuple["Command", ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with status 2; of a command that was renamed it names the new one."""
-        unknown = re.search(r"invalid choice: '([a-z]+)'", message)
-        if unknown and unknown[1] in RENAMED and self.prog.endswith(" kaggle"):
-            message = f"`kaggle {unknown[1]}` is now `kaggle {RENAMED[unknown[1]]}`"
+        """Print `message` and exit with status 2."""
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -59,8 +44,8 @@ def _folds(text: str) -> tuple[int, ...]:
 
 
 def _seeds(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_SEEDS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_SEEDS}")
+    if not (text.isdecimal() and 1 <= int(text) <= 100):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 100")
     return int(text)
 
 
@@ -90,25 +75,15 @@ METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend 
 RUNS = Option("runs", nargs="*", help="names of runs [all]")
 BASELINE = Option("--baseline", help="run to compare the others with [the best]")
 SLIDES = Option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
-FORMAT = Option("--format", choices=FORMATS, default="text", help="what to print [text]")
-SESSION_HOURS = Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]")
-WEIGHTS = Option(
-    "--weights",
-    metavar="owner/name",
-    help="dataset, or model as owner/name/framework/variation/version, to attach and to use; with --internet also pretrained",
-)
-RESUME = Option("--resume", action="store_true", help="attach what the notebook has saved last, to train what is missing")
-ACCELERATOR = Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]")
-INTERNET = Option("--internet", action="store_true", help="let the session use the internet")
-PUBLIC_KERNEL = Option("--public", action="store_true", help="let everyone see the notebook")
+FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="what to print [text]")
 TITLE = Option("--title", default="", help="title of the notebook, which names it [that of kernel-metadata.json]")
-SUBMIT = Option("--submit", action="store_true", help="submit the result and wait for its scores")
-DETACH = Option("--detach", action="store_true", help="return after the push")
 LOG = Option("--log", action="store_true", help="print the session's log, as it is written if it is running")
 SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
-SCORED = Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]")
-PUBLIC = Option("--public", type=float, help="its public score")
-PRIVATE = Option("--private", type=float, help="its private score")
+SCORES = (
+    Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]"),
+    Option("--public", type=float, help="its public score"),
+    Option("--private", type=float, help="its private score"),
+)
 
 JOB = (
     (
@@ -121,6 +96,7 @@ JOB = (
     Option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
     Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
 )
+PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)
 BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")
 HELD_OUT = (
     Option("runs", nargs="+", help="runs to evaluate"),
@@ -132,71 +108,66 @@ HELD_OUT = (
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
-SESSION = (EXPERIMENT, SET, SEEDS, SESSION_HOURS, WEIGHTS, RESUME, ACCELERATOR, INTERNET, PUBLIC_KERNEL, TITLE)
+SESSION = (
+    EXPERIMENT,
+    SET,
+    SEEDS,
+    Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]"),
+    Option(
+        "--weights",
+        default="",
+        metavar="owner/name",
+        help="dataset, or model as owner/name/framework/variation/version, to attach and use; with --internet also pretrained",
+    ),
+    Option("--resume", action="store_true", help="attach what the notebook has saved last, to train what is missing"),
+    Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]"),
+    Option("--internet", action="store_true", help="let the session use the internet"),
+    Option("--public", action="store_true", help="let everyone see the notebook"),
+    TITLE,
+    (
+        Option("--detach", action="store_true", help="return after the push"),
+        Option("--submit", action="store_true", help="submit the result and wait for its scores"),
+    ),
+)
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
     Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
     Command("train", "train a model per fold, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
     Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS)),
     Command(
-        "blend", "blend the folds of an experiment or of several runs, print the OOF AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)
+        "blend", "blend folds of an experiment or of several runs, print the OOF AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)
     ),
     Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
     Command("pipeline", "run every stage from prepare to submission", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
-    Command(
-        "probe",
-        "run every stage with a logistic regression on a pretrained model's features, into runs/<name>-probe/",
-        (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD),
-    ),
+    Command("probe", "run every stage with a logistic regression on pretrained features, into runs/<name>-probe/", PROBE),
     Command("compare", "compare runs: AUC per fold, paired differences, differing settings", (RUNS, BASELINE, SLIDES, FORMAT)),
     Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
     Command("report", "write an HTML report of runs, into reports/", (RUNS, BASELINE, SLIDES)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
-    Command(
-        "kaggle",
-        "Kaggle: data, training in a session, submissions and scores",
-        commands=(
-            Command(
-                "run", "train an experiment on Kaggle: push, follow, download, compare; resumes", (*SESSION, (DETACH, SUBMIT))
-            ),
-            Command("status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
-            Command("fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
-            Command("submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
-            Command(
-                "scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", (SCORED, PUBLIC, PRIVATE)
-            ),
-            Command("notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
-            Command("download", "download, verify and unpack the competition's data"),
-        ),
-    ),
+    Command("kaggle run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
+    Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
+    Command("kaggle fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
+    Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
+    Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
+    Command("kaggle notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
+    Command("kaggle download", "download, verify and unpack the competition's data"),
 )
 
 
 def parser() -> Parser:
-    """Return the parser of all commands; `command` of what it parses is the command's path, such as `kaggle run`."""
+    """Return the parser of all commands; `command` of what it parses is the name of one, such as `kaggle run`."""
     top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
     top.set_defaults(**DEFAULTS)
-    _add_commands(top, COMMANDS, "")
+    groups = {"": top.add_subparsers(required=True, metavar="command", parser_class=Parser)}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            parent = groups[""].add_parser(group, help=KAGGLE, description=KAGGLE)
+            groups[group] = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
+        added = groups[group].add_parser(name, help=command.purpose, description=command.purpose)
+        added.set_defaults(command=command.name)
+        for each in (*command.options, *COMMON):
+            target, options = (added.add_mutually_exclusive_group(), each) if isinstance(each, tuple) else (added, (each,))
+            for option in options:
+                target.add_argument(*option.flags, **option.settings)
     return top
-
-
-def _add_commands(parent: Parser, commands: tuple[Command, ...], path: str) -> None:
-    group = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
-    for command in commands:
-        added = group.add_parser(command.name, help=command.purpose, description=command.purpose)
-        name = f"{path} {command.name}".strip()
-        if command.commands:
-            _add_commands(added, command.commands, name)
-        else:
-            added.set_defaults(command=name)
-            for each in (*command.options, *COMMON):
-                _add_option(added, each)
-
-
-def _add_option(parent: Any, added: Option | tuple[Option, ...]) -> None:
-    if isinstance(added, Option):
-        parent.add_argument(*added.flags, **added.settings)
-        return
-    group = parent.add_mutually_exclusive_group()
-    for each in added:
-        _add_option(group, each)

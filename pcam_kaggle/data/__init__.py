@@ -1,4 +1,1 @@
-"""Reads and checks the competition's files, and writes the patch store and the folds.
-
-Independent of models and runs.
-"""
+"""Reads and checks the competition's files, and writes the patch store and the folds; independent of models and runs."""

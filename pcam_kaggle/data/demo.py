@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pcam_kaggle.core.config import PATCH_SIDE
-from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import building, locked, read_json, write_csv, write_json
 from pcam_kaggle.core.paths import Data
 
-SEED = 1
 N_TRAIN, N_TEST = 480, 120
-TRAIN_SLIDES, TEST_SLIDES = 10, 4
 CENTRE = slice(32, 64)
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11])
@@ -27,9 +24,7 @@ def draw_patch(
     """Draw one patch: stroma is smooth pink noise, lymphocytes are small round nuclei, tumour nuclei are large and clustered.
 
     The content is drawn from `rng` and the stain from `slide`; `tumour_at` is the row and column of the tumour's centre.
-
-    Returns:
-        The patch, RGB uint8 (96, 96, 3), and its tumour mask, bool (96, 96).
+    Returns the patch, RGB uint8 (96, 96, 3), and its tumour mask, bool (96, 96).
     """
     side = PATCH_SIDE
     nuclei, tumour = np.zeros((side, side), np.float32), np.zeros((side, side), np.uint8)
@@ -63,7 +58,7 @@ def tumour_place(rng: np.random.Generator) -> tuple[int, int] | None:
     return int(48 + reach * np.sin(angle)), int(48 + reach * np.cos(angle))
 
 
-def make_demo(data: Data, seed: int = SEED) -> bool:
+def make_demo(data: Data, seed: int = 1) -> bool:
     """Write the demo into `data`, unless it exists; return whether it was written.
 
     480 train patches of 10 slides, 120 test patches of 6 slides, 4 of which are only in the test set, and a slide map of the
@@ -73,10 +68,10 @@ def make_demo(data: Data, seed: int = SEED) -> bool:
     with locked(data.root):
         if data.declaration.is_file() and read_json(data.declaration) == manifest:
             return False
-        with building(data.root, is_demo) as folder:
+        with building(data.root, _is_demo) as folder:
             made = Data(folder)
-            train = _draw_split(made, "train", N_TRAIN, range(TRAIN_SLIDES), seed)
-            test = _draw_split(made, "test", N_TEST, range(TRAIN_SLIDES - 2, TRAIN_SLIDES + TEST_SLIDES), seed)
+            train = _draw_split(made, "train", N_TRAIN, range(10), seed)
+            test = _draw_split(made, "test", N_TEST, range(8, 14), seed)
             write_csv(made.labels, train[["id", "label"]])
             write_csv(folder / "patch_id_wsi.csv", train[["id", "wsi"]])
             write_csv(made.sample, test[["id"]].assign(label=0))
@@ -84,23 +79,19 @@ def make_demo(data: Data, seed: int = SEED) -> bool:
     return True
 
 
-def is_demo(folder: Path) -> bool:
-    """Return whether `make_demo` made `folder`: its manifest declares synthetic data."""
-    try:
-        return read_json(Data(folder).declaration).get("synthetic") is True
-    except UserError:
-        return False
+def _is_demo(folder: Path) -> bool:
+    declaration = Data(folder).declaration
+    return declaration.is_file() and read_json(declaration).get("synthetic") is True
 
 
 def _draw_split(data: Data, split: str, count: int, slides: range, seed: int) -> pd.DataFrame:
-    folder = data.patches(split)
-    folder.mkdir()
+    data.patches(split).mkdir()
     rows = []
     for number in range(count):
         slide = slides[number % len(slides)]
         rng = np.random.default_rng((seed, split == "test", number))
         patch, tumour = draw_patch(rng, np.random.default_rng((seed, slide)), tumour_place(rng))
         name = f"demo_{split}_{number:04d}"
-        Image.fromarray(patch).save(folder / f"{name}.tif")
+        Image.fromarray(patch).save(data.patches(split) / f"{name}.tif")
         rows.append((name, int(tumour[CENTRE, CENTRE].any()), f"slide_{slide:02d}"))
     return pd.DataFrame(rows, columns=["id", "label", "wsi"])

@@ -32,7 +32,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Stem of the fold file, for example `stratified_5_42`, `slides_5_42` or `stain_5_42`."""
+        """Stem of the fold file, for example `slides_5_42`."""
         return f"{self.kind}_{self.n_splits}_{self.seed}"
 
 
@@ -64,11 +64,7 @@ def fold_inputs(
 ) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
     """Return the labels (id, label), the scheme and the groups (id, wsi), or None, from which the folds of `config` are drawn.
 
-    The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed from the patch store of
-    `workspace` and cached in its folder of folds.
-
-    Raises:
-        UserError: `config.groups` needs a map and there is none, or contradicts `slides`.
+    The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed once from the patch store.
     """
     labels, kind = read_labels(data.labels), config.groups
     if kind in ("none", "stain") and slides:
@@ -86,13 +82,7 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
     """Cluster the train patches into 50 groups of similar stain (k-means with seed 0 on their stain vectors).
 
     The groups replace slides if there is no slide map: a slide is stained and scanned once, so the stains of its patches are
-    more similar than those of two slides.
-
-    Returns:
-        A table like a slide map: columns id and wsi, the latter `stain_00` to `stain_49`.
-
-    Raises:
-        UserError: There are fewer patches than groups.
+    more similar than those of two slides. Returned like a slide map: columns id and wsi, the latter `stain_00` to `stain_49`.
     """
     ids = store.ids("train")
     if len(ids) < STAIN_GROUPS:
@@ -104,7 +94,6 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
 
 
 def _stain_map(workspace: Workspace) -> pd.DataFrame:
-    """Return the stain groups of the patches in the store, from a file if they were computed before."""
     store = PatchStore(workspace.store)
     file = workspace.folds / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
@@ -118,13 +107,8 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     """Draw folds that are stratified by label; with `slides` (id, wsi), all patches of a slide are in one fold.
 
     Ids that the slide map lacks form one group in one fold, since they may share slides with each other. They may also share a
-    slide with mapped patches of another fold, which cannot be known.
-
-    Returns:
-        `labels` (id, label) sorted by id with the columns `fold` and, with `slides`, `group`.
-
-    Raises:
-        UserError: The slide map lacks more ids than fit into a fold, slides are fewer than folds, or a fold has one label only.
+    slide with mapped patches of another fold, which cannot be known. Returns `labels` (id, label) sorted by id with the columns
+    `fold` and, with `slides`, `group`.
     """
     table = labels.sort_values("id").reset_index(drop=True)
     if slides is None:
@@ -157,55 +141,41 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
 def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> tuple[Folds, bool]:
     """Write `<scheme>.csv` and its manifest `<scheme>.json` into `folder`, or load them if they exist.
 
-    The same labels, scheme and slides give the same bytes, independent of the order of rows. If only one of the two files
-    exists, the other one is written again.
-
-    Returns:
-        The folds, and whether anything was written.
-
-    Raises:
-        UserError: As `draw_folds` and `load_folds`; or an existing file belongs to other labels or slides.
+    The same labels, scheme and slides give the same bytes, independent of the order of rows. One of the two files alone is
+    replaced. Returns the folds, and whether anything was written.
     """
-    file, manifest_file = _files(scheme, folder)
+    file = folder / f"{scheme.name}.csv"
+    manifest_file = file.with_suffix(".json")
     if file.exists() and manifest_file.exists():
         return load_folds(labels, scheme, slides, folder), False
     table = draw_folds(labels, scheme, slides)
     manifest = _manifest(table, scheme, slides)
-    if manifest_file.exists() and FoldsManifest.read(manifest_file) != manifest:
-        raise UserError(f"{manifest_file}: belongs to other labels or slides; {_advice(scheme)}")
-    if file.exists() and file_sha256(file) != manifest.csv_sha256:
-        raise UserError(f"{file}: belongs to other labels or slides; {_advice(scheme)}")
     write_csv(file, table)
     manifest.write(manifest_file)
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 
 def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None, folder: Path) -> Folds:
-    """Return the folds of `scheme` from `folder`.
-
-    Raises:
-        UserError: They are missing, changed since they were drawn, or belong to other labels or slides.
-    """
-    file, manifest_file = _files(scheme, folder)
+    """Return the folds of `scheme` from `folder`, unless they have changed or belong to other labels or slides."""
+    file = folder / f"{scheme.name}.csv"
+    manifest_file = file.with_suffix(".json")
     if not file.exists() or not manifest_file.exists():
         raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
+    advice = f"delete {scheme.name}.csv and .json to draw the folds again, or use another folder with --work"
     manifest = FoldsManifest.read(manifest_file)
     if manifest.labels_sha256 != labels_sha256(labels):
-        raise UserError(f"{file}: belongs to other labels; {_advice(scheme)}")
+        raise UserError(f"{file}: belongs to other labels; {advice}")
     if manifest.slides_sha256 != _slides_sha256(slides):
-        raise UserError(f"{file}: belongs to another slide map; {_advice(scheme)}")
+        raise UserError(f"{file}: belongs to another slide map; {advice}")
     if manifest.csv_sha256 == file_sha256(file):
         table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
         if manifest == _manifest(table, scheme, slides):
             return Folds(table[["id", "label", "fold"]], manifest)
-    raise UserError(f"{file}: it or its manifest has changed since it was drawn; {_advice(scheme)}")
+    raise UserError(f"{file}: it or its manifest has changed since it was drawn; {advice}")
 
 
 def read_groups(file: Path) -> pd.DataFrame | None:
-    """Return the slides (id, wsi) that the fold file was drawn with; None if it has no slides or does not exist.
-
-    Ids that the slide map lacked are left out.
-    """
+    """Return the mapped slides (id, wsi) that the fold file was drawn with; None if it has no slides or does not exist."""
     table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else pd.DataFrame()
     if "group" not in table:
         return None
@@ -226,14 +196,6 @@ def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) 
         slides_sha256=_slides_sha256(slides),
         csv_sha256=sha256(csv_bytes(table)),
     )
-
-
-def _files(scheme: Scheme, folder: Path) -> tuple[Path, Path]:
-    return folder / f"{scheme.name}.csv", folder / f"{scheme.name}.json"
-
-
-def _advice(scheme: Scheme) -> str:
-    return f"delete {scheme.name}.csv and .json to draw the folds again, or use another folder with --work"
 
 
 def _slides_sha256(slides: pd.DataFrame | None) -> str | None:

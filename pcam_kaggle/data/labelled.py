@@ -29,9 +29,8 @@ class Patches(Protocol):
 class LabelledPatches:
     """Patches with labels.
 
-    Attributes:
-        table: Columns id (text), label (int64) and pixels (SHA-1 of the RGB bytes), sorted by id.
-        pixels: RGB uint8 (n, 96, 96, 3), in the order of `table`.
+    `table` has the columns id (text), label (int64) and pixels (SHA-1 of the RGB bytes), sorted by id; `pixels` are in the same
+    order, RGB uint8 (n, 96, 96, 3).
     """
 
     table: pd.DataFrame
@@ -50,10 +49,7 @@ class LabelledPatches:
 def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatches:
     """Read the patches that the CSV `labels` (id, label) lists from their `<id>.tif` in `folder`, 28 kB of memory each.
 
-    TIFs that are not listed are ignored with a warning.
-
-    Raises:
-        UserError: A file is missing or damaged, or the folder or the table is not as described; `details` lists all patches.
+    TIFs that are not listed are ignored with a warning. All patches that are missing or damaged are listed in one UserError.
     """
     table = read_labels(labels)
     split = read_split(folder.resolve().name, folder, labels, table["id"].tolist())

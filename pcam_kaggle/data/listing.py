@@ -19,17 +19,14 @@ Ids = Literal["sha1", "names"]
 SHA1 = re.compile(r"[0-9a-f]{40}")
 TIF = (".tif", ".tiff")
 IMAGES = (*TIF, ".png", ".jpg", ".jpeg")
-OTHER_PIXELS = "the SHA-1 of the pixels is not the id"
-# If most patches of a split have this problem, copying them again does not help.
-REENCODED = "the files were re-encoded or resaved: take the original ones, or accept these as they are with --ids names"
 
 
 class Row(NamedTuple):
-    """A listed patch: its split and id, and the name of its file, None if there is no file."""
+    """A listed patch: its split and id, and the name of its file: the first of several, `<id>.tif` if there is none."""
 
     split: str
     id: str
-    file: str | None
+    file: str
 
 
 class Problem(NamedTuple):
@@ -47,35 +44,33 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the ids in its table, sorted, and the TIFs of its folder, without hidden ones.
-
-    `files` maps each id on the disk to the name of its file; of several files with one id, to the first.
-    """
+    """One split: the patches in its table, sorted by id, and the TIFs of its folder, sorted by name, without hidden ones."""
 
     name: str
     folder: Path
     table: Path
-    ids: list[str]
+    rows: list[Row]
     tifs: list[os.DirEntry[str]]
-    files: dict[str, str]
 
     @property
-    def rows(self) -> list[Row]:
-        """The listed patches, sorted by id."""
-        return [Row(self.name, name, self.files.get(name)) for name in self.ids]
+    def missing(self) -> list[str]:
+        """The ids that have no file."""
+        names = {entry.name for entry in self.tifs}
+        return [row.id for row in self.rows if row.file not in names]
 
     @property
     def unlisted(self) -> list[Problem]:
-        """The files that the table does not list."""
-        names, reason = sorted(self.files.keys() - set(self.ids)), f"not listed in {self.table.name}"
-        return [Problem(self.name, name, self.files[name], reason, "add the row or remove the file") for name in names]
+        """The files that the table does not list, and second ones of an id."""
+        listed = {row.file for row in self.rows}
+        reason = f"not listed in {self.table.name}, or a second file of an id"
+        unlisted = [entry.name for entry in self.tifs if entry.name not in listed]
+        return [Problem(self.name, _stem(name), name, reason, "add the row or remove the file") for name in unlisted]
 
 
 def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
     """Return the split called `name` in `folder`, whose `table` lists `ids`.
 
-    Raises:
-        UserError: The folder is missing; or most ids have no file, and the folder shows why.
+    A missing folder is a UserError, and so is one in which most ids have no file, if it shows why.
     """
     try:
         with os.scandir(folder) as entries:
@@ -87,20 +82,19 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
     tifs = [entry for entry in visible if entry.name.lower().endswith(TIF)]
     others = [entry for entry in visible if not entry.name.lower().endswith(TIF)]
     files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
-    split = Split(name, folder, table, sorted(ids), tifs, files)
-    missing = [name for name in split.ids if name not in files]
-    if 2 * len(missing) > len(ids):
-        _explain_missing(split, missing, others)
+    split = Split(name, folder, table, [Row(name, each, files.get(each, f"{each}.tif")) for each in sorted(ids)], tifs)
+    if 2 * len(split.missing) > len(ids):
+        _explain_missing(split, others)
     return split
 
 
-def _explain_missing(split: Split, missing: list[str], others: list[os.DirEntry[str]]) -> None:
+def _explain_missing(split: Split, others: list[os.DirEntry[str]]) -> None:
     """Raise UserError if the folder of `split` shows why most of its files are missing."""
-    nested = [entry.name for entry in others if entry.is_dir() and any(_is_image(file.name) for file in Path(entry).iterdir())]
+    nested = [entry.name for entry in others if entry.is_dir() and any(map(_is_image, Path(entry).iterdir()))]
     if nested:
         found = f"{split.folder}: its patches are in {len(nested):,} subfolders ({examples(nested)})"
         raise UserError(f"{found}; move them into {split.name} itself", nested)
-    images = [entry.name for entry in others if _is_image(entry.name)]
+    images = [entry.name for entry in others if _is_image(entry)]
     if len(images) > len(split.tifs):
         raise UserError(
             f"{split.folder}: holds {len(images):,} PNG or JPEG files ({examples(images)}) and {len(split.tifs):,} TIFs; take "
@@ -110,49 +104,36 @@ def _explain_missing(split: Split, missing: list[str], others: list[os.DirEntry[
     if not split.tifs:
         names = [entry.name for entry in others]
         other = f" but {len(names):,} other entries ({examples(names)})" if names else ""
-        raise UserError(
-            f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it: "
-            f"{len(missing):,} ids ({examples(missing)})",
-            missing,
-        )
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGES)
+        found = f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it"
+        raise UserError(f"{found}: {len(split.missing):,} ids ({examples(split.missing)})", split.missing)
 
 
 def listing_problems(split: Split, ids: Ids) -> list[Problem]:
-    """Return the listed patches of `split` that have no file, several files, or no SHA-1 for an id."""
+    """Return the listed patches of `split` that have no file, or no SHA-1 for an id."""
     found = []
-    for name in split.ids:
-        file = split.files.get(name, f"{name}.tif")
-        if ids == "sha1" and not SHA1.fullmatch(name):
-            found.append(Problem(split.name, name, file, "its id is no SHA-1 in lower case", "use --ids names for other ids"))
-        elif name not in split.files:
+    missing = set(split.missing)
+    for row in split.rows:
+        if ids == "sha1" and not SHA1.fullmatch(row.id):
+            found.append(Problem(*row, "its id is no SHA-1 in lower case", "use --ids names for other ids"))
+        elif row.id in missing:
             reason = f"missing, though listed in {split.table.name}"
-            found.append(Problem(split.name, name, file, reason, "copy the file again or drop the row"))
-    for name, file in ((_stem(entry.name), entry.name) for entry in split.tifs):
-        if file != split.files[name]:
-            advice = f"remove it or {split.files[name]}"
-            found.append(Problem(split.name, name, file, "there are two files of this id", advice))
+            found.append(Problem(*row, reason, "copy the file again or drop the row"))
     return found
 
 
 def read_row(folder: Path, row: Row, ids: Ids, target: NDArray[np.uint8]) -> tuple[str, Problem | None]:
     """Read the patch of `row` from `folder` into `target`, RGB uint8 (96, 96, 3), and check its id.
 
-    Returns:
-        The SHA-1 of its pixels, and None. If the patch can't be used, an empty text and the problem; `target` is then zero.
+    Return the SHA-1 of its pixels, and None. If the patch can't be used, an empty text and the problem; `target` is then zero.
     """
     try:
-        if row.file is None:
-            raise Damaged("missing")
         digest = read_patch(folder / row.file, target)
         if ids == "sha1" and digest != row.id:
-            raise Damaged(OTHER_PIXELS)
+            advice = "copy the original file again, or accept one that was re-encoded with --ids names"
+            raise Damaged("the SHA-1 of the pixels is not the id", advice)
     except Damaged as damage:
         target[:] = 0
-        return "", Problem(row.split, row.id, row.file or f"{row.id}.tif", damage.reason, damage.advice)
+        return "", Problem(*row, damage.reason, damage.advice)
     return digest, None
 
 
@@ -160,18 +141,19 @@ def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem],
     """Raise UserError if there are `problems`: one that most patches of a split have, or else examples and `advice`."""
     lines = list(map(str, problems))
     for split in splits:
-        total = max(len(split.ids), len(split.files))
+        total = max(len(split.rows), len(split.tifs))
         reasons = Counter(problem.reason for problem in problems if problem.split == split.name)
         for reason, count in reasons.most_common(1):
             if count > EXAMPLES and 2 * count > total:
                 same = [problem for problem in problems if (problem.split, problem.reason) == (split.name, reason)]
-                files = examples([problem.file for problem in same])
-                common = REENCODED if reason == OTHER_PIXELS else same[0].advice
-                raise UserError(
-                    f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason} ({files}); {common}", lines
-                )
+                found = f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason}"
+                raise UserError(f"{found} ({examples([problem.file for problem in same])}); {same[0].advice}", lines)
     if problems:
         raise UserError(f"{root}: patches that can't be used: {len(lines):,}; {advice}: {examples(lines)}", lines)
+
+
+def _is_image(file: os.DirEntry[str] | Path) -> bool:
+    return file.name.lower().endswith(IMAGES)
 
 
 def _stem(file: str) -> str:

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import building, file_sha256, locked, read_json, sha256, write_csv
+from pcam_kaggle.core.files import building, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import end_with_parent
+from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.listing import Ids, Problem, Row, Split, listing_problems, raise_problems, read_row, read_split
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
 from pcam_kaggle.data.tables import read_labels, read_sample
@@ -29,31 +30,22 @@ log = logging.getLogger(__name__)
 CHUNK = 64
 
 
-def declared_ids(data: Data) -> Ids:
-    """Return the ID scheme that the dataset.json of `data` declares, by default `sha1` as in the competition."""
-    if not data.declaration.is_file():
-        return "sha1"
-    ids = read_json(data.declaration).get("ids")
-    if ids not in ("sha1", "names"):
-        raise UserError(f'{data.declaration}: "ids" must be "sha1" or "names"')
-    return ids
+class Declaration(Record):
+    """The optional dataset.json beside the patches."""
+
+    ids: Ids = "sha1"
 
 
 def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[StoreManifest, bool]:
     """Pack all patches of `data` into the folder `store`, unless it already holds the store of the same files.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
-    the content. The ID scheme is by default that of `declared_ids`. With `skip_damaged`, damaged train patches are listed in
-    `skipped.csv`. Hidden files are ignored.
+    the content. The ID scheme is by default what dataset.json declares, or `sha1`. With `skip_damaged`, damaged train patches
+    are listed in `skipped.csv`. Hidden files are ignored. Returns the manifest, and whether the store was written.
 
-    Returns:
-        The manifest, and whether the store was written.
-
-    Raises:
-        UserError: Patches are damaged, missing or unlabelled (`details` lists all of them), or most of them have one common
-            cause, which the message then names. The old store is unchanged.
+    Patches that are damaged, missing or unlabelled are a UserError that lists all of them; the old store is then unchanged.
     """
-    ids = ids or declared_ids(data)
+    ids = ids or (Declaration.read(data.declaration).ids if data.declaration.is_file() else "sha1")
     labels = read_labels(data.labels)
     listed = {"train": labels["id"].tolist(), "test": read_sample(data.sample)["id"].tolist()}
     splits = [read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")]
@@ -71,12 +63,12 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
 def _build(
     data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, skip_damaged: bool, signature: str
 ) -> StoreManifest:
-    """Write the array and the tables of a store into `folder`; return its manifest."""
     listed = [problem for split in splits for problem in (*listing_problems(split, ids), *split.unlisted)]
     # Before the files are read, which takes minutes.
     _raise_fatal(data, splits, listed, skip_damaged)
     rows = [row for split in splits for row in split.rows]
-    digests, damaged = _pack(data, rows, folder / "patches.npy", ids)
+    read = _pack(data, rows, folder / "patches.npy", ids)
+    damaged = [problem for _, problem in read if problem]
     _raise_fatal(data, splits, damaged, skip_damaged)
     problems = {(problem.split, problem.id): problem for problem in (*damaged, *listed)}
     skipped = pd.DataFrame([(problem.id, problem.reason) for problem in problems.values()], columns=["id", "reason"])
@@ -89,16 +81,19 @@ def _build(
     kinds = ["skipped" if (row.split, row.id) in problems else row.split for row in rows]
     index = pd.DataFrame({"id": [row.id for row in rows], "split": kinds})
     write_csv(folder / "index.csv", index)
-    index["pixels"] = digests
+    index["pixels"] = [digest for digest, _ in read]
     _warn_of_equal_pixels(index)
+    hashes = {
+        split: sha256("\n".join(patches["id"] + " " + patches["pixels"]).encode()) for split, patches in index.groupby("split")
+    }
     return StoreManifest(
         ids=ids,
         train=kinds.count("train"),
         test=kinds.count("test"),
         skipped=len(skipped),
-        in_both=tuple(sorted({*splits[0].ids} & {*splits[1].ids})),
-        train_sha256=_content_sha256(index[index["split"] == "train"]),
-        test_sha256=_content_sha256(index[index["split"] == "test"]),
+        in_both=tuple(sorted(set.intersection(*({row.id for row in split.rows} for split in splits)))),
+        train_sha256=hashes["train"],
+        test_sha256=hashes["test"],
         index_sha256=file_sha256(folder / "index.csv"),
         bytes=(folder / "patches.npy").stat().st_size,
         signature=signature,
@@ -112,7 +107,6 @@ def _raise_fatal(data: Data, splits: list[Split], problems: list[Problem], skip_
 
 
 def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
-    """Warn if patches with different ids have the same pixels; `index` has the columns id, split and pixels (SHA-1)."""
     used = index[index["split"] != "skipped"].drop_duplicates("id")
     equal = used[used["pixels"].duplicated(keep=False)]
     if len(equal):
@@ -120,66 +114,52 @@ def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
         log.warning("patches with the pixels of another one: %s (%s)", f"{len(equal):,}", examples(pairs))
 
 
-def _content_sha256(index: pd.DataFrame) -> str:
-    return sha256("\n".join(index["id"] + " " + index["pixels"]).encode())
-
-
 def _signature(data: Data, splits: list[Split], ids: Ids, skip_damaged: bool) -> str:
     """Hash the inputs of a store: name, size and time of every patch's file, the bytes of both tables, and the options."""
     parts = [ids, str(skip_damaged), file_sha256(data.labels), file_sha256(data.sample)]
     for split in splits:
-        stats = ((entry.name, _stat(entry)) for entry in split.tifs)
-        parts += [f"{split.name}/{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+        for entry in split.tifs:
+            # A dangling link has no status but its own.
+            stat = entry.stat(follow_symlinks=not entry.is_symlink() or Path(entry).exists())
+            parts.append(f"{split.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}")
     return sha256("\n".join(parts).encode())
 
 
-def _stat(entry: os.DirEntry[str]) -> os.stat_result:
-    try:
-        return entry.stat()
-    except OSError:
-        # A dangling link.
-        return entry.stat(follow_symlinks=False)
-
-
-def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> tuple[list[str], list[Problem]]:
-    """Read every patch of `rows` into its row of a new array at `target`; return their SHA-1s and the damaged ones."""
+def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str, Problem | None]]:
+    """Read every patch of `rows` into its row of a new array at `target`; return for each what `read_row` returns."""
     needed, free = len(rows) * PATCH_BYTES, shutil.disk_usage(target.parent).free
     if free < needed:
         raise UserError(f"{target.parent.parent}: the store needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     np.lib.format.open_memmap(target, "w+", np.uint8, (len(rows), *SHAPE)).flush()
     header = target.stat().st_size - needed
     starts = range(0, len(rows), CHUNK)
-    digests: list[str] = []
-    problems: list[Problem] = []
+    read: list[tuple[str, Problem | None]] = []
     try:
         with ProcessPoolExecutor(min(joblib.cpu_count(), len(starts)), initializer=_follow_parent) as pool:
             offsets = [header + start * PATCH_BYTES for start in starts]
             chunks = pool.map(partial(_pack_chunk, data, target, ids), [rows[n : n + CHUNK] for n in starts], offsets)
-            for read, damaged in progress(chunks, "prepare", len(starts)):
-                digests += read
-                problems += damaged
+            for chunk in progress(chunks, "prepare", len(starts)):
+                read += chunk
         with target.open("r+b") as file:
             os.fsync(file.fileno())
     except BrokenProcessPool:
         raise UserError(f"{data.root}: a process that read it was killed, perhaps for lack of memory; run it again") from None
     except OSError as error:
         raise UserError(f"{target.parent.parent}: {error.strerror}, while the store was written; make room for it") from None
-    return digests, problems
+    return read
 
 
 def _follow_parent() -> None:
-    """Ignore Ctrl-C, which the parent handles, and end with the parent."""
+    # Ctrl-C is handled by the parent. Before filelock 4, a worker that outlives its parent keeps the parent's lock.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Before filelock 4, a worker that outlives its parent keeps the parent's lock.
     end_with_parent()
 
 
-def _pack_chunk(data: Data, target: Path, ids: Ids, rows: list[Row], offset: int) -> tuple[list[str], list[Problem]]:
-    """Write the patches of `rows` into the file `target`, from byte `offset`."""
+def _pack_chunk(data: Data, target: Path, ids: Ids, rows: list[Row], offset: int) -> list[tuple[str, Problem | None]]:
     block = np.empty((len(rows), *SHAPE), np.uint8)
     read = [read_row(data.patches(row.split), row, ids, patch) for row, patch in zip(rows, block, strict=True)]
     # Written, not mapped: on a full disk a process that writes through a map is killed without an error.
     with target.open("r+b") as file:
         file.seek(offset)
         file.write(block.data)
-    return [digest for digest, _ in read], [problem for _, problem in read if problem]
+    return read

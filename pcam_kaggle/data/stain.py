@@ -12,12 +12,10 @@ Images = NDArray[Any]
 
 # Optical density of each 8-bit level; one is added to keep black finite.
 DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
-
 # Rows are the optical densities of haematoxylin, eosin and the residual in R, G, B (Ruifrok & Johnston 2001, table 1).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 STAINS /= np.linalg.norm(STAINS, axis=1, keepdims=True)
 UNMIX = np.linalg.inv(STAINS)
-
 # Pixels of a lower mean density are glass (Macenko et al. 2009).
 GLASS_DENSITY = 0.15
 MIN_TISSUE_PIXELS = 32
@@ -44,10 +42,8 @@ def stain_vectors(image: Image) -> NDArray[np.float64]:
     """Estimate the stain vectors of `image`, RGB uint8 (h, w, 3) (Macenko et al. 2009).
 
     They are at the 1st and 99th percentile of the angle in the plane of the first two principal components of the tissue's
-    optical density. For a patch with hardly any tissue they are those of Ruifrok & Johnston.
-
-    Returns:
-        Unit vectors of haematoxylin and eosin in optical density of R, G, B, float64 (2, 3).
+    optical density. For a patch with hardly any tissue they are those of Ruifrok & Johnston. Returns unit vectors of
+    haematoxylin and eosin in optical density of R, G, B, float64 (2, 3).
     """
     density = DENSITY[image[::3, ::3].reshape(-1, 3)].astype(np.float64)
     tissue = density[density.mean(1) > GLASS_DENSITY]

@@ -46,47 +46,36 @@ def complete_manifest(folder: Path) -> StoreManifest | None:
 
 def is_store(folder: Path) -> bool:
     """Return whether `prepare` made `folder`: it has the manifest of a store of any version, complete or not."""
-    try:
-        return "index_sha256" in read_json(folder / "manifest.json")
-    except UserError:
-        return False
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and "index_sha256" in read_json(manifest)
 
 
 class PatchStore:
     """All patches of a dataset, read through a memory map that each process opens on its first read.
 
-    A pickled store reads the same file in another process, or raises if the file was replaced.
-
-    Raises:
-        UserError: `folder` holds no complete store, or was replaced since it was opened.
+    A pickled store reads the same file in another process, or raises if the file was replaced. A `folder` without a complete
+    store, or whose store is replaced in the meantime, is a UserError.
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = complete_manifest(folder)
-        if manifest is None:
+        if complete_manifest(folder) is None:
             advice = "run `python -m pcam_kaggle prepare`"
             raise UserError(f"{folder}: no patch store, or one that is incomplete or outdated; {advice}")
-        self.folder, self.manifest = folder, manifest
+        # First: if the folder is replaced between the reads, `images` notices.
+        self.folder, self._file = folder, _identity(folder / "patches.npy")
+        self.manifest = StoreManifest.read(folder / "manifest.json")
         index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }
-        self._file = _identity(folder / "patches.npy")
         self._images: NDArray[np.uint8] | None = None
-        # The folder may have been replaced between the reads above.
-        if complete_manifest(folder) != manifest:
-            raise self._replaced()
 
     def ids(self, split: str) -> NDArray[np.object_]:
         """Return the ids of `split` (train or test) in the order of the store, which is sorted."""
         return self._rows[split].index.to_numpy(dtype=object)
 
     def rows(self, split: str, ids: NDArray[np.object_]) -> NDArray[np.int64]:
-        """Return the rows of `ids`, shape (n,).
-
-        Raises:
-            UserError: The store lacks an id.
-        """
+        """Return the rows of `ids`, shape (n,), all of which the store must hold."""
         rows = self._rows[split].reindex(ids)
         if rows.isna().any():
             unknown = rows.index[rows.isna()]
@@ -94,34 +83,24 @@ class PatchStore:
         return rows.to_numpy(np.int64)
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return a copy of the patches in `rows` (n,): RGB uint8 (n, 96, 96, 3).
-
-        Raises:
-            UserError: The store was replaced before this process opened it.
-        """
+        """Return a copy of the patches in `rows` (n,): RGB uint8 (n, 96, 96, 3)."""
         if self._images is None:
-            self._images = self._open()
+            file = self.folder / "patches.npy"
+            try:
+                images = np.load(file, mmap_mode="r")
+                is_replaced = _identity(file) != self._file
+            except OSError:
+                is_replaced = True
+            if is_replaced:
+                raise UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
+            self._images = images
         return self._images[rows]
-
-    def _open(self) -> NDArray[np.uint8]:
-        file = self.folder / "patches.npy"
-        try:
-            images = np.load(file, mmap_mode="r")
-            is_same = _identity(file) == self._file
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise self._replaced()
-        return images
-
-    def _replaced(self) -> UserError:
-        return UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_images": None}
 
 
 def _identity(file: Path) -> tuple[int, int, int, int]:
-    """Return device, inode, size and modification time of `file`, which change when it is replaced."""
+    # It changes when the file is replaced.
     status = file.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

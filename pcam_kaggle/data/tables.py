@@ -1,4 +1,7 @@
-"""Reads and validates CSV files; ids are always text."""
+"""Reads and validates CSV files; ids are always text.
+
+A missing file or column, or an id that is repeated, is not a plain file name or has an image's extension, is a UserError.
+"""
 
 import re
 from pathlib import Path
@@ -8,21 +11,14 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import csv_bytes, sha256
+from pcam_kaggle.core.paths import PLAIN_NAME
 
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
 MAX_CELL = 60
 
 
 def read_labels(path: Path) -> pd.DataFrame:
-    """Return the labels in `path`: columns id (text) and label (int8, 0 or 1), sorted by id.
-
-    Spaces around ids and labels are ignored.
-
-    Raises:
-        UserError: The file or a column is missing; an id is repeated, not a plain file name, or has an image's extension; a
-            label is not 0 or 1; or all labels are equal.
-    """
+    """Return the labels in `path`, of both kinds: columns id (text) and label (int8, 0 or 1), sorted by id."""
     table = _read(path, ["id", "label"])
     label = table["label"].str.strip().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1})
     invalid = table.loc[label.isna()]
@@ -35,15 +31,11 @@ def read_labels(path: Path) -> pd.DataFrame:
         )
     if label.nunique() < 2:
         raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
-    return _by_id(pd.DataFrame({"id": table["id"], "label": label.astype(np.int8)}))
+    return _by_id(table[["id"]].assign(label=label.astype(np.int8)))
 
 
 def read_sample(path: Path) -> pd.DataFrame:
-    """Return the ids of the sample submission in `path`: one column, id (text), in the order of the file.
-
-    Raises:
-        UserError: The file or a column is missing; or an id is repeated, not a plain file name, or has an image's extension.
-    """
+    """Return the ids of the sample submission in `path`: one column, id (text), in the order of the file."""
     if not path.is_file():
         advice = "take the competition's, or write the line id,label and then a line ID,0 for each ID.tif"
         raise UserError(f"{path}: no such file; {advice} in {path.parent / 'test'}")
@@ -51,11 +43,7 @@ def read_sample(path: Path) -> pd.DataFrame:
 
 
 def read_slides(path: Path) -> pd.DataFrame:
-    """Return the slide map in `path`: columns id and wsi (both text), sorted by id.
-
-    Raises:
-        UserError: As `read_sample`; or a row has no slide.
-    """
+    """Return the slide map in `path`: columns id and wsi (both text, not empty), sorted by id."""
     table = _read(path, ["id", "wsi"])
     table = table.assign(wsi=table["wsi"].str.strip())
     if empty := table.loc[table["wsi"] == "", "id"].tolist():
@@ -64,11 +52,7 @@ def read_slides(path: Path) -> pd.DataFrame:
 
 
 def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return a table that the pipeline wrote: columns id (text) and `columns` (float64).
-
-    Raises:
-        UserError: The file is missing or truncated, or a number is not finite.
-    """
+    """Return a table that the pipeline wrote: columns id (text) and `columns` (float64, finite)."""
     table = _read(path, ["id", *columns])
     try:
         numbers = table[columns].astype(np.float64)
@@ -82,8 +66,7 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
 def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Return the OOF predictions `table` (id, label, fold, probability), read from `path`, with label and fold as int64.
 
-    Raises:
-        UserError: A number is not finite, or a label is not 0 or 1.
+    Raises UserError if a number is not finite, or a label is not 0 or 1.
     """
     is_finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
     if ids := table.loc[~is_finite | ~table["label"].isin([0, 1]), "id"].tolist():
@@ -105,9 +88,8 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        found = examples([_short(column) for column in table.columns])
+    if missing := [column for column in columns if column not in table]:
+        found = examples(list(map(_short, table.columns)))
         raise UserError(
             f"{path}: has no column {' or '.join(missing)}, its columns are {found}; its first line must be "
             f"{','.join(columns)}, with commas and without spaces",
@@ -115,28 +97,24 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         )
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(f"{path}: its rows have more fields than its first line; end no row in a comma")
-    table = table[columns]
     if table.empty:
         raise UserError(f"{path}: holds no rows")
-    table = table.assign(id=table["id"].str.strip())
-    invalid = [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]
-    if invalid:
-        shown = examples([_short(text) for text in invalid])
+    table = table[columns].assign(id=table["id"].str.strip())
+    if invalid := [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]:
         raise UserError(
-            f"{path}: {len(invalid):,} of {len(table):,} ids are not plain file names ({shown}); write each without folder and "
-            "extension, as abc for train/abc.tif, or drop its row",
+            f"{path}: {len(invalid):,} of {len(table):,} ids are not plain file names "
+            f"({examples(list(map(_short, invalid)))}); write each without folder and extension, as abc for train/abc.tif, or "
+            "drop its row",
             list(map(repr, invalid)),
         )
-    repeated = table.loc[table["id"].duplicated(), "id"].drop_duplicates()
-    if len(repeated):
-        raise UserError(
-            f"{path}: ids in more than one row: {len(repeated):,} ({examples(repeated)}); keep one row of each", list(repeated)
-        )
+    if repeated := table.loc[table["id"].duplicated(), "id"].drop_duplicates().tolist():
+        found = f"{path}: ids in more than one row: {len(repeated):,} ({examples(repeated)})"
+        raise UserError(f"{found}; keep one row of each", repeated)
     return table
 
 
 def _short(text: str) -> str:
-    """Return `text` in quotes, truncated: a cell of a damaged file may be as long as the file."""
+    # In quotes, truncated: a cell of a damaged file may be as long as the file.
     return repr(text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}…")
 
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -20,13 +21,12 @@ PATCH_BYTES = PATCH_SIDE * PATCH_SIDE * 3
 FORMATS = ("TIFF", "JPEG", "PNG")
 
 
+@dataclass(eq=False)
 class Damaged(Exception):
     """A patch that cannot be used: the reason, and what the user can do about it."""
 
-    def __init__(self, reason: str, advice: str = "copy the file again") -> None:
-        super().__init__(reason, advice)
-        self.reason = reason
-        self.advice = advice
+    reason: str
+    advice: str = "copy the file again"
 
 
 def read_patch(path: Path, target: NDArray[np.uint8]) -> str:
@@ -40,12 +40,9 @@ def read_patch(path: Path, target: NDArray[np.uint8]) -> str:
     """
     pixels = target.data.cast("B")
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            head = bytearray(max(0, os.fstat(descriptor).st_size - PATCH_BYTES))
-            count = os.readv(descriptor, [head, pixels])
-        finally:
-            os.close(descriptor)
+        with path.open("rb", buffering=0) as file:
+            head = bytearray(max(0, os.fstat(file.fileno()).st_size - PATCH_BYTES))
+            count = os.readv(file.fileno(), [head, pixels])
         digest = hashlib.sha1(pixels, usedforsecurity=False).hexdigest()
         if count == len(head) + PATCH_BYTES and digest == path.stem:
             return digest
@@ -74,7 +71,7 @@ def _decode(content: bytes) -> NDArray[np.uint8]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Drop what libtiff prints about damaged files, and Pillow's warnings; the error that follows is reported once."""
+    # libtiff prints about damaged files, and Pillow warns; the error that follows is reported once.
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
