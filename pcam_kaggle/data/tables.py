@@ -8,8 +8,8 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import csv_bytes, sha256
+from pcam_kaggle.core.paths import PLAIN_NAME
 
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
 MAX_CELL = 60
 

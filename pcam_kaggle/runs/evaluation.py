@@ -47,16 +47,14 @@ class Evaluation:
 
     def current(self, run: Run) -> pd.DataFrame | None:
         """Return the stored predictions of `run`, None if none are by its present checkpoints, or with a warning if damaged."""
-        _, record = self._files(run.name)
+        record = self._files(run.name)[1]
         if not record.is_file():
             return None
         try:
             sources = HeldOutRecord.read(record).sources
-            for number, digest in sources.checkpoints.items():
-                best = run.fold(number).best_checkpoint
-                if not best.is_file() or file_sha256(best) != digest:
-                    return None
-            return self.predictions(run.name, sources)
+            best = {number: run.fold(number).best_checkpoint for number in sources.checkpoints}
+            hashes = {number: file_sha256(file) for number, file in best.items() if file.is_file()}
+            return self.predictions(run.name, sources) if hashes == sources.checkpoints else None
         except UserError as error:
             log.warning("left out: %s", error)
             return None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import PART, file_sha256, locked, write
-from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
+from pcam_kaggle.core.paths import Workspace, check_name
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
 from pcam_kaggle.runs.records import Environment, RunConfig
@@ -31,7 +31,7 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
     """
     imported = []
     for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):
-        _check_name(folder, folder.name)
+        check_name(folder.name, f"{folder}: ")
         target = Run(workspace.run(folder.name))
         with locked(target.folder):
             if _import_run(source, Run(folder), target, workspace):
@@ -43,7 +43,7 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     # Left by a call that was interrupted while it replaced a fold.
     for old in list(target.folder.glob(f".fold_*{OLD}")):
         _clear(old)
-    folds = _newer_folds(run, target)
+    folds = _newer_folds(run, target) if run.is_experiment else []
     is_new = run.is_experiment and not target.is_experiment
     use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
     # A session may end between the files of a blend, and blending again is cheap.
@@ -53,7 +53,8 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     for fold in folds:
         _check_fold(fold)
     environments = run.environments()
-    beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
+    fold_files = _fold_files(source / "folds", run) if run.is_experiment else ()
+    beside = [(file, workspace.folds / file.name) for file in fold_files]
     beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
     for file, copy in beside:
         if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
@@ -73,7 +74,6 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
 
 
 def _merge_origin(run: Run, target: Run, environments: list[Environment]) -> None:
-    """Write to `target` what it was made from, unless it is there, the hash of its weights, and the sessions of `run`."""
     made = run.made_from()
     own = target.made_from() if target.is_experiment else made
     own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
@@ -82,11 +82,8 @@ def _merge_origin(run: Run, target: Run, environments: list[Environment]) -> Non
 
 
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
-    """Return the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
-    if not run.is_experiment:
-        return []
-    theirs = run.made_from()
-    if target.is_experiment and not _is_same_run(theirs, target.made_from()):
+    """Return the folds of `run` that `target` lacks or has of an earlier epoch."""
+    if target.is_experiment and not _is_same_run(run.made_from(), target.made_from()):
         raise UserError(
             f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
         )
@@ -96,9 +93,8 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
 
 def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
     # The hash of pretrained weights is recorded when the first fold starts.
-    hashes = {each.weights_sha256 for each in (theirs, ours)} - {None}
-    one, other = (each.model_copy(update={"weights_sha256": None}) for each in (theirs, ours))
-    return one == other and len(hashes) < 2
+    hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
+    return theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) == ours and len(hashes) < 2
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
@@ -111,14 +107,13 @@ def _replace_fold(source: Fold, target: Fold) -> None:
     if target.folder.exists():
         target.folder.replace(old)
     copied.replace(target.folder)
-    _clear(old)
+    if old.exists():
+        _clear(old)
 
 
 def _clear(old: Path) -> None:
     """Delete the replaced fold in folder `old`, after moving files that are not the program's to its successor."""
     fold = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
-    if not old.exists():
-        return
     if not fold.exists():
         old.replace(fold)
         return
@@ -134,11 +129,8 @@ def _missing_folds(run: Run) -> float:
 
 
 def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
-    """Yield the fold file of `run` in `folder` and its manifest, after checking that the run was trained on it."""
-    if not run.is_experiment:
-        return
     made = run.made_from()
-    _check_name(run.folder, made.folds)
+    check_name(made.folds, f"{run.folder}: ")
     table, manifest = (folder / f"{made.folds}{suffix}" for suffix in (".csv", ".json"))
     if table.is_file() and manifest.is_file():
         if file_sha256(table) != made.folds_sha256:
@@ -147,7 +139,6 @@ def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
 
 
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the submissions of run `name` in `folder`, each with its JSON file, after checking that they belong together."""
     for file in sorted(folder.glob("*.json")):
         made, table = SubmissionRecord.read(file), file.with_suffix(".csv")
         if made.run == name and table.exists():
@@ -175,18 +166,13 @@ def _check_fold(fold: Fold) -> None:
         checkpoint.load(fold.best_checkpoint, "net")
     rows = len(fold.log())
     # A log that lacks its last rows is written again when the fold resumes, and is final once the fold is finished.
-    if fold.has_metrics and fold.metrics() and rows not in (0, _epochs(fold)):
+    if fold.is_trained and fold.metrics() and rows not in (0, _epochs(fold)):
         raise UserError(f"{fold.folder / 'log.csv'}: not the log of last.pt; download it again")
     for name, columns in PREDICTIONS.items():
         if (fold.folder / name).is_file():
             read_numbers(fold.folder / name, columns)
-    for changed in fold.changed_predictions():
+    for changed in fold.changed_predictions() if fold.has_predictions else ():
         raise UserError(f"{fold.folder / changed}: not what predictions.json describes; download it again")
-
-
-def _check_name(folder: Path, name: str) -> None:
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{folder}: {name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
 
 
 def _copy(source: Path, target: Path) -> None:
