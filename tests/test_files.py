@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,22 +23,14 @@ from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def hold() -> Callable[[Path], subprocess.Popen[str]]:
-    """Return a function that starts a process which holds the lock of a folder until it is killed."""
-
-    def start(folder: Path) -> subprocess.Popen[str]:
-        code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
-        code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    return start
+HOLD = """
+import sys, time
+from pathlib import Path
+from pcam_kaggle.core.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
@@ -66,33 +59,30 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
     ("stage", "folder"),
     [
         *(("folds", "folds"), ("train", "runs/bottleneck"), ("predict", "runs/bottleneck")),
-        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("ledger", "submissions")),
+        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("scores", "submissions")),
     ],
 )
 def test_every_writer_holds_the_lock(
-    stage: str,
-    folder: str,
-    pcam: Command,
-    hold: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stage: str, folder: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A partial file of another process survives, since no stage writes there until the other process ends."""
     work = tmp_path / "work"
-    stages = ("prepare", "folds", "train", "predict", "blend", "submission")
-    for before in stages[: stages.index(stage)] if stage in stages else stages:
+    stages = ("prepare", "folds", "train", "predict", "blend", "submission", "scores")
+    for before in stages[: stages.index(stage)]:
         assert pcam(before).status == 0
 
     def call() -> Outcome:
-        if stage in stages:
+        if stage != "scores":
             return pcam(stage)
-        return Outcome(main(["kaggle", stage, "--work", str(work)]), *capsys.readouterr())
+        line = ["kaggle", "scores", "bottleneck", "--public", "0.5", "--work", str(work)]
+        return Outcome(main(line), *capsys.readouterr())
 
+    partial = work / folder / f".oof.csv.x{files.PART}"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    with hold(work / folder) as other:
-        partial = work / folder / f".oof.csv.x{files.PART}"
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(work / folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
         partial.touch()
         outcome = call()
         assert outcome.status == 2
@@ -104,20 +94,16 @@ def test_every_writer_holds_the_lock(
     assert not partial.exists()
 
 
-def foreign(folder: Path) -> dict[Path, bytes]:
-    """Write files that this program did not make into `folder`; return their contents."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "thesis.tex").write_text("ten years of work")
-    (folder / "manifest.json").write_text('{"name": "something else"}')
-    return {path: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("make", [prepare, lambda _, folder: make_demo(Data(folder))])
 def test_a_folder_of_somebody_else_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
-    kept = foreign(tmp_path / "target")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.tex").write_text("ten years of work")
+    (target / "manifest.json").write_text('{"name": "something else"}')
+    kept = {path: path.read_bytes() for path in target.iterdir()}
     with pytest.raises(UserError, match="target: exists and was not made by this program"):
-        make(data, tmp_path / "target")
-    assert {path: path.read_bytes() for path in kept} == kept
+        make(data, target)
+    assert {path: path.read_bytes() for path in target.iterdir()} == kept
 
 
 @pytest.mark.parametrize("make", [lambda store: store.write_text("mine"), lambda store: store.symlink_to("nowhere")])
@@ -152,12 +138,21 @@ def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> Non
     assert sorted(drawn) == [False, True]
 
 
+PACK_SLOWLY = """
+import sys, time
+from pathlib import Path
+from pcam_kaggle.core.paths import Data
+from pcam_kaggle.data import prepare as patches
+def slow(*arguments):
+    print("packing", flush=True)
+    time.sleep(60)
+patches._pack_chunk = slow
+patches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
 def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path: Path) -> None:
-    code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data import prepare as patches\n"
-    code += "from pcam_kaggle.core.paths import Data\n"
-    code += "real = patches._pack_chunk\ndef slow(*arguments):\n    print('packing', flush=True)\n    time.sleep(60)\n"
-    code += "patches._pack_chunk = slow\npatches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))"
-    line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]
+    line = [sys.executable, "-c", PACK_SLOWLY, str(data.root), str(tmp_path / "store")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "packing\n"

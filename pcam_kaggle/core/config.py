@@ -127,8 +127,8 @@ class Config:
             (not _is_json_object(self.model_args), f"model_args={self.model_args}: must be a JSON object, {example}"),
             (0 < self.resize < LEAST_SIDE, f"resize={self.resize}: must be 0 or at least {LEAST_SIDE}"),
             (self.freeze and not self.weights, f"freeze={self.freeze}: random layers must be trained; give weights=…"),
-            (self.probe and (self.freeze != 1 or self.teacher), "probe=true: the model is frozen; use freeze=1, and no teacher"),
-            (self.probe and self.n_splits < 3, "probe=true: chooses its penalty on two other folds; use n_splits=3 or more"),
+            (self.probe and (self.freeze != 1 or self.teacher), "probe=true: on a frozen model; use freeze=1, and no teacher"),
+            (self.probe and self.n_splits < 3, "probe=true: chooses its penalty on the other folds; use n_splits=3 or more"),
         ]
         for is_conflict, message in conflicts:
             if is_conflict:

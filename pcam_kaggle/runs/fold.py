@@ -17,14 +17,13 @@ from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, Predictions
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
 # The tables of predictions, and the columns of numbers in each.
 PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
-FOLD_FILES = ("last.pt", "best.pt", "log.csv", *PREDICTIONS, "predictions.json", "metrics.json", "teacher.json")
+# In the order in which an import copies them: the fold is older than its source until the last three are there.
+FOLD_FILES = ("teacher.json", "best.pt", "log.csv", *PREDICTIONS, "last.pt", "metrics.json", "predictions.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Fold `number` (0-based) of the run in `run_folder`.
-
-    In the order in which they are written:
+    """Fold `number` (0-based) of the run in `run_folder`, whose files are, in the order in which they are written.
 
     - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
     - `last.pt`: state after the last finished epoch, from which training resumes; a probe has none
@@ -119,18 +118,15 @@ class Fold:
         Raises:
             UserError: Predictions are missing, outdated, changed or damaged.
         """
-        number, folder = self.number, self.folder
+        folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
         if not self.has_predictions:
-            raise UserError(
-                f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {number} first"
-            )
-        best = self.best_checkpoint
+            raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")
         if best.exists() and file_sha256(best) != self.predictions_record().sources.best_sha256:
-            raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
+            raise UserError(f"{folder}: trained again since it was predicted; {advice}")
         for name in self.changed_predictions():
-            raise UserError(f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`")
+            raise UserError(f"{folder / name}: missing or changed since it was predicted; {advice}")
         oof, test = (read_numbers(folder / name, columns) for name, columns in PREDICTIONS.items())
-        return check_oof(folder / "oof.csv", oof.assign(fold=number)), test.sort_values("id", ignore_index=True)
+        return check_oof(folder / "oof.csv", oof.assign(fold=self.number)), test.sort_values("id", ignore_index=True)
 
     def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore, images_per_second: float) -> None:
         """Write the predictions `oof` (id, label, probability) and `test` (id, probability) and their sources."""

@@ -6,24 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import PART, file_sha256, locked, write
+from pcam_kaggle.core.files import file_sha256, locked, write
 from pcam_kaggle.core.paths import Workspace, check_name
-from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs import checkpoint
-from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
+from pcam_kaggle.runs.fold import FOLD_FILES, Fold
 from pcam_kaggle.runs.records import Environment, RunConfig
 from pcam_kaggle.runs.run import BLEND_FILES, Run
 from pcam_kaggle.runs.submissions import SubmissionRecord
-
-OLD = ".old"
 
 
 def import_runs(source: Path, workspace: Workspace) -> list[str]:
     """Copy the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of changed runs.
 
-    Of a fold that is in both places the one with more finished epochs is used, all of its files at once. Files are validated
-    before they are copied, and only those that belong to a run are copied. `source` may have `folds` and `submissions` beside
-    `runs`, as a downloaded kernel output has.
+    Of a fold that is in both places the one with more finished epochs is used. Files are validated before they are copied, and
+    only those that belong to a run are copied, `folds` and `submissions` beside `source`/runs included. If the call is
+    interrupted, the next one completes it.
 
     Raises:
         UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
@@ -40,9 +37,6 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
 
 def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:
-    # Left by a call that was interrupted while it replaced a fold.
-    for old in list(target.folder.glob(f".fold_*{OLD}")):
-        _clear(old)
     folds = _newer_folds(run, target) if run.is_experiment else []
     is_new = run.is_experiment and not target.is_experiment
     use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
@@ -98,29 +92,12 @@ def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
-    """Replace `target` by a copy of `source`, all files at once; other files in `target` stay."""
-    copied = target.folder.with_name(f".{target.folder.name}{PART}")
+    """Replace the files of `target`, so that it is older than `source` until it is complete; other files in its folder stay."""
+    for name in reversed(FOLD_FILES):
+        (target.folder / name).unlink(missing_ok=True)
     for name in FOLD_FILES:
         if (source.folder / name).is_file():
-            _copy(source.folder / name, copied / name)
-    old = target.folder.with_name(f".{target.folder.name}{OLD}")
-    if target.folder.exists():
-        target.folder.replace(old)
-    copied.replace(target.folder)
-    if old.exists():
-        _clear(old)
-
-
-def _clear(old: Path) -> None:
-    """Delete the replaced fold in folder `old`, after moving files that are not the program's to its successor."""
-    fold = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
-    if not fold.exists():
-        old.replace(fold)
-        return
-    for other in old.iterdir():
-        if other.name not in FOLD_FILES and not (fold / other.name).exists():
-            other.replace(fold / other.name)
-    shutil.rmtree(old)
+            _copy(source.folder / name, target.folder / name)
 
 
 def _missing_folds(run: Run) -> float:
@@ -161,16 +138,12 @@ def _epochs(fold: Fold) -> int:
 
 
 def _check_fold(fold: Fold) -> None:
-    """Raise UserError if a file of `fold` is damaged, or not what the fold's other files say."""
+    """Raise UserError if a file of `fold` is damaged, or a table of predictions is not the one that was recorded."""
     if fold.best_checkpoint.exists():
         checkpoint.load(fold.best_checkpoint, "net")
-    rows = len(fold.log())
-    # A log that lacks its last rows is written again when the fold resumes, and is final once the fold is finished.
-    if fold.is_trained and fold.metrics() and rows not in (0, _epochs(fold)):
-        raise UserError(f"{fold.folder / 'log.csv'}: not the log of last.pt; download it again")
-    for name, columns in PREDICTIONS.items():
-        if (fold.folder / name).is_file():
-            read_numbers(fold.folder / name, columns)
+    fold.log()
+    if fold.is_trained:
+        fold.metrics()
     for changed in fold.changed_predictions() if fold.has_predictions else ():
         raise UserError(f"{fold.folder / changed}: not what predictions.json describes; download it again")
 

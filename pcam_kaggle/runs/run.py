@@ -169,25 +169,18 @@ class Run:
             write_json(self.environment_file, [each.model_dump(mode="json") for each in [*entries, entry]])
 
     def predictions(self, chosen: Sequence[int] | None = None) -> RunPredictions:
-        """Return the predictions of the folds `chosen` of an experiment's run, by default of all.
-
-        Raises:
-            UserError: A fold does not exist, or has no predictions or damaged ones.
-        """
+        """Return the predictions of the folds `chosen` of an experiment's run, by default of all; or raise UserError."""
         made, folds = self.made_from(), self.chosen_folds(chosen)
         tables = [fold.predictions() for fold in folds]
-        oof = pd.concat([table for table, _ in tables])
-        for twice in oof.loc[oof["id"].duplicated(), "id"]:
-            raise UserError(f"{self.folder}: id {twice} is out of fold twice; predict again")
-        oof = oof.sort_values("id", ignore_index=True)[["id", "label", "fold", "probability"]]
+        oof = pd.concat([table for table, _ in tables]).sort_values("id", ignore_index=True)
+        oof = oof[["id", "label", "fold", "probability"]]
         missing = [fold.number for fold in self.folds() if fold not in folds]
         return RunPredictions(self.name, oof, [test for _, test in tables], made.folds, made.folds_sha256, missing)
 
     def chosen_folds(self, chosen: Sequence[int] | None) -> list[Fold]:
         """Return the folds `chosen` (None for all); raises UserError if there is no such fold."""
         folds = {fold.number: fold for fold in self.folds()}
-        unknown = [number for number in chosen or () if number not in folds]
-        if unknown:
+        if unknown := [number for number in chosen or () if number not in folds]:
             raise UserError(f"--folds {unknown[0]}: {self.name} has folds 0 to {max(folds)}")
         return [folds[number] for number in (folds if chosen is None else chosen)]
 
