@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.core.files import PART, locked
+from pcam_kaggle.core.files import locked, read_json, write_json
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.runs import checkpoint, import_run
 from pcam_kaggle.runs.fold import FOLD_FILES
@@ -31,12 +32,17 @@ def here(tmp_path: Path) -> Workspace:
 
 def change(file: Path, **values: object) -> None:
     """Set `values` in a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    write_json(file, read_json(file) | values)
 
 
-def files_of(folder: Path) -> list[Path]:
+def contents(folder: Path, names: Iterable[Path]) -> dict[Path, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
     """Return the files of the run in `folder`, relative to it."""
-    return [path.relative_to(folder) for path in (folder / RUN).rglob("*.*") if path.parent.name != "events"]
+    files = (path.relative_to(folder) for path in (folder / RUN).rglob("*.*") if path.parent.name != "events")
+    return contents(folder, files)
 
 
 def without_last_epochs(session: Path, early: Path) -> Path:
@@ -44,8 +50,8 @@ def without_last_epochs(session: Path, early: Path) -> Path:
     shutil.copytree(session, early)
     for fold in (early / RUN / "fold_1", early / RUN / "fold_2"):
         content = checkpoint.load(fold / "last.pt")
-        for path in (fold / name for name in FOLD_FILES if name != "log.csv"):
-            path.unlink(missing_ok=True)
+        for name in set(FOLD_FILES) - {"log.csv", "teacher.json"}:
+            (fold / name).unlink()
         checkpoint.save(fold / "last.pt", content | {"log": json.dumps(json.loads(content["log"])[:-1])})
     return early
 
@@ -57,10 +63,10 @@ def test_of_two_states_of_a_fold_the_newer_one_is_used(session: Path, here: Work
     assert import_runs(early, here) == ["bottleneck"]
     assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
     import_runs(session, here)
-    complete = {path: (session / path).read_bytes() for path in files_of(session)}
+    complete = files_of(session)
     for source in (session, early):
         import_runs(source, here)
-        assert {path: (here.root / path).read_bytes() for path in complete} == complete
+        assert contents(here.root, complete) == complete
 
 
 def test_a_blend_comes_with_its_members_and_the_one_of_more_folds_is_used(
@@ -76,49 +82,47 @@ def test_a_blend_comes_with_its_members_and_the_one_of_more_folds_is_used(
     shutil.copytree(session, early)
     assert main(["pipeline", *line]) == 0
     assert import_runs(session, here) == ["both", "one"]
-    names = ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv", "submissions/both.json")
-    complete = [(session / name).read_bytes() for name in names]
+    names = [*map(Path, ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv", "submissions/both.json"))]
+    complete = contents(session, names)
     for source in (session, early):
-        assert [(here.root / name).read_bytes() for name in names] == complete
+        assert contents(here.root, names) == complete
         assert import_runs(source, here) == []
 
 
-@pytest.mark.parametrize(("is_update", "at"), [*((False, at) for at in range(1, 28, 3)), *((True, at) for at in range(4, 21, 2))])
+@pytest.mark.parametrize(("is_update", "at"), [*product([False], range(1, 28, 3)), *product([True], range(4, 21, 2))])
 def test_an_interrupted_import_is_completed_here_and_by_others(
     is_update: bool, at: int, session: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copying stops after `at` files, perhaps while it replaces folds of fewer epochs: the import can be completed."""
     if is_update:
         import_runs(without_last_epochs(session, tmp_path / "early"), here)
-    copied = []
+    copy, copied = import_run._copy, []
 
     def end(source: Path, target: Path) -> None:
         if len(copied) == at:
             raise KeyboardInterrupt
         copied.append(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        copy(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(import_run, "_copy", end)
         import_runs(session, here)
     third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
     import_runs(here.root, third)
-    names = [*files_of(session), Path("folds") / "stratified_3_42.csv", Path("submissions") / "bottleneck.csv"]
+    complete = files_of(session) | contents(session, [Path("folds/stratified_3_42.csv"), Path("submissions/bottleneck.csv")])
     for completed in (third, here):
         import_runs(session, completed)
-        assert [(completed.root / name).read_bytes() for name in names] == [(session / name).read_bytes() for name in names]
-        assert not list(completed.root.rglob(f"*{PART}"))
+        assert contents(completed.root, complete) == complete
 
 
 def test_a_fold_is_repaired_and_other_files_in_it_are_kept(session: Path, here: Workspace) -> None:
     import_runs(session, here)
-    fold = here.root / RUN / "fold_1"
+    complete, fold = files_of(session), here.root / RUN / "fold_1"
     (fold / "notes.txt").write_text("mine")
     (fold / "best.pt").unlink()
     import_runs(session, here)
     assert (fold / "notes.txt").read_text() == "mine"
-    assert (fold / "best.pt").read_bytes() == (session / RUN / "fold_1" / "best.pt").read_bytes()
+    assert contents(here.root, complete) == complete
 
 
 @pytest.mark.parametrize(("aucs", "taken"), [((0.8, 0.9), True), ((0.9, 0.8), False)])
@@ -127,9 +131,8 @@ def test_a_session_that_ended_before_its_best_checkpoint(
 ) -> None:
     """The last checkpoint replaces the best one only if the last epoch is the best."""
     fold = session / RUN / "fold_1"
-    for path in list(fold.iterdir()):
-        if path.name not in ("last.pt", "log.csv"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in set(FOLD_FILES) - {"last.pt", "log.csv", "teacher.json"}:
+        (fold / name).unlink()
     content = checkpoint.load(fold / "last.pt")
     rows = [row | {"valid_auc": auc} for row, auc in zip(json.loads(content["log"]), aucs, strict=True)]
     checkpoint.save(fold / "last.pt", content | {"log": json.dumps(rows)})
@@ -141,11 +144,10 @@ def test_the_sessions_of_both_places_are_kept(session: Path, here: Workspace, tm
     early = shutil.copytree(session, tmp_path / "early")
     shutil.rmtree(early / RUN / "fold_2")
     ours, theirs = Run(session / RUN).environments(), {"backend": {"kind": "cuda", "precision": "fp16"}, "started": "before"}
-    (early / RUN / "environment.json").write_text(json.dumps([theirs]))
-    for source in (early, session):
+    write_json(early / RUN / "environment.json", [theirs])
+    for source in (early, session, session):
         import_runs(source, here)
         shutil.rmtree(here.root / RUN / "fold_1")
-    import_runs(session, here)
     assert Run(here.root / RUN).environments() == [Environment.model_validate(theirs), *ours]
 
 
@@ -177,9 +179,8 @@ def test_a_file_that_differs_here_is_an_error(name: str, session: Path, here: Wo
     assert not (here.root / RUN).exists()
 
 
-def other_config(folder: Path, **fields: object) -> None:
-    file = folder / RUN / "config.json"
-    change(file, config=json.loads(file.read_text())["config"] | fields)
+def other_config(run: Path, **fields: object) -> None:
+    change(run / "config.json", config=read_json(run / "config.json")["config"] | fields)
 
 
 def other_values(file: Path) -> None:
@@ -192,22 +193,22 @@ PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: change(folder / RUN / "config.json", folds="../../outside"), "is not a plain file name"),
-        (lambda folder: other_config(folder, unheard_of=1), "config.json: .*unheard_of"),
-        (lambda folder: other_config(folder, n_splits=10**9), "config.json: .*n_splits"),
-        (lambda folder: other_values(folder / "submissions" / "bottleneck.csv"), "not what bottleneck.json describes"),
-        (lambda folder: other_values(folder / RUN / "fold_0" / "oof.csv"), "oof.csv: not what predictions.json describes"),
-        (lambda folder: (folder / RUN / "fold_0" / "metrics.json").write_text("{}"), "metrics.json: fold: Field required"),
-        (lambda folder: (folder / RUN / "fold_0" / "best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
-        (lambda folder: (folder / RUN / "fold_0" / "log.csv").write_text("epoch"), "log.csv: not a training log"),
-        (lambda folder: (folder / "folds" / "stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
-        (lambda folder: (folder / RUN).rename(folder / "runs" / "a name"), "'a name' is not a plain file name"),
+        (lambda run: change(run / "config.json", folds="../../outside"), "is not a plain file name"),
+        (lambda run: other_config(run, unheard_of=1), "config.json: .*unheard_of"),
+        (lambda run: other_config(run, n_splits=10**9), "config.json: .*n_splits"),
+        (lambda run: other_values(run / "../../submissions/bottleneck.csv"), "not what bottleneck.json describes"),
+        (lambda run: other_values(run / "fold_0/oof.csv"), "oof.csv: not what predictions.json describes"),
+        (lambda run: (run / "fold_0/metrics.json").write_text("{}"), "metrics.json: fold: Field required"),
+        (lambda run: (run / "fold_0/best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
+        (lambda run: (run / "fold_0/log.csv").write_text("epoch"), "log.csv: not a training log"),
+        (lambda run: (run / "../../folds/stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
+        (lambda run: run.rename(run.parent / "a name"), "'a name' is not a plain file name"),
     ],
 )
 def test_a_damaged_run_is_not_imported(
     damage: Callable[[Path], object], message: str, session: Path, here: Workspace, tmp_path: Path
 ) -> None:
-    damage(session)
+    damage(session / RUN)
     with pytest.raises(UserError, match=message) as caught:
         import_runs(session, here)
     assert "\n" not in str(caught.value)
