@@ -1,7 +1,7 @@
 """Files and folders are replaced atomically, foreign files are left alone, and writers wait for one another."""
 
+import os
 import pickle
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, sha1
+from conftest import Outcome, first_tif, sha1
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
+from pcam_kaggle.data import store
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
@@ -113,22 +114,18 @@ def test_what_is_no_folder_is_not_replaced(make: Callable[[Path], object], data:
         prepare(data, tmp_path / "store")
 
 
-def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    made, _ = prepare(data, store)
-    (store / "index.csv").write_text("id\n")
-    (store / "patches.npy").unlink()
-    assert prepare(data, store) == (made, True)
-
-
-def test_leftovers_of_a_killed_process_are_no_obstacle(data: Data, tmp_path: Path) -> None:
-    made, _ = prepare(data, tmp_path / "store")
-    (tmp_path / "store").rename(tmp_path / ".store.old.part")
+def test_an_empty_folder_a_damaged_store_and_leftovers_are_replaced(data: Data, tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    target.mkdir()
+    made, _ = prepare(data, target)
+    (target / "index.csv").write_text("id\n")
+    (target / "patches.npy").unlink()
+    assert prepare(data, target) == (made, True)
+    target.rename(tmp_path / ".store.old.part")
     (tmp_path / ".store.old.part" / "manifest.json").unlink()
     (tmp_path / ".store.part").mkdir()
     (tmp_path / ".store.part" / "patches.npy").write_bytes(b"half")
-    assert prepare(data, tmp_path / "store") == (made, True)
+    assert prepare(data, target) == (made, True)
     assert not list(tmp_path.glob(".store*.part"))
 
 
@@ -164,45 +161,35 @@ def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path
     assert prepare(data, tmp_path / "store")[1]
 
 
-def other_patches(data: Data, tmp_path: Path) -> Data:
-    """Return a set without the first train patch of `data`, so that its rows have other numbers."""
-    other = Data(shutil.copytree(data.root, tmp_path / "other"))
-    lines = other.labels.read_text().splitlines()
-    first = min(lines[1:])
-    other.labels.write_text("\n".join(line for line in lines if line != first) + "\n")
-    (other.patches("train") / f"{first.partition(',')[0]}.tif").unlink()
-    return other
+def prepare_again(data: Data, folder: Path) -> None:
+    os.utime(first_tif(data), (1, 1))
+    assert prepare(data, folder)[1]
 
 
-def test_a_worker_never_reads_another_store_by_old_row_numbers(data: Data, tmp_path: Path) -> None:
+def test_a_worker_never_reads_another_store(data: Data, tmp_path: Path) -> None:
     prepare(data, tmp_path / "store")
-    store = PatchStore(tmp_path / "store")
-    ids = store.ids("train")
-    rows = store.rows("train", ids)
-    sent = pickle.dumps(store)
-    assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
-    prepare(other_patches(data, tmp_path), tmp_path / "store")
-    late = pickle.loads(sent)  # noqa: S301
+    opened = PatchStore(tmp_path / "store")
+    ids = opened.ids("train")
+    rows, sent = opened.rows("train", ids), pickle.dumps(opened)
+    assert np.array_equal(pickle.loads(sent).images(rows), opened.images(rows))  # noqa: S301
+    prepare_again(data, tmp_path / "store")
     with pytest.raises(UserError, match="replaced while it was in use"):
-        late.images(rows)
+        pickle.loads(sent).images(rows)  # noqa: S301
     # Who had opened it before still reads the old file.
-    assert [sha1(patch) for patch in store.images(rows)] == list(ids)
+    assert [sha1(patch) for patch in opened.images(rows)] == list(ids)
 
 
 def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(data, tmp_path / "store")
-    other = other_patches(data, tmp_path)
-    from pcam_kaggle.data import store as module
-
-    identity = module._identity
+    identity = store._identity
 
     def swap(file: Path) -> tuple[int, int, int, int]:
         monkeypatch.undo()
-        prepare(other, tmp_path / "store")
+        prepare_again(data, tmp_path / "store")
         return identity(file)
 
-    monkeypatch.setattr(module, "_identity", swap)
+    monkeypatch.setattr(store, "_identity", swap)
     with pytest.raises(UserError, match="replaced while it was in use"):
         PatchStore(tmp_path / "store")
