@@ -170,12 +170,6 @@ def allowed(name: str) -> str:
     return "text"
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """Return the entries of `names` that resemble `name` as text to put before an advice; empty if none does."""
-    near = get_close_matches(name, names)
-    return f"closest: {', '.join(near)}; " if near else ""
-
-
 def _kind(name: str) -> type:
     """Return the type that the values of the field `name` have on the command line."""
     hint: Any = FIELDS[name].annotation
@@ -217,4 +211,5 @@ def _explain(error: ValidationError) -> str:
 
 
 def _no_such_field(name: str) -> str:
-    return f"no such field; {closest(name, FIELDS)}`python -m pcam_kaggle config` lists all"
+    near = "".join(f"closest: {other}; " for other in get_close_matches(name, FIELDS, n=1))
+    return f"no such field; {near}`python -m pcam_kaggle config` lists all"

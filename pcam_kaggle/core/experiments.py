@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pcam_kaggle.core.config import Config, closest
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import check_name
 
@@ -102,8 +102,7 @@ def experiment(name: str) -> Experiment:
         chosen = EXPERIMENTS[base]
         return Experiment(f"{chosen.purpose}, seed {seed}", replace(chosen.config, seed=int(seed)))
     if name not in EXPERIMENTS:
-        near = closest(name, EXPERIMENTS)
-        raise UserError(f"-e {name}: no such experiment; {near}choose one of {', '.join(EXPERIMENTS)}")
+        raise UserError(f"-e {name}: no such experiment; choose one of {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 

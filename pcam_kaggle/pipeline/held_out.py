@@ -71,7 +71,7 @@ def evaluate(
     patches = read_labelled(held_out.patches, held_out.labels, held_out.ids)
     if held_out.slides and slides is not None:
         _check_slides(held_out.slides, slides, patches)
-    if evaluation.result_file.exists() and evaluation.result().patches_sha256 != patches.sha256:
+    if evaluation.result_file.exists() and EvaluationResult.read(evaluation.result_file).patches_sha256 != patches.sha256:
         raise UserError(
             f"{evaluation.folder}: holds results for other patches or labels; delete it, or choose another name with --name"
         )

@@ -11,7 +11,6 @@ from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.records import HeldOutRecord, HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import EvaluationResult
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,6 @@ class Evaluation:
     def result_file(self) -> Path:
         """File of the scores."""
         return self.folder / "result.json"
-
-    def result(self) -> EvaluationResult:
-        """Return the scores; raises UserError if there are none or the file is damaged."""
-        return EvaluationResult.read(self.result_file)
 
     def predictions(self, run: str, sources: HeldOutSources) -> pd.DataFrame | None:
         """Return the predictions of `run` if they were computed from `sources`."""

@@ -52,11 +52,9 @@ class SubmissionRecord(Record):
 
 
 def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
-    """Write the blended test predictions of `run` as the submission `target`, and its record beside it.
+    """Write the blended test predictions of `run` as the submission `target`, and its record beside it, unless they exist.
 
-    Returns:
-        Columns id and label (a probability), with exactly the ids of the sample submission `sample` in their order, and whether
-        they are new.
+    Return the submission (see `submission_table`), and whether it is new.
 
     Raises:
         UserError: As `submission_table`, or `target` is another submission.
@@ -86,21 +84,15 @@ def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame
 
 
 def submission_table(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -> pd.DataFrame:
-    """Return the predictions `test` (id, probability) as a submission: id and label, in the order of `ids`.
-
-    `source` and `sample` are where `test` and `ids` come from, for messages.
+    """Return the predictions `test` (id, probability) from `source` as id and label, in the order of the `ids` in `sample`.
 
     Raises:
         UserError: Ids differ, a value is not in [0, 1], or all values are the same.
     """
     values = test.set_index("id")["probability"]
-    missing, extra = ids[~ids.isin(values.index)].tolist(), values.index[~values.index.isin(ids)].tolist()
-    if missing:
-        shown = f"{len(missing):,} of {len(ids):,} ids have no prediction in {source} ({examples(missing)})"
-        raise UserError(f"{sample}: {shown}; predict again", missing)
-    if extra:
-        shown = f"{len(extra):,} of {len(values):,} ids are not in {sample} ({examples(extra)})"
-        raise UserError(f"{source}: {shown}; predict again", extra)
+    if others := sorted({*ids} ^ {*values.index}):
+        shown = f"{len(others):,} are only in one of the two ({examples(others)})"
+        raise UserError(f"{source}: its ids are not those of {sample}, {shown}; predict again", others)
     label = values.reindex(ids).to_numpy()
     if not ((label >= 0) & (label <= 1)).all():
         raise UserError(f"{source}: holds a value outside of [0, 1]; predict again")
@@ -123,8 +115,8 @@ def read_submissions(folder: Path) -> Records:
 def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
     """Write `ledger.csv` in the folder of submissions from their `records`, which are read if None, and return it.
 
-    Its columns are `COLUMNS`: `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or
-    undefined), and `oof_unit` is the unit that the interval from `oof_low` to `oof_high` resamples.
+    `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or undefined), and `oof_unit` is what
+    the interval from `oof_low` to `oof_high` resamples.
     """
     rows = []
     for file, made in (read_submissions(folder) if records is None else records).items():
@@ -139,11 +131,7 @@ def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
 
 
 def record_score(folder: Path, name: str, public: float | None, private: float | None) -> None:
-    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged.
-
-    Raises:
-        UserError: There is no such submission, or a score is not an AUC.
-    """
+    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged. Other scores are refused."""
     file, given = folder / f"{name}.csv", {"public_score": public, "private_score": private}
     scores = {key: score for key, score in given.items() if score is not None}
     _record(file, SubmissionRecord.read(file.with_suffix(".json")), scores)
