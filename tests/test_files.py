@@ -24,36 +24,21 @@ from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from pcam_kaggle.core.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
-    order, first_is_in = [], threading.Event()
-
-    def first() -> None:
-        with locked(tmp_path / "run"):
-            first_is_in.set()
-            order.append("first in")
-            second.join(0.3)
-            order.append("first out")
+    order = []
 
     def enter() -> None:
-        first_is_in.wait()
         with locked(tmp_path / "run"):
             order.append("second in")
 
     second = threading.Thread(target=enter)
-    second.start()
-    first()
+    with locked(tmp_path / "run"):
+        second.start()
+        second.join(0.3)
+        order.append("first out")
     second.join()
-    assert order == ["first in", "first out", "second in"]
+    assert order == ["first out", "second in"]
 
 
 @pytest.mark.parametrize(
@@ -78,19 +63,15 @@ def test_every_writer_holds_the_lock(
         line = ["kaggle", "scores", "bottleneck", "--public", "0.5", "--work", str(work)]
         return Outcome(main(line), *capsys.readouterr())
 
-    partial = work / folder / f".oof.csv.x{files.PART}"
-    partial.parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(work / folder)], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+    with locked(work / folder):
+        partial = work / folder / f".oof.csv.x{files.PART}"
+        partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         outcome = call()
         assert outcome.status == 2
         assert "another process is writing there" in outcome.err
         assert partial.exists()
-        other.kill()
-    monkeypatch.undo()
     assert call().status == 0
     assert not partial.exists()
 

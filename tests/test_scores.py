@@ -58,10 +58,10 @@ def test_a_submission_has_the_samples_ids_in_its_order(run: Run, sample: Path, t
     assert (made.oof_auc, made.oof_auc_ranked, made.fold_auc) == (metrics.pooled, metrics.ranked, metrics.fold_auc)
 
 
-def test_a_single_patch_may_have_any_value(tmp_path: Path) -> None:
-    for value in (0.0, 1.0):
-        test = pd.DataFrame({"id": ["t00"], "probability": [value]})
-        assert submission_table(test, test["id"], tmp_path, tmp_path)["label"].tolist() == [value]
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_single_patch_may_have_any_value(value: float, tmp_path: Path) -> None:
+    test = pd.DataFrame({"id": ["t00"], "probability": [value]})
+    assert submission_table(test, test["id"], tmp_path, tmp_path)["label"].tolist() == [value]
 
 
 @pytest.mark.parametrize(
@@ -136,27 +136,23 @@ def test_the_auc_on_held_out_slides_is_that_of_the_present_models(
     assert scores(workspace)["others"].tolist() == ["", ""]
 
 
-@pytest.mark.parametrize(
-    ("ranked", "weights"), [(False, {"a": 0.5, "b": 0.5}), (True, {"a": 0.5, "b": 0.5}), (False, {"a": 0.9, "b": 0.1})]
-)
-def test_the_auc_of_a_blend_is_that_of_its_members(ranked: bool, weights: dict[str, float]) -> None:
+@pytest.mark.parametrize(("ranked", "weight"), [(False, 0.5), (True, 0.5), (False, 0.9)])
+def test_the_auc_of_a_blend_is_that_of_its_members(ranked: bool, weight: float) -> None:
     rng = np.random.default_rng(3)
+    ensemble = Ensemble("both", {"a": weight, "b": 1 - weight}, ranked)
     shared = {"id": [f"{n:02}" for n in range(50)], "label": rng.integers(0, 2, 50)}
-    tables = {name: pd.DataFrame({**shared, "fold_0": rng.random(50), "fold_1": rng.random(50)}) for name in weights}
-    ensemble = Ensemble("both", weights, ranked)
-    area, models = ensemble_auc(ensemble, tables)
-    columns = {name: table[["fold_0", "fold_1"]] for name, table in tables.items()}
-    score = sum(weight * (columns[name].rank() if ranked else columns[name]).sum(axis=1) for name, weight in weights.items())
+    a, b = (pd.DataFrame({**shared, "fold_0": rng.random(50), "fold_1": rng.random(50)}) for _ in range(2))
+    area, models = ensemble_auc(ensemble, {"a": a, "b": b})
+    columns = [table[["fold_0", "fold_1"]].rank() if ranked else table[["fold_0", "fold_1"]] for table in (a, b)]
+    score = (weight * columns[0] + (1 - weight) * columns[1]).sum(axis=1)
     # Equal sums of ranks may differ in their last digit.
     assert area == pytest.approx(roc_auc_score(shared["label"], score), abs=0.002 if ranked else 1e-9)
     assert models == 2
     # Members join by id.
-    tables["b"] = tables["b"].sample(frac=1, random_state=0)
-    assert ensemble_auc(ensemble, tables)[0] == pytest.approx(area)
+    assert ensemble_auc(ensemble, {"a": a, "b": b.sample(frac=1, random_state=0)})[0] == pytest.approx(area)
     # Members of other folds, or one that was not evaluated, make the blend's AUC unknown.
-    assert ensemble_auc(ensemble, tables | {"b": tables["b"].drop(columns="fold_1")})[1] == 0
-    del tables["b"]
-    assert ensemble_auc(ensemble, tables)[1] == 0
+    assert ensemble_auc(ensemble, {"a": a, "b": b.drop(columns="fold_1")})[1] == 0
+    assert ensemble_auc(ensemble, {"a": a})[1] == 0
 
 
 def test_the_best_private_score_comes_first_and_a_damaged_record_is_left_out(
