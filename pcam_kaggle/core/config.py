@@ -24,11 +24,7 @@ Number = int | float
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True))
 class Config:
-    """Settings of one experiment: folds, model, augmentation, training, prediction.
-
-    Raises:
-        UserError: A field is unknown, has another type or is out of its range, or two fields contradict each other.
-    """
+    """Settings of one experiment; raises UserError if one is unknown, of another type or out of range, or two contradict."""
 
     groups: Literal["auto", "slides", "stain", "none"] = "auto"
     """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""

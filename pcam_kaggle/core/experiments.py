@@ -1,8 +1,7 @@
 """The named experiments, and the plan of the runs that one of them trains.
 
-To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config` with the fields that differ from
-the defaults, or `replace(OTHER, field=value)` to change the config of another experiment. A blend names its `members`, and its
-config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
+To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config`. A blend names its `members`,
+and its config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
 """
 
 import re
@@ -107,14 +106,13 @@ def experiment(name: str) -> Experiment:
 
 
 def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seeds: int = 1) -> Plan:
-    """Return the runs that an experiment with `changes` (`key=value`) to its config trains.
+    """Return the runs that an experiment with `changes` (`key=value`) to its config trains; those of a blend are its members.
 
-    Those of a blend are its members. Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and
-    blended as `<name>-seeds<count>`. The default of `name` is the experiment's.
+    Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and blended as `<name>-seeds<count>`.
+    The default of `name` is the experiment's.
 
     Raises:
-        UserError: There is no such experiment or field, `name` can't be the name of a folder or is that of a member, or changes
-            or seeds are given for a blend.
+        UserError: An experiment, field or `name` is not valid, or changes or seeds are given for a blend.
     """
     chosen, name = experiment(experiment_name), name or experiment_name
     check_name(name)

@@ -25,10 +25,7 @@ LOCK_SECONDS = 10
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, a file beside it, and delete partial files of killed processes.
 
-    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock.
-
-    Raises:
-        UserError: Another process still holds the lock after ten seconds.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock; UserError after ten seconds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -84,11 +84,7 @@ def check_name(name: str, where: str = "") -> None:
 
 
 def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data | None:
-    """Return the data `given`, or the first of Kaggle's mounts and `data/` under `work`; None if there are none.
-
-    Raises:
-        UserError: `given` has no train_labels.csv.
-    """
+    """Return the data `given` or raise UserError, by default those in Kaggle's mounts or `data/` under `work`, if any."""
     if given:
         data = Data(_home(given))
         if not data.labels.is_file():
@@ -106,10 +102,7 @@ def attached() -> list[Path]:
 
 
 def attached_folder(handle: str) -> Path | None:
-    """Return the folder of a dataset or model attached to a kernel, in either of Kaggle's layouts; None if there is none.
-
-    A `handle` is `owner/name` of a dataset, or `owner/name/framework/variation/version` of a model.
-    """
+    """Return the folder, if any, of an attached dataset (owner/name) or model (owner/name/framework/variation/version)."""
     parts = handle.split("/")
     kind = {2: "datasets", 5: "models"}.get(len(parts))
     return (_below([kind, *parts]) or _below(parts[1:])) if kind else None
@@ -125,11 +118,9 @@ def _below(parts: list[str]) -> Path | None:
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:
-    """Return the workspace at `work`, by default Kaggle's working folder or, outside of Kaggle, the current folder.
-
-    On Kaggle the store is in a temporary folder, which is not saved with the session's output.
-    """
+    """Return the workspace at `work`, by default Kaggle's working folder or, outside of Kaggle, the current folder."""
     if not work and (kaggle / "working").is_dir():
+        # The temporary folder is not saved with the session's output.
         return Workspace(kaggle / "working", kaggle / "temp" / "store")
     root = _home(work or ".")
     return Workspace(root, root / "store")

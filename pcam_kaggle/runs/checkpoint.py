@@ -23,11 +23,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the content that `save` wrote to `path`, on the CPU; no code in the file is run.
-
-    Raises:
-        UserError: The file is missing or damaged, or lacks one of `keys`.
-    """
+    """Return the content of `path`, on the CPU and without running code; UserError if it is damaged or lacks one of `keys`."""
     import torch
 
     try:

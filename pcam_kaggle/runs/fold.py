@@ -102,9 +102,8 @@ class Fold:
 
     def is_predicted(self, store: PatchStore) -> bool:
         """Return whether predictions are complete and were computed from the current checkpoint and patches."""
-        if not self.has_predictions:
-            return False
-        return self.predictions_record().sources == self._sources(store) and not self.changed_predictions()
+        is_current = self.has_predictions and self.predictions_record().sources == self._sources(store)
+        return is_current and not self.changed_predictions()
 
     def changed_predictions(self) -> list[str]:
         """Return the names of the tables of predictions that are missing or not those that were recorded."""
@@ -113,11 +112,7 @@ class Fold:
         return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the out-of-fold table (id, label, fold, probability) and the test table (id, probability), sorted by id.
-
-        Raises:
-            UserError: Predictions are missing, outdated, changed or damaged.
-        """
+        """Return the OOF (id, label, fold, probability) and test predictions (id, probability), sorted by id; or raise UserError."""
         folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
         if not self.has_predictions:
             raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")
@@ -137,11 +132,7 @@ class Fold:
         record.write(self.folder / "predictions.json")
 
     def teacher_predictions(self, teacher: str) -> pd.DataFrame:
-        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts.
-
-        Raises:
-            UserError: The teacher has no such predictions, or the fold has started without recording their hash.
-        """
+        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts."""
         source, record = self._teacher_files(teacher)
         if not source.exists():
             raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")

@@ -105,11 +105,7 @@ class Run:
             raise UserError(f"{self.config_file}: {error}; use the version that trained it") from None
 
     def check(self, config: Config, store: PatchStore, folds: Folds) -> None:
-        """Check that an existing run was made from this config, these folds and these patches.
-
-        Raises:
-            UserError: Something differs, including the teacher's predictions, or there are checkpoints without a config.
-        """
+        """Raise UserError if an existing run was made from another config, folds, patches or teacher's predictions."""
         advice = "use --name for a new run, or delete the folder"
         if not self.is_experiment:
             if any(self.folder.glob("fold_*/*.pt")):
@@ -126,10 +122,7 @@ class Run:
             raise UserError(f"{self.folder}: holds a run with other {', '.join(differ)}; {advice}")
 
     def open(self, experiment: str, config: Config, store: PatchStore, folds: Folds, weights: str | None = None) -> None:
-        """Write what a new run is made from, or check an existing one as `check` and `check_weights` do.
-
-        `weights` is the SHA-256 of the pretrained weights that a fold is about to start from, None if none does.
-        """
+        """Write what a new run is made from, or check an existing one; for `weights` see `check_weights`."""
         self.check(config, store, folds)
         self.check_weights(config.weights, weights)
         made = self.made_from() if self.is_experiment else None
@@ -141,15 +134,10 @@ class Run:
             content.write(self.config_file)
 
     def check_weights(self, name: str, weights: str | None) -> None:
-        """Raise UserError if the run was started from other pretrained weights than those called `name`.
-
-        `weights` is their SHA-256; None if unknown, which is not compared.
-        """
+        """Raise UserError if the run was started from other pretrained weights than `name`, of SHA-256 `weights`; None is unknown."""
         recorded = self.made_from().weights_sha256 if self.is_experiment else None
         if weights and recorded not in (None, weights):
-            raise UserError(
-                f"{self.folder}: its folds started from other weights than {name} is now; restore them or use --name"
-            )
+            raise UserError(f"{self.folder}: its folds started from other weights than {name}; restore them or use --name")
 
     def environments(self) -> list[Environment]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""
@@ -198,11 +186,7 @@ class Run:
         return BlendMetrics.read(self.folder / "metrics.json")
 
     def write_blend(self, blend: Blend) -> tuple[BlendMetrics, bool]:
-        """Write blended predictions and their score; return the score with their hashes, and whether they were not up to date.
-
-        Raises:
-            UserError: This is an experiment's run, and other runs are blended.
-        """
+        """Write blended predictions and their score; return the score with their hashes, and whether they are new."""
         if self.is_experiment and [*blend.metrics.members] != [self.name]:
             raise UserError(f"{self.folder}: is the run of an experiment; choose another name with --name")
         hashes = {"oof_sha256": sha256(csv_bytes(blend.oof)), "test_sha256": sha256(csv_bytes(blend.test))}
@@ -215,11 +199,7 @@ class Run:
         return metrics, True
 
     def oof(self) -> pd.DataFrame:
-        """Return the blended out-of-fold predictions: id, label and fold (int64), probability; sorted by id.
-
-        Raises:
-            UserError: The table is missing or damaged, or changed since it was blended.
-        """
+        """Return the blended predictions (id, label and fold as int64, probability), sorted by id; or raise UserError."""
         file = self._blended("oof.csv", self.blend_metrics().oof_sha256)
         table = read_numbers(file, ["label", "fold", "probability"])
         return check_oof(file, table).sort_values("id", ignore_index=True)

@@ -52,12 +52,9 @@ class SubmissionRecord(Record):
 
 
 def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
-    """Write the blended test predictions of `run` as the submission `target`, and its record beside it, unless they exist.
+    """Write the blended test predictions of `run` as the submission `target`, and its record beside it.
 
-    Return the submission (see `submission_table`), and whether it is new.
-
-    Raises:
-        UserError: As `submission_table`, or `target` is another submission.
+    Return the table (see `submission_table`), and whether it is new; raise UserError if `target` is another submission.
     """
     metrics = run.blend_metrics()
     table = submission_table(run.test(), read_sample(sample)["id"], run.folder, sample)
@@ -138,10 +135,7 @@ def record_score(folder: Path, name: str, public: float | None, private: float |
 
 
 def record_scores(records: Records, scored: pd.DataFrame) -> Records:
-    """Record Kaggle's scores of the submissions `records`; return the records of those that have one.
-
-    `scored` has the columns description, which ends with the submission's mark, public_score and private_score.
-    """
+    """Record the scores in `scored` (description, public_score, private_score); return the records of those that have one."""
     recorded, scores = {}, [*KAGGLE_SCORES]
     for file, made in records.items():
         own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
@@ -160,11 +154,7 @@ def _record(file: Path, made: SubmissionRecord, scores: dict[str, float]) -> Sub
 
 
 def describe(folder: Path, name: str) -> tuple[Path, str]:
-    """Return the file of submission `name` and its description for Kaggle, by which its scores are found later.
-
-    Raises:
-        UserError: There is no such submission, it has changed since it was validated, or it is the demo's.
-    """
+    """Return the file of submission `name` and its description for Kaggle; UserError if it is missing, changed or the demo's."""
     file = folder / f"{name}.csv"
     if not file.exists():
         others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
