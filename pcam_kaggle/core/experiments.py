@@ -32,10 +32,8 @@ class Experiment:
     def changed(self, assignments: Sequence[str]) -> Config:
         """Return the config with each `key=value` of `assignments` set, of which a blend takes none; or raise UserError."""
         if self.members and assignments:
-            members = ", ".join(self.members)
-            raise UserError(
-                f"{', '.join(assignments)}: a blend of {members} has no settings of its own; use -e with one of them"
-            )
+            given, members = ", ".join(assignments), ", ".join(self.members)
+            raise UserError(f"{given}: a blend of {members} has no settings of its own; use -e with one of them")
         return self.config.changed(assignments)
 
 
@@ -116,13 +114,12 @@ def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seed
     """
     chosen, name = experiment(experiment_name), name or experiment_name
     check_name(name)
-    config = chosen.changed(changes)
-    if chosen.members:
-        members = ", ".join(chosen.members)
-        if seeds > 1:
-            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
-        if name in chosen.members:
-            raise UserError(f"--name {name}: is a run that {experiment_name} blends ({members}); choose another name")
+    config, members = chosen.changed(changes), ", ".join(chosen.members)
+    if members and seeds > 1:
+        raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
+    if name in chosen.members:
+        raise UserError(f"--name {name}: is a run that {experiment_name} blends ({members}); choose another name")
+    if members:
         return Plan(name, tuple(RunSpec(member, member, experiment(member).config) for member in chosen.members))
     if seeds == 1:
         return Plan(name, (RunSpec(name, experiment_name, config),))

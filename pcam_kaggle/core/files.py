@@ -34,10 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
     with held:
         for partial in list(folder.rglob(f".*{PART}")):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         yield
 
 

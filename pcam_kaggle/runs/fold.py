@@ -112,7 +112,7 @@ class Fold:
         return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the OOF (id, label, fold, probability) and test predictions (id, probability), sorted by id; or raise UserError."""
+        """Return the OOF (id, label, fold, probability) and test predictions (id, probability), sorted by id; or UserError."""
         folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
         if not self.has_predictions:
             raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")

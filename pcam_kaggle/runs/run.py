@@ -77,8 +77,7 @@ class Run:
 
     def folds(self) -> list[Fold]:
         """Return all folds of the config; raises UserError if the config is missing or does not tell their number."""
-        n_splits = Config(n_splits=self.made_from().config["n_splits"]).n_splits
-        return [self.fold(number) for number in range(n_splits)]
+        return [self.fold(number) for number in range(Config(n_splits=self.made_from().config["n_splits"]).n_splits)]
 
     def logs(self) -> dict[int, pd.DataFrame]:
         """Return the training logs by fold number; a blend has none, and damaged ones are left out with a warning."""
@@ -134,7 +133,7 @@ class Run:
             content.write(self.config_file)
 
     def check_weights(self, name: str, weights: str | None) -> None:
-        """Raise UserError if the run was started from other pretrained weights than `name`, of SHA-256 `weights`; None is unknown."""
+        """Raise UserError if the run was started from other pretrained weights than `name`, of SHA-256 `weights` (None: unknown)."""
         recorded = self.made_from().weights_sha256 if self.is_experiment else None
         if weights and recorded not in (None, weights):
             raise UserError(f"{self.folder}: its folds started from other weights than {name}; restore them or use --name")

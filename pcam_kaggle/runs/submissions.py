@@ -154,7 +154,7 @@ def _record(file: Path, made: SubmissionRecord, scores: dict[str, float]) -> Sub
 
 
 def describe(folder: Path, name: str) -> tuple[Path, str]:
-    """Return the file of submission `name` and its description for Kaggle; UserError if it is missing, changed or the demo's."""
+    """Return the file of submission `name` and its description on Kaggle; UserError if missing, changed or the demo's."""
     file = folder / f"{name}.csv"
     if not file.exists():
         others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
