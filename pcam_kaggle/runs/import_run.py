@@ -10,7 +10,7 @@ from pcam_kaggle.core.files import file_sha256, locked, write
 from pcam_kaggle.core.paths import Workspace, check_name
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, Fold
-from pcam_kaggle.runs.records import Environment, RunConfig
+from pcam_kaggle.runs.records import RunConfig
 from pcam_kaggle.runs.run import BLEND_FILES, Run
 from pcam_kaggle.runs.submissions import SubmissionRecord
 
@@ -38,11 +38,10 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
 def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:
     folds = _newer_folds(run, target) if run.is_experiment else []
-    is_new = run.is_experiment and not target.is_experiment
-    use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
+    use_blend = folds or _missing_folds(run) < _missing_folds(target)
     # A session may end between the files of a blend, and blending again is cheap.
     blend = [run.folder / name for name in BLEND_FILES] if use_blend and run.has_consistent_blend else []
-    if not (folds or is_new or blend):
+    if not (folds or blend):
         return False
     for fold in folds:
         _check_fold(fold)
@@ -57,22 +56,18 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     with locked(workspace.folds), locked(workspace.submissions):
         for file, copy in beside:
             _copy(file, copy)
-    if folds or is_new:
-        _merge_origin(run, target, environments)
+    if folds:
+        made = run.made_from()
+        own = target.made_from() if target.is_experiment else made
+        own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
+        for entry in environments:
+            target.add_environment(entry)
     for fold in folds:
         _replace_fold(fold, target.fold(fold.number))
     # metrics.json is copied last: without it an interrupted copy is repeated.
     for file in blend:
         _copy(file, target.folder / file.name)
     return True
-
-
-def _merge_origin(run: Run, target: Run, environments: list[Environment]) -> None:
-    made = run.made_from()
-    own = target.made_from() if target.is_experiment else made
-    own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
-    for entry in environments:
-        target.add_environment(entry)
 
 
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
@@ -125,16 +120,13 @@ def _submissions(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _progress(fold: Fold) -> tuple[int, bool, bool]:
-    return _epochs(fold), fold.is_trained, fold.has_predictions
-
-
-def _epochs(fold: Fold) -> int:
-    """Return the finished epochs of `fold`; 0 if it can't be resumed because its best checkpoint is missing."""
+    """Return how far `fold` is: finished epochs, 0 if it lacks the best checkpoint to resume from, trained, predicted."""
     last = fold.last_checkpoint
     log = checkpoint.read_log(last, checkpoint.load(last, "net", "log")) if last.exists() else []
     # A session may end before it has written the best checkpoint; the last one then holds the same weights.
     best_is_last = bool(log) and max(log, key=lambda row: row["valid_auc"]) is log[-1]
-    return len(log) if best_is_last or fold.best_checkpoint.exists() else 0
+    epochs = len(log) if best_is_last or fold.best_checkpoint.exists() else 0
+    return epochs, fold.is_trained, fold.has_predictions
 
 
 def _check_fold(fold: Fold) -> None:

@@ -133,7 +133,7 @@ class Run:
             content.write(self.config_file)
 
     def check_weights(self, name: str, weights: str | None) -> None:
-        """Raise UserError if the run was started from other pretrained weights than `name`, of SHA-256 `weights` (None: unknown)."""
+        """Raise UserError if the run was started from other weights than `name`, of SHA-256 `weights`, None if unknown."""
         recorded = self.made_from().weights_sha256 if self.is_experiment else None
         if weights and recorded not in (None, weights):
             raise UserError(f"{self.folder}: its folds started from other weights than {name}; restore them or use --name")
