@@ -94,12 +94,13 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
     if not (base and change and folds and made.folds in scored.oof):
         raise UserError(f"{name}: predict {BY_LABEL} or {BY_STAIN}, and pass --base and --change for a run without a record")
     metrics, session = [fold.metrics() for fold in folds], run.environments()[-1]
+    rates = [fold.predictions_record().images_per_second for fold in folds]
     by_stain = made.folds == BY_STAIN
     scored.records[name] = {
         "parameters": metrics[0].parameters,
         "macs": metrics[0].macs,
         "train_images_per_second": round(float(np.median([fold.images_per_second for fold in metrics])), 1),
-        "predict_images_per_second": round(float(np.median([fold.prediction_rate() for fold in folds])), 1),
+        "predict_images_per_second": round(float(np.median(rates)), 1),
         "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
         "config": {key: value for key, value in made.config.items() if value != getattr(Config(), key, None)},
         "base": base,

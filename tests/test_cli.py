@@ -1,6 +1,7 @@
 """The command line: environment variables set before torch is imported, choice of the data, and error messages."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -209,3 +210,9 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
     line = [target / "bin" / "pcam", "--help"]
     command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True)
     assert "prepare" in command.stdout
+
+
+def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["kaggle", "push", "-e", "quick"])
+    assert re.fullmatch(r"error: `kaggle push` is now `kaggle run --detach`; .*\n", capsys.readouterr().err)

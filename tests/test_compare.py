@@ -175,7 +175,7 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "unfinished": (lambda run: (run.fold(1).folder / "predictions.json").unlink(), "unfinished: folds 1 lack predictions"),
     "unblended": (lambda run: (run.folder / "metrics.json").unlink(), "not blended"),
     "partial": (edited("metrics.json", missing_folds=[2]), "blended without some of its folds"),
-    "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: not what metrics.json describes"),
+    "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: has changed since it was blended"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (edited("fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
     "not-finite": (other_oof("probability", np.inf), "oof.csv: 3 rows hold a number that is not finite, of id p0717"),

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def command(stage: str, data: Data, work: Path) -> list[str]:
-    """Return the command line of a stage, of a net whose checkpoints take a megabyte and more."""
+    """Return the command line of a stage, of a model whose checkpoints take a megabyte and more."""
     fields = [part for field in (*TINY, "width=64", "max_width=128", "groups=none") for part in ("--set", field)]
     return [sys.executable, "-m", "pcam_kaggle", stage, "--data", str(data.root), "--work", str(work), *fields]
 
@@ -51,10 +51,9 @@ def fill(disk: Path, left: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_run_resume(small_disk: Path, tmp_path: Path) -> None:
-    data = Data(tmp_path / "data")
+def test_a_full_disk_is_one_line_and_the_run_resumes(small_disk: Path, tmp_path: Path) -> None:
+    data, work, alone = Data(tmp_path / "data"), small_disk / "work", tmp_path / "alone"
     make_demo(data)
-    work = small_disk / "work"
     for stage, left in (("prepare", 2**20), ("folds", 0), ("train", 2**18), ("predict", 0), ("blend", 0), ("submission", 0)):
         filler = fill(small_disk, left)
         kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
@@ -66,32 +65,30 @@ def test_a_full_disk_is_one_line_and_the_run_resume(small_disk: Path, tmp_path: 
         assert not list(small_disk.rglob("*.part"))
         filler.unlink()
         assert run_stage(stage, data, work) == (0, [])
-    alone = tmp_path / "alone"
     assert run_stage("pipeline", data, alone)[0] == 0
     target = Path("submissions") / "bottleneck.csv"
     assert (work / target).read_bytes() == (alone / target).read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["prepare", "train"])
-def test_an_interrupt_is_one_line(stage: str, tmp_path: Path) -> None:
-    data = Data(tmp_path / "data")
+@pytest.mark.parametrize(
+    ("before", "stage", "started"),
+    [
+        ([], "prepare", lambda work: list(work.glob(".store.*/patches.npy")) or (work / "store").exists()),
+        (["prepare", "folds"], "train", lambda work: (work / "runs/bottleneck/fold_0/log.csv").exists()),
+    ],
+)
+def test_an_interrupt_is_one_line(before: list[str], stage: str, started: Callable[[Path], object], tmp_path: Path) -> None:
+    data, work = Data(tmp_path / "data"), tmp_path / "work"
     make_demo(data)
-    work = tmp_path / "work"
-    for before in ("prepare", "folds")[: 2 if stage == "train" else 0]:
-        assert run_stage(before, data, work)[0] == 0
+    assert all(run_stage(name, data, work)[0] == 0 for name in before)
     # A shell starts its background jobs with SIGINT ignored, and their processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [*command(stage, data, work), "--set", "epochs=1000"]
     # Like a terminal, which signals the whole process group.
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
-        if stage == "train":
-            log = work / "runs" / "bottleneck" / "fold_0" / "log.csv"
-            while not log.exists():
-                time.sleep(0.05)
-        else:
-            while not list(work.glob(".store.*/patches.npy")) and not (work / "store").exists():
-                time.sleep(0.002)
+        while not started(work):
+            time.sleep(0.002)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate()
     if process.returncode:

@@ -1,96 +1,70 @@
 """Files and folders are replaced atomically, foreign files are left alone, and writers wait for one another."""
 
+import os
 import pickle
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, sha1
+from conftest import Outcome, first_tif, sha1
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
+from pcam_kaggle.data import store
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def hold() -> Callable[[Path], subprocess.Popen[str]]:
-    """Return a function that starts a process which holds the lock of a folder until it is killed."""
-
-    def start(folder: Path) -> subprocess.Popen[str]:
-        code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
-        code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    return start
-
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
-    order, first_is_in = [], threading.Event()
-
-    def first() -> None:
-        with locked(tmp_path / "run"):
-            first_is_in.set()
-            order.append("first in")
-            second.join(0.3)
-            order.append("first out")
+    order = []
 
     def enter() -> None:
-        first_is_in.wait()
         with locked(tmp_path / "run"):
             order.append("second in")
 
     second = threading.Thread(target=enter)
-    second.start()
-    first()
+    with locked(tmp_path / "run"):
+        second.start()
+        second.join(0.3)
+        order.append("first out")
     second.join()
-    assert order == ["first in", "first out", "second in"]
+    assert order == ["first out", "second in"]
 
 
 @pytest.mark.parametrize(
     ("stage", "folder"),
     [
         *(("folds", "folds"), ("train", "runs/bottleneck"), ("predict", "runs/bottleneck")),
-        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("ledger", "submissions")),
+        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("scores", "submissions")),
     ],
 )
 def test_every_writer_holds_the_lock(
-    stage: str,
-    folder: str,
-    pcam: Command,
-    hold: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stage: str, folder: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A partial file of another process survives, since no stage writes there until the other process ends."""
     work = tmp_path / "work"
-    stages = ("prepare", "folds", "train", "predict", "blend", "submission")
-    for before in stages[: stages.index(stage)] if stage in stages else stages:
+    stages = ("prepare", "folds", "train", "predict", "blend", "submission", "scores")
+    for before in stages[: stages.index(stage)]:
         assert pcam(before).status == 0
 
     def call() -> Outcome:
-        if stage in stages:
+        if stage != "scores":
             return pcam(stage)
-        return Outcome(main(["kaggle", stage, "--work", str(work)]), *capsys.readouterr())
+        line = ["kaggle", "scores", "bottleneck", "--public", "0.5", "--work", str(work)]
+        return Outcome(main(line), *capsys.readouterr())
 
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    with hold(work / folder) as other:
+    with locked(work / folder):
         partial = work / folder / f".oof.csv.x{files.PART}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -98,26 +72,20 @@ def test_every_writer_holds_the_lock(
         assert outcome.status == 2
         assert "another process is writing there" in outcome.err
         assert partial.exists()
-        other.kill()
-    monkeypatch.undo()
     assert call().status == 0
     assert not partial.exists()
 
 
-def foreign(folder: Path) -> dict[Path, bytes]:
-    """Write files that this program did not make into `folder`; return their contents."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "thesis.tex").write_text("ten years of work")
-    (folder / "manifest.json").write_text('{"name": "something else"}')
-    return {path: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("make", [prepare, lambda _, folder: make_demo(Data(folder))])
 def test_a_folder_of_somebody_else_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
-    kept = foreign(tmp_path / "target")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.tex").write_text("ten years of work")
+    (target / "manifest.json").write_text('{"name": "something else"}')
+    kept = {path: path.read_bytes() for path in target.iterdir()}
     with pytest.raises(UserError, match="target: exists and was not made by this program"):
-        make(data, tmp_path / "target")
-    assert {path: path.read_bytes() for path in kept} == kept
+        make(data, target)
+    assert {path: path.read_bytes() for path in target.iterdir()} == kept
 
 
 @pytest.mark.parametrize("make", [lambda store: store.write_text("mine"), lambda store: store.symlink_to("nowhere")])
@@ -127,22 +95,18 @@ def test_what_is_no_folder_is_not_replaced(make: Callable[[Path], object], data:
         prepare(data, tmp_path / "store")
 
 
-def test_an_empty_folder_and_a_damaged_store_are_replaced(data: Data, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    made, _ = prepare(data, store)
-    (store / "index.csv").write_text("id\n")
-    (store / "patches.npy").unlink()
-    assert prepare(data, store) == (made, True)
-
-
-def test_leftovers_of_a_killed_process_are_no_obstacle(data: Data, tmp_path: Path) -> None:
-    made, _ = prepare(data, tmp_path / "store")
-    (tmp_path / "store").rename(tmp_path / ".store.old.part")
+def test_an_empty_folder_a_damaged_store_and_leftovers_are_replaced(data: Data, tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    target.mkdir()
+    made, _ = prepare(data, target)
+    (target / "index.csv").write_text("id\n")
+    (target / "patches.npy").unlink()
+    assert prepare(data, target) == (made, True)
+    target.rename(tmp_path / ".store.old.part")
     (tmp_path / ".store.old.part" / "manifest.json").unlink()
     (tmp_path / ".store.part").mkdir()
     (tmp_path / ".store.part" / "patches.npy").write_bytes(b"half")
-    assert prepare(data, tmp_path / "store") == (made, True)
+    assert prepare(data, target) == (made, True)
     assert not list(tmp_path.glob(".store*.part"))
 
 
@@ -152,12 +116,21 @@ def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> Non
     assert sorted(drawn) == [False, True]
 
 
+PACK_SLOWLY = """
+import sys, time
+from pathlib import Path
+from pcam_kaggle.core.paths import Data
+from pcam_kaggle.data import prepare as patches
+def slow(*arguments):
+    print("packing", flush=True)
+    time.sleep(60)
+patches._pack_chunk = slow
+patches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
 def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path: Path) -> None:
-    code = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.data import prepare as patches\n"
-    code += "from pcam_kaggle.core.paths import Data\n"
-    code += "real = patches._pack_chunk\ndef slow(*arguments):\n    print('packing', flush=True)\n    time.sleep(60)\n"
-    code += "patches._pack_chunk = slow\npatches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))"
-    line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]
+    line = [sys.executable, "-c", PACK_SLOWLY, str(data.root), str(tmp_path / "store")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "packing\n"
@@ -169,47 +142,37 @@ def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path
     assert prepare(data, tmp_path / "store")[1]
 
 
-def other_patches(data: Data, tmp_path: Path) -> Data:
-    """Return a set without the first train patch of `data`, so that its rows have other numbers."""
-    other = Data(shutil.copytree(data.root, tmp_path / "other"))
-    lines = other.labels.read_text().splitlines()
-    first = min(lines[1:])
-    other.labels.write_text("\n".join(line for line in lines if line != first) + "\n")
-    (other.patches("train") / f"{first.partition(',')[0]}.tif").unlink()
-    return other
+def prepare_again(data: Data, folder: Path) -> None:
+    os.utime(first_tif(data), (1, 1))
+    assert prepare(data, folder)[1]
 
 
-def test_a_worker_never_reads_another_store_by_old_row_numbers(data: Data, tmp_path: Path) -> None:
+def test_a_worker_never_reads_another_store(data: Data, tmp_path: Path) -> None:
     prepare(data, tmp_path / "store")
-    store = PatchStore(tmp_path / "store")
-    ids = store.ids("train")
-    rows = store.rows("train", ids)
-    sent = pickle.dumps(store)
-    assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
-    prepare(other_patches(data, tmp_path), tmp_path / "store")
-    late = pickle.loads(sent)  # noqa: S301
+    opened = PatchStore(tmp_path / "store")
+    ids = opened.ids("train")
+    rows, sent = opened.rows("train", ids), pickle.dumps(opened)
+    assert np.array_equal(pickle.loads(sent).images(rows), opened.images(rows))  # noqa: S301
+    prepare_again(data, tmp_path / "store")
     with pytest.raises(UserError, match="replaced while it was in use"):
-        late.images(rows)
+        pickle.loads(sent).images(rows)  # noqa: S301
     # Who had opened it before still reads the old file.
-    assert [sha1(patch) for patch in store.images(rows)] == list(ids)
+    assert [sha1(patch) for patch in opened.images(rows)] == list(ids)
 
 
 def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(data, tmp_path / "store")
-    other = other_patches(data, tmp_path)
-    from pcam_kaggle.data import store as module
-
-    identity = module._identity
+    identity = store._identity
 
     def swap(file: Path) -> tuple[int, int, int, int]:
         monkeypatch.undo()
         before = identity(file)
-        prepare(other, tmp_path / "store")
+        prepare_again(data, tmp_path / "store")
         return before
 
-    monkeypatch.setattr(module, "_identity", swap)
-    store = PatchStore(tmp_path / "store")
+    monkeypatch.setattr(store, "_identity", swap)
+    opened = PatchStore(tmp_path / "store")
     with pytest.raises(UserError, match="replaced while it was in use"):
-        store.images(store.rows("train", store.ids("train")))
+        opened.images(opened.rows("train", opened.ids("train")))

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.core.files import PART, locked
+from pcam_kaggle.core.files import locked, read_json, write_json
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.runs import checkpoint, import_run
 from pcam_kaggle.runs.fold import FOLD_FILES
@@ -31,33 +32,41 @@ def here(tmp_path: Path) -> Workspace:
 
 def change(file: Path, **values: object) -> None:
     """Set `values` in a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    write_json(file, read_json(file) | values)
 
 
-def files_of(folder: Path) -> list[Path]:
+def contents(folder: Path, names: Iterable[Path]) -> dict[Path, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
     """Return the files of the run in `folder`, relative to it."""
-    return [path.relative_to(folder) for path in (folder / RUN).rglob("*.*") if path.parent.name != "events"]
+    files = (path.relative_to(folder) for path in (folder / RUN).rglob("*.*") if path.parent.name != "events")
+    return contents(folder, files)
+
+
+def without_last_epochs(session: Path, early: Path) -> Path:
+    """Copy `session` to `early` as it was when all folds but the first lacked their last epoch; return `early`."""
+    shutil.copytree(session, early)
+    for fold in (early / RUN / "fold_1", early / RUN / "fold_2"):
+        content = checkpoint.load(fold / "last.pt")
+        for name in set(FOLD_FILES) - {"log.csv", "teacher.json"}:
+            (fold / name).unlink()
+        checkpoint.save(fold / "last.pt", content | {"log": json.dumps(json.loads(content["log"])[:-1])})
+    return early
 
 
 def test_of_two_states_of_a_fold_the_newer_one_is_used(session: Path, here: Workspace, tmp_path: Path) -> None:
-    early = tmp_path / "early"
-    shutil.copytree(session, early)
+    early = without_last_epochs(session, tmp_path / "early")
     shutil.rmtree(early / RUN / "fold_2")
-    for name in ("metrics.json", "predictions.json", "oof.csv", "test.csv"):
-        (early / RUN / "fold_1" / name).unlink()
-    (early / RUN / "fold_1" / "best.pt").unlink()
-    last = early / RUN / "fold_1" / "last.pt"
-    content = checkpoint.load(last)
-    checkpoint.save(last, content | {"log": json.dumps(json.loads(content["log"])[:-1])})
-    without_last_row(early / RUN / "fold_1" / "log.csv")
     change(early / RUN / "metrics.json", method="of two folds")
     assert import_runs(early, here) == ["bottleneck"]
     assert not (here.root / RUN / "fold_1" / "oof.csv").exists()
     import_runs(session, here)
-    complete = {path: (session / path).read_bytes() for path in files_of(session)}
+    complete = files_of(session)
     for source in (session, early):
         import_runs(source, here)
-        assert {path: (here.root / path).read_bytes() for path in complete} == complete
+        assert contents(here.root, complete) == complete
 
 
 def test_a_blend_comes_with_its_members_and_the_one_of_more_folds_is_used(
@@ -73,58 +82,47 @@ def test_a_blend_comes_with_its_members_and_the_one_of_more_folds_is_used(
     shutil.copytree(session, early)
     assert main(["pipeline", *line]) == 0
     assert import_runs(session, here) == ["both", "one"]
-    names = ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv", "submissions/both.json")
-    complete = [(session / name).read_bytes() for name in names]
+    names = [*map(Path, ("runs/both/oof.csv", "runs/both/metrics.json", "submissions/both.csv", "submissions/both.json"))]
+    complete = contents(session, names)
     for source in (session, early):
-        assert [(here.root / name).read_bytes() for name in names] == complete
+        assert contents(here.root, names) == complete
         assert import_runs(source, here) == []
 
 
-@pytest.mark.parametrize("at", range(1, 28, 3))
+@pytest.mark.parametrize(("is_update", "at"), [*product([False], range(1, 28, 3)), *product([True], range(4, 21, 2))])
 def test_an_interrupted_import_is_completed_here_and_by_others(
-    at: int, session: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_update: bool, at: int, session: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copying stops after `at` files: no fold is incomplete, and the import can be completed."""
-    copied = []
+    """Copying stops after `at` files, perhaps while it replaces folds of fewer epochs: the import can be completed."""
+    if is_update:
+        import_runs(without_last_epochs(session, tmp_path / "early"), here)
+    copy, copied = import_run._copy, []
 
     def end(source: Path, target: Path) -> None:
         if len(copied) == at:
             raise KeyboardInterrupt
         copied.append(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        copy(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(import_run, "_copy", end)
         import_runs(session, here)
-    complete = set(FOLD_FILES) - {"teacher.json"}
-    assert all({path.name for path in fold.iterdir()} == complete for fold in (here.root / RUN).glob("fold_*"))
     third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
     import_runs(here.root, third)
-    names = [*files_of(session), Path("folds") / "stratified_3_42.csv", Path("submissions") / "bottleneck.csv"]
+    complete = files_of(session) | contents(session, [Path("folds/stratified_3_42.csv"), Path("submissions/bottleneck.csv")])
     for completed in (third, here):
         import_runs(session, completed)
-        assert [(completed.root / name).read_bytes() for name in names] == [(session / name).read_bytes() for name in names]
-        assert not list(completed.root.rglob(f"*{PART}"))
+        assert contents(completed.root, complete) == complete
 
 
-@pytest.mark.parametrize("state", ["incomplete", "moved away", "replaced"])
-def test_a_fold_is_repaired_and_other_files_in_it_are_kept(state: str, session: Path, here: Workspace) -> None:
-    """A call was killed between moving the old fold away and deleting it, or the best checkpoint is missing."""
+def test_a_fold_is_repaired_and_other_files_in_it_are_kept(session: Path, here: Workspace) -> None:
     import_runs(session, here)
-    fold = here.root / RUN / "fold_1"
-    old = fold.with_name(".fold_1.old")
+    complete, fold = files_of(session), here.root / RUN / "fold_1"
     (fold / "notes.txt").write_text("mine")
-    if state == "incomplete":
-        (fold / "best.pt").unlink()
-    else:
-        fold.replace(old)
-    if state == "replaced":
-        shutil.copytree(session / RUN / "fold_1", fold)
+    (fold / "best.pt").unlink()
     import_runs(session, here)
     assert (fold / "notes.txt").read_text() == "mine"
-    assert (fold / "best.pt").read_bytes() == (session / RUN / "fold_1" / "best.pt").read_bytes()
-    assert not old.exists()
+    assert contents(here.root, complete) == complete
 
 
 @pytest.mark.parametrize(("aucs", "taken"), [((0.8, 0.9), True), ((0.9, 0.8), False)])
@@ -133,9 +131,8 @@ def test_a_session_that_ended_before_its_best_checkpoint(
 ) -> None:
     """The last checkpoint replaces the best one only if the last epoch is the best."""
     fold = session / RUN / "fold_1"
-    for path in list(fold.iterdir()):
-        if path.name not in ("last.pt", "log.csv"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in set(FOLD_FILES) - {"last.pt", "log.csv", "teacher.json"}:
+        (fold / name).unlink()
     content = checkpoint.load(fold / "last.pt")
     rows = [row | {"valid_auc": auc} for row, auc in zip(json.loads(content["log"]), aucs, strict=True)]
     checkpoint.save(fold / "last.pt", content | {"log": json.dumps(rows)})
@@ -147,11 +144,10 @@ def test_the_sessions_of_both_places_are_kept(session: Path, here: Workspace, tm
     early = shutil.copytree(session, tmp_path / "early")
     shutil.rmtree(early / RUN / "fold_2")
     ours, theirs = Run(session / RUN).environments(), {"backend": {"kind": "cuda", "precision": "fp16"}, "started": "before"}
-    (early / RUN / "environment.json").write_text(json.dumps([theirs]))
-    for source in (early, session):
+    write_json(early / RUN / "environment.json", [theirs])
+    for source in (early, session, session):
         import_runs(source, here)
         shutil.rmtree(here.root / RUN / "fold_1")
-    import_runs(session, here)
     assert Run(here.root / RUN).environments() == [Environment.model_validate(theirs), *ours]
 
 
@@ -165,17 +161,13 @@ def test_a_hash_of_weights_that_one_place_lacks_is_no_other_config(session: Path
         import_runs(session, here)
 
 
-def test_nothing_is_imported_while_another_process_writes_there(
-    session: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["folds/stratified_3_42.csv", "submissions/bottleneck.csv"])
+def test_nothing_is_imported_beside_another_file_or_a_writer(
+    name: str, session: Path, here: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     with locked(here.root / RUN), pytest.raises(UserError, match="another process is writing there"):
         import_runs(session, here)
-    assert not (here.root / RUN).exists()
-
-
-@pytest.mark.parametrize("name", ["folds/stratified_3_42.csv", "submissions/bottleneck.csv"])
-def test_a_file_that_differs_here_is_an_error(name: str, session: Path, here: Workspace) -> None:
     (here.root / name).parent.mkdir(parents=True)
     (here.root / name).write_text("id,label,fold\n")
     with pytest.raises(UserError, match=r"differs from"):
@@ -183,17 +175,8 @@ def test_a_file_that_differs_here_is_an_error(name: str, session: Path, here: Wo
     assert not (here.root / RUN).exists()
 
 
-def other_config(folder: Path, **fields: object) -> None:
-    file = folder / RUN / "config.json"
-    change(file, config=json.loads(file.read_text())["config"] | fields)
-
-
 def other_values(file: Path) -> None:
     file.write_text(file.read_text().replace("0.", ".0"))
-
-
-def without_last_row(file: Path) -> None:
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
 
 
 PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
@@ -202,22 +185,22 @@ PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: change(folder / RUN / "config.json", folds="../../outside"), "is not a plain file name"),
-        (lambda folder: other_config(folder, unheard_of=1), "config.json: .*unheard_of"),
-        (lambda folder: other_config(folder, n_splits=10**9), "config.json: .*n_splits"),
-        (lambda folder: other_values(folder / "submissions" / "bottleneck.csv"), "not what bottleneck.json describes"),
-        (lambda folder: other_values(folder / RUN / "fold_0" / "oof.csv"), "oof.csv: not what predictions.json describes"),
-        (lambda folder: (folder / RUN / "fold_0" / "test.csv").write_text("id\n"), "test.csv: has no column probability"),
-        (lambda folder: (folder / RUN / "fold_0" / "best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
-        (lambda folder: without_last_row(folder / RUN / "fold_0" / "log.csv"), "log.csv: not the log of last.pt"),
-        (lambda folder: (folder / "folds" / "stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
-        (lambda folder: (folder / RUN).rename(folder / "runs" / "a name"), "'a name' is not a plain file name"),
+        (lambda run: change(run / "config.json", folds="../../outside"), "is not a plain file name"),
+        (lambda run: change(run / "config.json", config={"unheard_of": 1}), "config.json: .*unheard_of"),
+        (lambda run: change(run / "config.json", config={"n_splits": 10**9}), "config.json: .*n_splits"),
+        (lambda run: other_values(run / "../../submissions/bottleneck.csv"), "not what bottleneck.json describes"),
+        (lambda run: other_values(run / "fold_0/oof.csv"), "oof.csv: not what predictions.json describes"),
+        (lambda run: (run / "fold_0/metrics.json").write_text("{}"), "metrics.json: fold: Field required"),
+        (lambda run: (run / "fold_0/best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
+        (lambda run: (run / "fold_0/log.csv").write_text("epoch"), "log.csv: not a training log"),
+        (lambda run: (run / "../../folds/stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
+        (lambda run: run.rename(run.parent / "a name"), "'a name' is not a plain file name"),
     ],
 )
 def test_a_damaged_run_is_not_imported(
     damage: Callable[[Path], object], message: str, session: Path, here: Workspace, tmp_path: Path
 ) -> None:
-    damage(session)
+    damage(session / RUN)
     with pytest.raises(UserError, match=message) as caught:
         import_runs(session, here)
     assert "\n" not in str(caught.value)

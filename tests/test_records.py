@@ -17,15 +17,8 @@ from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate
 
 ESTIMATE = {"value": 0.9, "low": 0.8, "high": 1.0}
 DIFFERENCE = ESTIMATE | {"error": 0.1, "p": 0.5, "unit": "slide", "units": 3, "undefined": ""}
-BLEND = {
-    "members": {"a": 1.0},
-    "method": "climb",
-    "folds_sha256": "f",
-    "fold_auc": [0.9],
-    "mean": 0.9,
-    "pooled": ESTIMATE,
-    "ranked": ESTIMATE,
-}
+BLEND = {"members": {"a": 1.0}, "method": "climb", "folds_sha256": "f", "fold_auc": [0.9], "mean": 0.9, "pooled": ESTIMATE}
+BLEND |= {"ranked": ESTIMATE}
 BACKEND = {"kind": "cuda", "precision": "bf16", "memory_format": "contiguous"}
 FOLD = {"fold": 0, "valid_auc": 0.9, "parameters": 10, "seconds": 1.5, "images_per_second": 100.0}
 SUBMISSION = {"sha256": "0123456789abcdefgh", "run": "a", "members": {"a": 1.0}, "method": "mean", "oof_auc": ESTIMATE}
@@ -35,11 +28,7 @@ SCORE = {"run": "a", "fold_auc": {"0": 0.8, "1": 0.9}, "mean": ESTIMATE}
 
 # A file of an earlier version, and the values of fields that it lacks or that are of another type there.
 EARLIER: list[tuple[type[Record], dict[str, Any], dict[str, Any]]] = [
-    (
-        RunConfig,
-        {"config": {"optimizer": "logistic"}, "folds": "stratified_3_42", "folds_sha256": "f"},
-        {"weights_sha256": None},
-    ),
+    (RunConfig, {"config": {"optimizer": "logistic"}, "folds": "name", "folds_sha256": "f"}, {"weights_sha256": None}),
     (FoldMetrics, FOLD, {"epoch": None, "penalty": None, "macs": 0}),
     (BlendMetrics, BLEND, {"scheme": "", "asked": "", "sd": None, "pooled": Estimate(**ESTIMATE, unit="patch", units=0)}),
     (BlendMetrics, BLEND | {"gain_of_weights": DIFFERENCE}, {"gain_of_weights": Difference(**DIFFERENCE, corrected_p=None)}),
@@ -90,21 +79,19 @@ def test_scores_of_a_held_out_set_are_computed_when_they_are_read() -> None:
     assert (run.single, run.drop) == (pytest.approx(0.85), None)
 
 
-@pytest.mark.parametrize("wrap", [lambda entry: entry, lambda entry: [entry]])
-def test_environments_of_earlier_versions_are_read(wrap: Any, tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.environment_file.write_text(json.dumps(wrap({"backend": BACKEND, "started": "before"})))
-    first, second = (
-        Environment(backend=BackendRecord(**BACKEND), started="before"),
-        Environment(backend=BackendRecord(**BACKEND)),
-    )
+@pytest.mark.parametrize("is_list", [False, True])
+def test_environments_of_earlier_versions_are_read(is_list: bool, tmp_path: Path) -> None:
+    run, entry, backend = Run(tmp_path), {"backend": BACKEND, "started": "before"}, BackendRecord(**BACKEND)
+    run.environment_file.write_text(json.dumps([entry] if is_list else entry))
+    first, second = Environment(backend=backend, started="before"), Environment(backend=backend)
     assert run.environments() == [first]
     for _ in range(2):
         run.add_environment(second)
     assert run.environments() == [first, second]
-    run.environment_file.write_text("{")
-    with pytest.raises(UserError, match=r"environment\.json: "):
-        run.environments()
+    for damaged in ("{", '[{"device": 3}]'):
+        run.environment_file.write_text(damaged)
+        with pytest.raises(UserError, match=r"environment\.json: not in the format of this version"):
+            run.environments()
 
 
 def test_a_log_of_an_earlier_version_lacks_the_last_columns(tmp_path: Path) -> None:

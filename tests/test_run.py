@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from made_runs import IDS, noisy, write_blended_run, write_run
+from made_runs import noisy, write_blended_run, write_run
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_json
@@ -20,9 +20,9 @@ def test_the_folds_of_a_run_are_those_of_its_config(tmp_path: Path) -> None:
     run = write_run(tmp_path, MADE)
     assert [fold.number for fold in run.folds()] == [0, 1, 2]
     made = read_json(run.config_file)
-    for config in ({}, {"n_splits": 1}, {"n_splits": "many"}, {"n_splits": None}):
-        write_json(run.config_file, made | {"config": config})
-        with pytest.raises(UserError, match=r"config\.json|n_splits"):
+    for n_splits in (1, "many", None):
+        write_json(run.config_file, made | {"config": {"n_splits": n_splits}})
+        with pytest.raises(UserError, match="n_splits"):
             run.folds()
 
 
@@ -46,22 +46,14 @@ def trained_again(run: Run) -> None:
     run.fold(1).best_checkpoint.write_bytes(b"weights")
 
 
-def repeated(run: Run) -> None:
-    file = run.fold(1).folder / "oof.csv"
-    file.write_text(file.read_text().replace(IDS[40], IDS[0]))
-    made = read_json(run.fold(1).folder / "predictions.json")
-    write_json(run.fold(1).folder / "predictions.json", made | {"files": made["files"] | {"oof.csv": file_sha256(file)}})
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncated, "fold_1/test.csv: missing or changed"),
         (lambda run: (run.fold(1).folder / "oof.csv").unlink(), "fold_1/oof.csv: missing or changed"),
-        (lambda run: (run.fold(0).folder / "predictions.json").unlink(), "fold_0: no predictions; run .* for fold 0 first"),
+        (lambda run: (run.fold(0).folder / "predictions.json").unlink(), "no predictions of fold 0"),
         (lambda run: run.config_file.unlink(), "a: no such run"),
         (trained_again, "fold_1: trained again since it was predicted"),
-        (repeated, "id p0000 is out of fold twice"),
     ],
 )
 def test_damaged_predictions_are_refused(damage: Callable[[Run], object], message: str, tmp_path: Path) -> None:
@@ -75,12 +67,11 @@ def test_a_blend_is_written_once_and_read_sorted_by_id(tmp_path: Path) -> None:
     run, made = Run(tmp_path / "ab"), blend([MADE, noisy("b", 1, 2)], "mean")
     metrics, new = run.write_blend(made)
     assert new
-    assert metrics == run.blend_metrics()
     hashes = {"oof_sha256": file_sha256(run.folder / "oof.csv"), "test_sha256": file_sha256(run.folder / "test.csv")}
-    assert metrics == made.metrics.model_copy(update=hashes)
+    assert metrics == run.blend_metrics() == made.metrics.model_copy(update=hashes)
     assert run.write_blend(made) == (metrics, False)
-    pd.testing.assert_frame_equal(run.oof(), made.oof)
-    pd.testing.assert_frame_equal(run.test(), made.test)
+    pd.testing.assert_frame_equal(run.oof(), made.oof, check_exact=True)
+    pd.testing.assert_frame_equal(run.test(), made.test, check_exact=True)
     assert run.write_blend(blend([noisy("b", 1, 2), MADE], "rank"))[1]
 
 

@@ -494,14 +494,6 @@ def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: 
     assert len(task.run.environments()) == 3
 
 
-def test_an_environment_of_one_session_is_read_as_a_list(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu", "precision": "fp32"}}')
-    assert [entry.backend.kind for entry in Run(tmp_path).environments()] == ["cpu"]
-    (tmp_path / "environment.json").write_text('[{"device": 3}]')
-    with pytest.raises(UserError, match=r"environment.json: not in the format of this version"):
-        Run(tmp_path).environments()
-
-
 @pytest.mark.parametrize("symmetry", ["none", "d4"])
 def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny: Config, symmetry: str) -> None:
     config = replace(tiny, symmetry=symmetry, width=16, max_width=32)

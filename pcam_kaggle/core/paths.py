@@ -77,12 +77,14 @@ class Workspace:
         return self.root / "submissions"
 
 
-def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data | None:
-    """Return the first existing data of: `given`, Kaggle's mounts, `data/` under `work`; None if there are none.
+def check_name(name: str, where: str = "") -> None:
+    """Raise UserError, whose message starts with `where`, unless `name` can be the name of a file or a folder."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{where}{name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
 
-    Raises:
-        UserError: `given` has no train_labels.csv.
-    """
+
+def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data | None:
+    """Return the data `given` or raise UserError, by default those in Kaggle's mounts or `data/` under `work`, if any."""
     if given:
         data = Data(_home(given))
         if not data.labels.is_file():
@@ -93,28 +95,22 @@ def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data
     return next((data for data in found if data.labels.is_file()), None)
 
 
-def attached(kaggle: Path = KAGGLE_ROOT) -> list[Path]:
+def attached() -> list[Path]:
     """Return the folders of datasets, models and notebook outputs attached to a kernel, in both of Kaggle's layouts."""
-    mounts = [path for layout in MOUNTS for path in (kaggle / "input").glob(layout)]
+    mounts = [path for layout in MOUNTS for path in (KAGGLE_ROOT / "input").glob(layout)]
     return sorted(path for path in mounts if path.name not in ("competitions", "datasets", "notebooks", "models", COMPETITION))
 
 
-def attached_folder(handle: str, kaggle: Path = KAGGLE_ROOT) -> Path | None:
-    """Return the folder of a dataset or model attached to a kernel, in either of Kaggle's layouts; None if there is none.
-
-    A `handle` is `owner/name` of a dataset, or `owner/name/framework/variation/version` of a model.
-    """
-    kinds = {2: "datasets", 5: "models"}
+def attached_folder(handle: str) -> Path | None:
+    """Return the folder, if any, of an attached dataset (owner/name) or model (owner/name/framework/variation/version)."""
     parts = handle.split("/")
-    if len(parts) not in kinds:
-        return None
-    mounts = (_below(kaggle / "input", [kinds[len(parts)], *parts]), _below(kaggle / "input", parts[1:]))
-    return next((mount for mount in mounts if mount), None)
+    kind = {2: "datasets", 5: "models"}.get(len(parts))
+    return (_below([kind, *parts]) or _below(parts[1:])) if kind else None
 
 
-def _below(folder: Path, parts: list[str]) -> Path | None:
-    """Return the folder at `parts` below `folder`; Kaggle mounts handles such as `pyTorch` in lower case."""
-    found: Path | None = folder
+def _below(parts: list[str]) -> Path | None:
+    """Return the folder at `parts` below Kaggle's inputs, where handles such as `pyTorch` are in lower case."""
+    found: Path | None = KAGGLE_ROOT / "input"
     for part in parts:
         inside = found.iterdir() if found and found.is_dir() else ()
         found = next((path for path in sorted(inside) if path.name.lower() == part.lower() and path.is_dir()), None)
@@ -122,11 +118,9 @@ def _below(folder: Path, parts: list[str]) -> Path | None:
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:
-    """Return the workspace at `work`, by default Kaggle's working folder or, outside of Kaggle, the current folder.
-
-    On Kaggle the store is in a temporary folder, which is not saved with the session's output.
-    """
+    """Return the workspace at `work`, by default Kaggle's working folder or, outside of Kaggle, the current folder."""
     if not work and (kaggle / "working").is_dir():
+        # The temporary folder is not saved with the session's output.
         return Workspace(kaggle / "working", kaggle / "temp" / "store")
     root = _home(work or ".")
     return Workspace(root, root / "store")

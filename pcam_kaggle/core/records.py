@@ -1,13 +1,12 @@
 """JSON files as typed records: each file has one class, which alone knows its fields."""
 
-import json
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import AGAIN, write
+from pcam_kaggle.core.files import AGAIN, write_json
 
 
 class Record(BaseModel):
@@ -20,11 +19,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the record in the file at `path`.
-
-        Raises:
-            UserError: The file is missing, is not JSON, or a field is missing or has another type.
-        """
+        """Return the record in the file at `path`; raises UserError if that is missing or damaged, naming the first field."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -36,5 +31,4 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the record atomically to `path` as indented UTF-8 JSON."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write(path, lambda file: file.write(text.encode()))
+        write_json(path, self.model_dump(mode="json"))

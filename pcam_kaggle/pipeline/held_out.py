@@ -8,10 +8,10 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.core.paths import Workspace, check_name
 from pcam_kaggle.data.labelled import LabelledPatches, read_labelled
 from pcam_kaggle.data.listing import Ids
-from pcam_kaggle.data.tables import PLAIN_NAME, read_slides
+from pcam_kaggle.data.tables import read_slides
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
@@ -63,8 +63,7 @@ def evaluate(
     if baseline and baseline not in names:
         raise UserError(f"--baseline {baseline}: not among {examples(names)}")
     name = held_out.name or held_out.labels.resolve().parent.name
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not a plain file name; choose one with --name")
+    check_name(name, "--name: ")
     evaluation = Evaluation(workspace.evaluations / name)
     slides = read_slides(held_out.slides) if held_out.slides else None
     runs = [Run(workspace.run(run)) for run in dict.fromkeys(run for each in ensembles for run in each.weights)]
@@ -72,7 +71,7 @@ def evaluate(
     patches = read_labelled(held_out.patches, held_out.labels, held_out.ids)
     if held_out.slides and slides is not None:
         _check_slides(held_out.slides, slides, patches)
-    if evaluation.result_file.exists() and evaluation.result().patches_sha256 != patches.sha256:
+    if evaluation.result_file.exists() and EvaluationResult.read(evaluation.result_file).patches_sha256 != patches.sha256:
         raise UserError(
             f"{evaluation.folder}: holds results for other patches or labels; delete it, or choose another name with --name"
         )

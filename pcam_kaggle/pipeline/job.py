@@ -10,7 +10,7 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
-from pcam_kaggle.core.paths import DEMO_SUFFIX, PLAIN_NAME, Data, Workspace, attached, find_data, find_workspace
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -70,8 +70,7 @@ class Job:
     def __post_init__(self) -> None:
         selection = self.selection
         for name in selection.runs:
-            if not PLAIN_NAME.fullmatch(name):
-                raise UserError(f"{name!r} is not the name of a run; use letters, digits, points, dashes and underscores")
+            check_name(name)
         if selection.slides and not selection.slides.is_file():
             raise UserError(f"--slides {selection.slides}: no such file")
         # The folds of runs that are given are theirs, not this config's.

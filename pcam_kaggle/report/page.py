@@ -20,6 +20,7 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import KAGGLE_SCORES, LEDGER_FILE
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_caption, evaluation_table
 
@@ -122,7 +123,7 @@ def _held_out(workspace: Workspace) -> Section:
     captions = []
     for folder in sorted(workspace.evaluations.glob("*/")):
         try:
-            result = Evaluation(folder).result()
+            result = EvaluationResult.read(Evaluation(folder).result_file)
         except UserError as error:
             captions.append(_left_out(error))
         else:

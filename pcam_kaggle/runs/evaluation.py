@@ -11,7 +11,6 @@ from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.records import HeldOutRecord, HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import EvaluationResult
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +31,6 @@ class Evaluation:
         """File of the scores."""
         return self.folder / "result.json"
 
-    def result(self) -> EvaluationResult:
-        """Return the scores; raises UserError if there are none or the file is damaged."""
-        return EvaluationResult.read(self.result_file)
-
     def predictions(self, run: str, sources: HeldOutSources) -> pd.DataFrame | None:
         """Return the predictions of `run` if they were computed from `sources`."""
         table, record = self._files(run)
@@ -47,16 +42,14 @@ class Evaluation:
 
     def current(self, run: Run) -> pd.DataFrame | None:
         """Return the stored predictions of `run`, None if none are by its present checkpoints, or with a warning if damaged."""
-        _, record = self._files(run.name)
+        record = self._files(run.name)[1]
         if not record.is_file():
             return None
         try:
             sources = HeldOutRecord.read(record).sources
-            for number, digest in sources.checkpoints.items():
-                best = run.fold(number).best_checkpoint
-                if not best.is_file() or file_sha256(best) != digest:
-                    return None
-            return self.predictions(run.name, sources)
+            best = {number: run.fold(number).best_checkpoint for number in sources.checkpoints}
+            hashes = {number: file_sha256(file) for number, file in best.items() if file.is_file()}
+            return self.predictions(run.name, sources) if hashes == sources.checkpoints else None
         except UserError as error:
             log.warning("left out: %s", error)
             return None

@@ -17,14 +17,13 @@ from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, Predictions
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
 # The tables of predictions, and the columns of numbers in each.
 PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
-FOLD_FILES = ("last.pt", "best.pt", "log.csv", *PREDICTIONS, "predictions.json", "metrics.json", "teacher.json")
+# In the order in which an import copies them: the fold is older than its source until the last three are there.
+FOLD_FILES = ("teacher.json", "best.pt", "log.csv", *PREDICTIONS, "last.pt", "metrics.json", "predictions.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Fold `number` (0-based) of the run in `run_folder`.
-
-    In the order in which they are written:
+    """Fold `number` (0-based) of the run in `run_folder`, whose files are, in the order in which they are written.
 
     - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
     - `last.pt`: state after the last finished epoch, from which training resumes; a probe has none
@@ -53,11 +52,6 @@ class Fold:
         """Weights of the best epoch."""
         return self.folder / "best.pt"
 
-    @property
-    def events(self) -> Path:
-        """Folder of TensorBoard's event files."""
-        return self.folder / "events"
-
     def lock(self) -> FileLock:
         """Return the lock of a fold that several processes train alternately; entering it waits for the other to end."""
         self.run_folder.mkdir(parents=True, exist_ok=True)
@@ -71,24 +65,15 @@ class Fold:
     @property
     def is_trained(self) -> bool:
         """Whether training is finished."""
-        return self.has_metrics and self.best_checkpoint.exists()
-
-    @property
-    def has_metrics(self) -> bool:
-        """Whether the result of training exists; `is_trained` also needs the checkpoint."""
-        return self._metrics_file.exists()
+        return (self.folder / "metrics.json").exists() and self.best_checkpoint.exists()
 
     @property
     def has_predictions(self) -> bool:
         """Whether predictions are complete; `is_predicted` also checks that they are up to date."""
-        return self._predictions_file.exists()
+        return (self.folder / "predictions.json").exists()
 
     def log(self) -> pd.DataFrame:
-        """Return the training log: float64 columns `LOG_COLUMNS`, a row per finished epoch.
-
-        Raises:
-            UserError: `log.csv` is damaged.
-        """
+        """Return the training log: float64 columns `LOG_COLUMNS`, a row per finished epoch; raises UserError if damaged."""
         file = self.folder / "log.csv"
         if not file.exists():
             return pd.DataFrame(columns=LOG_COLUMNS, dtype=float)
@@ -105,71 +90,50 @@ class Fold:
 
     def metrics(self) -> FoldMetrics:
         """Return the result of a finished training; raises UserError if it is missing or damaged."""
-        return FoldMetrics.read(self._metrics_file)
+        return FoldMetrics.read(self.folder / "metrics.json")
 
     def write_metrics(self, metrics: FoldMetrics) -> None:
         """Write the result of training, which marks the fold as finished."""
-        metrics.write(self._metrics_file)
+        metrics.write(self.folder / "metrics.json")
+
+    def predictions_record(self) -> PredictionsRecord:
+        """Return what was recorded with the predictions; raises UserError if it is missing or damaged."""
+        return PredictionsRecord.read(self.folder / "predictions.json")
 
     def is_predicted(self, store: PatchStore) -> bool:
         """Return whether predictions are complete and were computed from the current checkpoint and patches."""
-        if not self.has_predictions:
-            return False
-        return self._predictions_record().sources == self._sources(store) and not self.changed_predictions()
+        is_current = self.has_predictions and self.predictions_record().sources == self._sources(store)
+        return is_current and not self.changed_predictions()
 
     def changed_predictions(self) -> list[str]:
-        """Return the names of the tables of predictions that are missing or not those of `predictions.json`, if it exists."""
-        if not self.has_predictions:
-            return []
-        hashes = self._predictions_record().files
+        """Return the names of the tables of predictions that are missing or not those that were recorded."""
+        hashes = self.predictions_record().files
         paths = [self.folder / name for name in PREDICTIONS]
         return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the out-of-fold table (id, label, fold, probability) and the test table (id, probability), sorted by id.
-
-        Raises:
-            UserError: Predictions are missing, outdated, changed or damaged.
-        """
-        number, folder = self.number, self.folder
+        """Return the OOF (id, label, fold, probability) and test predictions (id, probability), sorted by id; or UserError."""
+        folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
         if not self.has_predictions:
-            raise UserError(
-                f"{folder}: no predictions; run `python -m pcam_kaggle train` and `predict` for fold {number} first"
-            )
-        best = self.best_checkpoint
-        if best.exists() and file_sha256(best) != self._predictions_record().sources.best_sha256:
-            raise UserError(f"{folder}: trained again since it was predicted; run `python -m pcam_kaggle predict`")
+            raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")
+        if best.exists() and file_sha256(best) != self.predictions_record().sources.best_sha256:
+            raise UserError(f"{folder}: trained again since it was predicted; {advice}")
         for name in self.changed_predictions():
-            raise UserError(f"{folder / name}: missing or changed since it was predicted; run `python -m pcam_kaggle predict`")
+            raise UserError(f"{folder / name}: missing or changed since it was predicted; {advice}")
         oof, test = (read_numbers(folder / name, columns) for name, columns in PREDICTIONS.items())
-        return check_oof(folder / "oof.csv", oof.assign(fold=number)), test.sort_values("id", ignore_index=True)
+        return check_oof(folder / "oof.csv", oof.assign(fold=self.number)), test.sort_values("id", ignore_index=True)
 
     def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore, images_per_second: float) -> None:
-        """Write the predictions and the hashes that tie them to the checkpoint and to the patches.
-
-        Args:
-            oof: Columns id, label, probability in [0, 1].
-            test: Columns id, probability in [0, 1].
-            store: The patches that were predicted.
-            images_per_second: Measured rate, all views of a patch counting as one.
-        """
+        """Write the predictions `oof` (id, label, probability) and `test` (id, probability) and their sources."""
         for name, table in zip(PREDICTIONS, (oof, test), strict=True):
             write_csv(self.folder / name, table)
         hashes = {name: file_sha256(self.folder / name) for name in PREDICTIONS}
         record = PredictionsRecord(sources=self._sources(store), files=hashes, images_per_second=images_per_second)
-        record.write(self._predictions_file)
-
-    def prediction_rate(self) -> float:
-        """Return the measured patches per second of the predictions, all views of a patch counting as one."""
-        return self._predictions_record().images_per_second
+        record.write(self.folder / "predictions.json")
 
     def teacher_predictions(self, teacher: str) -> pd.DataFrame:
-        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts.
-
-        Raises:
-            UserError: The teacher has no such predictions, or the fold has started without recording their hash.
-        """
-        source, record = self._teacher_table(teacher), self.folder / "teacher.json"
+        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts."""
+        source, record = self._teacher_files(teacher)
         if not source.exists():
             raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")
         if self.is_started and not record.exists():
@@ -180,32 +144,18 @@ class Fold:
 
     def teacher_ids(self, teacher: str) -> set[str]:
         """Return the ids of the test patches that this fold was trained on with the predictions of the run `teacher`."""
-        return set(read_numbers(self._teacher_table(teacher), PREDICTIONS["test.csv"])["id"])
+        return set(read_numbers(self._teacher_files(teacher)[0], PREDICTIONS["test.csv"])["id"])
 
     def teacher_has_changed(self, teacher: str) -> bool:
         """Return whether this fold has started with other predictions of the run `teacher` than there are now."""
-        source, record = self._teacher_table(teacher), self.folder / "teacher.json"
+        source, record = self._teacher_files(teacher)
         if not (self.is_started and record.exists() and source.exists()):
             return False
         return TeacherRecord.read(record).test_sha256 != file_sha256(source)
 
-    @property
-    def _metrics_file(self) -> Path:
-        return self.folder / "metrics.json"
-
-    @property
-    def _predictions_file(self) -> Path:
-        return self.folder / "predictions.json"
-
-    def _predictions_record(self) -> PredictionsRecord:
-        return PredictionsRecord.read(self._predictions_file)
-
-    def _teacher_table(self, teacher: str) -> Path:
-        return Fold(self.run_folder.parent / teacher, self.number).folder / "test.csv"
+    def _teacher_files(self, teacher: str) -> tuple[Path, Path]:
+        return Fold(self.run_folder.parent / teacher, self.number).folder / "test.csv", self.folder / "teacher.json"
 
     def _sources(self, store: PatchStore) -> PredictionSources:
-        return PredictionSources(
-            best_sha256=file_sha256(self.best_checkpoint),
-            train_sha256=store.manifest.train_sha256,
-            test_sha256=store.manifest.test_sha256,
-        )
+        hashes = store.manifest.model_dump(include={"train_sha256", "test_sha256"})
+        return PredictionSources(best_sha256=file_sha256(self.best_checkpoint), **hashes)

@@ -6,24 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import PART, file_sha256, locked, write
-from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.tables import PLAIN_NAME, read_numbers
+from pcam_kaggle.core.files import file_sha256, locked, write
+from pcam_kaggle.core.paths import Workspace, check_name
 from pcam_kaggle.runs import checkpoint
-from pcam_kaggle.runs.fold import FOLD_FILES, PREDICTIONS, Fold
-from pcam_kaggle.runs.records import Environment, RunConfig
+from pcam_kaggle.runs.fold import FOLD_FILES, Fold
+from pcam_kaggle.runs.records import RunConfig
 from pcam_kaggle.runs.run import BLEND_FILES, Run
 from pcam_kaggle.runs.submissions import SubmissionRecord
-
-OLD = ".old"
 
 
 def import_runs(source: Path, workspace: Workspace) -> list[str]:
     """Copy the runs in `source`/runs, their fold files and submissions into `workspace`; return the names of changed runs.
 
-    Of a fold that is in both places the one with more finished epochs is used, all of its files at once. Files are validated
-    before they are copied, and only those that belong to a run are copied. `source` may have `folds` and `submissions` beside
-    `runs`, as a downloaded kernel output has.
+    Of a fold that is in both places the one with more finished epochs is used. Files are validated before they are copied, and
+    only those that belong to a run are copied, `folds` and `submissions` beside `source`/runs included. If the call is
+    interrupted, the next one completes it.
 
     Raises:
         UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
@@ -31,7 +28,7 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
     """
     imported = []
     for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):
-        _check_name(folder, folder.name)
+        check_name(folder.name, f"{folder}: ")
         target = Run(workspace.run(folder.name))
         with locked(target.folder):
             if _import_run(source, Run(folder), target, workspace):
@@ -40,20 +37,17 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
 
 def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:
-    # Left by a call that was interrupted while it replaced a fold.
-    for old in list(target.folder.glob(f".fold_*{OLD}")):
-        _clear(old)
-    folds = _newer_folds(run, target)
-    is_new = run.is_experiment and not target.is_experiment
-    use_blend = folds or is_new or _missing_folds(run) < _missing_folds(target)
+    folds = _newer_folds(run, target) if run.is_experiment else []
+    use_blend = folds or _missing_folds(run) < _missing_folds(target)
     # A session may end between the files of a blend, and blending again is cheap.
     blend = [run.folder / name for name in BLEND_FILES] if use_blend and run.has_consistent_blend else []
-    if not (folds or is_new or blend):
+    if not (folds or blend):
         return False
     for fold in folds:
         _check_fold(fold)
     environments = run.environments()
-    beside = [(file, workspace.folds / file.name) for file in _fold_files(source / "folds", run)]
+    fold_files = _fold_files(source / "folds", run) if run.is_experiment else ()
+    beside = [(file, workspace.folds / file.name) for file in fold_files]
     beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
     for file, copy in beside:
         if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
@@ -62,8 +56,12 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     with locked(workspace.folds), locked(workspace.submissions):
         for file, copy in beside:
             _copy(file, copy)
-    if folds or is_new:
-        _merge_origin(run, target, environments)
+    if folds:
+        made = run.made_from()
+        own = target.made_from() if target.is_experiment else made
+        own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
+        for entry in environments:
+            target.add_environment(entry)
     for fold in folds:
         _replace_fold(fold, target.fold(fold.number))
     # metrics.json is copied last: without it an interrupted copy is repeated.
@@ -72,21 +70,9 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     return True
 
 
-def _merge_origin(run: Run, target: Run, environments: list[Environment]) -> None:
-    """Write to `target` what it was made from, unless it is there, the hash of its weights, and the sessions of `run`."""
-    made = run.made_from()
-    own = target.made_from() if target.is_experiment else made
-    own.model_copy(update={"weights_sha256": own.weights_sha256 or made.weights_sha256}).write(target.config_file)
-    for entry in environments:
-        target.add_environment(entry)
-
-
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
-    """Return the folds of `run` that `target` lacks or has of an earlier epoch; none if `run` is a blend."""
-    if not run.is_experiment:
-        return []
-    theirs = run.made_from()
-    if target.is_experiment and not _is_same_run(theirs, target.made_from()):
+    """Return the folds of `run` that `target` lacks or has of an earlier epoch."""
+    if target.is_experiment and not _is_same_run(run.made_from(), target.made_from()):
         raise UserError(
             f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
         )
@@ -96,36 +82,17 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
 
 def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
     # The hash of pretrained weights is recorded when the first fold starts.
-    hashes = {each.weights_sha256 for each in (theirs, ours)} - {None}
-    one, other = (each.model_copy(update={"weights_sha256": None}) for each in (theirs, ours))
-    return one == other and len(hashes) < 2
+    hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
+    return theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) == ours and len(hashes) < 2
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
-    """Replace `target` by a copy of `source`, all files at once; other files in `target` stay."""
-    copied = target.folder.with_name(f".{target.folder.name}{PART}")
+    """Replace the files of `target`, so that it is older than `source` until it is complete; other files in its folder stay."""
+    for name in reversed(FOLD_FILES):
+        (target.folder / name).unlink(missing_ok=True)
     for name in FOLD_FILES:
         if (source.folder / name).is_file():
-            _copy(source.folder / name, copied / name)
-    old = target.folder.with_name(f".{target.folder.name}{OLD}")
-    if target.folder.exists():
-        target.folder.replace(old)
-    copied.replace(target.folder)
-    _clear(old)
-
-
-def _clear(old: Path) -> None:
-    """Delete the replaced fold in folder `old`, after moving files that are not the program's to its successor."""
-    fold = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
-    if not old.exists():
-        return
-    if not fold.exists():
-        old.replace(fold)
-        return
-    for other in old.iterdir():
-        if other.name not in FOLD_FILES and not (fold / other.name).exists():
-            other.replace(fold / other.name)
-    shutil.rmtree(old)
+            _copy(source.folder / name, target.folder / name)
 
 
 def _missing_folds(run: Run) -> float:
@@ -134,11 +101,8 @@ def _missing_folds(run: Run) -> float:
 
 
 def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
-    """Yield the fold file of `run` in `folder` and its manifest, after checking that the run was trained on it."""
-    if not run.is_experiment:
-        return
     made = run.made_from()
-    _check_name(run.folder, made.folds)
+    check_name(made.folds, f"{run.folder}: ")
     table, manifest = (folder / f"{made.folds}{suffix}" for suffix in (".csv", ".json"))
     if table.is_file() and manifest.is_file():
         if file_sha256(table) != made.folds_sha256:
@@ -147,7 +111,6 @@ def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
 
 
 def _submissions(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the submissions of run `name` in `folder`, each with its JSON file, after checking that they belong together."""
     for file in sorted(folder.glob("*.json")):
         made, table = SubmissionRecord.read(file), file.with_suffix(".csv")
         if made.run == name and table.exists():
@@ -157,36 +120,24 @@ def _submissions(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _progress(fold: Fold) -> tuple[int, bool, bool]:
-    return _epochs(fold), fold.is_trained, fold.has_predictions
-
-
-def _epochs(fold: Fold) -> int:
-    """Return the finished epochs of `fold`; 0 if it can't be resumed because its best checkpoint is missing."""
+    """Return how far `fold` is: finished epochs, 0 if it lacks the best checkpoint to resume from, trained, predicted."""
     last = fold.last_checkpoint
     log = checkpoint.read_log(last, checkpoint.load(last, "net", "log")) if last.exists() else []
     # A session may end before it has written the best checkpoint; the last one then holds the same weights.
     best_is_last = bool(log) and max(log, key=lambda row: row["valid_auc"]) is log[-1]
-    return len(log) if best_is_last or fold.best_checkpoint.exists() else 0
+    epochs = len(log) if best_is_last or fold.best_checkpoint.exists() else 0
+    return epochs, fold.is_trained, fold.has_predictions
 
 
 def _check_fold(fold: Fold) -> None:
-    """Raise UserError if a file of `fold` is damaged, or not what the fold's other files say."""
+    """Raise UserError if a file of `fold` is damaged, or a table of predictions is not the one that was recorded."""
     if fold.best_checkpoint.exists():
         checkpoint.load(fold.best_checkpoint, "net")
-    rows = len(fold.log())
-    # A log that lacks its last rows is written again when the fold resumes, and is final once the fold is finished.
-    if fold.has_metrics and fold.metrics() and rows not in (0, _epochs(fold)):
-        raise UserError(f"{fold.folder / 'log.csv'}: not the log of last.pt; download it again")
-    for name, columns in PREDICTIONS.items():
-        if (fold.folder / name).is_file():
-            read_numbers(fold.folder / name, columns)
-    for changed in fold.changed_predictions():
+    fold.log()
+    if fold.is_trained:
+        fold.metrics()
+    for changed in fold.changed_predictions() if fold.has_predictions else ():
         raise UserError(f"{fold.folder / changed}: not what predictions.json describes; download it again")
-
-
-def _check_name(folder: Path, name: str) -> None:
-    if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{folder}: {name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -33,7 +34,7 @@ def session_environment(backend: BackendRecord, device: str, store: PatchStore) 
 
 @cache
 def session_start() -> str:
-    """Return the time of the first call in this process, as the start of its session: UTC in ISO 8601, to the second."""
+    """Return the time of the first call in this process: UTC in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -41,10 +42,8 @@ def versions() -> dict[str, str | None]:
     """Return the version of each package that a result depends on, None where it is not installed."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 

@@ -11,10 +11,8 @@ from pcam_kaggle.core.records import Record
 class RunConfig(Record):
     """`config.json` of a run: what it was made from.
 
-    Attributes:
-        folds: Name of the fold file, with its hash.
-        train_sha256: Hash of the train patches.
-        weights_sha256: Hash of the pretrained weights that its folds started from; None if there are none, or unknown.
+    `folds` is the name of the fold file, `train_sha256` the hash of the train patches, and `weights_sha256` that of the
+    pretrained weights that its folds started from; None if there are none, or unknown.
     """
 
     experiment: str = ""
@@ -33,11 +31,9 @@ class RunConfig(Record):
 class FoldMetrics(Record):
     """`metrics.json` of a fold: the result of its training.
 
-    Attributes:
-        valid_auc: Validation AUC of the best epoch, and the number of that `epoch`, from 1; a probe has none.
-        penalty: Penalty of a probe, relative to the mean loss.
-        macs: Multiply-accumulate operations of a forward pass of one patch.
-        images_per_second: Median rate of training, or the rate of a probe's embedding.
+    `valid_auc` is that of the best `epoch`, counted from 1, which a probe has not; a probe has a `penalty` relative to the mean
+    loss. `macs` are the multiply-accumulate operations of a forward pass of one patch. `images_per_second` is the median rate
+    of training, or the rate of a probe's embedding.
     """
 
     fold: int
@@ -61,7 +57,7 @@ class PredictionSources(Record):
 
 
 class PredictionsRecord(Record):
-    """`predictions.json` of a fold: the hashes of its tables of predictions by name, and of what they were computed from."""
+    """`predictions.json` of a fold: hashes of its tables by name, and the rate, all views of a patch counting as one."""
 
     sources: PredictionSources
     files: dict[str, str]
@@ -76,7 +72,7 @@ class TeacherRecord(Record):
 
 
 class BackendRecord(Record):
-    """What a session computed on: kind of device, precision and memory format."""
+    """What a session computed on."""
 
     kind: str
     precision: str = "fp32"

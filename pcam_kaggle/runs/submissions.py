@@ -27,15 +27,9 @@ KAGGLE_SCORES = {"public_score": "public", "private_score": "private"}
 
 
 class SubmissionRecord(Record):
-    """`<name>.json` beside a submission.
+    """`<name>.json` beside a submission: its hash, the blended run with the weights of its members, scores, and the code.
 
-    Attributes:
-        sha256: Hash of the submission.
-        run: The blended run.
-        members: Weight of each of its members by name.
-        oof_auc: Pooled OOF AUC; `oof_auc_ranked` is the same after ranking within folds.
-        public_score: Kaggle's score, an AUC; None until it is known.
-        commit: Commit of the code, with the versions of the `packages`.
+    `oof_auc` is pooled, `oof_auc_ranked` after ranking within folds. Kaggle's scores are AUCs; None until they are known.
     """
 
     sha256: str
@@ -58,18 +52,9 @@ class SubmissionRecord(Record):
 
 
 def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame, bool]:
-    """Write the blended test predictions of `run` as a submission, and its record beside it.
+    """Write the blended test predictions of `run` as the submission `target`, and its record beside it.
 
-    Args:
-        run: A blended run.
-        sample: The competition's sample submission.
-        target: The CSV file to write.
-
-    Returns:
-        Columns id and label (a probability), with exactly the ids of `sample` in their order, and whether they are new.
-
-    Raises:
-        UserError: Ids differ, a value is not in [0, 1], all values are the same, or `target` is another submission.
+    Return the table (see `submission_table`), and whether it is new; raise UserError if `target` is another submission.
     """
     metrics = run.blend_metrics()
     table = submission_table(run.test(), read_sample(sample)["id"], run.folder, sample)
@@ -96,33 +81,21 @@ def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame
 
 
 def submission_table(test: pd.DataFrame, ids: pd.Series, source: Path, sample: Path) -> pd.DataFrame:
-    """Return the predictions `test` (id, probability) as a submission: id and label, in the order of `ids`.
-
-    `source` and `sample` are where `test` and `ids` come from, for messages.
+    """Return the predictions `test` (id, probability) from `source` as id and label, in the order of the `ids` in `sample`.
 
     Raises:
-        UserError: As `write_submission`.
+        UserError: Ids differ, a value is not in [0, 1], or all values are the same.
     """
     values = test.set_index("id")["probability"]
-    missing, extra = ids[~ids.isin(values.index)], values.index[~values.index.isin(ids)]
-    if len(missing):
-        raise UserError(
-            f"{sample}: {len(missing):,} of {len(ids):,} ids have no prediction in {source} ({examples(missing)}); "
-            "predict again",
-            list(missing),
-        )
-    if len(extra):
-        raise UserError(
-            f"{source}: {len(extra):,} of {len(values):,} ids are not in {sample} ({examples(extra)}); predict again",
-            list(extra),
-        )
-    table = pd.DataFrame({"id": ids.to_numpy(), "label": values.reindex(ids).to_numpy()})
-    label = table["label"].to_numpy()
-    if not (np.isfinite(label) & (label >= 0) & (label <= 1)).all():
+    if others := sorted({*ids} ^ {*values.index}):
+        shown = f"{len(others):,} are only in one of the two ({examples(others)})"
+        raise UserError(f"{source}: its ids are not those of {sample}, {shown}; predict again", others)
+    label = values.reindex(ids).to_numpy()
+    if not ((label >= 0) & (label <= 1)).all():
         raise UserError(f"{source}: holds a value outside of [0, 1]; predict again")
-    if len(table) > 1 and np.ptp(label) == 0:
+    if len(label) > 1 and np.ptp(label) == 0:
         raise UserError(f"{source}: all predictions are {label[0]}; such a submission scores 0.5, so none is written")
-    return table
+    return pd.DataFrame({"id": ids.to_numpy(), "label": label})
 
 
 def read_submissions(folder: Path) -> Records:
@@ -139,9 +112,8 @@ def read_submissions(folder: Path) -> Records:
 def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
     """Write `ledger.csv` in the folder of submissions from their `records`, which are read if None, and return it.
 
-    Returns:
-        Columns `COLUMNS`: `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or undefined),
-        and `oof_unit` is the unit that the interval from `oof_low` to `oof_high` resamples.
+    `members` is `name:weight` joined by spaces, scores are AUCs (float64, NaN if unknown or undefined), and `oof_unit` is what
+    the interval from `oof_low` to `oof_high` resamples.
     """
     rows = []
     for file, made in (read_submissions(folder) if records is None else records).items():
@@ -156,47 +128,33 @@ def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
 
 
 def record_score(folder: Path, name: str, public: float | None, private: float | None) -> None:
-    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged.
-
-    Raises:
-        UserError: There is no such submission, or a score is not an AUC.
-    """
-    file = folder / f"{name}.json"
-    if not file.exists():
-        raise UserError(f"{file}: no such submission")
-    _record_score(file, SubmissionRecord.read(file), {"public_score": public, "private_score": private})
+    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged. Other scores are refused."""
+    file, given = folder / f"{name}.csv", {"public_score": public, "private_score": private}
+    scores = {key: score for key, score in given.items() if score is not None}
+    _record(file, SubmissionRecord.read(file.with_suffix(".json")), scores)
 
 
 def record_scores(records: Records, scored: pd.DataFrame) -> Records:
-    """Record Kaggle's scores of the submissions `records`; return the records of those that have one.
-
-    `scored` has the columns description, which ends with the submission's mark, public_score and private_score.
-    """
+    """Record the scores in `scored` (description, public_score, private_score); return the records of those that have one."""
     recorded, scores = {}, [*KAGGLE_SCORES]
     for file, made in records.items():
         own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
         if len(own):
-            given = {key: None if pd.isna(own[key].iloc[0]) else float(own[key].iloc[0]) for key in scores}
-            recorded[file] = _record_score(file.with_suffix(".json"), made, given)
+            recorded[file] = _record(file, made, {key: float(score) for key, score in own.iloc[0][scores].dropna().items()})
     return recorded
 
 
-def _record_score(file: Path, made: SubmissionRecord, given: dict[str, float | None]) -> SubmissionRecord:
-    scores = {key: score for key, score in given.items() if score is not None}
+def _record(file: Path, made: SubmissionRecord, scores: dict[str, float]) -> SubmissionRecord:
     for key, score in scores.items():
         if not 0 <= score <= 1:
             raise UserError(f"{key}={score}: must be in [0, 1]")
     made = made.model_copy(update=scores)
-    made.write(file)
+    made.write(file.with_suffix(".json"))
     return made
 
 
 def describe(folder: Path, name: str) -> tuple[Path, str]:
-    """Return the file of submission `name` and its description for Kaggle, by which its scores are found later.
-
-    Raises:
-        UserError: There is no such submission, it has changed since it was validated, or it is the demo's.
-    """
+    """Return the file of submission `name` and its description on Kaggle; UserError if missing, changed or the demo's."""
     file = folder / f"{name}.csv"
     if not file.exists():
         others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
@@ -225,8 +183,7 @@ def print_scores(workspace: Workspace, scored: pd.DataFrame | None = None) -> No
 def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     """Return a row of text per submission in `workspace`, the best private score first, then public score and OOF AUC.
 
-    Beside the OOF AUC and Kaggle's scores there is a column for each held-out set, with the AUC of the run's models there and
-    their number. The ledger is written from the same `records`.
+    Each held-out set is a column: the AUC of the run's models there, and their number. The ledger is written, too.
     """
     ledger = write_ledger(workspace.submissions, records)
     ledger = ledger.sort_values(["private_score", "public_score", "oof_auc"], ascending=False, ignore_index=True)
@@ -234,14 +191,14 @@ def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
     runs = [Run(workspace.run(name)) for name in dict.fromkeys(name for each in made for name in each.members)]
     for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
-        tables = {run.name: Evaluation(folder).current(run) for run in runs}
-        shown[folder.name] = [_held_out_text(tables, each) for each in made]
+        found = {run.name: table for run in runs if (table := Evaluation(folder).current(run)) is not None}
+        shown[folder.name] = [_held_out_text(found, each) for each in made]
     for column, word in KAGGLE_SCORES.items():
         shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
     return shown
 
 
-def _held_out_text(tables: dict[str, pd.DataFrame | None], made: SubmissionRecord) -> str:
-    found = {name: table for name in made.members if (table := tables[name]) is not None}
-    area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), found)
+def _held_out_text(tables: dict[str, pd.DataFrame], made: SubmissionRecord) -> str:
+    members = {name: table for name, table in tables.items() if name in made.members}
+    area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), members)
     return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""

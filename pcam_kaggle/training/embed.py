@@ -17,7 +17,7 @@ from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import locked, read_json, sha256, write, write_json
+from pcam_kaggle.core.files import locked, read_json, reading, sha256, write, write_json
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
@@ -77,7 +77,8 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
     with locked(folder):
         if not _complete(config, store, backend, budget, folder):
             return None
-        rate = read_json(folder / RATE, images_per_second=float)["images_per_second"]
+        with reading(folder / RATE):
+            rate = float(read_json(folder / RATE)["images_per_second"])
         return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}, rate
 
 

@@ -155,7 +155,7 @@ def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> G
     data = FoldData.of(task, number)
     learner, rows = _start(task, number, backend, data.train.count)
     source = batches(data.train, len(rows), loaders)
-    with scalar_writer(fold.events, len(rows) + 1) as add_scalars:
+    with scalar_writer(fold.folder / "events", len(rows) + 1) as add_scalars:
         for epoch in range(len(rows), config.epochs):
             torch.manual_seed(_seed(config, number, epoch + 1) + rank())
             start = time.perf_counter()
