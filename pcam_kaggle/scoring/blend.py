@@ -21,11 +21,9 @@ class RunPredictions:
     """The predictions of one experiment's run.
 
     Attributes:
-        name: Name of the run.
         oof: Columns id, label, fold, probability, sorted by id.
         tests: One table of id, probability per fold, sorted by id.
-        scheme: Name of the fold file.
-        folds_sha256: Its hash.
+        scheme: Name of the fold file; `folds_sha256` is its hash.
         missing: Folds that are left out.
     """
 
@@ -47,16 +45,11 @@ class Blend:
 
 
 def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PATCHES) -> Blend:
-    """Blend `members`, runs on the same folds, patches and test ids.
+    """Blend `members`, runs on the same folds, patches and test ids; test predictions are means over a member's folds.
 
-    The test prediction of a member is the mean over its folds.
-
-    Args:
-        members: The runs.
-        method: `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward
-            selection on the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on
-            folds that its weights were not chosen on.
-        clusters: What intervals and the test of the weights resample.
+    `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward selection on
+    the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on folds that its weights
+    were not chosen on. Intervals and the test of the weights resample `clusters`.
 
     Raises:
         UserError: The members differ in folds, patches or test ids, one is named twice, or `climb` has one fold only.
@@ -113,10 +106,7 @@ def climb(labels: Labels, values: Floats) -> Floats:
     """Return weights (members,) that sum to 1, by greedy forward selection with replacement (Caruana et al. 2004).
 
     Starting from the best member, each of up to 50 steps adds the member that raises the AUC of the sum most, until none does.
-
-    Args:
-        labels: (n,), 0 or 1.
-        values: (members, n).
+    `labels` are (n,), `values` (members, n).
     """
     counts = np.zeros(len(values))
     total, best = np.zeros(values.shape[1]), -np.inf
@@ -136,11 +126,7 @@ def cross_climb(
 ) -> tuple[Floats, Difference]:
     """Return the blend (n,) whose weights for each fold come from `climb` on the other folds, and its AUC minus the mean's.
 
-    Args:
-        labels: (n,), 0 or 1.
-        folds: (n,).
-        values: (members, n).
-        clusters: What the test resamples.
+    `labels` and `folds` are (n,), `values` (members, n). The test of the difference resamples `clusters`.
     """
     blended = np.empty(len(labels))
     for fold in np.unique(folds):
@@ -158,6 +144,5 @@ def _check(members: list[RunPredictions]) -> None:
         if not is_same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")
     for member in members:
-        for test in member.tests:
-            if not test["id"].equals(first.tests[0]["id"]):
-                raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")
+        if not all(test["id"].equals(first.tests[0]["id"]) for test in member.tests):
+            raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")

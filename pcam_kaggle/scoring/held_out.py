@@ -17,9 +17,7 @@ from pcam_kaggle.scoring.results import Difference, Estimate, Unit
 class Ensemble:
     """A run as a weighted mean of experiments' runs: of itself, or, if it is a blend, of its members.
 
-    Attributes:
-        weights: Weight of each experiment's run by its name.
-        ranked: Whether ranks are averaged instead of probabilities.
+    `weights` are by the name of the run; if `ranked`, ranks are averaged instead of probabilities.
     """
 
     name: str
@@ -37,9 +35,8 @@ class Ensemble:
 class HeldOutPredictions:
     """The predictions of an experiment's run.
 
-    Attributes:
-        table: Columns id, label, and `fold_<k>`, the probability by the model of each fold.
-        oof: By number, the out-of-fold table (id, label, probability; sorted by id) of each fold that has one.
+    `table` has the columns id, label, and `fold_<k>`, the probability by the model of each fold. `oof` has, by number, the
+    out-of-fold table (id, label, probability; sorted by id) of each fold that has one.
     """
 
     table: pd.DataFrame
@@ -79,13 +76,9 @@ class RunScore(Record):
 
 
 class EvaluationResult(Record):
-    """The scores of several runs on a held-out set, `result.json` of an evaluation.
+    """The scores of several runs on a held-out set called `name`, `result.json` of an evaluation.
 
-    Attributes:
-        name: Name of the set.
-        patches_sha256: Hash of its ids, labels and pixels.
-        baseline: The run that the others are compared with.
-        runs: In the order in which they were named.
+    `patches_sha256` is the hash of the set's ids, labels and pixels; the other runs are compared with `baseline`.
     """
 
     name: str
@@ -105,15 +98,10 @@ def score_runs(
     baseline: str | None,
     slides: pd.DataFrame | None,
 ) -> EvaluationResult:
-    """Score runs on a held-out set and compare them with a baseline.
+    """Score `ensembles`, whose experiments have the same folds, on the held-out set `name`, and compare them with a baseline.
 
-    Args:
-        name: Name of the set.
-        patches_sha256: Its hash.
-        ensembles: The runs; their experiments have the same folds.
-        predicted: The predictions of each experiment.
-        baseline: Name of the baseline; None for the run with the highest AUC.
-        slides: A slide map (id, wsi) to resample; None to resample patches.
+    `predicted` has the predictions of each experiment. The baseline is the run with the highest AUC if None is named. The slides
+    of `slides` (id, wsi) are resampled, or patches if it is None.
     """
     table = next(iter(predicted.values())).table
     labels = table["label"].to_numpy(int)

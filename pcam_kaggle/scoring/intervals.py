@@ -19,7 +19,6 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, placements, positive_mask
 from pcam_kaggle.scoring.results import Difference, Estimate, Unit
 
-LEVEL = 0.95
 DRAWS = 2000
 # A matrix of clusters x clusters takes 0.2 GB at this size.
 MAX_CLUSTERS = 5_000
@@ -64,30 +63,49 @@ def unit_of(scheme: str) -> Unit:
 
 
 def interval(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> Estimate:
-    """Return the AUC of `scores` (n,) with its 95 % interval."""
+    """Return the AUC of `scores` (n,) with its 95 % interval; `labels` and the codes of `clusters` are (n,).
+
+    The interval over clusters is undefined as in `paired_test`.
+
+    Raises:
+        ValueError: As in `auc`.
+    """
     if clusters.codes is None:
         return delong_interval(labels, scores)
-    return bootstrap_interval(labels, clusters.codes, scores, unit=clusters.unit)
+    codes, count, too_many = _encode(clusters.codes, clusters.unit)
+    if too_many:
+        value, error, undefined = auc(labels, scores), np.nan, too_many
+    else:
+        value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores), clusters.unit)
+    return Estimate.from_error(value, error, stats.t(count - 1), clusters.unit, count, undefined)
 
 
 def paired_test(labels: Labels, baseline: Floats, clusters: Clusters = PATCHES) -> Callable[[Floats], Difference]:
-    """Return the function that tests AUC(scores) - AUC(baseline), both (n,) on the same patches."""
+    """Return the function that tests AUC(scores) - AUC(baseline), both (n,) on the same patches.
+
+    Interval and p over clusters are undefined for more than 5,000 of them, where fewer than two have positives, or negatives
+    (that class would be the same in every draw), and where the draws do not vary but the difference is not zero.
+    """
     if clusters.codes is None:
         return lambda scores: delong_difference(labels, scores, baseline)
-    return bootstrap_test(labels, clusters.codes, baseline, clusters.unit)
+    unit = clusters.unit
+    codes, count, too_many = _encode(clusters.codes, unit)
+    pairs = None if too_many else concordant_pairs(labels, codes, baseline)
+
+    def difference(scores: Floats) -> Difference:
+        if pairs is None:
+            value, error, undefined = auc(labels, scores) - auc(labels, baseline), np.nan, too_many
+        else:
+            value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores) - pairs, unit)
+        return Difference.from_error(value, error, stats.t(count - 1), unit, count, undefined)
+
+    return difference
 
 
 def delong(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
-    """Return the AUC of each model and their covariance (DeLong et al. 1988).
+    """Return the AUCs (k,) of `scores` (k, n) and their covariance (k, k) (DeLong et al. 1988).
 
-    Computed from midranks in O(n log n) (Sun & Xu 2014, algorithm 2).
-
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (k, n), one row per model.
-
-    Returns:
-        The AUCs, (k,), and their covariance, (k, k), NaN where a class has a single member.
+    Computed from midranks in O(n log n) (Sun & Xu 2014, algorithm 2). The covariance is NaN where a class has a single member.
 
     Raises:
         ValueError: As in `auc`.
@@ -97,8 +115,8 @@ def delong(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
     return of_positives.mean(axis=1), covariance
 
 
-def delong_interval(labels: Labels, scores: Floats, level: float = LEVEL) -> Estimate:
-    """Return the AUC of `scores` (n,) with DeLong's interval at `level`, clipped to [0, 1].
+def delong_interval(labels: Labels, scores: Floats) -> Estimate:
+    """Return the AUC of `scores` (n,) with DeLong's interval, clipped to [0, 1].
 
     The interval is undefined where a class has a single member, as in R's pROC, and where the estimated variance is zero
     (perfect separation, or all scores tied), where pROC warns that an interval of zero width is misleading.
@@ -108,11 +126,11 @@ def delong_interval(labels: Labels, scores: Floats, level: float = LEVEL) -> Est
     """
     areas, covariance = delong(labels, np.stack([scores]))
     error = float(np.sqrt(covariance[0, 0]))
-    return Estimate.from_error(float(areas[0]), error, stats.norm(), level, "patch", len(labels), _single_member(labels))
+    return Estimate.from_error(float(areas[0]), error, stats.norm(), "patch", len(labels), _single_member(labels))
 
 
-def delong_difference(labels: Labels, first: Floats, second: Floats, level: float = LEVEL) -> Difference:
-    """Return AUC(first) - AUC(second) on the same patches, (n,) each, with DeLong's paired interval at `level` and p.
+def delong_difference(labels: Labels, first: Floats, second: Floats) -> Difference:
+    """Return AUC(first) - AUC(second) on the same patches, (n,) each, with DeLong's paired interval and p.
 
     Interval and p are undefined where a class has a single member, and where the estimated variance is zero but the
     difference is not.
@@ -125,73 +143,14 @@ def delong_difference(labels: Labels, first: Floats, second: Floats, level: floa
     # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
     variance = sum(_covariance(part[:1] - part[1:])[0, 0] / part.shape[1] for part in (of_positives, of_negatives))
     value, error = float(areas[0] - areas[1]), float(np.sqrt(variance))
-    return Difference.from_error(value, error, stats.norm(), level, "patch", len(labels), _single_member(labels))
-
-
-def bootstrap_interval(labels: Labels, clusters: Codes, scores: Floats, level: float = LEVEL, unit: Unit = "slide") -> Estimate:
-    """Return the AUC of `scores` (n,) with its bootstrap interval at `level`, clipped to [0, 1].
-
-    `clusters` (n,) are any integer codes. The interval is undefined as in `bootstrap_difference`, and for more than 5,000
-    clusters.
-
-    Raises:
-        ValueError: As in `auc`.
-    """
-    codes, count, too_many = _encode(clusters, unit)
-    if too_many:
-        return Estimate.from_error(auc(labels, scores), np.nan, stats.norm(), level, unit, count, too_many)
-    value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores), unit)
-    return Estimate.from_error(value, error, stats.t(count - 1), level, unit, count, undefined)
-
-
-def bootstrap_difference(
-    labels: Labels, clusters: Codes, first: Floats, second: Floats, level: float = LEVEL, unit: Unit = "slide"
-) -> Difference:
-    """Return AUC(first) - AUC(second) with its paired bootstrap interval at `level` and p.
-
-    Interval and p are undefined where fewer than two clusters have positives, or negatives: that class would be the same in
-    every draw and its variance would be missing. They are also undefined where the draws do not vary but the difference is
-    not zero.
-
-    Args:
-        labels: (n,), 0 or 1.
-        clusters: (n,), codes from 0.
-        first: `concordant_pairs` of the first scores, (clusters, clusters).
-        second: The same of the second scores.
-        level: Coverage, in (0, 1).
-        unit: What a cluster is called.
-    """
-    value, error, undefined = _bootstrap(labels, clusters, first - second, unit)
-    return Difference.from_error(value, error, stats.t(len(first) - 1), level, unit, len(first), undefined)
-
-
-def bootstrap_test(labels: Labels, clusters: Codes, baseline: Floats, unit: Unit) -> Callable[[Floats], Difference]:
-    """Return the function that computes `bootstrap_difference` of scores and `baseline`, both (n,).
-
-    `clusters` (n,) are any integer codes; with more than 5,000 distinct ones, interval and p are undefined.
-    """
-    codes, count, too_many = _encode(clusters, unit)
-    if too_many:
-        area = auc(labels, baseline)
-        return lambda scores: Difference.from_error(
-            auc(labels, scores) - area, np.nan, stats.norm(), LEVEL, unit, count, too_many
-        )
-    pairs = concordant_pairs(labels, codes, baseline)
-    return lambda scores: bootstrap_difference(labels, codes, concordant_pairs(labels, codes, scores), pairs, unit=unit)
+    return Difference.from_error(value, error, stats.norm(), "patch", len(labels), _single_member(labels))
 
 
 def concordant_pairs(labels: Labels, clusters: Codes, scores: Floats) -> Floats:
     """Count the pairs of a positive of cluster i and a negative of cluster j that `scores` order correctly; ties count 1/2.
 
-    The AUC of any multiset of clusters is a quadratic form of this matrix, so that a draw needs no sorting.
-
-    Args:
-        labels: (n,), 0 or 1.
-        clusters: (n,), codes from 0.
-        scores: (n,).
-
-    Returns:
-        Counts, (clusters, clusters).
+    The AUC of any multiset of clusters is a quadratic form of this matrix (clusters, clusters), so that a draw needs no
+    sorting. `labels` (n,) are 0 or 1, `clusters` (n,) codes from 0, `scores` (n,).
 
     Raises:
         ValueError: As in `auc`.

@@ -11,28 +11,20 @@ CALIBRATION_BINS = 15
 
 
 def auc(labels: Labels, scores: Floats) -> float:
-    """Return the area under the ROC curve; a tie between a positive and a negative counts 1/2.
-
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (n,), any scale.
+    """Return the area under the ROC curve of `scores` (n,) on any scale; a tie of a positive and a negative counts 1/2.
 
     Raises:
-        ValueError: A class is absent, a label is neither 0 nor 1, a score is NaN, or the shapes differ.
+        ValueError: A class is absent, one of `labels` (n,) is neither 0 nor 1, a score is NaN, or the shapes differ.
     """
     of_positives, _ = placements(labels, np.stack([scores]))
     return float(of_positives.mean(axis=1)[0])
 
 
 def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
-    """Return the structural components of the AUC (DeLong et al. 1988); ties count 1/2.
+    """Return the structural components of the AUC of each row of `scores` (k, n) (DeLong et al. 1988); ties count 1/2.
 
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (k, n), one row per model.
-
-    Returns:
-        The fraction of negatives below each positive, (k, positives), and of positives above each negative, (k, negatives).
+    They are the fraction of negatives below each positive, (k, positives), and of positives above each negative,
+    (k, negatives).
 
     Raises:
         ValueError: As in `auc`.
@@ -41,8 +33,7 @@ def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
         raise ValueError(f"scores of shape {scores.shape} are not rows of patches")
     positive = positive_mask(labels, scores)
     m, n = int(positive.sum()), int((~positive).sum())
-    of_positives = np.empty((len(scores), m))
-    of_negatives = np.empty((len(scores), n))
+    of_positives, of_negatives = np.empty((len(scores), m)), np.empty((len(scores), n))
     for row, values in enumerate(scores):
         ranks = rankdata(values, nan_policy="raise")
         of_positives[row] = (ranks[positive] - rankdata(values[positive])) / n
