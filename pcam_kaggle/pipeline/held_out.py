@@ -15,7 +15,7 @@ from pcam_kaggle.data.tables import PLAIN_NAME, read_slides
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import EvaluationResult, HeldOutPredictions, score_runs
+from pcam_kaggle.scoring.held_out import EvaluationResult, score_runs
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,9 @@ def evaluate(
     from pcam_kaggle.training.held_out import predict_held_out
 
     with locked(evaluation.folder):
-        predicted = {
-            run.name: HeldOutPredictions(
-                predict_held_out(run, trained[run.name], patches, workspace, evaluation), _read_oof(trained[run.name])
-            )
-            for run in runs
-        }
-        result = score_runs(name, patches.sha256, ensembles, predicted, baseline, slides)
+        tables = {run.name: predict_held_out(run, trained[run.name], patches, workspace, evaluation) for run in runs}
+        oof = {run.name: _read_oof(trained[run.name]) for run in runs}
+        result = score_runs(name, patches.sha256, ensembles, tables, oof, baseline, slides)
         result.write(evaluation.result_file)
     return result
 

@@ -18,13 +18,10 @@ CLIMB_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class RunPredictions:
-    """The predictions of one experiment's run.
+    """The predictions of one experiment's run on the folds of `scheme`, of which those in `missing` are left out.
 
-    Attributes:
-        oof: Columns id, label, fold, probability, sorted by id.
-        tests: One table of id, probability per fold, sorted by id.
-        scheme: Name of the fold file; `folds_sha256` is its hash.
-        missing: Folds that are left out.
+    `oof` has the columns id, label, fold and probability, `tests` has a table of id and probability per fold; all are sorted
+    by id. `folds_sha256` is the hash of the fold file.
     """
 
     name: str
@@ -49,10 +46,8 @@ def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PA
 
     `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward selection on
     the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on folds that its weights
-    were not chosen on. Intervals and the test of the weights resample `clusters`.
-
-    Raises:
-        UserError: The members differ in folds, patches or test ids, one is named twice, or `climb` has one fold only.
+    were not chosen on. Intervals and the test of the weights resample `clusters`. Raises UserError if the members differ in
+    folds, patches or test ids, if one is named twice, or if `climb` has one fold only.
     """
     _check(members)
     first = members[0]
@@ -70,9 +65,9 @@ def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PA
         if len(np.unique(folds)) < 2:
             raise UserError("--method climb: needs at least two folds and there is one; use mean")
         crossed, gain = cross_climb(labels, folds, oof, clusters)
-        used = "climb" if gain.is_positive else "mean"
-        if gain.is_positive:
-            weights, blended = climb(labels, oof), crossed
+        used = "mean"
+        if gain.low is not None and gain.low > 0:
+            used, weights, blended = "climb", climb(labels, oof), crossed
     result = first.oof[["id", "label", "fold"]].assign(probability=blended)
     metrics = BlendMetrics(
         members={member.name: float(weight) for member, weight in zip(members, weights, strict=True)},

@@ -59,11 +59,7 @@ class Comparison:
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> ComparedRun:
-    """Return the run called `name`, or the one with the highest pooled AUC where `name` is None.
-
-    Raises:
-        UserError: The run cannot be scored, or none can.
-    """
+    """Return the run called `name`, or the one with the highest pooled AUC for None; raises UserError if it has no score."""
     if name:
         named = next(run for run in runs if run.name == name)
         if named.problem:

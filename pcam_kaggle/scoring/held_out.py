@@ -30,28 +30,21 @@ class Ensemble:
             values = {name: rank_within(np.zeros(len(each), np.int64), each) for name, each in values.items()}
         return np.sum([weight * values[name] for name, weight in self.weights.items()], axis=0)
 
-
-@dataclass(frozen=True, slots=True)
-class HeldOutPredictions:
-    """The predictions of an experiment's run.
-
-    `table` has the columns id, label, and `fold_<k>`, the probability by the model of each fold. `oof` has, by number, the
-    out-of-fold table (id, label, probability; sorted by id) of each fold that has one.
-    """
-
-    table: pd.DataFrame
-    oof: dict[int, pd.DataFrame]
+    def models(self, tables: dict[str, pd.DataFrame]) -> dict[str, Floats]:
+        """Return the mean (n,) of each column `fold_<k>` of the tables of all experiments, which have the same rows."""
+        folds = next(iter(tables.values())).filter(like="fold_")
+        return {fold: self.mean({run: tables[run][fold].to_numpy() for run in self.weights}) for fold in folds}
 
 
 class RunScore(Record):
-    """What a run scores on a held-out set.
+    """What a run scores on a held-out set; of a blend, a model of a fold is the mean of its members' models of that fold.
 
     Attributes:
-        fold_auc: AUC of the model of each fold by its number; of a blend, of the mean of its members' models of that fold.
+        fold_auc: AUC of the model of each fold by its number.
         mean: AUC of the mean of these models, with its 95 % interval.
         oof_auc: OOF AUC of those of these folds that have predictions.
         calibration_error: Expected calibration error of that mean; None if it is a mean of ranks.
-        difference: AUC of the mean of the models minus that of the baseline; None for the baseline.
+        difference: AUC of that mean minus that of the baseline; None for the baseline.
     """
 
     run: str
@@ -94,48 +87,46 @@ def score_runs(
     name: str,
     patches_sha256: str,
     ensembles: list[Ensemble],
-    predicted: dict[str, HeldOutPredictions],
+    tables: dict[str, pd.DataFrame],
+    oof: dict[str, dict[int, pd.DataFrame]],
     baseline: str | None,
     slides: pd.DataFrame | None,
 ) -> EvaluationResult:
-    """Score `ensembles`, whose experiments have the same folds, on the held-out set `name`, and compare them with a baseline.
+    """Score `ensembles` on the held-out set called `name`, and compare them with a baseline.
 
-    `predicted` has the predictions of each experiment. The baseline is the run with the highest AUC if None is named. The slides
-    of `slides` (id, wsi) are resampled, or patches if it is None.
+    `tables` has the predictions of each experiment: id, label, and `fold_<k>`, the probability by the model of each fold, the
+    same for all. `oof` has, by fold, the out-of-fold tables (id, label, probability; sorted by id) that there are. The baseline
+    is the run with the highest AUC if None is named. The slides of `slides` (id, wsi) are resampled, patches if it is None.
     """
-    table = next(iter(predicted.values())).table
-    labels = table["label"].to_numpy(int)
-    clusters = Clusters.of(table["id"], slides, "slide" if slides is not None else "patch")
-    scores, means = [], []
-    for ensemble in ensembles:
-        models = {
-            fold: ensemble.mean({run: predicted[run].table[fold].to_numpy() for run in ensemble.weights})
-            for fold in table.filter(like="fold_")
-        }
-        mean = np.mean([*models.values()], axis=0)
-        score = RunScore(
-            run=ensemble.name,
-            fold_auc={int(fold.removeprefix("fold_")): auc(labels, values) for fold, values in models.items()},
-            mean=interval(labels, mean, clusters),
-            oof_auc=_oof_auc(ensemble, {run: predicted[run].oof for run in ensemble.weights}),
-            calibration_error=None if ensemble.ranked else calibration_error(labels, mean),
-        )
-        scores.append(score)
-        means.append(mean)
-    best = max(range(len(scores)), key=lambda index: scores[index].mean.value)
-    base = next((index for index, score in enumerate(scores) if score.run == baseline), best)
+    first = next(iter(tables.values()))
+    labels = first["label"].to_numpy(int)
+    clusters = Clusters.of(first["id"], slides, "patch" if slides is None else "slide")
+    models = {ensemble.name: ensemble.models(tables) for ensemble in ensembles}
+    means = {run: np.mean([*folds.values()], axis=0) for run, folds in models.items()}
+    estimates = {run: interval(labels, mean, clusters) for run, mean in means.items()}
+    base = baseline or max(estimates, key=lambda run: estimates[run].value)
     test = paired_test(labels, means[base], clusters)
-    others = [index for index in range(len(scores)) if index != base]
-    for index, difference in zip(others, corrected_for_number([test(means[index]) for index in others]), strict=True):
-        scores[index] = scores[index].model_copy(update={"difference": difference})
+    others = [run for run in means if run != base]
+    differences = dict(zip(others, corrected_for_number([test(means[run]) for run in others]), strict=True))
+    runs = [
+        RunScore(
+            run=ensemble.name,
+            fold_auc={int(fold.removeprefix("fold_")): auc(labels, values) for fold, values in models[ensemble.name].items()},
+            mean=estimates[ensemble.name],
+            oof_auc=_oof_auc(ensemble, {run: oof[run] for run in ensemble.weights}),
+            calibration_error=None if ensemble.ranked else calibration_error(labels, means[ensemble.name]),
+            difference=differences.get(ensemble.name),
+        )
+        for ensemble in ensembles
+    ]
     return EvaluationResult(
         name=name,
         patches_sha256=patches_sha256,
         patches=len(labels),
         positives=int(labels.sum()),
         unit=clusters.unit,
-        baseline=scores[base].run,
-        runs=scores,
+        baseline=base,
+        runs=runs,
     )
 
 
@@ -148,11 +139,9 @@ def ensemble_auc(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[f
     folds = {tuple(table.filter(like="fold_")) for table in tables.values()}
     if tables.keys() < ensemble.weights.keys() or len(folds) != 1:
         return float("nan"), 0
-    (names,) = folds
     first = next(iter(tables.values()))
-    columns = {run: table.set_index("id").loc[first["id"]] for run, table in tables.items()}
-    models = [ensemble.mean({run: table[fold].to_numpy() for run, table in columns.items()}) for fold in names]
-    return auc(first["label"].to_numpy(int), np.mean(models, axis=0)), len(names)
+    models = ensemble.models({run: table.set_index("id").loc[first["id"]] for run, table in tables.items()})
+    return auc(first["label"].to_numpy(int), np.mean([*models.values()], axis=0)), len(models)
 
 
 def _oof_auc(ensemble: Ensemble, oof: dict[str, dict[int, pd.DataFrame]]) -> dict[int, float]:

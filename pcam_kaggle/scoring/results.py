@@ -75,11 +75,6 @@ class Difference(Estimate):
         p = float(2 * distribution.sf(abs(value) / error))
         return cls(value=value, low=value - half, high=value + half, unit=unit, units=units, error=error, p=p)
 
-    @property
-    def is_positive(self) -> bool:
-        """Whether the interval is above zero."""
-        return self.low is not None and self.low > 0
-
 
 class BlendMetrics(Record):
     """The score of blended predictions, `metrics.json` of a run.
