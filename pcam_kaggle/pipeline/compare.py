@@ -10,7 +10,6 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
-from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_baseline
 from pcam_kaggle.scoring.intervals import unit_of
@@ -19,16 +18,10 @@ from pcam_kaggle.scoring.tables import render_comparison, score_lines
 
 
 def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
-    """Compare runs of `workspace` with a baseline.
+    """Compare the runs `names` of `workspace`, all for none, with a baseline, by default the one with the highest pooled AUC.
 
-    Args:
-        workspace: Holds the runs and the fold files.
-        names: The runs to compare; empty for all.
-        baseline: The name of the baseline; None for the run with the highest pooled AUC.
-        slides: A slide map (id, wsi) to resample, which replaces the groups of the baseline's folds.
-
-    Raises:
-        UserError: A name is unknown, or no run can be scored; or as in `resampled_groups`.
+    The slides of the map `slides` (id, wsi) are resampled in place of the groups of the baseline's folds. Raises UserError if a
+    name is unknown or no run can be scored, or as in `resampled_groups`.
     """
     runs = workspace.root / "runs"
     found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
@@ -59,7 +52,12 @@ def _read(run: Run, compared: ComparedRun) -> str:
         unfinished = [str(fold.number) for fold in run.folds() if not fold.has_predictions]
         if unfinished:
             return f"unfinished: folds {', '.join(unfinished)} lack predictions"
-        compared.costs = _costs([fold.metrics() for fold in run.folds()])
+        folds = [fold.metrics() for fold in run.folds()]
+        compared.costs = {
+            "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
+            "parameters": folds[0].parameters,
+            "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
+        }
     if not run.has_score:
         return "not blended: run `python -m pcam_kaggle blend`"
     compared.metrics, compared.oof = run.blend_metrics(), run.oof()
@@ -71,11 +69,7 @@ def _read(run: Run, compared: ComparedRun) -> str:
 
 
 def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
-    """Return the fold scheme of the blend `run`, from its `metrics` or, in earlier versions, from the configs of its members.
-
-    Raises:
-        UserError: Neither has it.
-    """
+    """Return the fold scheme of the blend `run`; in earlier versions, only the configs of its members have it."""
     if metrics.scheme:
         return metrics.scheme
     members = [Run(run.folder.parent / name) for name in metrics.members]
@@ -86,41 +80,30 @@ def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
     return schemes.pop()
 
 
-def _costs(folds: list[FoldMetrics]) -> dict[str, float | None]:
-    return {
-        "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
-        "parameters": folds[0].parameters,
-        "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
-    }
-
-
 def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
-    """Return the groups (id, wsi) to resample for the patches of `oof`, None to resample patches, and what a group is called.
+    """Return the groups (id, wsi) to resample for the patches of `oof` (id, fold), None to resample patches, and their unit.
 
-    Args:
-        scheme: The fold scheme of `oof`. It defines the groups unless `slides` is given.
-        oof: Columns id, fold.
-        folder: The folder of the fold files.
-        slides: A slide map (id, wsi), which replaces the groups of the fold file.
-
-    Raises:
-        UserError: The fold file is missing or has other folds than `oof`, or the map has none of the patches.
+    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the fold
+    file is missing or has other folds than `oof`, or if the map has none of the patches.
     """
     if slides:
-        found = read_slides(slides)
-        if not oof["id"].isin(found["id"]).any():
-            raise UserError(f"--slides {slides}: has none of the {len(oof):,} patches; pass the slide map of this data set")
-        return found, "slide"
+        return read_slide_map(slides, oof["id"]), "slide"
     unit, file = unit_of(scheme), folder / f"{scheme}.csv"
     if unit == "patch":
         return None, unit
-    needed = f"intervals and tests need its {unit}s; restore it, or pass a slide map with --slides"
-    if not file.is_file():
-        raise UserError(f"{file}: missing; {needed}")
-    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
-    if table is None or not np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
-        raise UserError(f"{file}: not the folds of these runs; {needed}")
+    table = read_groups(file) if file.is_file() else None
+    if table is None or not read_numbers(file, ["fold"]).set_index("id")["fold"].reindex(oof["id"]).eq(oof["fold"].array).all():
+        problem = f"missing, or not the folds of these runs; intervals and tests need its {unit}s"
+        raise UserError(f"{file}: {problem}; restore it, or pass a slide map with --slides")
     return table, unit
+
+
+def read_slide_map(file: Path, ids: pd.Series) -> pd.DataFrame:
+    """Return the slide map (id, wsi) in `file`; raises UserError if it has none of `ids` (n,)."""
+    slides = read_slides(file)
+    if not ids.isin(slides["id"]).any():
+        raise UserError(f"--slides {file}: has none of the {len(ids):,} patches; pass the slide map of this data set")
+    return slides
 
 
 def print_result(workspace: Workspace, names: list[str]) -> None:

@@ -89,7 +89,7 @@ def conclusions(comparison: Comparison) -> list[str]:
 def comparison_table(comparison: Comparison) -> pd.DataFrame:
     """Return one row per run, best first; runs that cannot be scored come last.
 
-    Columns: `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; `interval_unit`, their unit;
+    Columns: `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; their `interval_unit`;
     `difference` with its interval and `p`, also per fold (`difference_0`, `p_0`, ...); `unit`, that of the differences; costs;
     `differs`, the number of config fields that differ between runs; these fields; `note`. Undefined values are NaN; only where
     X is undefined, a column `undefined_X` gives the reason.
