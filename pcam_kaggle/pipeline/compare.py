@@ -83,19 +83,20 @@ def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
 def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
     """Return the groups (id, wsi) to resample for the patches of `oof` (id, fold), None to resample patches, and their unit.
 
-    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the fold
-    file is missing or has other folds than `oof`, or if the map has none of the patches.
+    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the file
+    is missing or has other folds than `oof`, or if the map has none of the patches.
     """
     if slides:
         return read_slide_map(slides, oof["id"]), "slide"
     unit, file = unit_of(scheme), folder / f"{scheme}.csv"
     if unit == "patch":
         return None, unit
-    table = read_groups(file) if file.is_file() else None
-    if table is None or not read_numbers(file, ["fold"]).set_index("id")["fold"].reindex(oof["id"]).eq(oof["fold"].array).all():
-        problem = f"missing, or not the folds of these runs; intervals and tests need its {unit}s"
-        raise UserError(f"{file}: {problem}; restore it, or pass a slide map with --slides")
-    return table, unit
+    if file.is_file():
+        folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
+        if table is not None and np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
+            return table, unit
+    problem = f"missing, or not the folds of these runs; intervals and tests need its {unit}s"
+    raise UserError(f"{file}: {problem}; restore it, or pass a slide map with --slides")
 
 
 def read_slide_map(file: Path, ids: pd.Series) -> pd.DataFrame:
