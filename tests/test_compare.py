@@ -16,7 +16,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.pipeline.compare import compare_runs, print_result, read_run
+from pcam_kaggle.pipeline.compare import compare_runs, print_result
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
@@ -159,6 +159,10 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "unfinished": (lambda run: (run.fold(1).folder / "predictions.json").unlink(), "unfinished: folds 1 lack predictions"),
     "unblended": (lambda run: (run.folder / "metrics.json").unlink(), "not blended"),
     "partial": (lambda run: edit(run, "metrics.json", missing_folds=[2]), "blended without some of its folds"),
+    "old": (
+        lambda run: (run.config_file.unlink(), edit(run, "metrics.json", scheme="")),
+        "blended by an earlier version",
+    ),
     "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: not what metrics.json describes"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (lambda run: edit(run, "fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
@@ -203,28 +207,6 @@ def test_a_result_is_compared_with_other_runs(runs: Path, capsys: pytest.Capture
     assert "compared" not in capsys.readouterr().out
     print_result(workspace, ["none"])
     assert capsys.readouterr().out == "none: no fold is finished\n"
-
-
-def test_a_blend_of_an_earlier_version_takes_its_scheme_from_its_members(runs: Path) -> None:
-    members, blended = [Run(runs / name) for name in ("best", "twin")], Run(runs / "ab")
-    blended.folder.mkdir()
-    for name in ("oof.csv", "metrics.json"):
-        (blended.folder / name).write_bytes((members[0].folder / name).read_bytes())
-    edit(blended, "metrics.json", members={"best": 0.5, "twin": 0.5}, scheme="")
-    assert (read_run(blended).scheme, read_run(blended).problem) == ("stratified_3_42", "")
-    # Members that were trained again on other folds, or are gone, do not determine the scheme of the blend.
-    before = members[0].config_file.read_bytes()
-    for damage in (
-        lambda: [edit(member, "config.json", folds_sha256="other") for member in members],
-        lambda: edit(members[1], "config.json", folds="slides_3_42"),
-        members[1].config_file.unlink,
-    ):
-        damage()
-        assert "does not name its fold scheme" in read_run(blended).problem
-        for member in members:
-            member.config_file.write_bytes(before)
-    edit(blended, "metrics.json", scheme="stratified_3_42")
-    assert read_run(blended).problem == ""
 
 
 def test_the_scheme_determines_what_is_resampled() -> None:
@@ -273,9 +255,9 @@ def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path,
 def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path, "stratified_3_42")
     write_csv(tmp_path / "map.csv", SLIDE_MAP[5:])
-    for options, unit in (([], "patch"), (["--slides", str(tmp_path / "map.csv")], "slide")):
-        assert json.loads(compared(tmp_path, capsys, *options))["unit"] == unit
-    printed = compared(tmp_path, capsys, *options, form="text")
+    assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
+    printed = compared(tmp_path, capsys, "--slides", str(tmp_path / "map.csv"), form="text")
+    assert "(unit: slide) are from" in printed
     assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
 
 
@@ -305,6 +287,4 @@ def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: p
     write_csv(sample, pd.DataFrame({"id": ["t0", "t1"], "label": [0, 0]}))
     write_submission(runs["a"], sample, submissions / "a.csv")
     assert f"[n/a ({reason})] (unit: patch)" in describe(submissions, "a")[1]
-    ledger = write_ledger(submissions)
-    assert ledger[["oof_low", "oof_high"]].isna().all(axis=None)
-    assert ledger["oof_unit"].tolist() == ["patch"]
+    assert write_ledger(submissions)[["oof_low", "oof_high"]].isna().all(axis=None)

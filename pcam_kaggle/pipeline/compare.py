@@ -13,7 +13,7 @@ from pcam_kaggle.data.tables import read_numbers, read_slides
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_baseline
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.results import BlendMetrics, Unit
+from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import render_comparison, score_lines
 
 
@@ -63,28 +63,18 @@ def _read(run: Run, compared: ComparedRun) -> str:
     compared.metrics, compared.oof = run.blend_metrics(), run.oof()
     if compared.metrics.missing_folds:
         return "blended without some of its folds: run `python -m pcam_kaggle blend`"
-    compared.scheme = compared.scheme or _blend_scheme(run, compared.metrics)
+    compared.scheme = compared.scheme or compared.metrics.scheme
+    if not compared.scheme:
+        return "blended by an earlier version: run `python -m pcam_kaggle blend`"
     unit_of(compared.scheme)
     return ""
-
-
-def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
-    """Return the fold scheme of the blend `run`; in earlier versions, only the configs of its members have it."""
-    if metrics.scheme:
-        return metrics.scheme
-    members = [Run(run.folder.parent / name) for name in metrics.members]
-    made = [member.made_from() for member in members if member.is_experiment]
-    schemes = {each.folds for each in made if each.folds_sha256 == metrics.folds_sha256}
-    if len(made) < len(members) or len(schemes) != 1:
-        raise UserError(f"{run.folder}: does not name its fold scheme, nor do its members' configs; blend again")
-    return schemes.pop()
 
 
 def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
     """Return the groups (id, wsi) to resample for the patches of `oof` (id, fold), None to resample patches, and their unit.
 
-    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the file
-    is missing or has other folds than `oof`, or if the map has none of the patches.
+    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the
+    file is missing or has other folds than `oof`, or if the map has none of the patches.
     """
     if slides:
         return read_slide_map(slides, oof["id"]), "slide"

@@ -87,7 +87,7 @@ def _train(job: Job, spec: RunSpec) -> bool:
 
         work = probe if spec.config.probe else train
         work(task, todo, job.budget)
-    return _report(f"train: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
+    return _report(f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
 
 
 def run_predict(job: Job) -> bool:
@@ -107,7 +107,7 @@ def _predict(job: Job, spec: RunSpec) -> bool:
         from pcam_kaggle.training.predict import predict
 
         predict(task, todo)
-    return _report(f"predict: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
+    return _report(f"predict: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
 
 
 @_once
@@ -184,7 +184,7 @@ def run_all(job: Job) -> None:
     store = part.store()
     missing = [n for n in range(job.config.n_splits) if not all(run.fold(n).is_predicted(store) for run in part.runs)]
     if missing and job.selection.folds is not None:
-        log.info("next: folds %s, then the blend", _listed(missing))
+        log.info("next: folds %s, then the blend", ", ".join(map(str, missing)))
         return
     part = part if missing else replace(part, selection=replace(part.selection, folds=None))
     done += [run_blend(part), run_submission(part)]
@@ -230,7 +230,3 @@ def _task(job: Job, spec: RunSpec) -> "Task":
 def _report(text: str, new: bool) -> bool:
     log.info("%s%s", text, "" if new else " (up to date)")
     return new
-
-
-def _listed(folds: list[int]) -> str:
-    return ", ".join(map(str, folds))
