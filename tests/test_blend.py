@@ -92,8 +92,8 @@ def test_weights_are_used_only_with_a_significant_gain() -> None:
 @pytest.mark.parametrize(
     ("clusters", "method", "line"),
     [
-        (PATCHES, "climb", "(unit: patch): more than noise, so weights are used"),
-        (Clusters("slide", SLIDE), "mean", "(unit: slide): within the noise, so the mean is used"),
+        (PATCHES, "climb", "(unit: patch): weights are used"),
+        (Clusters("slide", SLIDE), "mean", "(unit: slide): not known to be more than noise, so the mean is used"),
         (
             Clusters("slide", np.where(LABELS == 1, 0, SLIDE)),
             "mean",

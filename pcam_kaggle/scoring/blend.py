@@ -134,10 +134,9 @@ def _check(members: list[RunPredictions]) -> None:
     first = members[0]
     if len({member.name for member in members}) < len(members):
         raise UserError(f"{', '.join(member.name for member in members)}: a run is named twice; name each once")
-    for member in members[1:]:
+    for member in members:
         is_same = (member.scheme, member.folds_sha256) == (first.scheme, first.folds_sha256)
         if not is_same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")
-    for member in members:
         if not all(test["id"].equals(first.tests[0]["id"]) for test in member.tests):
             raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")

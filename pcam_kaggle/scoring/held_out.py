@@ -131,10 +131,9 @@ def score_runs(
 
 
 def ensemble_auc(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[float, int]:
-    """Return the AUC of the mean of the models of `ensemble`, and the number of models of each member.
+    """Return the AUC of the mean of the models of `ensemble`, and their number, from tables of id, label, `fold_<k>`.
 
-    `tables` has the predictions (id, label, `fold_<k>`) of each member. The AUC is NaN of 0 models unless the members have the
-    same folds.
+    It is NaN, of 0 models, unless all members have a table, of the same folds.
     """
     folds = {tuple(table.filter(like="fold_")) for table in tables.values()}
     if tables.keys() < ensemble.weights.keys() or len(folds) != 1:
@@ -148,7 +147,7 @@ def _oof_auc(ensemble: Ensemble, oof: dict[str, dict[int, pd.DataFrame]]) -> dic
     """Return the OOF AUC of each fold that all experiments of `ensemble` have predicted."""
     first = next(iter(oof.values()))
     areas = {}
-    for number in (number for number in first if all(number in tables for tables in oof.values())):
-        values = {run: tables[number]["probability"].to_numpy() for run, tables in oof.items()}
-        areas[number] = auc(first[number]["label"].to_numpy(), ensemble.mean(values))
+    for number in [number for number in first if all(number in tables for tables in oof.values())]:
+        mean = ensemble.mean({run: tables[number]["probability"].to_numpy() for run, tables in oof.items()})
+        areas[number] = auc(first[number]["label"].to_numpy(), mean)
     return areas

@@ -25,8 +25,6 @@ def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
     They are the fraction of negatives below each positive, (k, positives), and of positives above each negative,
     (k, negatives). Raises ValueError as `auc` does.
     """
-    if scores.ndim != 2:
-        raise ValueError(f"scores of shape {scores.shape} are not rows of patches")
     positive = positive_mask(labels, scores)
     m, n = int(positive.sum()), int((~positive).sum())
     of_positives, of_negatives = np.empty((len(scores), m)), np.empty((len(scores), n))

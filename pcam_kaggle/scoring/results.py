@@ -15,10 +15,9 @@ Unit = Literal["patch", "slide", "stain group"]
 
 
 class Estimate(Record):
-    """An AUC with its confidence interval over `units` independent units of observation.
+    """An AUC with its 95 % interval over `units` units; where `undefined` gives the reason, `low` and `high` are None.
 
-    `low` and `high` are None where the variance cannot be estimated; `undefined` is then the reason. Files of earlier versions
-    that lack the unit have DeLong's interval over patches.
+    Files of earlier versions that lack the unit have DeLong's interval over patches.
     """
 
     value: float
@@ -79,15 +78,10 @@ class Difference(Estimate):
 class BlendMetrics(Record):
     """The score of blended predictions, `metrics.json` of a run.
 
-    Attributes:
-        members: Weight of each blended run by its name.
-        method: Method that was used; `asked` is the one that was asked for.
-        gain_of_weights: AUC of climbed weights minus the mean's, on folds that they were not chosen on.
-        scheme: Name of the fold file; empty in files of earlier versions.
-        missing_folds: Folds that are left out.
-        folds: Numbers of the folds, with the number of `patches` and the `fold_auc` of each.
-        sd: Sample standard deviation over folds; None for one fold.
-        pooled: AUC of all predictions together; `ranked` is that after ranking within folds.
+    `members` has the weight of each run by its name, `asked` the method that was asked for. `patches` and `fold_auc` belong to
+    the numbers in `folds`; `sd` is the sample standard deviation over folds, None for one. `pooled` is the AUC of all
+    predictions together, `ranked` that after ranking within folds, and `gain_of_weights` the AUC of climbed weights minus the
+    mean's, on folds that they were not chosen on. `scheme` is empty in files of earlier versions.
     """
 
     members: dict[str, float]

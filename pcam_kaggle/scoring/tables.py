@@ -27,12 +27,7 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
     if metrics.missing_folds:
         lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
     if gain := metrics.gain_of_weights:
-        if gain.undefined:
-            verdict = "not known to be more than noise, so the mean is used"
-        elif metrics.method == "climb":
-            verdict = "more than noise, so weights are used"
-        else:
-            verdict = "within the noise, so the mean is used"
+        verdict = "weights are used" if metrics.method == "climb" else "not known to be more than noise, so the mean is used"
         lines.append(f"difference of weights to mean   {gain.text('+.4f')} (unit: {gain.unit}): {verdict}")
     return lines
 
