@@ -48,10 +48,11 @@ def result(evaluate: Command, *arguments: str) -> dict:
 
 
 def refused(outcome: Outcome) -> str:
-    """Return the message of a command that ended with an error."""
+    """Return the line in which a command named the mistake, perhaps after warnings."""
     assert outcome.status == 2
-    assert outcome.err.count("\n") == 1
-    return outcome.err
+    line = outcome.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
 
 
 def stored(work: Path, name: str = "bottleneck") -> pd.DataFrame:
