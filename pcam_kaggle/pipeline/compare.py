@@ -1,5 +1,6 @@
 """Comparison of runs: reads them and the groups that are resampled, for `scoring`."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_b
 from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import render_comparison, score_lines
+
+log = logging.getLogger(__name__)
 
 
 def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
@@ -90,10 +93,13 @@ def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path 
 
 
 def read_slide_map(file: Path, ids: pd.Series) -> pd.DataFrame:
-    """Return the slide map (id, wsi) in `file`; raises UserError if it has none of `ids` (n,)."""
+    """Return the slide map (id, wsi) in `file`; warns if it lacks some of `ids` (n,), and raises UserError if it lacks all."""
     slides = read_slides(file)
-    if not ids.isin(slides["id"]).any():
-        raise UserError(f"--slides {file}: has none of the {len(ids):,} patches; pass the slide map of this data set")
+    lacking = int((~ids.isin(slides["id"])).sum())
+    if lacking == len(ids):
+        raise UserError(f"--slides {file}: has none of the {lacking:,} patches; pass the slide map of this data set")
+    if lacking:
+        log.warning("%s: lacks %s of %s patches, each of which counts as a slide", file, f"{lacking:,}", f"{len(ids):,}")
     return slides
 
 

@@ -1,10 +1,7 @@
 """Evaluation: the models of runs on a held-out set, labelled patches that they were not trained on."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import locked
@@ -17,8 +14,6 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.held_out import EvaluationResult, score_runs
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +58,7 @@ def evaluate(
     runs = [Run(workspace.run(run)) for run in dict.fromkeys(run for each in ensembles for run in each.weights)]
     trained = _common_folds(runs, folds)
     patches = read_labelled(held_out.patches, held_out.labels, held_out.ids)
-    slides = _slides(held_out.slides, patches.table["id"]) if held_out.slides else None
+    slides = read_slide_map(held_out.slides, patches.table["id"]) if held_out.slides else None
     if evaluation.result_file.exists() and evaluation.result().patches_sha256 != patches.sha256:
         raise UserError(
             f"{evaluation.folder}: holds results for other patches or labels; delete it, or choose another name with --name"
@@ -97,10 +92,3 @@ def _common_folds(runs: list[Run], chosen: tuple[int, ...] | None) -> dict[str, 
         lists = ", ".join(f"{name} {text}" for name, text in numbers.items())
         raise UserError(f"other folds are trained in each run ({lists}); choose common ones with --folds")
     return trained
-
-
-def _slides(file: Path, ids: pd.Series) -> pd.DataFrame:
-    slides = read_slide_map(file, ids)
-    if lacking := int((~ids.isin(slides["id"])).sum()):
-        log.warning("%s: lacks %s of %s patches, each of which counts as a slide", file, f"{lacking:,}", f"{len(ids):,}")
-    return slides

@@ -63,10 +63,9 @@ def run_folds(job: Job) -> bool:
 
 
 def run_train(job: Job) -> bool:
-    """Train what is not finished; return whether anything was done.
+    """Train what is not finished, until the budget leaves a run unfinished; return whether anything was done.
 
-    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions; training ends with
-    the first run that the budget leaves unfinished.
+    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions.
     """
     done = []
     for spec, run in zip(job.plan.runs, job.runs, strict=True):

@@ -17,14 +17,10 @@ from pcam_kaggle.scoring.results import BlendMetrics, Difference, Unit
 class ComparedRun:
     """One run of a comparison.
 
-    Attributes:
-        problem: Why the run cannot be scored, or ""; `metrics` and `oof` may then be None.
-        config: The fields of its config; empty for a blend.
-        costs: Training time in `minutes`, `parameters`, and training `images_per_second`.
-        scheme: Name of the fold file.
-        oof: Columns id, label, fold, probability, sorted by id.
-        unpaired_reason: Why the run is not paired with the baseline, or "".
-        folds: Its difference to the baseline in each fold; `pooled` is that over all folds.
+    `problem` is the reason why it cannot be scored, or ""; `metrics` and `oof` (id, label, fold, probability; sorted by id) may
+    then be None. `config` has the fields of its config, none for a blend; `costs` are the training time in `minutes`,
+    `parameters`, and training `images_per_second`. `unpaired_reason` is why it is not paired with the baseline, or "";
+    `folds` and `pooled` are its differences to the baseline.
     """
 
     name: str
@@ -75,9 +71,8 @@ def find_baseline(runs: list[ComparedRun], name: str | None) -> ComparedRun:
 def compare(runs: list[ComparedRun], baseline: ComparedRun, groups: pd.DataFrame | None, unit: Unit) -> Comparison:
     """Fill in the differences of all runs that can be scored to `baseline`, or `unpaired_reason`.
 
-    A difference is the run's AUC minus the baseline's on the same patches, per fold and pooled. Groups (id, wsi), which `unit`
-    names, are resampled by bootstrap; for None it is DeLong's paired test over patches. p-values of the pooled differences are
-    corrected for their number (Holm). A run on other folds or patches is not paired.
+    A difference is the run's AUC minus the baseline's on the same patches, per fold and pooled. `groups` (id, wsi), None for
+    patches, are resampled. p-values of the pooled differences are corrected for their number (Holm).
     """
     oof, _ = baseline.scored()
     others = [run for run in runs if run is not baseline and not run.problem]

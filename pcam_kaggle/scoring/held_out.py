@@ -39,12 +39,9 @@ class Ensemble:
 class RunScore(Record):
     """What a run scores on a held-out set; of a blend, a model of a fold is the mean of its members' models of that fold.
 
-    Attributes:
-        fold_auc: AUC of the model of each fold by its number.
-        mean: AUC of the mean of these models, with its 95 % interval.
-        oof_auc: OOF AUC of those of these folds that have predictions.
-        calibration_error: Expected calibration error of that mean; None if it is a mean of ranks.
-        difference: AUC of that mean minus that of the baseline; None for the baseline.
+    `fold_auc` is that of the model of each fold by its number, `oof_auc` the OOF AUC of those of these folds that have
+    predictions. `mean` is the AUC of the mean of the models, `calibration_error` its expected calibration error, None for a
+    mean of ranks, and `difference` its AUC minus the baseline's, None for the baseline.
     """
 
     run: str

@@ -35,10 +35,7 @@ class Clusters:
 
     @classmethod
     def of(cls, ids: pd.Series, groups: pd.DataFrame | None, unit: Unit) -> Self:
-        """Return the clusters of `ids` (n,) in `groups` (id, wsi), None for patches, which are then the `unit`.
-
-        A patch that `groups` lacks is a cluster of its own.
-        """
+        """Return the clusters of `ids` (n,) in `groups` (id, wsi), None for patches; an id that it lacks is a cluster."""
         if groups is None:
             if unit != "patch":
                 raise ValueError(f"patches of one {unit} are not independent; pass its groups")
@@ -112,10 +109,9 @@ def _delong_difference(labels: Labels, first: Floats, second: Floats) -> Differe
 
 
 def _delong_error(of_positives: Floats, of_negatives: Floats) -> tuple[float, str]:
-    """Return the standard error of an AUC or a difference, NaN with the reason where a class has a single member.
+    """Return the standard error of an AUC or a difference (DeLong et al. 1988), NaN and the reason for a class of one patch.
 
-    It is computed from the structural components (1, positives) and (1, negatives) of DeLong et al. 1988, which midranks give
-    in O(n log n) (Sun & Xu 2014, algorithm 2).
+    It is computed from `placements`, (1, positives) and (1, negatives), by midranks (Sun & Xu 2014, algorithm 2).
     """
     variance = 0.0
     for kind, components in (("positive", of_positives), ("negative", of_negatives)):

@@ -62,10 +62,7 @@ def caption(comparison: Comparison) -> str:
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return a sentence for each run but the baseline, and for each pair of runs that differ only in the fold scheme.
-
-    Of such a pair, one is on stratified folds and one on grouped folds.
-    """
+    """Return a sentence for each run but the baseline, and each pair with one config on stratified and on grouped folds."""
     runs, baseline = comparison.runs, comparison.baseline
     sentences = [describe_difference(run, baseline) for run in runs if run is not baseline]
     configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
