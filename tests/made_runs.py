@@ -68,15 +68,14 @@ def write_run(
             write_csv(folder / name, order(table))
         files = {name: file_sha256(folder / name) for name in PREDICTIONS}
         PredictionsRecord(sources=PredictionSources(), files=files).write(folder / "predictions.json")
-        run.fold(number).write_metrics(
-            FoldMetrics(fold=number, valid_auc=0.9, parameters=10, seconds=60.0, images_per_second=5.0)
-        )
+        metrics = FoldMetrics(fold=number, valid_auc=0.9, parameters=10, seconds=60.0, images_per_second=5.0)
+        run.fold(number).write_metrics(metrics)
     return run
 
 
 def write_blended_run(work: Path, made: RunPredictions, **config: object) -> Run:
     """Write `made` with its blended predictions and their score."""
     run = write_run(work, made, **config)
-    groups = SLIDE_MAP if unit_of(made.scheme) != "patch" else None
-    run.write_blend(blend([made], "mean", Clusters.of(made.oof["id"], groups, unit_of(made.scheme))))
+    unit = unit_of(made.scheme)
+    run.write_blend(blend([made], "mean", Clusters.of(made.oof["id"], None if unit == "patch" else SLIDE_MAP, unit)))
     return run

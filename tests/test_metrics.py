@@ -7,17 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.scoring.intervals import (
-    Clusters,
-    bootstrap_difference,
-    bootstrap_interval,
-    concordant_pairs,
-    delong,
-    delong_difference,
-    delong_interval,
-    interval,
-    paired_test,
-)
+from pcam_kaggle.scoring.intervals import Clusters, concordant_pairs, interval, paired_test
 from pcam_kaggle.scoring.metrics import auc, holm, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate
 
@@ -33,29 +23,18 @@ def by_slide(slides: np.ndarray) -> Clusters:
 
 
 def test_delong_matches_proc() -> None:
-    areas, covariance = delong(LABELS, np.stack([A, B]))
-    np.testing.assert_allclose(areas, [0.838383838384, 0.843434343434], atol=1e-12)
-    expected = [[0.00774155698398122, 0.00069954596469748], [0.00069954596469748, 0.00739847974696459]]
-    np.testing.assert_allclose(covariance, expected, rtol=1e-12)
-    made = delong_interval(LABELS, A)
-    assert made.low == pytest.approx(0.665934215705, abs=1e-12)
-    assert made.high == 1
-    difference = delong_difference(LABELS, A, B)
+    variances, covariance = (0.00774155698398122, 0.00739847974696459), 0.00069954596469748
+    for scores, area, variance in zip((A, B), (0.838383838384, 0.843434343434), variances, strict=True):
+        made = interval(LABELS, scores)
+        assert made.value == pytest.approx(area, abs=1e-12)
+        assert made.low == pytest.approx(area - stats.norm.ppf(0.975) * variance**0.5, abs=1e-12)
+        assert made.high == 1
+    assert interval(LABELS, -A).low == 0
+    difference = paired_test(LABELS, B)(A)
     assert difference.low == pytest.approx(-0.234800964489847, abs=1e-12)
     assert difference.high == pytest.approx(0.224699954388837, abs=1e-12)
-
-
-def test_delong_intervals_at_other_levels() -> None:
-    half = delong_interval(LABELS, A, level=0.5)
-    error = 0.00774155698398122**0.5
-    assert half.value - half.low == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
-    assert half.high - half.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
-    difference = delong_difference(LABELS, B, A, level=0.5)
-    error = (0.00774155698398122 + 0.00739847974696459 - 2 * 0.00069954596469748) ** 0.5
-    assert difference.error == pytest.approx(error, abs=1e-12)
-    assert difference.value == pytest.approx(0.843434343434 - 0.838383838384, abs=1e-10)
-    assert difference.high - difference.value == pytest.approx(stats.norm.ppf(0.75) * error, abs=1e-12)
-    assert difference.p == pytest.approx(2 * stats.norm.sf(difference.value / error), abs=1e-12)
+    assert difference.error == pytest.approx((sum(variances) - 2 * covariance) ** 0.5, abs=1e-12)
+    assert difference.p == pytest.approx(2 * stats.norm.cdf(difference.value / difference.error), abs=1e-12)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -75,13 +54,13 @@ def test_ranks_within_folds_ignore_their_scales() -> None:
     assert rank_within(ZEROS[:4], np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.875, 0.25, 0.875, 0.5]
 
 
+THIRDS = by_slide(np.arange(20) % 3)
 USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
     "auc": auc,
-    "delong": lambda labels, scores: delong(labels, np.stack([A, scores])),
-    "delong_interval": delong_interval,
-    "delong_difference": lambda labels, scores: delong_difference(labels, A, scores),
+    "interval": interval,
+    "paired_test": lambda labels, scores: paired_test(labels, A)(scores),
     "concordant_pairs": lambda labels, scores: concordant_pairs(labels, np.arange(20) % 3, scores),
-    "bootstrap_interval": lambda labels, scores: bootstrap_interval(labels, np.arange(20) % 3, scores),
+    "interval over slides": lambda labels, scores: interval(labels, scores, THIRDS),
 }
 
 
@@ -105,12 +84,9 @@ def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, sc
         USES[use](labels, scores)
 
 
-def test_ranks_of_nan_and_scores_of_another_rank_are_an_error() -> None:
+def test_ranks_of_nan_are_an_error() -> None:
     with pytest.raises(ValueError, match="nan"):
         rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
-    for use, scores in ((auc, A[None]), (delong_interval, A[None]), (delong, A)):
-        with pytest.raises(ValueError, match="shape"):
-            use(LABELS, scores)
 
 
 def is_zero(made: Difference) -> bool:
@@ -131,27 +107,24 @@ def is_undefined(made: Estimate, reason: str) -> bool:
 
 
 def test_a_class_with_one_member_has_no_variance() -> None:
-    areas, covariance = delong(np.array([1, 0, 0]), np.array([[2.0, 1, 3]]))
-    assert areas.tolist() == [0.5]
-    assert np.isnan(covariance).all()
     for kind, label in (("positive", 1), ("negative", 0)):
         labels = np.where(np.arange(20) == 7, label, 1 - label)
-        assert is_undefined(delong_interval(labels, A), f"a single {kind} patch")
-        assert is_undefined(delong_difference(labels, A, B), f"a single {kind} patch")
-        assert paired_test(labels, B)(A).value == auc(labels, A) - auc(labels, B)
+        difference = paired_test(labels, B)(A)
+        assert is_undefined(interval(labels, A), f"a single {kind} patch")
+        assert is_undefined(difference, f"a single {kind} patch")
+        assert difference.value == auc(labels, A) - auc(labels, B)
 
 
 def test_an_estimated_variance_of_zero_is_undefined() -> None:
     labels = np.array([0, 0, 1, 1])
     up, level = np.array([1.0, 2, 3, 4]), np.ones(4)
-    zero = "an estimated variance of zero"
     for scores in (up, -up, level):
-        assert is_undefined(delong_interval(labels, scores), zero)
+        assert is_undefined(interval(labels, scores), "an estimated variance of zero")
     for scores in (-up, level):
-        assert is_undefined(delong_difference(labels, up, scores), zero)
+        assert is_undefined(paired_test(labels, scores)(up), "an estimated variance of zero")
     # Equal rankings.
-    assert is_zero(delong_difference(labels, up, 2 * up))
-    assert is_zero(delong_difference(LABELS, A, A))
+    assert is_zero(paired_test(labels, 2 * up)(up))
+    assert is_zero(paired_test(LABELS, A)(A))
 
 
 def test_rounding_errors_are_not_taken_for_variance() -> None:
@@ -184,7 +157,7 @@ def test_clusters_that_cannot_be_drawn_have_no_interval(
     assert is_undefined(made, reason)
     assert made.value == pytest.approx(auc(LABELS, A) - auc(LABELS, B), abs=1e-12)
     assert (made.unit, made.units) == ("slide", len(np.unique(slides)))
-    assert not bootstrap_interval(LABELS, np.arange(20) % 9, A).undefined
+    assert not interval(LABELS, A, by_slide(np.arange(20) % 9)).undefined
 
 
 def test_the_bootstrap_matches_drawing_slides() -> None:
@@ -193,31 +166,22 @@ def test_the_bootstrap_matches_drawing_slides() -> None:
     labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
     first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
 
-    def difference(groups: np.ndarray, level: float = 0.95) -> Difference:
-        return bootstrap_difference(
-            labels, groups, *(concordant_pairs(labels, groups, scores) for scores in (first, second)), level
-        )
-
-    over_patches, over_slides = delong_difference(labels, first, second), difference(slides)
+    over_patches, over_slides = (paired_test(labels, second, each)(first) for each in (Clusters(), by_slide(slides)))
     assert over_slides.value == pytest.approx(over_patches.value, abs=1e-12)
     assert over_slides.error > 1.5 * over_patches.error
-    assert difference(np.arange(1800)).error == pytest.approx(over_patches.error, rel=0.1)
-    assert difference(slides) == over_slides
-    for level in (0.5, 0.95):
-        made = difference(slides, level)
-        assert made.high - made.value == pytest.approx(stats.t(59).ppf((1 + level) / 2) * made.error)
+    assert paired_test(labels, second, by_slide(np.arange(1800)))(first).error == pytest.approx(over_patches.error, rel=0.1)
+    assert over_slides.high - over_slides.value == pytest.approx(stats.t(59).ppf(0.975) * over_slides.error)
     assert over_slides.p == pytest.approx(2 * stats.t(59).sf(abs(over_slides.value) / over_slides.error))
     # Drawn slide by slide, the slow way.
     draws = np.random.default_rng(1).integers(0, 60, (400, 60))
     patches = [np.concatenate([np.arange(30) + 30 * slide for slide in draw]) for draw in draws]
     areas = np.array([[auc(labels[some], scores[some]) for some in patches] for scores in (first, second)])
     assert over_slides.error == pytest.approx(np.std(areas[0] - areas[1], ddof=1), rel=0.15)
-    made = bootstrap_interval(labels, 7 * slides + 5, first, level=0.5)
+    made = interval(labels, first, by_slide(7 * slides + 5))
     assert made.value == pytest.approx(auc(labels, first), abs=1e-12)
     assert (made.unit, made.units, made.undefined) == ("slide", 60, "")
-    assert made.high - made.value == pytest.approx(stats.t(59).ppf(0.75) * np.std(areas[0], ddof=1), rel=0.15)
+    assert made.high - made.value == pytest.approx(stats.t(59).ppf(0.975) * np.std(areas[0], ddof=1), rel=0.15)
     assert made.value - made.low == pytest.approx(made.high - made.value)
-    assert bootstrap_interval(labels, slides, 4 * labels + first, level=0.9999).high == 1
 
 
 def test_a_draw_of_whole_slides_needs_no_sorting() -> None:
@@ -234,10 +198,9 @@ def test_a_draw_of_whole_slides_needs_no_sorting() -> None:
 
 def test_the_paired_test_accepts_any_codes() -> None:
     slides = np.arange(20) % 5
-    pairs = [concordant_pairs(LABELS, slides, scores) for scores in (A, B)]
-    assert paired_test(LABELS, B, by_slide(10 * slides + 3))(A) == bootstrap_difference(LABELS, slides, *pairs)
-    assert paired_test(LABELS, B, Clusters("stain group", slides))(A).unit == "stain group"
-    assert paired_test(LABELS, B)(A) == delong_difference(LABELS, A, B)
+    made = paired_test(LABELS, B, by_slide(10 * slides + 3))(A)
+    assert made == paired_test(LABELS, B, by_slide(slides))(A)
+    assert paired_test(LABELS, B, Clusters("stain group", slides))(A) == made.model_copy(update={"unit": "stain group"})
 
 
 def test_holm_ignores_undefined_p_values() -> None:

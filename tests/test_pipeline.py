@@ -45,12 +45,10 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
         assert outcome.status == 0, outcome.err
         expected = f"next: python -m pcam_kaggle {following} --data " if following else "next: submit "
         assert outcome.out.splitlines()[-1].startswith(expected)
-    work = tmp_path / "work"
+    work, run = tmp_path / "work", "runs/bottleneck"
     files = [path.relative_to(work) for path in work.rglob("*") if path.is_file()]
-    left = {str(path) for path in files if path.parent.name != "events" and path.suffix != ".lock"}
     fold_files = {"best.pt", "last.pt", "log.csv", "metrics.json", "oof.csv", "test.csv", "predictions.json"}
-    run = "runs/bottleneck"
-    assert left == {
+    assert {str(path) for path in files if path.parent.name != "events" and path.suffix != ".lock"} == {
         *("store/patches.npy", "store/index.csv", "store/manifest.json"),
         *("folds/stratified_3_42.csv", "folds/stratified_3_42.json"),
         *(f"{run}/{name}" for name in ("config.json", "environment.json", "oof.csv", "test.csv", "metrics.json")),
@@ -64,27 +62,14 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     assert pooled == auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
 
 
-def test_a_second_run_does_nothing_and_reports_it(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
-    before = contents(tmp_path / "work")
-    assert pcam("pipeline").out.splitlines()[-1].startswith("nothing to do: ")
-    assert contents(tmp_path / "work") == before
-
-
 def test_the_pipeline_and_its_stages_agree_whatever_the_order_of_labels(
     data: Data, pcam: Command, finished_run: Path, tmp_path: Path
 ) -> None:
-    first = (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes()
-    (tmp_path / "work").rename(tmp_path / "first")
+    finished_run.rename(tmp_path / "first")
     pd.read_csv(data.labels).sample(frac=1, random_state=1).to_csv(data.labels, index=False)
     assert pcam("pipeline").status == 0
-    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == first
-
-
-def test_folds_can_be_trained_one_after_the_other(pcam: Command, tmp_path: Path) -> None:
-    assert pcam("pipeline", "--folds", "2").out.splitlines()[-1] == "next: folds 0, 1, then the blend"
-    assert pcam("blend").status == 2
-    assert pcam("pipeline").status == 0
-    assert (tmp_path / "work" / "submissions" / "bottleneck.csv").exists()
+    first, second = (tmp_path / name / "submissions/bottleneck.csv" for name in ("first", "work"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_printed_commands_lead_from_one_fold_to_its_submission(pcam: Command, tmp_path: Path) -> None:
@@ -97,37 +82,35 @@ def test_the_printed_commands_lead_from_one_fold_to_its_submission(pcam: Command
         _, _, command = printed.out.splitlines()[-1].partition("next: python -m pcam_kaggle ")
         arguments = shlex.split(command)
     assert stages == ["train", "predict", "blend", "submission"]
-    assert (tmp_path / "work" / "submissions" / "bottleneck-folds-2.csv").exists()
+    assert (tmp_path / "work/submissions/bottleneck-folds-2.csv").exists()
+    # The other folds, one after the other.
+    assert pcam("pipeline", "--folds", "1").out.splitlines()[-1] == "next: folds 0, then the blend"
+    assert pcam("blend").status == 2
+    assert pcam("pipeline").status == 0
+    assert (tmp_path / "work/submissions/bottleneck.csv").exists()
 
 
 def test_folds_unfinished_at_the_time_limit_are_left_out(
     pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = tmp_path / "work"
-
-    def left_until_fold_2(_: Budget) -> float:
-        return -1.0 if Run(work / "runs" / "bottleneck").fold(1).is_trained else 1e6
-
+    run, submissions = Run(tmp_path / "work/runs/bottleneck"), tmp_path / "work/submissions"
     with monkeypatch.context() as patch:
-        patch.setattr(Budget, "left", left_until_fold_2)
+        patch.setattr(Budget, "left", lambda _: -1.0 if run.fold(1).is_trained else 1e6)
         outcome = pcam("pipeline", "--hours", "1")
     assert outcome.status == 0, outcome.err
     assert "missing: fold 2, not finished" in outcome.out
-    part = work / "submissions" / "bottleneck-folds-0-1.csv"
+    part = submissions / "bottleneck-folds-0-1.csv"
     assert read_json(part.with_suffix(".json"))["missing_folds"] == [2]
-    tests = [pd.read_csv(work / "runs" / "bottleneck" / f"fold_{fold}" / "test.csv").set_index("id") for fold in (0, 1)]
+    tests = [pd.read_csv(run.folder / f"fold_{fold}" / "test.csv").set_index("id") for fold in (0, 1)]
     mean = sum(tests)["probability"] / 2
     pd.testing.assert_series_equal(pd.read_csv(part).set_index("id")["label"], mean, check_like=True, check_names=False)
     assert pcam("pipeline").status == 0
-    whole = work / "submissions" / "bottleneck.csv"
-    assert read_json(whole.with_suffix(".json"))["missing_folds"] == []
+    assert read_json(submissions / "bottleneck.json")["missing_folds"] == []
     assert part.exists()
 
 
 def test_without_a_finished_fold_there_is_no_submission(pcam: Command, tmp_path: Path) -> None:
-    outcome = pcam("pipeline", "--hours", "0.001")
-    assert outcome.status == 0
-    assert "no fold was finished in time" in outcome.out.splitlines()[-1]
+    assert "no fold was finished in time" in pcam("pipeline", "--hours", "0.001").out.splitlines()[-1]
     assert not (tmp_path / "work" / "submissions").exists()
 
 
@@ -140,14 +123,13 @@ def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, finish
 
 
 def test_a_second_process_in_a_run_is_refused_and_a_dead_one_is_not(
-    data: Data, pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pcam: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "work" / "runs" / "bottleneck"
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
     hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         refused = pcam("pipeline")
         other.kill()
@@ -164,9 +146,7 @@ def test_another_config_needs_another_name(pcam: Command, finished_run: Path) ->
     assert pcam("train", "--set", "lr=0.5", "--folds", "0", "--name", "faster").status == 0
     assert (run.with_name("faster") / "fold_0" / "best.pt").exists()
     (run / "config.json").unlink()
-    outcome = pcam("pipeline", "--set", "lr=0.5")
-    assert outcome.status == 2
-    assert "config.json: missing, but there are folds beside it" in outcome.err
+    assert "config.json: missing, but there are folds beside it" in pcam("pipeline", "--set", "lr=0.5").err
 
 
 @pytest.mark.parametrize(
@@ -192,12 +172,12 @@ def test_runs_of_other_versions(
 
 
 def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, finished_run: Path) -> None:
-    def ledger(*arguments: str) -> int:
-        return main(["kaggle", "ledger", *arguments, "--work", str(finished_run)])
+    def record(*arguments: str) -> int:
+        return main(["kaggle", "scores", *arguments, "--work", str(finished_run)])
 
-    assert ledger("bottleneck", "--public", "0.91") == 0
+    assert record("bottleneck", "--public", "0.91") == 0
     assert pcam("pipeline", "--name", "again").status == 0
-    assert ledger("bottleneck", "--private", "0.89") == 0
+    assert record("bottleneck", "--private", "0.89") == 0
     table = pd.read_csv(finished_run / "submissions" / "ledger.csv").set_index("name")
     scores = ["public_score", "private_score"]
     assert table.loc["bottleneck", scores].tolist() == [0.91, 0.89]
@@ -205,17 +185,16 @@ def test_the_ledger_has_a_row_per_submission_and_keeps_scores(pcam: Command, fin
     assert list(table.index) == ["again", "bottleneck"]
     metrics = read_json(finished_run / "runs" / "bottleneck" / "metrics.json")
     assert table.loc["bottleneck", "oof_low"] == metrics["pooled"]["low"]
-    assert ledger("unheard", "--public", "0.9") == ledger("again", "--public", "9") == 2
+    assert record("unheard", "--public", "0.9") == record("again", "--public", "9") == 2
 
 
-def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command, tmp_path: Path) -> None:
+def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command) -> None:
     ids = pd.read_csv(data.labels)["id"]
     slides = pd.DataFrame({"id": ids, "wsi": [f"slide_{n % 12}" for n in range(len(ids))]})
     slides.to_csv(data.root / "patch_id_wsi.csv", index=False)
     outcome = pcam("pipeline")
     assert outcome.status == 0, outcome.err
-    assert "no mapped slide is in two folds" in outcome.out
-    assert (tmp_path / "work" / "folds" / "slides_3_42.csv").exists()
+    assert "folds/slides_3_42.csv\nfolds: no mapped slide is in two folds" in outcome.out
     warning = "folds by label share slides"
     assert warning not in outcome.out
     assert warning in pcam("pipeline", "--groups", "none", "--name", "by_label").out
@@ -248,25 +227,10 @@ def test_a_users_mistake_is_one_line(arguments: list[str], printed: str, pcam: C
 
 
 def test_after_a_mistake_the_name_is_free(pcam: Command, tmp_path: Path) -> None:
-    assert pcam("pipeline", "--folds", "0,7").status == 2
-    assert not (tmp_path / "work").exists()
-    assert pcam("pipeline", "--set", "n_blocks=9").status == 2
-    assert pcam("predict", "--name", "typo").status == 2
+    for arguments in (["pipeline", "--folds", "0,7"], ["pipeline", "--set", "n_blocks=9"], ["predict", "--name", "typo"]):
+        assert pcam(*arguments).status == 2
     assert not (tmp_path / "work" / "runs").exists()
     assert pcam("pipeline", "--folds", "0").status == 0
-
-
-def test_what_was_edited_is_not_submitted(pcam: Command, finished_run: Path, tmp_path: Path) -> None:
-    run, target = tmp_path / "work" / "runs" / "bottleneck", tmp_path / "work" / "submissions" / "bottleneck.csv"
-    before = target.read_bytes()
-    edited = pd.read_csv(run / "test.csv")
-    edited.assign(probability=edited["probability"] / 2).to_csv(run / "test.csv", index=False)
-    target.unlink()
-    outcome = pcam("submission")
-    assert outcome.status == 2
-    assert "has changed since it was blended" in outcome.err
-    assert pcam("pipeline").status == 0
-    assert target.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -280,19 +244,15 @@ def test_what_was_edited_is_not_submitted(pcam: Command, finished_run: Path, tmp
     ],
 )
 @pytest.mark.parametrize("damage", ["cut", "empty", "delete"])
-def test_a_damaged_file_is_written_again_or_named(
-    name: str, damage: str, pcam: Command, finished_run: Path, tmp_path: Path
-) -> None:
-    submission = (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes()
-    file = tmp_path / "work" / name
-    if damage == "delete":
-        file.unlink()
-    else:
-        content = file.read_bytes()
+def test_a_damaged_file_is_written_again_or_named(name: str, damage: str, pcam: Command, finished_run: Path) -> None:
+    target, file = finished_run / "submissions/bottleneck.csv", finished_run / name
+    submission, content = target.read_bytes(), file.read_bytes()
+    file.unlink()
+    if damage != "delete":
         file.write_bytes(b"{}" if damage == "empty" else content[: len(content) // 2])
     outcome = pcam("pipeline")
     if outcome.status == 0:
-        assert (tmp_path / "work" / "submissions" / "bottleneck.csv").read_bytes() == submission
+        assert target.read_bytes() == submission
     else:
         assert outcome.status == 2
         assert file.name in outcome.err or file.parent.name in outcome.err
@@ -309,12 +269,12 @@ def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.Captur
 
 def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
     assert find_data(None, tmp_path, tmp_path) is None
-    home = tmp_path / "data" / COMPETITION
-    for folder in (home, tmp_path / "input" / COMPETITION, tmp_path / "input" / "competitions" / COMPETITION):
+    folders = [tmp_path / parent / COMPETITION for parent in ("data", "input", "input/competitions")]
+    for folder in folders:
         folder.mkdir(parents=True)
         (folder / "train_labels.csv").touch()
         assert find_data(None, tmp_path, tmp_path) == Data(folder)
-    assert find_data(str(home), tmp_path, tmp_path) == Data(home)
+    assert find_data(str(folders[0]), tmp_path, tmp_path) == Data(folders[0])
     (tmp_path / "working").mkdir()
     assert find_workspace(None, tmp_path).store == tmp_path / "temp" / "store"
 
@@ -322,29 +282,22 @@ def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
 def test_the_demo_keeps_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = [part for field in (*TINY, "tta=1", "epochs=1") for part in ("--set", field)]
     assert main(["pipeline", "--demo", "--work", str(tmp_path), *fields]) == 0
-    out = capsys.readouterr().out
-    assert "mean nothing for Kaggle" in out
+    assert "mean nothing for Kaggle" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(pd.read_csv(tmp_path / "demo" / "submissions" / "demo-not-for-kaggle.csv")) == 120
 
 
 @pytest.mark.slow
-def test_real_patches_are_what_their_ids_say_and_a_net_learns_from_them(
-    real: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made, _ = prepare(real, tmp_path / "store")
-    assert made["ids"] == "sha1"
+def test_real_patches_are_what_their_ids_say_and_a_model_learns_from_them(real: Data, tmp_path: Path) -> None:
+    assert prepare(real, tmp_path / "store")[0].ids == "sha1"
     fields = ["side=64", "n_blocks=3", "epochs=2", "tta=1", "average_epochs=0.5"]
     options = [part for field in fields for part in ("--set", field)]
-    for stage in ("folds", "train", "predict"):
-        chosen = ["--folds", "0"] if stage != "folds" else []
+    for stage, *chosen in (["folds"], ["train", "--folds", "0"], ["predict", "--folds", "0"]):
         assert main([stage, "--data", str(real.root), "--work", str(tmp_path), *options, *chosen]) == 0
     oof = pd.read_csv(tmp_path / "runs" / "bottleneck" / "fold_0" / "oof.csv")
-    images = PatchStore(tmp_path / "store").images(PatchStore(tmp_path / "store").rows("train", oof["id"].to_numpy()))
-    labels = oof["label"].to_numpy()
-    by_colour = auc(labels, -images.mean((1, 2, 3)))
+    labels, store = oof["label"].to_numpy(), PatchStore(tmp_path / "store")
+    by_colour = auc(labels, -store.images(store.rows("train", oof["id"].to_numpy())).mean((1, 2, 3)))
     assert auc(labels, oof["probability"].to_numpy()) > max(0.85, by_colour + 0.05)
-    assert np.isfinite(oof["probability"]).all()
 
 
 @pytest.fixture
@@ -367,6 +320,9 @@ def test_an_experiment_that_blends_trains_its_members_once(
     runs = tmp_path / "work" / "runs"
     assert pipeline("one") == 0
     alone = contents(runs / "one")
+    for stage in ("train", "predict", "blend"):
+        assert pipeline("both", "--folds", "0,1", stage=stage) == 0
+    assert read_json(runs / "two" / "metrics.json")["missing_folds"] == [2]
     assert pipeline("both") == 0
     assert contents(runs / "one") == alone
     tables = [pd.read_csv(runs / name / "oof.csv")["probability"] for name in ("one", "two", "both")]
@@ -386,25 +342,14 @@ def test_a_member_that_was_not_begun_in_time_is_left_out(
     pipeline: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = tmp_path / "work"
-    over = work / "runs" / "one" / "fold_2" / "metrics.json"
     with monkeypatch.context() as patch:
-        patch.setattr(Budget, "left", lambda _: -1.0 if over.exists() else 1e6)
+        patch.setattr(Budget, "left", lambda _: -1.0 if (work / "runs/one/fold_2/metrics.json").exists() else 1e6)
         assert pipeline("both", "--hours", "1") == 0
     assert "missing: run two, not finished in time" in capsys.readouterr().out
-    assert [path.name for path in (work / "submissions").glob("*.csv") if path.name != "ledger.csv"] == ["both-without-two.csv"]
-    assert read_json(work / "runs" / "both-without-two" / "metrics.json")["members"] == {"one": 1.0}
+    assert {path.name for path in (work / "submissions").glob("*.csv")} == {"both-without-two.csv", "ledger.csv"}
+    assert read_json(work / "runs/both-without-two/metrics.json")["members"] == {"one": 1.0}
     assert pipeline("both") == 0
     assert (work / "submissions" / "both.csv").exists()
-
-
-def test_a_blend_of_some_folds_leaves_its_complete_members_alone(pipeline: Callable[..., int], tmp_path: Path) -> None:
-    runs = tmp_path / "work" / "runs"
-    assert pipeline("one") == 0
-    alone = contents(runs / "one")
-    for stage in ("train", "predict", "blend"):
-        assert pipeline("both", "--folds", "0,1", stage=stage) == 0
-    assert contents(runs / "one") == alone
-    assert read_json(runs / "two" / "metrics.json")["missing_folds"] == [2]
 
 
 @pytest.mark.parametrize("stage", ["pipeline", "train"])
@@ -433,17 +378,15 @@ def test_folds_of_like_stain(pcam: Command, tmp_path: Path, monkeypatch: pytest.
     assert pcam("pipeline", "--groups", "stain").err == few
     monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     assert pcam("pipeline", "--groups", "stain").status == 0
-    table = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv")
-    assert (table.groupby("group")["fold"].nunique() == 1).all()
-    assert table["group"].nunique() == 6
+    groups = pd.read_csv(tmp_path / "work" / "folds" / "stain_3_42.csv").groupby("group")["fold"].nunique()
+    assert groups.tolist() == [1] * 6
     assert pcam("pipeline", "--groups", "stain").out.splitlines()[-1].startswith("nothing to do: ")
     assert "stain and --slides contradict" in pcam("folds", "--groups", "stain", "--slides", __file__).err
 
 
 def test_several_seeds_are_trained_and_blended(tmp_path: Path, pcam: Command) -> None:
     arguments = ("--seeds", "2", "--set", "epochs=1")
-    status, _, err = pcam("pipeline", *arguments)
-    assert status == 0, err
+    assert pcam("pipeline", *arguments).status == 0
     runs = tmp_path / "work" / "runs"
     names = ["bottleneck-seed42", "bottleneck-seed43"]
     assert [read_json(runs / name / "config.json")["config"]["seed"] for name in names] == [42, 43]

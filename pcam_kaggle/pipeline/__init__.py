@@ -1,4 +1,1 @@
-"""The stages in order, and the job that they work on.
-
-Each stage is a function here that calls one of the packages below.
-"""
+"""The stages in order, each of which calls one of the packages below, and the job that they work on."""

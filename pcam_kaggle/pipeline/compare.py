@@ -1,5 +1,6 @@
 """Comparison of runs: reads them and the groups that are resampled, for `scoring`."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +11,20 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
-from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_baseline
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.results import BlendMetrics, Unit
+from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import render_comparison, score_lines
+
+log = logging.getLogger(__name__)
 
 
 def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
-    """Compare runs of `workspace` with a baseline.
+    """Compare the runs `names` of `workspace`, all for none, with a baseline, by default the one with the highest pooled AUC.
 
-    Args:
-        workspace: Holds the runs and the fold files.
-        names: The runs to compare; empty for all.
-        baseline: The name of the baseline; None for the run with the highest pooled AUC.
-        slides: A slide map (id, wsi) to resample, which replaces the groups of the baseline's folds.
-
-    Raises:
-        UserError: A name is unknown, or no run can be scored; or as in `resampled_groups`.
+    The slides of the map `slides` (id, wsi) are resampled in place of the groups of the baseline's folds. Raises UserError if a
+    name is unknown or no run can be scored, or as in `resampled_groups`.
     """
     runs = workspace.root / "runs"
     found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
@@ -59,68 +55,52 @@ def _read(run: Run, compared: ComparedRun) -> str:
         unfinished = [str(fold.number) for fold in run.folds() if not fold.has_predictions]
         if unfinished:
             return f"unfinished: folds {', '.join(unfinished)} lack predictions"
-        compared.costs = _costs([fold.metrics() for fold in run.folds()])
+        folds = [fold.metrics() for fold in run.folds()]
+        compared.costs = {
+            "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
+            "parameters": folds[0].parameters,
+            "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
+        }
     if not run.has_score:
         return "not blended: run `python -m pcam_kaggle blend`"
     compared.metrics, compared.oof = run.blend_metrics(), run.oof()
     if compared.metrics.missing_folds:
         return "blended without some of its folds: run `python -m pcam_kaggle blend`"
-    compared.scheme = compared.scheme or _blend_scheme(run, compared.metrics)
+    compared.scheme = compared.scheme or compared.metrics.scheme
+    if not compared.scheme:
+        return "blended by an earlier version: run `python -m pcam_kaggle blend`"
     unit_of(compared.scheme)
     return ""
 
 
-def _blend_scheme(run: Run, metrics: BlendMetrics) -> str:
-    """Return the fold scheme of the blend `run`, from its `metrics` or, in earlier versions, from the configs of its members.
-
-    Raises:
-        UserError: Neither has it.
-    """
-    if metrics.scheme:
-        return metrics.scheme
-    members = [Run(run.folder.parent / name) for name in metrics.members]
-    made = [member.made_from() for member in members if member.is_experiment]
-    schemes = {each.folds for each in made if each.folds_sha256 == metrics.folds_sha256}
-    if len(made) < len(members) or len(schemes) != 1:
-        raise UserError(f"{run.folder}: does not name its fold scheme, nor do its members' configs; blend again")
-    return schemes.pop()
-
-
-def _costs(folds: list[FoldMetrics]) -> dict[str, float | None]:
-    return {
-        "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
-        "parameters": folds[0].parameters,
-        "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
-    }
-
-
 def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
-    """Return the groups (id, wsi) to resample for the patches of `oof`, None to resample patches, and what a group is called.
+    """Return the groups (id, wsi) to resample for the patches of `oof` (id, fold), None to resample patches, and their unit.
 
-    Args:
-        scheme: The fold scheme of `oof`. It defines the groups unless `slides` is given.
-        oof: Columns id, fold.
-        folder: The folder of the fold files.
-        slides: A slide map (id, wsi), which replaces the groups of the fold file.
-
-    Raises:
-        UserError: The fold file is missing or has other folds than `oof`, or the map has none of the patches.
+    They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the
+    file is missing or has other folds than `oof`, or if the map has none of the patches.
     """
     if slides:
-        found = read_slides(slides)
-        if not oof["id"].isin(found["id"]).any():
-            raise UserError(f"--slides {slides}: has none of the {len(oof):,} patches; pass the slide map of this data set")
-        return found, "slide"
+        return read_slide_map(slides, oof["id"]), "slide"
     unit, file = unit_of(scheme), folder / f"{scheme}.csv"
     if unit == "patch":
         return None, unit
-    needed = f"intervals and tests need its {unit}s; restore it, or pass a slide map with --slides"
-    if not file.is_file():
-        raise UserError(f"{file}: missing; {needed}")
-    folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
-    if table is None or not np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
-        raise UserError(f"{file}: not the folds of these runs; {needed}")
-    return table, unit
+    if file.is_file():
+        folds, table = read_numbers(file, ["fold"]).set_index("id")["fold"], read_groups(file)
+        if table is not None and np.array_equal(folds.reindex(oof["id"]), oof["fold"]):
+            return table, unit
+    problem = f"missing, or not the folds of these runs; intervals and tests need its {unit}s"
+    raise UserError(f"{file}: {problem}; restore it, or pass a slide map with --slides")
+
+
+def read_slide_map(file: Path, ids: pd.Series) -> pd.DataFrame:
+    """Return the slide map (id, wsi) in `file`; warns if it lacks some of `ids` (n,), and raises UserError if it lacks all."""
+    slides = read_slides(file)
+    lacking = int((~ids.isin(slides["id"])).sum())
+    if lacking == len(ids):
+        raise UserError(f"--slides {file}: has none of the {lacking:,} patches; pass the slide map of this data set")
+    if lacking:
+        log.warning("%s: lacks %s of %s patches, each of which counts as a slide", file, f"{lacking:,}", f"{len(ids):,}")
+    return slides
 
 
 def print_result(workspace: Workspace, names: list[str]) -> None:

@@ -27,12 +27,8 @@ log = logging.getLogger(__name__)
 class Selection:
     """What to read and to work on.
 
-    Attributes:
-        slides: CSV of id,wsi in place of the one beside the labels.
-        ids: ID scheme; None for what `dataset.json` says.
-        skip_damaged: Whether damaged train patches are skipped.
-        folds: Folds to work on, None for all.
-        runs: Runs to blend in place of those of the plan.
+    `slides` is a CSV of id,wsi in place of the one beside the labels, `ids` the ID scheme (None for what `dataset.json` says).
+    Only `folds` are worked on, None for all; `runs` are blended in place of those of the plan.
     """
 
     slides: Path | None = None
@@ -44,19 +40,10 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the stages work on.
+    """What the stages work on: the runs of `plan`, trained on the competition's `data`, with results in `workspace`.
 
-    Attributes:
-        plan: The runs to train, and the name of the result.
-        data: The competition's files.
-        workspace: Where results are written.
-        selection: What to read and to work on.
-        method: How predictions are blended.
-        budget: Time at whose end training stops; the blend is then of the finished folds.
-        demo: Whether the data are the synthetic demo's.
-
-    Raises:
-        UserError: There is no such fold or slide map, or the name of a run to blend can't be that of a folder.
+    At the end of `budget`, training stops; the blend is then of the finished folds. `demo` is whether the data are synthetic.
+    Raises UserError if there is no such fold or slide map.
     """
 
     plan: Plan
@@ -137,17 +124,10 @@ def run_rehearsal(job: Job) -> None:
 
 
 def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1) -> Job:
-    """Return the job of a Kaggle session, after importing the runs in attached outputs of the same notebook.
+    """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    Args:
-        experiment: Name of the experiment.
-        changes: Assignments (`key=value`) to fields of its config.
-        hours: Time after which the session must have ended.
-        seeds: Number of seeds to train and to blend.
-
-    Raises:
-        UserError: The competition's data are not attached, an output is damaged, there is no such experiment or field, or the
-            session can't train it (see `run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`. Raises UserError if the data are
+    not attached, an output is damaged, there is no such experiment or field, or the session can't train it (`run_rehearsal`).
     """
     budget, workspace = time_limit(hours), find_workspace(None)
     data = find_data(None, workspace.root)

@@ -6,14 +6,11 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.experiments import RunSpec
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.data.demo import make_demo
-from pcam_kaggle.data.folds import Scheme, fold_inputs, load_folds, make_folds
+from pcam_kaggle.data.folds import fold_inputs, load_folds, make_folds
 from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.pipeline.compare import resampled_groups
 from pcam_kaggle.pipeline.job import Job, run_rehearsal
@@ -35,12 +32,7 @@ Stage = Callable[[Job], bool]
 
 def _once(stage: Stage) -> Stage:
     """Return `stage` for torchrun: rank 0 works, the other ranks wait for what it returns."""
-
-    @wraps(stage)
-    def run(job: Job) -> bool:
-        return on_first_rank(partial(stage, job))
-
-    return run
+    return wraps(stage)(lambda job: on_first_rank(partial(stage, job)))
 
 
 @_once
@@ -57,12 +49,11 @@ def run_prepare(job: Job) -> bool:
 @_once
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
-    inputs = _fold_inputs(job, job.config)
+    inputs = fold_inputs(job.data, job.config, job.selection.slides, job.workspace)
     with locked(job.workspace.folds):
         folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
-    counts = ", ".join(f"{n:,}" for n in manifest.patches)
-    positives = ", ".join(f"{n:,}" for n in manifest.positives)
+    counts, positives = (", ".join(f"{n:,}" for n in each) for each in (manifest.patches, manifest.positives))
     _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest.scheme}.csv", new)
     if manifest.slides:
         unmapped = f"; {manifest.unmapped:,} ids that the map lacks share one fold" if manifest.unmapped else ""
@@ -72,10 +63,9 @@ def run_folds(job: Job) -> bool:
 
 
 def run_train(job: Job) -> bool:
-    """Train what is not finished; return whether anything was done.
+    """Train what is not finished, until the budget leaves a run unfinished; return whether anything was done.
 
-    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions; training ends with
-    the first run that the budget leaves unfinished.
+    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions.
     """
     done = []
     for spec, run in zip(job.plan.runs, job.runs, strict=True):
@@ -96,8 +86,7 @@ def _train(job: Job, spec: RunSpec) -> bool:
 
         work = probe if spec.config.probe else train
         work(task, todo, job.budget)
-    _report(f"train: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
-    return bool(todo)
+    return _report(f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
 
 
 def run_predict(job: Job) -> bool:
@@ -117,8 +106,7 @@ def _predict(job: Job, spec: RunSpec) -> bool:
         from pcam_kaggle.training.predict import predict
 
         predict(task, todo)
-    _report(f"predict: folds {_listed(job.folds)} of {task.run.folder}", bool(todo))
-    return bool(todo)
+    return _report(f"predict: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
 
 
 @_once
@@ -133,8 +121,7 @@ def run_blend(job: Job) -> bool:
     metrics, new = _blend(job, members, job.method, job.run)
     for line in score_lines(metrics):
         log.info("  %s", line)
-    _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
-    return new
+    return _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
 
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
@@ -152,8 +139,7 @@ def run_submission(job: Job) -> bool:
     with locked(job.workspace.submissions):
         table, new = write_submission(job.run, job.data.sample, target)
         write_ledger(job.workspace.submissions)
-    _report(f"submission: {len(table):,} rows in {target}", new)
-    return new
+    return _report(f"submission: {len(table):,} rows in {target}", new)
 
 
 STAGES: dict[str, Stage] = {
@@ -164,6 +150,11 @@ STAGES: dict[str, Stage] = {
     "blend": run_blend,
     "submission": run_submission,
 }
+
+
+def _make_demo(job: Job) -> None:
+    if job.demo and not job.selection.runs:
+        on_first_rank(partial(make_demo, job.data))
 
 
 @process_group()
@@ -179,9 +170,8 @@ def run_stage(job: Job, name: str) -> None:
 def run_all(job: Job) -> None:
     """Run every stage, in every process that torchrun has started.
 
-    If the job's selection leaves folds to be trained, stop after the predictions and say so. Folds that the budget left
-    unfinished are missing from the blend and from the submission, whose name lists the others; without a finished fold there is
-    none.
+    Folds that the job's selection leaves to be trained end it after the predictions; those that the budget left unfinished are
+    missing from the blend and from the submission, whose name lists the others. Without a finished fold there is none.
     """
     _make_demo(job)
     run_rehearsal(job)
@@ -193,7 +183,7 @@ def run_all(job: Job) -> None:
     store = part.store()
     missing = [n for n in range(job.config.n_splits) if not all(run.fold(n).is_predicted(store) for run in part.runs)]
     if missing and job.selection.folds is not None:
-        log.info("next: folds %s, then the blend", _listed(missing))
+        log.info("next: folds %s, then the blend", ", ".join(map(str, missing)))
         return
     part = part if missing else replace(part, selection=replace(part.selection, folds=None))
     done += [run_blend(part), run_submission(part)]
@@ -225,29 +215,17 @@ def finished(job: Job) -> Job | None:
     return replace(job, plan=job.plan.without(dropped), selection=replace(job.selection, folds=folds))
 
 
-def _make_demo(job: Job) -> None:
-    if job.demo and not job.selection.runs:
-        on_first_rank(partial(make_demo, job.data))
-
-
 def _task(job: Job, spec: RunSpec) -> "Task":
     """Return what training and prediction take, after checking that an existing run belongs to the store and the folds."""
     from pcam_kaggle.training.task import Task
 
     store = job.store()
-    folds = load_folds(*_fold_inputs(job, spec.config), job.workspace.folds)
+    folds = load_folds(*fold_inputs(job.data, spec.config, job.selection.slides, job.workspace), job.workspace.folds)
     task = Task(Run(job.workspace.run(spec.name)), spec.experiment, spec.config, store, folds)
     task.run.check(spec.config, store, folds)
     return task
 
 
-def _fold_inputs(job: Job, config: Config) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
-    return fold_inputs(job.data, config, job.selection.slides, job.workspace)
-
-
-def _report(text: str, new: bool) -> None:
+def _report(text: str, new: bool) -> bool:
     log.info("%s%s", text, "" if new else " (up to date)")
-
-
-def _listed(folds: list[int]) -> str:
-    return ", ".join(map(str, folds))
+    return new

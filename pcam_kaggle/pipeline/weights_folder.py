@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import read_json
@@ -17,10 +16,8 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
     """Return `assignments` (`key=value`) preceded by what the folder that they assign to `weights` says about its model.
 
     A folder in Hugging Face's layout has a `config.json` as timm writes it: architecture, its arguments, and the mean, standard
-    deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged.
-
-    Raises:
-        UserError: The folder has several config.json, or one that does not name a model of timm while no assignment does.
+    deviation and size of its input. An assignment to one of these has precedence; `model_args` are merged. Raises UserError if
+    the folder has several config.json, or one that does not name a model of timm while no assignment does.
     """
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
     folder = _folder(given.get("weights", ""))
@@ -33,6 +30,12 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
         raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
     if "architecture" not in content:
         return list(assignments)
+    added = [] if "model" in given else [f"model=timm:{content['architecture'].partition('.')[0]}"]
+    try:
+        own_arguments = {**json.loads(given.get("model_args") or "{}")}
+    except (TypeError, ValueError):
+        # `Config` reports what is wrong with them.
+        return [*added, *assignments]
     # Older versions of timm write these keys at the top.
     about = content.get("pretrained_cfg") or content
     model_args = content.get("model_args", {})
@@ -41,14 +44,11 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
         **{key: value for key, value in model_args.items() if key not in OWN_ARGUMENTS and value != ""},
         **({"global_pool": content["global_pool"]} if content.get("global_pool") else {}),
         **{key: list(about[key]) for key in ("mean", "std") if key in about},
-        **_json_object(given.get("model_args", "")),
+        **own_arguments,
     }
     side = model_args.get("img_size") or about.get("input_size", [0])[-1]
-    side = side[-1] if isinstance(side, list) else side
-    settings = {"model": f"timm:{content['architecture'].partition('.')[0]}"}
-    if "img_size" not in arguments:
-        settings["resize"] = str(side)
-    added = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    if "img_size" not in arguments and "resize" not in given:
+        added.append(f"resize={side[-1] if isinstance(side, list) else side}")
     kept = [assignment for assignment in assignments if not assignment.startswith("model_args=")]
     return [*added, *kept, f"model_args={json.dumps(arguments)}"]
 
@@ -58,13 +58,3 @@ def _folder(weights: str) -> Path | None:
     if weights in ("", "wheel", "pretrained"):
         return None
     return Path(weights) if Path(weights).is_dir() else attached_folder(weights)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text or "{}")
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"model_args={text}: must be a JSON object")
-    return content

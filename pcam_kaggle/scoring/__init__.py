@@ -1,4 +1,1 @@
-"""Numbers: AUC with its variance, blends of predictions, and comparisons of runs.
-
-Nothing here needs torch.
-"""
+"""Numbers, without torch: AUC with its variance, blends of predictions, and comparisons of runs."""

@@ -18,15 +18,10 @@ CLIMB_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class RunPredictions:
-    """The predictions of one experiment's run.
+    """The predictions of one experiment's run on the folds of `scheme`, of which those in `missing` are left out.
 
-    Attributes:
-        name: Name of the run.
-        oof: Columns id, label, fold, probability, sorted by id.
-        tests: One table of id, probability per fold, sorted by id.
-        scheme: Name of the fold file.
-        folds_sha256: Its hash.
-        missing: Folds that are left out.
+    `oof` has the columns id, label, fold and probability, `tests` has a table of id and probability per fold; all are sorted
+    by id. `folds_sha256` is the hash of the fold file.
     """
 
     name: str
@@ -47,19 +42,12 @@ class Blend:
 
 
 def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PATCHES) -> Blend:
-    """Blend `members`, runs on the same folds, patches and test ids.
+    """Blend `members`, runs on the same folds, patches and test ids; test predictions are means over a member's folds.
 
-    The test prediction of a member is the mean over its folds.
-
-    Args:
-        members: The runs.
-        method: `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward
-            selection on the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on
-            folds that its weights were not chosen on.
-        clusters: What intervals and the test of the weights resample.
-
-    Raises:
-        UserError: The members differ in folds, patches or test ids, one is named twice, or `climb` has one fold only.
+    `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward selection on
+    the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on folds that its weights
+    were not chosen on. Intervals and the test of the weights resample `clusters`. Raises UserError if the members differ in
+    folds, patches or test ids, if one is named twice, or if `climb` has one fold only.
     """
     _check(members)
     first = members[0]
@@ -77,9 +65,9 @@ def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PA
         if len(np.unique(folds)) < 2:
             raise UserError("--method climb: needs at least two folds and there is one; use mean")
         crossed, gain = cross_climb(labels, folds, oof, clusters)
-        used = "climb" if gain.is_positive else "mean"
-        if gain.is_positive:
-            weights, blended = climb(labels, oof), crossed
+        used = "mean"
+        if gain.low is not None and gain.low > 0:
+            used, weights, blended = "climb", climb(labels, oof), crossed
     result = first.oof[["id", "label", "fold"]].assign(probability=blended)
     metrics = BlendMetrics(
         members={member.name: float(weight) for member, weight in zip(members, weights, strict=True)},
@@ -113,10 +101,7 @@ def climb(labels: Labels, values: Floats) -> Floats:
     """Return weights (members,) that sum to 1, by greedy forward selection with replacement (Caruana et al. 2004).
 
     Starting from the best member, each of up to 50 steps adds the member that raises the AUC of the sum most, until none does.
-
-    Args:
-        labels: (n,), 0 or 1.
-        values: (members, n).
+    `labels` are (n,), `values` (members, n).
     """
     counts = np.zeros(len(values))
     total, best = np.zeros(values.shape[1]), -np.inf
@@ -136,11 +121,7 @@ def cross_climb(
 ) -> tuple[Floats, Difference]:
     """Return the blend (n,) whose weights for each fold come from `climb` on the other folds, and its AUC minus the mean's.
 
-    Args:
-        labels: (n,), 0 or 1.
-        folds: (n,).
-        values: (members, n).
-        clusters: What the test resamples.
+    `labels` and `folds` are (n,), `values` (members, n). The test of the difference resamples `clusters`.
     """
     blended = np.empty(len(labels))
     for fold in np.unique(folds):
@@ -153,11 +134,9 @@ def _check(members: list[RunPredictions]) -> None:
     first = members[0]
     if len({member.name for member in members}) < len(members):
         raise UserError(f"{', '.join(member.name for member in members)}: a run is named twice; name each once")
-    for member in members[1:]:
+    for member in members:
         is_same = (member.scheme, member.folds_sha256) == (first.scheme, first.folds_sha256)
         if not is_same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")
-    for member in members:
-        for test in member.tests:
-            if not test["id"].equals(first.tests[0]["id"]):
-                raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")
+        if not all(test["id"].equals(first.tests[0]["id"]) for test in member.tests):
+            raise UserError(f"{member.name}: its test ids are not those of {first.name}; predict both on the same data")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.scoring.intervals import Clusters, paired_test, unit_of
+from pcam_kaggle.scoring.intervals import Clusters, paired_test
 from pcam_kaggle.scoring.metrics import holm
 from pcam_kaggle.scoring.results import BlendMetrics, Difference, Unit
 
@@ -17,16 +17,10 @@ from pcam_kaggle.scoring.results import BlendMetrics, Difference, Unit
 class ComparedRun:
     """One run of a comparison.
 
-    Attributes:
-        problem: Why the run cannot be scored, or "".
-        metrics: Its score; None where it cannot be read.
-        config: The fields of its config; empty for a blend.
-        costs: Training time in `minutes`, `parameters`, and training `images_per_second`.
-        scheme: Name of the fold file.
-        oof: Columns id, label, fold, probability, sorted by id; None where it cannot be read.
-        unpaired_reason: Why the run is not paired with the baseline, or "".
-        folds: Its difference to the baseline in each fold.
-        pooled: Its difference to the baseline over all folds.
+    `problem` is the reason why it cannot be scored, or ""; `metrics` and `oof` (id, label, fold, probability; sorted by id) may
+    then be None. `config` has the fields of its config, none for a blend; `costs` are the training time in `minutes`,
+    `parameters`, and training `images_per_second`. `unpaired_reason` is why it is not paired with the baseline, or "";
+    `folds` and `pooled` are its differences to the baseline.
     """
 
     name: str
@@ -51,9 +45,7 @@ class ComparedRun:
 class Comparison:
     """Runs compared with the baseline, which is one of them.
 
-    Attributes:
-        unit: What differences resample.
-        groups: The table (id, wsi) of the groups that are resampled; None for patches.
+    Differences resample `unit`; `groups` (id, wsi) are the groups of that unit, None for patches.
     """
 
     runs: list[ComparedRun]
@@ -63,11 +55,7 @@ class Comparison:
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> ComparedRun:
-    """Return the run called `name`, or the one with the highest pooled AUC where `name` is None.
-
-    Raises:
-        UserError: The run cannot be scored, or none can.
-    """
+    """Return the run called `name`, or the one with the highest pooled AUC for None; raises UserError if it has no score."""
     if name:
         named = next(run for run in runs if run.name == name)
         if named.problem:
@@ -83,17 +71,8 @@ def find_baseline(runs: list[ComparedRun], name: str | None) -> ComparedRun:
 def compare(runs: list[ComparedRun], baseline: ComparedRun, groups: pd.DataFrame | None, unit: Unit) -> Comparison:
     """Fill in the differences of all runs that can be scored to `baseline`, or `unpaired_reason`.
 
-    A difference is the run's AUC minus the baseline's on the same patches, per fold and pooled. p-values of the pooled
-    differences are corrected for their number (Holm). A run on other folds or patches is not paired.
-
-    Args:
-        runs: All runs; `baseline`, which can be scored, may be one of them.
-        baseline: The run to compare with.
-        groups: The groups (id, wsi) to resample by bootstrap; None for DeLong's paired test over patches.
-        unit: What a group is called.
-
-    Raises:
-        ValueError: The fold scheme has groups and `groups` is None.
+    A difference is the run's AUC minus the baseline's on the same patches, per fold and pooled. `groups` (id, wsi), None for
+    patches, are resampled. p-values of the pooled differences are corrected for their number (Holm).
     """
     oof, _ = baseline.scored()
     others = [run for run in runs if run is not baseline and not run.problem]
@@ -101,14 +80,13 @@ def compare(runs: list[ComparedRun], baseline: ComparedRun, groups: pd.DataFrame
         run.unpaired_reason = _unpaired_reason(run, baseline)
     paired = [run for run in others if not run.unpaired_reason]
     labels, folds, theirs = (oof[column].to_numpy() for column in ("label", "fold", "probability"))
-    clusters = Clusters.of(oof["id"], groups, unit if groups is not None else unit_of(baseline.scheme))
+    clusters = Clusters.of(oof["id"], groups, unit)
     parts = [*(folds == number for number in np.unique(folds)), np.full(len(folds), True)]
     tests = [paired_test(labels[part], theirs[part], clusters.part(part)) for part in parts]
     for run in paired:
         ours = run.scored()[0]["probability"].to_numpy()
         *run.folds, run.pooled = [test(ours[part]) for part, test in zip(parts, tests, strict=True)]
-    corrected = corrected_for_number([run.pooled for run in paired if run.pooled])
-    for run, difference in zip(paired, corrected, strict=True):
+    for run, difference in zip(paired, corrected_for_number([run.pooled for run in paired if run.pooled]), strict=True):
         run.pooled = difference
     return Comparison(runs, baseline, unit, groups)
 

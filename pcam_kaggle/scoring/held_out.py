@@ -17,9 +17,7 @@ from pcam_kaggle.scoring.results import Difference, Estimate, Unit
 class Ensemble:
     """A run as a weighted mean of experiments' runs: of itself, or, if it is a blend, of its members.
 
-    Attributes:
-        weights: Weight of each experiment's run by its name.
-        ranked: Whether ranks are averaged instead of probabilities.
+    `weights` are by the name of the run; if `ranked`, ranks are averaged instead of probabilities.
     """
 
     name: str
@@ -32,29 +30,18 @@ class Ensemble:
             values = {name: rank_within(np.zeros(len(each), np.int64), each) for name, each in values.items()}
         return np.sum([weight * values[name] for name, weight in self.weights.items()], axis=0)
 
-
-@dataclass(frozen=True, slots=True)
-class HeldOutPredictions:
-    """The predictions of an experiment's run.
-
-    Attributes:
-        table: Columns id, label, and `fold_<k>`, the probability by the model of each fold.
-        oof: By number, the out-of-fold table (id, label, probability; sorted by id) of each fold that has one.
-    """
-
-    table: pd.DataFrame
-    oof: dict[int, pd.DataFrame]
+    def models(self, tables: dict[str, pd.DataFrame]) -> dict[str, Floats]:
+        """Return the mean (n,) of each column `fold_<k>` of the tables of all experiments, which have the same rows."""
+        folds = next(iter(tables.values())).filter(like="fold_")
+        return {fold: self.mean({run: tables[run][fold].to_numpy() for run in self.weights}) for fold in folds}
 
 
 class RunScore(Record):
-    """What a run scores on a held-out set.
+    """What a run scores on a held-out set; of a blend, a model of a fold is the mean of its members' models of that fold.
 
-    Attributes:
-        fold_auc: AUC of the model of each fold by its number; of a blend, of the mean of its members' models of that fold.
-        mean: AUC of the mean of these models, with its 95 % interval.
-        oof_auc: OOF AUC of those of these folds that have predictions.
-        calibration_error: Expected calibration error of that mean; None if it is a mean of ranks.
-        difference: AUC of the mean of the models minus that of the baseline; None for the baseline.
+    `fold_auc` is that of the model of each fold by its number, `oof_auc` the OOF AUC of those of these folds that have
+    predictions. `mean` is the AUC of the mean of the models, `calibration_error` its expected calibration error, None for a
+    mean of ranks, and `difference` its AUC minus the baseline's, None for the baseline.
     """
 
     run: str
@@ -79,13 +66,9 @@ class RunScore(Record):
 
 
 class EvaluationResult(Record):
-    """The scores of several runs on a held-out set, `result.json` of an evaluation.
+    """The scores of several runs on a held-out set called `name`, `result.json` of an evaluation.
 
-    Attributes:
-        name: Name of the set.
-        patches_sha256: Hash of its ids, labels and pixels.
-        baseline: The run that the others are compared with.
-        runs: In the order in which they were named.
+    `patches_sha256` is the hash of the set's ids, labels and pixels; the other runs are compared with `baseline`.
     """
 
     name: str
@@ -101,77 +84,67 @@ def score_runs(
     name: str,
     patches_sha256: str,
     ensembles: list[Ensemble],
-    predicted: dict[str, HeldOutPredictions],
+    tables: dict[str, pd.DataFrame],
+    oof: dict[str, dict[int, pd.DataFrame]],
     baseline: str | None,
     slides: pd.DataFrame | None,
 ) -> EvaluationResult:
-    """Score runs on a held-out set and compare them with a baseline.
+    """Score `ensembles` on the held-out set called `name`, and compare them with a baseline.
 
-    Args:
-        name: Name of the set.
-        patches_sha256: Its hash.
-        ensembles: The runs; their experiments have the same folds.
-        predicted: The predictions of each experiment.
-        baseline: Name of the baseline; None for the run with the highest AUC.
-        slides: A slide map (id, wsi) to resample; None to resample patches.
+    `tables` has the predictions of each experiment: id, label, and `fold_<k>`, the probability by the model of each fold, the
+    same for all. `oof` has, by fold, the out-of-fold tables (id, label, probability; sorted by id) that there are. The baseline
+    is the run with the highest AUC if None is named. The slides of `slides` (id, wsi) are resampled, patches if it is None.
     """
-    table = next(iter(predicted.values())).table
-    labels = table["label"].to_numpy(int)
-    clusters = Clusters.of(table["id"], slides, "slide" if slides is not None else "patch")
-    scores, means = [], []
-    for ensemble in ensembles:
-        models = {
-            fold: ensemble.mean({run: predicted[run].table[fold].to_numpy() for run in ensemble.weights})
-            for fold in table.filter(like="fold_")
-        }
-        mean = np.mean([*models.values()], axis=0)
-        score = RunScore(
-            run=ensemble.name,
-            fold_auc={int(fold.removeprefix("fold_")): auc(labels, values) for fold, values in models.items()},
-            mean=interval(labels, mean, clusters),
-            oof_auc=_oof_auc(ensemble, {run: predicted[run].oof for run in ensemble.weights}),
-            calibration_error=None if ensemble.ranked else calibration_error(labels, mean),
-        )
-        scores.append(score)
-        means.append(mean)
-    best = max(range(len(scores)), key=lambda index: scores[index].mean.value)
-    base = next((index for index, score in enumerate(scores) if score.run == baseline), best)
+    first = next(iter(tables.values()))
+    labels = first["label"].to_numpy(int)
+    clusters = Clusters.of(first["id"], slides, "patch" if slides is None else "slide")
+    models = {ensemble.name: ensemble.models(tables) for ensemble in ensembles}
+    means = {run: np.mean([*folds.values()], axis=0) for run, folds in models.items()}
+    estimates = {run: interval(labels, mean, clusters) for run, mean in means.items()}
+    base = baseline or max(estimates, key=lambda run: estimates[run].value)
     test = paired_test(labels, means[base], clusters)
-    others = [index for index in range(len(scores)) if index != base]
-    for index, difference in zip(others, corrected_for_number([test(means[index]) for index in others]), strict=True):
-        scores[index] = scores[index].model_copy(update={"difference": difference})
+    others = [run for run in means if run != base]
+    differences = dict(zip(others, corrected_for_number([test(means[run]) for run in others]), strict=True))
+    runs = [
+        RunScore(
+            run=ensemble.name,
+            fold_auc={int(fold.removeprefix("fold_")): auc(labels, values) for fold, values in models[ensemble.name].items()},
+            mean=estimates[ensemble.name],
+            oof_auc=_oof_auc(ensemble, {run: oof[run] for run in ensemble.weights}),
+            calibration_error=None if ensemble.ranked else calibration_error(labels, means[ensemble.name]),
+            difference=differences.get(ensemble.name),
+        )
+        for ensemble in ensembles
+    ]
     return EvaluationResult(
         name=name,
         patches_sha256=patches_sha256,
         patches=len(labels),
         positives=int(labels.sum()),
         unit=clusters.unit,
-        baseline=scores[base].run,
-        runs=scores,
+        baseline=base,
+        runs=runs,
     )
 
 
 def ensemble_auc(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[float, int]:
-    """Return the AUC of the mean of the models of `ensemble`, and the number of models of each member.
+    """Return the AUC of the mean of the models of `ensemble`, and their number, from tables of id, label, `fold_<k>`.
 
-    `tables` has the predictions (id, label, `fold_<k>`) of each member. The AUC is NaN of 0 models unless the members have the
-    same folds.
+    It is NaN, of 0 models, unless all members have a table, of the same folds.
     """
     folds = {tuple(table.filter(like="fold_")) for table in tables.values()}
     if tables.keys() < ensemble.weights.keys() or len(folds) != 1:
         return float("nan"), 0
-    (names,) = folds
     first = next(iter(tables.values()))
-    columns = {run: table.set_index("id").loc[first["id"]] for run, table in tables.items()}
-    models = [ensemble.mean({run: table[fold].to_numpy() for run, table in columns.items()}) for fold in names]
-    return auc(first["label"].to_numpy(int), np.mean(models, axis=0)), len(names)
+    models = ensemble.models({run: table.set_index("id").loc[first["id"]] for run, table in tables.items()})
+    return auc(first["label"].to_numpy(int), np.mean([*models.values()], axis=0)), len(models)
 
 
 def _oof_auc(ensemble: Ensemble, oof: dict[str, dict[int, pd.DataFrame]]) -> dict[int, float]:
     """Return the OOF AUC of each fold that all experiments of `ensemble` have predicted."""
     first = next(iter(oof.values()))
     areas = {}
-    for number in (number for number in first if all(number in tables for tables in oof.values())):
-        values = {run: tables[number]["probability"].to_numpy() for run, tables in oof.items()}
-        areas[number] = auc(first[number]["label"].to_numpy(), ensemble.mean(values))
+    for number in [number for number in first if all(number in tables for tables in oof.values())]:
+        mean = ensemble.mean({run: tables[number]["probability"].to_numpy() for run, tables in oof.items()})
+        areas[number] = auc(first[number]["label"].to_numpy(), mean)
     return areas

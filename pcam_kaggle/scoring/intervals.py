@@ -19,7 +19,6 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, placements, positive_mask
 from pcam_kaggle.scoring.results import Difference, Estimate, Unit
 
-LEVEL = 0.95
 DRAWS = 2000
 # A matrix of clusters x clusters takes 0.2 GB at this size.
 MAX_CLUSTERS = 5_000
@@ -36,14 +35,10 @@ class Clusters:
 
     @classmethod
     def of(cls, ids: pd.Series, groups: pd.DataFrame | None, unit: Unit) -> Self:
-        """Return the clusters of `ids` (n,) in `groups` (id, wsi); a patch that `groups` lacks is a cluster of its own.
-
-        Raises:
-            ValueError: `groups` is None although patches of one unit are not independent.
-        """
-        if groups is None and unit != "patch":
-            raise ValueError(f"patches of one {unit} are not independent; pass its groups")
+        """Return the clusters of `ids` (n,) in `groups` (id, wsi), None for patches; an id that it lacks is a cluster."""
         if groups is None:
+            if unit != "patch":
+                raise ValueError(f"patches of one {unit} are not independent; pass its groups")
             return cls()
         return cls(unit, pd.factorize(ids.map(groups.set_index("id")["wsi"]).fillna(ids))[0])
 
@@ -64,137 +59,73 @@ def unit_of(scheme: str) -> Unit:
 
 
 def interval(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> Estimate:
-    """Return the AUC of `scores` (n,) with its 95 % interval."""
+    """Return the AUC of `scores` (n,) with its 95 % interval, clipped to [0, 1].
+
+    DeLong's interval is undefined where a class has a single member, as in R's pROC, and where the estimated variance is zero
+    (perfect separation, or all scores tied), where pROC warns that an interval of zero width is misleading. That over clusters
+    is undefined for more than 5,000 of them, and where fewer than two have positives, or negatives: that class would be the
+    same in every draw. Raises ValueError as `auc` does.
+    """
     if clusters.codes is None:
-        return delong_interval(labels, scores)
-    return bootstrap_interval(labels, clusters.codes, scores, unit=clusters.unit)
+        of_positives, of_negatives = placements(labels, np.stack([scores]))
+        error, undefined = _delong_error(of_positives, of_negatives)
+        return Estimate.from_error(float(of_positives.mean(axis=1)[0]), error, stats.norm(), "patch", len(labels), undefined)
+    codes, count, too_many = _encode(clusters.codes, clusters.unit)
+    if too_many:
+        value, error, undefined = auc(labels, scores), np.nan, too_many
+    else:
+        value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores), clusters.unit)
+    return Estimate.from_error(value, error, stats.t(count - 1), clusters.unit, count, undefined)
 
 
 def paired_test(labels: Labels, baseline: Floats, clusters: Clusters = PATCHES) -> Callable[[Floats], Difference]:
-    """Return the function that tests AUC(scores) - AUC(baseline), both (n,) on the same patches."""
+    """Return the function that computes AUC(scores) - AUC(baseline), both (n,) on the same patches, with interval and p.
+
+    These are undefined as in `interval`, unless both the difference and its estimated variance are zero. Raises ValueError as
+    `auc` does.
+    """
     if clusters.codes is None:
-        return lambda scores: delong_difference(labels, scores, baseline)
-    return bootstrap_test(labels, clusters.codes, baseline, clusters.unit)
+        return lambda scores: _delong_difference(labels, scores, baseline)
+    codes, count, too_many = _encode(clusters.codes, clusters.unit)
+    pairs = None if too_many else concordant_pairs(labels, codes, baseline)
+
+    def difference(scores: Floats) -> Difference:
+        if pairs is None:
+            value, error, undefined = auc(labels, scores) - auc(labels, baseline), np.nan, too_many
+        else:
+            change = concordant_pairs(labels, codes, scores) - pairs
+            value, error, undefined = _bootstrap(labels, codes, change, clusters.unit)
+        return Difference.from_error(value, error, stats.t(count - 1), clusters.unit, count, undefined)
+
+    return difference
 
 
-def delong(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
-    """Return the AUC of each model and their covariance (DeLong et al. 1988).
-
-    Computed from midranks in O(n log n) (Sun & Xu 2014, algorithm 2).
-
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (k, n), one row per model.
-
-    Returns:
-        The AUCs, (k,), and their covariance, (k, k), NaN where a class has a single member.
-
-    Raises:
-        ValueError: As in `auc`.
-    """
-    of_positives, of_negatives = placements(labels, scores)
-    covariance = _covariance(of_positives) / of_positives.shape[1] + _covariance(of_negatives) / of_negatives.shape[1]
-    return of_positives.mean(axis=1), covariance
-
-
-def delong_interval(labels: Labels, scores: Floats, level: float = LEVEL) -> Estimate:
-    """Return the AUC of `scores` (n,) with DeLong's interval at `level`, clipped to [0, 1].
-
-    The interval is undefined where a class has a single member, as in R's pROC, and where the estimated variance is zero
-    (perfect separation, or all scores tied), where pROC warns that an interval of zero width is misleading.
-
-    Raises:
-        ValueError: As in `auc`.
-    """
-    areas, covariance = delong(labels, np.stack([scores]))
-    error = float(np.sqrt(covariance[0, 0]))
-    return Estimate.from_error(float(areas[0]), error, stats.norm(), level, "patch", len(labels), _single_member(labels))
-
-
-def delong_difference(labels: Labels, first: Floats, second: Floats, level: float = LEVEL) -> Difference:
-    """Return AUC(first) - AUC(second) on the same patches, (n,) each, with DeLong's paired interval at `level` and p.
-
-    Interval and p are undefined where a class has a single member, and where the estimated variance is zero but the
-    difference is not.
-
-    Raises:
-        ValueError: As in `auc`.
-    """
+def _delong_difference(labels: Labels, first: Floats, second: Floats) -> Difference:
     of_positives, of_negatives = placements(labels, np.stack([first, second]))
     areas = of_positives.mean(axis=1)
     # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
-    variance = sum(_covariance(part[:1] - part[1:])[0, 0] / part.shape[1] for part in (of_positives, of_negatives))
-    value, error = float(areas[0] - areas[1]), float(np.sqrt(variance))
-    return Difference.from_error(value, error, stats.norm(), level, "patch", len(labels), _single_member(labels))
+    error, undefined = _delong_error(of_positives[:1] - of_positives[1:], of_negatives[:1] - of_negatives[1:])
+    return Difference.from_error(float(areas[0] - areas[1]), error, stats.norm(), "patch", len(labels), undefined)
 
 
-def bootstrap_interval(labels: Labels, clusters: Codes, scores: Floats, level: float = LEVEL, unit: Unit = "slide") -> Estimate:
-    """Return the AUC of `scores` (n,) with its bootstrap interval at `level`, clipped to [0, 1].
+def _delong_error(of_positives: Floats, of_negatives: Floats) -> tuple[float, str]:
+    """Return the standard error of an AUC or a difference (DeLong et al. 1988), NaN and the reason for a class of one patch.
 
-    `clusters` (n,) are any integer codes. The interval is undefined as in `bootstrap_difference`, and for more than 5,000
-    clusters.
-
-    Raises:
-        ValueError: As in `auc`.
+    It is computed from `placements`, (1, positives) and (1, negatives), by midranks (Sun & Xu 2014, algorithm 2).
     """
-    codes, count, too_many = _encode(clusters, unit)
-    if too_many:
-        return Estimate.from_error(auc(labels, scores), np.nan, stats.norm(), level, unit, count, too_many)
-    value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores), unit)
-    return Estimate.from_error(value, error, stats.t(count - 1), level, unit, count, undefined)
-
-
-def bootstrap_difference(
-    labels: Labels, clusters: Codes, first: Floats, second: Floats, level: float = LEVEL, unit: Unit = "slide"
-) -> Difference:
-    """Return AUC(first) - AUC(second) with its paired bootstrap interval at `level` and p.
-
-    Interval and p are undefined where fewer than two clusters have positives, or negatives: that class would be the same in
-    every draw and its variance would be missing. They are also undefined where the draws do not vary but the difference is
-    not zero.
-
-    Args:
-        labels: (n,), 0 or 1.
-        clusters: (n,), codes from 0.
-        first: `concordant_pairs` of the first scores, (clusters, clusters).
-        second: The same of the second scores.
-        level: Coverage, in (0, 1).
-        unit: What a cluster is called.
-    """
-    value, error, undefined = _bootstrap(labels, clusters, first - second, unit)
-    return Difference.from_error(value, error, stats.t(len(first) - 1), level, unit, len(first), undefined)
-
-
-def bootstrap_test(labels: Labels, clusters: Codes, baseline: Floats, unit: Unit) -> Callable[[Floats], Difference]:
-    """Return the function that computes `bootstrap_difference` of scores and `baseline`, both (n,).
-
-    `clusters` (n,) are any integer codes; with more than 5,000 distinct ones, interval and p are undefined.
-    """
-    codes, count, too_many = _encode(clusters, unit)
-    if too_many:
-        area = auc(labels, baseline)
-        return lambda scores: Difference.from_error(
-            auc(labels, scores) - area, np.nan, stats.norm(), LEVEL, unit, count, too_many
-        )
-    pairs = concordant_pairs(labels, codes, baseline)
-    return lambda scores: bootstrap_difference(labels, codes, concordant_pairs(labels, codes, scores), pairs, unit=unit)
+    variance = 0.0
+    for kind, components in (("positive", of_positives), ("negative", of_negatives)):
+        if components.shape[1] == 1:
+            return np.nan, f"a single {kind} patch"
+        variance += float(np.cov(components)) / components.shape[1]
+    return float(np.sqrt(variance)), ""
 
 
 def concordant_pairs(labels: Labels, clusters: Codes, scores: Floats) -> Floats:
     """Count the pairs of a positive of cluster i and a negative of cluster j that `scores` order correctly; ties count 1/2.
 
-    The AUC of any multiset of clusters is a quadratic form of this matrix, so that a draw needs no sorting.
-
-    Args:
-        labels: (n,), 0 or 1.
-        clusters: (n,), codes from 0.
-        scores: (n,).
-
-    Returns:
-        Counts, (clusters, clusters).
-
-    Raises:
-        ValueError: As in `auc`.
+    The AUC of any multiset of clusters is a quadratic form of this matrix (clusters, clusters), so that a draw needs no
+    sorting. `labels` (n,) are 0 or 1, `clusters` (n,) codes from 0, `scores` (n,). Raises ValueError as `auc` does.
     """
     positive = positive_mask(labels, scores)
     if np.isnan(scores).any():
@@ -202,52 +133,30 @@ def concordant_pairs(labels: Labels, clusters: Codes, scores: Floats) -> Floats:
     count = int(clusters.max()) + 1
     order = np.argsort(scores[~positive])
     ranked, of_negatives = scores[~positive][order], clusters[~positive][order]
-    below = np.searchsorted(ranked, scores[positive], "left")
-    up_to = np.searchsorted(ranked, scores[positive], "right")
+    below, up_to = (np.searchsorted(ranked, scores[positive], side) for side in ("left", "right"))
     of_positives = clusters[positive]
-    by_cluster = np.argsort(of_positives, kind="stable")
-    bounds = np.searchsorted(of_positives[by_cluster], np.arange(count + 1))
     pairs = np.zeros((count, count))
     for cluster in range(count):
-        own = by_cluster[bounds[cluster] : bounds[cluster + 1]]
+        own = of_positives == cluster
         reach = np.bincount(np.concatenate([below[own], up_to[own]]), minlength=len(ranked) + 1)
         # A positive is above the k-th negative unless its insertion point is at or before k.
-        above = len(own) - reach[:-1].cumsum() / 2
+        above = own.sum() - reach[:-1].cumsum() / 2
         pairs[cluster] = np.bincount(of_negatives, weights=above, minlength=count)
     return pairs
 
 
-def _single_member(labels: Labels) -> str:
-    """Return the reason why DeLong's variance is undefined for `labels`, or ""."""
-    positives = int(np.sum(labels))
-    for kind, count in (("positive", positives), ("negative", len(labels) - positives)):
-        if count == 1:
-            return f"a single {kind} patch"
-    return ""
-
-
-def _covariance(components: Floats) -> Floats:
-    if components.shape[1] < 2:
-        return np.full((len(components), len(components)), np.nan)
-    return np.atleast_2d(np.cov(components))
-
-
-def _encode(clusters: Codes, unit: Unit) -> tuple[Codes, int, str]:
-    """Return `clusters` (n,) as codes from 0, their number, and the reason why they are too many, or ""."""
-    found, codes = np.unique(clusters, return_inverse=True)
-    too_many = len(found) > MAX_CLUSTERS
-    return codes, len(found), f"{len(found):,} {unit}s, more than the {MAX_CLUSTERS:,} that can be drawn" if too_many else ""
+def _encode(codes: Codes, unit: Unit) -> tuple[Codes, int, str]:
+    """Return `codes` (n,) as numbers from 0, how many there are, and the reason why they are too many, or ""."""
+    found, numbers = np.unique(codes, return_inverse=True)
+    reason = f"{len(found):,} {unit}s, more than the {MAX_CLUSTERS:,} that can be drawn"
+    return numbers, len(found), reason if len(found) > MAX_CLUSTERS else ""
 
 
 def _bootstrap(labels: Labels, clusters: Codes, pairs: Floats, unit: Unit) -> tuple[float, float, str]:
     """Return the sum of `pairs` (clusters, clusters) as a fraction of all pairs, its SD over draws, or the reason for none."""
-    counts = {
-        kind: np.bincount(clusters[labels == label], minlength=len(pairs)).astype(np.float64)
-        for kind, label in (("positive", 1), ("negative", 0))
-    }
-    positives, negatives = counts.values()
+    negatives, positives = (np.bincount(clusters[labels == k], minlength=len(pairs)).astype(np.float64) for k in (0, 1))
     value = float(pairs.sum() / (positives.sum() * negatives.sum()))
-    for kind, per_cluster in counts.items():
+    for kind, per_cluster in (("positive", positives), ("negative", negatives)):
         if np.count_nonzero(per_cluster) < 2:
             return value, np.nan, f"a single {unit} with {kind} patches"
     draws = _draws(len(pairs)).astype(np.float64)

@@ -11,38 +11,23 @@ CALIBRATION_BINS = 15
 
 
 def auc(labels: Labels, scores: Floats) -> float:
-    """Return the area under the ROC curve; a tie between a positive and a negative counts 1/2.
-
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (n,), any scale.
+    """Return the area under the ROC curve of `scores` (n,) on any scale; a tie of a positive and a negative counts 1/2.
 
     Raises:
-        ValueError: A class is absent, a label is neither 0 nor 1, a score is NaN, or the shapes differ.
+        ValueError: A class is absent, one of `labels` (n,) is neither 0 nor 1, a score is NaN, or the shapes differ.
     """
-    of_positives, _ = placements(labels, np.stack([scores]))
-    return float(of_positives.mean(axis=1)[0])
+    return float(placements(labels, np.stack([scores]))[0].mean(axis=1)[0])
 
 
 def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
-    """Return the structural components of the AUC (DeLong et al. 1988); ties count 1/2.
+    """Return the structural components of the AUC of each row of `scores` (k, n) (DeLong et al. 1988); ties count 1/2.
 
-    Args:
-        labels: (n,), 0 or 1.
-        scores: (k, n), one row per model.
-
-    Returns:
-        The fraction of negatives below each positive, (k, positives), and of positives above each negative, (k, negatives).
-
-    Raises:
-        ValueError: As in `auc`.
+    They are the fraction of negatives below each positive, (k, positives), and of positives above each negative,
+    (k, negatives). Raises ValueError as `auc` does.
     """
-    if scores.ndim != 2:
-        raise ValueError(f"scores of shape {scores.shape} are not rows of patches")
     positive = positive_mask(labels, scores)
     m, n = int(positive.sum()), int((~positive).sum())
-    of_positives = np.empty((len(scores), m))
-    of_negatives = np.empty((len(scores), n))
+    of_positives, of_negatives = np.empty((len(scores), m)), np.empty((len(scores), n))
     for row, values in enumerate(scores):
         ranks = rankdata(values, nan_policy="raise")
         of_positives[row] = (ranks[positive] - rankdata(values[positive])) / n
@@ -51,11 +36,7 @@ def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
 
 
 def positive_mask(labels: Labels, scores: Floats) -> NDArray[np.bool_]:
-    """Return which of `labels` (n,) are 1, after validating them and the shape of `scores` (..., n).
-
-    Raises:
-        ValueError: As in `auc`, except for NaN.
-    """
+    """Return which of `labels` (n,) are 1; raises ValueError as `auc` does, except for NaN in `scores` (..., n)."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or scores.shape[-1:] != labels.shape:
         raise ValueError(f"labels of shape {labels.shape} do not fit scores of shape {scores.shape}")
@@ -77,10 +58,7 @@ def rank_within(groups: NDArray[np.integer], scores: Floats) -> Floats:
 
 
 def holm(p: Floats) -> Floats:
-    """Return the p-values (k,) with Holm's correction for multiple tests (Holm 1979), which controls the family-wise error.
-
-    NaN stands for an undefined test: it stays NaN and does not count as a test.
-    """
+    """Return the p-values (k,) with the correction of Holm 1979; NaN, an undefined test, stays NaN and does not count."""
     corrected = np.full(len(p), np.nan)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]
     corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))

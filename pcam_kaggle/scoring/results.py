@@ -7,18 +7,17 @@ from pydantic import model_validator
 
 from pcam_kaggle.core.records import Record
 
+LEVEL = 0.95
 # Below any standard error that is not zero (one pair of 10^12 in another order gives 1e-12), above its rounding error.
 ROUNDING = 1e-14
+ZERO_VARIANCE = "an estimated variance of zero"
 Unit = Literal["patch", "slide", "stain group"]
 
 
 class Estimate(Record):
-    """An AUC with its confidence interval.
+    """An AUC with its 95 % interval over `units` units; where `undefined` gives the reason, `low` and `high` are None.
 
-    Attributes:
-        unit: The independent unit of observation; files of earlier versions that lack it have DeLong's interval over patches.
-        units: The number of units.
-        undefined: Why the variance cannot be estimated, or ""; `low` and `high` are then None.
+    Files of earlier versions that lack the unit have DeLong's interval over patches.
     """
 
     value: float
@@ -35,14 +34,12 @@ class Estimate(Record):
         return self
 
     @classmethod
-    def from_error(
-        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
-    ) -> Self:
-        """Return the AUC `value` with its interval at `level`, clipped to [0, 1], from a standardised SciPy `distribution`."""
-        undefined = _zero_variance(error) or undefined
+    def from_error(cls, value: float, error: float, distribution: Any, unit: Unit, units: int, undefined: str) -> Self:
+        """Return the AUC `value` with its interval, clipped to [0, 1], from a standardised SciPy `distribution`."""
+        undefined = ZERO_VARIANCE if error < ROUNDING else undefined
         if undefined:
             return cls(value=value, low=None, high=None, unit=unit, units=units, undefined=undefined)
-        half = float(distribution.ppf((1 + level) / 2)) * error
+        half = float(distribution.ppf((1 + LEVEL) / 2)) * error
         low, high = np.clip([value - half, value + half], 0, 1).tolist()
         return cls(value=value, low=low, high=high, unit=unit, units=units)
 
@@ -58,8 +55,7 @@ class Estimate(Record):
 class Difference(Estimate):
     """A paired difference of two AUCs with its interval, standard error and two-sided p-value, None where undefined.
 
-    Attributes:
-        corrected_p: `p` corrected for the number of differences that were tested together.
+    `corrected_p` is `p` corrected for the number of differences that were tested together.
     """
 
     error: float | None = None
@@ -67,38 +63,25 @@ class Difference(Estimate):
     corrected_p: float | None = None
 
     @classmethod
-    def from_error(
-        cls, value: float, error: float, distribution: Any, level: float, unit: Unit, units: int, undefined: str
-    ) -> Self:
-        """Return the difference `value` with the interval at `level` and p, from a standardised SciPy `distribution`."""
+    def from_error(cls, value: float, error: float, distribution: Any, unit: Unit, units: int, undefined: str) -> Self:
+        """Return the difference `value` with its interval and p, from a standardised SciPy `distribution`."""
         if error < ROUNDING and abs(value) < ROUNDING:
             return cls(value=value, low=value, high=value, unit=unit, units=units, error=0.0, p=1.0)
-        undefined = _zero_variance(error) or undefined
+        undefined = ZERO_VARIANCE if error < ROUNDING else undefined
         if undefined:
             return cls(value=value, low=None, high=None, unit=unit, units=units, undefined=undefined)
-        half = float(distribution.ppf((1 + level) / 2)) * error
+        half = float(distribution.ppf((1 + LEVEL) / 2)) * error
         p = float(2 * distribution.sf(abs(value) / error))
         return cls(value=value, low=value - half, high=value + half, unit=unit, units=units, error=error, p=p)
-
-    @property
-    def is_positive(self) -> bool:
-        """Whether the interval is above zero."""
-        return self.low is not None and self.low > 0
 
 
 class BlendMetrics(Record):
     """The score of blended predictions, `metrics.json` of a run.
 
-    Attributes:
-        members: Weight of each blended run by its name.
-        method: Method that was used; `asked` is the one that was asked for.
-        gain_of_weights: AUC of climbed weights minus the mean's, on folds that they were not chosen on.
-        scheme: Name of the fold file; empty in files of earlier versions.
-        folds: Numbers of the folds, with the number of `patches` and the `fold_auc` of each.
-        missing_folds: Folds that are left out.
-        sd: Sample standard deviation over folds; None for one fold.
-        pooled: AUC of all predictions together.
-        ranked: The same after ranking within folds.
+    `members` has the weight of each run by its name, `asked` the method that was asked for. `patches` and `fold_auc` belong to
+    the numbers in `folds`; `sd` is the sample standard deviation over folds, None for one. `pooled` is the AUC of all
+    predictions together, `ranked` that after ranking within folds, and `gain_of_weights` the AUC of climbed weights minus the
+    mean's, on folds that they were not chosen on. `scheme` is empty in files of earlier versions.
     """
 
     members: dict[str, float]
@@ -117,8 +100,3 @@ class BlendMetrics(Record):
     ranked: Estimate
     oof_sha256: str = ""
     test_sha256: str = ""
-
-
-def _zero_variance(error: float) -> str:
-    """Return the reason why a standard error of zero is no certainty, or ""."""
-    return "an estimated variance of zero" if error < ROUNDING else ""

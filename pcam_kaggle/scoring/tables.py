@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
-from pcam_kaggle.scoring.held_out import EvaluationResult, RunScore
+from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Unit
+from pcam_kaggle.scoring.results import BlendMetrics, Estimate
 
-PLURALS: dict[Unit, str] = {"patch": "patches", "slide": "slides", "stain group": "stain groups"}
 SIGNIFICANCE = 0.05
 
 
@@ -28,12 +27,7 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
     if metrics.missing_folds:
         lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
     if gain := metrics.gain_of_weights:
-        if gain.undefined:
-            verdict = "not known to be more than noise, so the mean is used"
-        elif metrics.method == "climb":
-            verdict = "more than noise, so weights are used"
-        else:
-            verdict = "within the noise, so the mean is used"
+        verdict = "weights are used" if metrics.method == "climb" else "not known to be more than noise, so the mean is used"
         lines.append(f"difference of weights to mean   {gain.text('+.4f')} (unit: {gain.unit}): {verdict}")
     return lines
 
@@ -46,13 +40,12 @@ def describe_difference(run: ComparedRun, baseline: ComparedRun) -> str:
     if difference.corrected_p is None or difference.low is None or difference.high is None:
         reason = f"interval and p n/a ({difference.undefined}; {unit})"
         return f"{run.name} compared with {baseline.name}: {difference.value:+.4f}, {reason}."
-    p = p_text(difference.corrected_p)
+    p = "p < 0.0001" if difference.corrected_p < 1e-4 else f"p = {difference.corrected_p:.2g}"
     if difference.corrected_p < SIGNIFICANCE and difference.low * difference.high > 0:
         better, worse = (run, baseline) if difference.value > 0 else (baseline, run)
         low, high = sorted([abs(difference.low), abs(difference.high)])
-        return (
-            f"{better.name} is better than {worse.name} by {abs(difference.value):.4f} [{low:.4f}, {high:.4f}], {p} ({unit})."
-        )
+        numbers = f"{abs(difference.value):.4f} [{low:.4f}, {high:.4f}], {p} ({unit})"
+        return f"{better.name} is better than {worse.name} by {numbers}."
     numbers = f"{difference.text('+.4f')}, {p}; {unit}"
     return f"{run.name} compared with {baseline.name}: no significant difference ({numbers})."
 
@@ -60,7 +53,7 @@ def describe_difference(run: ComparedRun, baseline: ComparedRun) -> str:
 def caption(comparison: Comparison) -> str:
     """Return how differences, their intervals and p-values are computed."""
     unit, groups = comparison.unit, comparison.groups
-    test = "DeLong's paired test" if groups is None else f"a paired bootstrap over {PLURALS[unit]}"
+    test = "DeLong's paired test" if groups is None else f"a paired bootstrap over {unit}s"
     text = (
         f"Differences with 95 % intervals and p (unit: {unit}) are from {test}; p is corrected for the number of runs (Holm)."
     )
@@ -69,18 +62,13 @@ def caption(comparison: Comparison) -> str:
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return a sentence for each run but the baseline, and for each pair of runs that differ only in the fold scheme."""
-    others = [run for run in comparison.runs if run is not comparison.baseline]
-    return [*(describe_difference(run, comparison.baseline) for run in others), *compare_fold_schemes(comparison.runs)]
-
-
-def compare_fold_schemes(runs: list[ComparedRun]) -> list[str]:
-    """Return a sentence for each pair of runs with the same config, one on stratified folds and one on grouped folds."""
+    """Return a sentence for each run but the baseline, and each pair with one config on stratified and on grouped folds."""
+    runs, baseline = comparison.runs, comparison.baseline
+    sentences = [describe_difference(run, baseline) for run in runs if run is not baseline]
     configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
     scored = [run for run in runs if run.scheme and not run.problem]
     stratified = [run for run in scored if unit_of(run.scheme) == "patch"]
     grouped = [run for run in scored if unit_of(run.scheme) != "patch"]
-    sentences = []
     for first, second in [(a, b) for a in stratified for b in grouped if configs[a.name] == configs[b.name]]:
         before, after = (run.scored()[1].pooled.value for run in (first, second))
         sentences.append(
@@ -93,22 +81,23 @@ def compare_fold_schemes(runs: list[ComparedRun]) -> list[str]:
 def comparison_table(comparison: Comparison) -> pd.DataFrame:
     """Return one row per run, best first; runs that cannot be scored come last.
 
-    Returns:
-        Columns `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; `interval_unit`, the
-        unit of these intervals; `difference` with its interval and `p`, also per fold (`difference_0`, `p_0`, ...); `unit`, the
-        unit of the differences; costs; `differs`, the number of config fields that differ between runs; these fields; `note`.
-        Undefined values are NaN. A column `undefined_X` gives the reason, and is present only where X is undefined.
+    Columns: `run`; `fold_0`, ... (AUC); `mean`, `sd`; `pooled` and `ranked` with `_low` and `_high`; their `interval_unit`;
+    `difference` with its interval and `p`, also per fold (`difference_0`, `p_0`, ...); `unit`, that of the differences; costs;
+    `differs`, the number of config fields that differ between runs; these fields; `note`. Undefined values are NaN; only where
+    X is undefined, a column `undefined_X` gives the reason.
     """
-    keys = differing_keys([run.config for run in comparison.runs if run.config])
+    configs = [run.config for run in comparison.runs if run.config]
+    fields = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in fields if len({json.dumps(config.get(key)) for config in configs}) > 1]
     areas = {run.name: run.metrics.pooled.value if run.metrics else 0.0 for run in comparison.runs}
     ordered = sorted(comparison.runs, key=lambda run: (bool(run.problem), -areas[run.name]))
-    rows = [_row(run, comparison, keys) for run in ordered]
+    rows = [_row(run, comparison, differing) for run in ordered]
     columns = dict.fromkeys(column for row in rows for column in row)
-    last = ["differs", *keys, "note"]
+    last = ["differs", *differing, "note"]
     return pd.DataFrame(rows, columns=[*(column for column in columns if column not in last), *last])
 
 
-def _row(run: ComparedRun, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
+def _row(run: ComparedRun, comparison: Comparison, differing: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"run": run.name}
     if not run.problem:
         _, metrics = run.scored()
@@ -123,7 +112,7 @@ def _row(run: ComparedRun, comparison: Comparison, keys: list[str]) -> dict[str,
     is_baseline = run is comparison.baseline
     if run.pooled or is_baseline:
         row["unit"] = comparison.unit
-    row |= run.costs | {"differs": len(keys)} | {key: run.config.get(key) for key in keys}
+    row |= run.costs | {"differs": len(differing)} | {key: run.config.get(key) for key in differing}
     row["note"] = run.problem or run.unpaired_reason or ("the baseline" if is_baseline else "")
     return row
 
@@ -131,12 +120,6 @@ def _row(run: ComparedRun, comparison: Comparison, keys: list[str]) -> dict[str,
 def _columns(name: str, estimate: Estimate) -> dict[str, Any]:
     reason = {f"undefined_{name}": estimate.undefined} if estimate.undefined else {}
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high} | reason
-
-
-def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
-    """Return the config keys whose values differ between `configs`."""
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
 
 
 def render_comparison(comparison: Comparison, form: str) -> str:
@@ -147,34 +130,29 @@ def render_comparison(comparison: Comparison, form: str) -> str:
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
         return _json({"unit": comparison.unit, "runs": records, "words": sentences})
-    return _render_tables([display_table(comparison), fold_differences(comparison)], [caption(comparison), *sentences], form)
-
-
-def fold_differences(comparison: Comparison) -> pd.DataFrame:
-    """Return the AUC of each paired run minus the baseline's in each fold, with its 95 % interval, as text."""
-    return pd.DataFrame(
+    by_fold = pd.DataFrame(
         {f"difference to {comparison.baseline.name}": run.name}
         | {f"fold {k}": fold.text("+.4f") for k, fold in enumerate(run.folds)}
         for run in comparison.runs
         if run.pooled
     )
+    return _render_tables([display_table(comparison), by_fold], [caption(comparison), *sentences], form)
 
 
 def display_table(comparison: Comparison) -> pd.DataFrame:
     """Return the main columns of `comparison_table` as text, with intervals next to their values and "" for NaN."""
     rows, runs = comparison_table(comparison), {run.name: run for run in comparison.runs}
+    ordered = [runs[name] for name in rows["run"]]
     shown = pd.DataFrame({"run": rows["run"]})
-    scores = {name: run.metrics for name, run in runs.items() if run.metrics and not run.problem}
     for column in [column for column in rows if column.startswith("fold_")]:
         shown[column.replace("_", " ")] = _formatted(rows[column], ".4f")
-    if scores:
-        deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
-        shown["mean ± SD"] = deviation.where(rows["mean"].notna(), "")
-        shown["pooled"] = [scores[name].pooled.text() if name in scores else "" for name in rows["run"]]
-        shown["ranked"] = _formatted(rows["ranked"], ".4f")
-        shown["interval unit"] = rows["interval_unit"].fillna("")
+    deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
+    shown["mean ± SD"] = deviation.where(rows["mean"].notna(), "")
+    shown["pooled"] = ["" if run.problem else run.scored()[1].pooled.text() for run in ordered]
+    shown["ranked"] = _formatted(rows["ranked"], ".4f")
+    shown["interval unit"] = rows["interval_unit"].fillna("")
     if "difference" in rows:
-        differences = [runs[name].pooled for name in rows["run"]]
+        differences = [run.pooled for run in ordered]
         shown["difference"] = ["" if each is None else each.text("+.4f") for each in differences]
         shown["p"] = ["" if each is None else _number(each.corrected_p, ".2g") for each in differences]
     for column, form in (("minutes", ".1f"), ("parameters", ",.0f"), ("images_per_second", ",.0f")):
@@ -189,24 +167,23 @@ def display_table(comparison: Comparison) -> pd.DataFrame:
 
 def evaluation_table(result: EvaluationResult) -> pd.DataFrame:
     """Return one row per run as text: AUC of its models and of their mean, OOF AUC, drop, calibration error, difference."""
-    return pd.DataFrame([_evaluation_row(run, result.baseline) for run in result.runs])
-
-
-def _evaluation_row(run: RunScore, baseline: str) -> dict[str, str]:
-    areas, oof = [*run.fold_auc.values()], [*run.oof_auc.values()]
-    deviation = f" ± {np.std(areas, ddof=1):.4f}" if len(areas) > 1 else ""
-    difference: Difference | None = run.difference
-    return {
-        "run": run.run,
-        "models": str(len(areas)),
-        "single model": f"{run.single:.4f}{deviation}",
-        "mean of models": run.mean.text(),
-        "OOF": f"{np.mean(oof):.4f}" if oof else "n/a",
-        "drop": _number(run.drop, "+.4f"),
-        "calibration error": _number(run.calibration_error, ".4f"),
-        f"difference to {baseline}": "" if difference is None else difference.text("+.4f"),
-        "p": "" if difference is None else _p_number(difference.corrected_p),
-    }
+    rows = []
+    for run in result.runs:
+        areas, oof, difference = [*run.fold_auc.values()], [*run.oof_auc.values()], run.difference
+        deviation = f" ± {np.std(areas, ddof=1):.4f}" if len(areas) > 1 else ""
+        row = {
+            "run": run.run,
+            "models": str(len(areas)),
+            "single model": f"{run.single:.4f}{deviation}",
+            "mean of models": run.mean.text(),
+            "OOF": f"{np.mean(oof):.4f}" if oof else "n/a",
+            "drop": _number(run.drop, "+.4f"),
+            "calibration error": _number(run.calibration_error, ".4f"),
+            f"difference to {result.baseline}": "" if difference is None else difference.text("+.4f"),
+            "p": "" if difference is None else _number(difference.corrected_p, ".2g"),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def evaluation_caption(result: EvaluationResult) -> str:
@@ -231,27 +208,17 @@ def render_evaluation(result: EvaluationResult, form: str) -> str:
     return f"{result.name}:\n\n" + _render_tables([evaluation_table(result)], [evaluation_caption(result)], form)
 
 
-def markdown(shown: pd.DataFrame) -> str:
-    """Return a table of text as Markdown."""
-    lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def p_text(p: float) -> str:
-    """Return a p-value as text."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-
-
-def _p_number(p: float | None) -> str:
-    return "n/a" if p is None else p_text(p).removeprefix("p ").removeprefix("= ")
-
-
 def _render_tables(tables: list[pd.DataFrame], sentences: list[str], form: str) -> str:
     """Return the tables that have rows, as `text` or `md`, followed by `sentences`, the first of which is a caption."""
-    shown = [markdown(table) if form == "md" else f"{table.to_string(index=False)}\n" for table in tables if len(table)]
+    shown = [_markdown(table) if form == "md" else f"{table.to_string(index=False)}\n" for table in tables if len(table)]
     if form == "md":
         sentences = [f"{sentences[0]}\n", *(f"- {sentence}" for sentence in sentences[1:])]
     return "\n".join([*shown, "\n".join(sentences)]) + "\n"
+
+
+def _markdown(shown: pd.DataFrame) -> str:
+    lines = [shown.columns.tolist(), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _json(content: dict[str, Any]) -> str:
