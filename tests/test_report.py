@@ -292,7 +292,7 @@ def test_grad_cam_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
 
 
 def test_grad_cam_does_not_change_the_net(tiny: Config) -> None:
-    net = BottleneckCNN(tiny.n_blocks, tiny.width, side=tiny.side, hidden=tiny.hidden).eval()
+    net = BottleneckCNN(tiny.n_blocks, tiny.width, tiny).eval()
     images = torch.rand(3, 3, 32, 32)
     before = net(images)
     heat = grad_cam(net, images, torch.tensor([1.0, -1.0, 1.0]))

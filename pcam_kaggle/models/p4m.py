@@ -36,8 +36,7 @@ def filter_index(kernel_size: int, lifts: bool) -> Tensor:
     """
     symmetries = 1 if lifts else ORDER
     positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
-    products = product_table()
-    sources = [torch.zeros(1, dtype=torch.int64) if lifts else products[g].argsort() for g in range(ORDER)]
+    sources = torch.zeros(ORDER, 1, dtype=torch.int64) if lifts else product_table().argsort(1)
     return torch.stack([transform(positions[source], g) for g, source in enumerate(sources)])
 
 
@@ -83,10 +82,7 @@ class GroupConv2d(nn.Module):
 
 
 class GroupNorm2d(nn.BatchNorm2d):
-    """Batch norm with one mean, variance, scale and shift for the eight copies of a field.
-
-    Shape: (n, channels, h, w), unchanged.
-    """
+    """Batch norm of feature maps (n, channels, h, w) with one mean, variance, scale and shift for the copies of a field."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -138,15 +134,3 @@ class _GroupNormalize(torch.autograd.Function):
         offset = -scale * of_bias - slope * mean
         slope, offset = (each.repeat(ORDER).view(1, -1, 1, 1).to(x.dtype) for each in (slope, offset))
         return of_x.addcmul_(x, slope).add_(offset), of_weight, of_bias, None, None, None
-
-
-class GroupPool(nn.Module):
-    """Concatenate mean and maximum over positions and symmetries, which are invariant under the symmetries.
-
-    Shape: (n, channels, h, w) to (n, channels / 4).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool feature maps `x`."""
-        fields = x.unflatten(1, (ORDER, -1))
-        return torch.cat([fields.mean((1, 3, 4)), fields.amax((1, 3, 4))], dim=1)
