@@ -63,10 +63,3 @@ def test_channels_double_up_to_the_widest_and_a_fresh_bottleneck_is_its_shortcut
 def test_pooling_is_mean_and_maximum_over_positions() -> None:
     x = torch.rand(2, 5, 6, 6)
     assert torch.equal(MeanMaxPool(1)(x), torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
-
-
-@pytest.mark.parametrize("body", ["plain", "bottleneck"])
-def test_the_stem_and_each_block_halve_the_side(body: str) -> None:
-    net = BottleneckCNN(3, 8, Config(body=body, head="flatten"))
-    assert net.blocks(net.stem(torch.rand(2, 3, 96, 96))).shape == (2, 64, 6, 6)
-    assert net(torch.rand(2, 3, 96, 96)).shape == (2,)

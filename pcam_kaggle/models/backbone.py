@@ -79,7 +79,6 @@ class Backbone(nn.Module):
         return self
 
     def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return the modules with parameters of which none is trained."""
         trained = {name: [parameter.requires_grad for parameter in each.parameters()] for name, each in self.named_modules()}
         return [(name, self.get_submodule(name)) for name, flags in trained.items() if name and flags and not any(flags)]
 

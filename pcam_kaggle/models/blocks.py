@@ -17,10 +17,9 @@ SQUEEZE = 4
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The layer types of a model.
+    """Layer types: `lift` convolves the image and `conv` feature maps, from in_channels, channels and kernel_size.
 
-    `lift` makes the convolution of the image and `conv` those of feature maps, from in_channels, channels and kernel_size. A
-    field has `copies` channels: 1, or the order of the group if equivariant.
+    A field has `copies` channels: 1, or the order of the group if equivariant.
     """
 
     lift: Callable[[int, int, int], nn.Module]

@@ -24,10 +24,8 @@ def conv_output_shape(
     """Return height and width in pixels of the output of a convolution or a pooling layer for an input of `shape`.
 
     Per axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 (Dumoulin & Visin 2016, relationship 15). The
-    other arguments are one number for both axes or one per axis.
-
-    Raises:
-        ValueError: The dilated kernel is larger than the padded input.
+    other arguments are one number for both axes or one per axis. Raises ValueError if the dilated kernel is larger than the
+    padded input.
     """
     per_axis = [(each, each) if isinstance(each, int) else each for each in (kernel_size, stride, padding, dilation)]
     sizes = []
@@ -68,10 +66,7 @@ class BottleneckCNN(nn.Module):
     `config` has the hyper-parameters besides `n_blocks` and `width`. With its `symmetry` d4 the logit is invariant under the
     eight symmetries of the square.
 
-    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
-
-    Raises:
-        UserError: The side is too small for `n_blocks`.
+    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,). Raises UserError if the side is too small for `n_blocks`.
     """
 
     def __init__(self, n_blocks: int, width: int = 32, config: Config | None = None) -> None:

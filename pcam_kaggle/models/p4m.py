@@ -30,9 +30,8 @@ def product_table() -> Tensor:
 def filter_index(kernel_size: int, lifts: bool) -> Tensor:
     """Return the flat positions in a filter from which its values under each symmetry are gathered.
 
-    The result is int64 (8, input symmetries, k, k); the input is an image with one symmetry (`lifts`) or a feature map with
-    eight. Under symmetry g the filter is transformed like an image, and its slice for h is the one that it had for g⁻¹h (Cohen
-    & Welling 2016, section 6.2).
+    The result is int64 (8, input symmetries, k, k); the input is an image (`lifts`) or a feature map with eight. Under symmetry
+    g the filter is transformed like an image, and its slice for h is that for g⁻¹h (Cohen & Welling 2016, section 6.2).
     """
     symmetries = 1 if lifts else ORDER
     positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
@@ -41,14 +40,11 @@ def filter_index(kernel_size: int, lifts: bool) -> Tensor:
 
 
 class GroupConv2d(nn.Module):
-    """Group convolution with the padding of an ordinary one that keeps the side.
+    """Group convolution that keeps the side: (n, in_channels, h, w) to (n, channels, h, w).
 
-    `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image and
-    `in_channels` can be any number. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of the
-    parameters of an ordinary convolution. In evaluation mode the transformed filters are cached, so call `eval()` again after
-    changing the weights.
-
-    Shape: (n, in_channels, h, w) to (n, channels, h, w).
+    `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image of any number
+    of channels. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of an ordinary convolution's
+    parameters. In evaluation mode the transformed filters are cached, so call `eval()` again after changing the weights.
     """
 
     index: Tensor

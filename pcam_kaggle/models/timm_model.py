@@ -29,10 +29,8 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     timm first adapts the weights to the model: it renames tensors and resamples position embeddings. Then they must contain
     each parameter and buffer of the backbone in its shape and, besides these, only a classifier, which is dropped. The
     exception are weights that timm publishes in a format of their own (`custom_load`), which the model's own code reads.
-    Without `weights` all parameters are random.
 
-    Raises:
-        UserError: timm has no such model, weights are missing or do not fit the model, or the model has no classifier.
+    Raises UserError if timm has no such model, weights are missing or do not fit, or the model has no classifier.
     """
     timm, name = import_timm(), config.model.removeprefix("timm:")
     if not timm.is_model(name):
@@ -86,7 +84,7 @@ def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay:
 def classifier_prefixes(model: Any) -> tuple[str, ...]:
     """Return the prefixes of the names of the last layers' tensors in timm's `model`; a distilled model has two classifiers."""
     names = model.pretrained_cfg["classifier"] or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def advice(weights: Tensors, model: Tensors) -> str:
@@ -131,13 +129,11 @@ def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
 
 
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`."""
+    """Return arguments of `timm.create_model`, and what replaces fields of `pretrained_cfg`."""
     timm, name = import_timm(), config.model.removeprefix("timm:")
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}
-    for key in LAYER_ARGUMENTS:
-        if isinstance(arguments.get(key), str):
-            arguments[key] = getattr(timm.layers, arguments[key])
+    arguments |= {key: getattr(timm.layers, arguments[key]) for key in LAYER_ARGUMENTS if isinstance(arguments.get(key), str)}
     if config.pool != "default":
         arguments["global_pool"] = config.pool
     size = arguments.get("img_size", config.resize)
@@ -170,7 +166,6 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
 
 
 def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors) -> None:
-    """Raise UserError, starting with `message`, unless `weights` and `model` have the same names and shapes."""
     shapes = {name: (tuple(weights[name].shape), tuple(model[name].shape)) for name in model if name in weights}
     groups = {
         "without a place in the model": [name for name in weights if name not in model],
@@ -180,10 +175,9 @@ def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors
     }
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
     # timm resamples the kernels of another patch size without a word, and no weights are made for that.
-    is_resampled = _patch_kernel(original) not in ((), _patch_kernel(model))
-    if not details and not is_resampled:
+    if not details and _patch_kernel(original) in ((), _patch_kernel(model)):
         return
-    # timm renames the tensors of some files; those names say more about them.
+    # timm renames the tensors of some files.
     named = original if original.keys() & model.keys() else weights
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
     raise UserError(f"{message}; tensors {counts}{advice(named, model)}", details)

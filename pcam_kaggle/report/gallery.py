@@ -19,10 +19,8 @@ from pcam_kaggle.training.augment import augmentation
 
 LABELLED_SIDE = 32
 # Two figures of this width fit beside each other into the 1,400 px of a usual window.
-WIDTH = 5.6
-DPI = 100
-COLUMNS = 4
-PATCHES_PER_LABEL = 8
+WIDTH, DPI = 5.6, 100
+COLUMNS, PATCHES_PER_LABEL = 4, 8
 LABELS = ("Tumour in the centre", "No tumour in the centre")
 ERRORS = ("False negatives, with their probabilities", "False positives, with their probabilities")
 

@@ -22,9 +22,7 @@ from pcam_kaggle.training.engine import net_input
 from pcam_kaggle.training.learner import load_best
 
 MISTAKES_PER_LABEL = 6
-SCALE = 2
-HEAT_OPACITY = 0.6
-JPEG_QUALITY = 85
+SCALE, HEAT_OPACITY, JPEG_QUALITY = 2, 0.6, 85
 # On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
 MIN_SIDE = 4
 # What a transformer makes of patches, and its attention between them, are no maps of features.
@@ -45,8 +43,7 @@ class Mistake(NamedTuple):
 def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: PatchStore) -> list[Mistake]:
     """Return the 6 lowest-scored patches with tumour of `oof`, then the 6 highest-scored without, worst first.
 
-    The map of a patch comes from the model of its own fold, without TTA; `fields` are those of the run's config. Raises
-    UserError if a checkpoint or a patch is missing, or the model has no map of features.
+    The map of a patch comes from the model of its own fold, without TTA; `fields` are those of the run's config.
     """
     config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
     chosen = worst_mistakes(oof, MISTAKES_PER_LABEL)
@@ -68,8 +65,8 @@ def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, stor
 def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
     """Return gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2), float32 (n, h, w) in [0, 1].
 
-    `net` is in evaluation mode, `images` are (n, 3, h, w), and `signs` (n,) are 1 to explain the class tumour, -1 to explain
-    the class no tumour. Each map is divided by its maximum unless it is zero everywhere. Raises UserError as `feature_module`.
+    `images` are (n, 3, h, w), and `signs` (n,) are 1 to explain the class tumour, -1 to explain the class no tumour. Each map
+    is divided by its maximum unless it is zero everywhere.
     """
     module = feature_module(net, images[:1])
     features: list[Tensor] = []
@@ -88,10 +85,7 @@ def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
 
 
 def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return the last module of `net` whose output is a square map of at least 4 x 4 positions, or else of at least 2 x 2.
-
-    Raises UserError if there is no such module.
-    """
+    """Return the last module of `net` whose output is a square map of at least 4 x 4 positions, or else of at least 2 x 2."""
     outputs: list[tuple[int, nn.Module]] = []
 
     def record(module: nn.Module, _inputs: Any, output: Any) -> None:

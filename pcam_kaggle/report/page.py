@@ -49,9 +49,8 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     runs = [by_name[name] for name in shown["run"]]
     scored = [(run, run.scored()[0]) for run in runs if not run.problem]
     sections = [
-        *_curves(scored, baseline.name, oof),
+        *_predictions(scored, baseline.name, oof),
         _learning(runs, workspace),
-        *_probabilities(scored),
         _slide_aucs(scored, comparison, workspace),
         _held_out(workspace),
         _mistakes(baseline, oof, workspace),
@@ -72,12 +71,17 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     write(target, lambda file: file.write(text.encode()))
 
 
-def _curves(scored: Scored, name: str, oof: pd.DataFrame) -> list[Section]:
-    """Return the ROC and precision-recall curves, with those of the baseline `name` beside the runs paired with it."""
+def _predictions(scored: Scored, name: str, oof: pd.DataFrame) -> list[Section]:
+    """Return the figures of each run's predictions; curves have those of the baseline `name` beside runs paired with it."""
     drawn = [(run.name, table, (name, oof) if run.pooled else None) for run, table in scored]
+    reliability = [figures.reliability(run.name, table) for run, table in scored]
+    histograms = [figures.histogram(run.name, table) for run, table in scored]
+    text = "The points of a calibrated model are on the diagonal. Calibration affects thresholds, not the AUC."
     return [
         Section("roc", "ROC curves", FOLD_RANGE, [figures.roc(*each) for each in drawn]),
         Section("precision-recall", "Precision-recall curves", FOLD_RANGE, [figures.precision_recall(*each) for each in drawn]),
+        Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", histograms),
+        Section("reliability", "Calibration", text, reliability),
     ]
 
 
@@ -86,16 +90,6 @@ def _learning(runs: list[ComparedRun], workspace: Workspace) -> Section:
     plots = [figures.learning(name, folds) for name, folds in logs.items() if folds]
     none = "None of these runs has a log: blends and probes have no epochs."
     return Section("learning", "Learning curves", "Per epoch, from each fold's log." if plots else none, plots)
-
-
-def _probabilities(scored: Scored) -> list[Section]:
-    histograms = [figures.histogram(run.name, oof) for run, oof in scored]
-    reliability = [figures.reliability(run.name, oof) for run, oof in scored]
-    text = "The points of a calibrated model are on the diagonal. Calibration affects thresholds, not the AUC."
-    return [
-        Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", histograms),
-        Section("reliability", "Calibration", text, reliability),
-    ]
 
 
 def _slide_aucs(scored: Scored, comparison: Comparison, workspace: Workspace) -> Section:
