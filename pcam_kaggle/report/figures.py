@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
@@ -191,10 +190,9 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     size = max(WIDTH, 1.2 + 0.48 * count)
     figure, ax = _panel(size, size * 0.85)
     low = float(np.nanmin(matrix, initial=1))
-    colours = colormaps["cividis"]((matrix - low) / max(1e-9, 1 - low))
     ax.pcolormesh(matrix, cmap="cividis", vmin=low, vmax=1)
     for row, column in np.ndindex(count, count):
-        colour = "#000000" if colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5 else "#ffffff"
+        colour = "#000000" if matrix[row, column] > (low + 1) / 2 else "#ffffff"
         ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
     ticks = np.arange(count) + 0.5
     ax.set_xticks(ticks, names, rotation=30, ha="right")
