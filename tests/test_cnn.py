@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS
-from pcam_kaggle.models.blocks import Bottleneck, MeanMaxPool
+from pcam_kaggle.models.blocks import MeanMaxPool
 from pcam_kaggle.models.cnn import BottleneckCNN, conv_output_shape, most_blocks
+from pcam_kaggle.models.factory import create
 
-GRID = list(itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2, 3)))
+Pair = int | tuple[int, int]
+GRID = [*itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 2), (1, 2, 3)), ((3, 5), (2, 1), (0, 2), (1, 2))]
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GRID)
-def test_conv_output_shape_is_torchs(kernel: int, stride: int, padding: int, dilation: int) -> None:
+def test_conv_output_shape_is_torchs(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
     for shape in ((96, 96), (7, 13), (11, 5), (1, 2)):
         conv = nn.Conv2d(1, 1, kernel, stride, padding, dilation)
         try:
@@ -27,31 +30,19 @@ def test_conv_output_shape_is_torchs(kernel: int, stride: int, padding: int, dil
             assert conv_output_shape(shape, kernel, stride, padding, dilation) == expected
 
 
-def test_conv_output_shape_per_axis() -> None:
-    conv = nn.Conv2d(1, 1, (3, 5), (2, 1), (0, 2), (1, 2))
-    expected = tuple(conv(torch.zeros(1, 1, 17, 23)).shape[2:])
-    assert conv_output_shape((17, 23), (3, 5), (2, 1), (0, 2), (1, 2)) == expected
-
-
 @pytest.mark.parametrize("side", range(32, 97, 2))
 def test_most_blocks_fit_and_one_more_does_not(side: int) -> None:
     most = most_blocks(side)
-    net = BottleneckCNN(most, width=4, max_width=8, side=side, head="flatten", hidden=2).eval()
+    config = Config(width=4, max_width=8, side=side, n_blocks=1, head="flatten", hidden=2)
+    net = BottleneckCNN(most, 4, config).eval()
     assert net(torch.rand(2, 3, side, side)).shape == (2,)
     with pytest.raises(UserError, match=f"at most {most} fit"):
-        BottleneckCNN(most + 1, width=4, side=side)
+        BottleneckCNN(most + 1, 4, config)
 
 
 def test_plain_is_the_description() -> None:
     config = EXPERIMENTS["plain"].config
-    net = BottleneckCNN(
-        config.n_blocks,
-        config.width,
-        body=config.body,
-        head=config.head,
-        hidden=config.hidden,
-        dropout=config.dropout,
-    )
+    net = create(config)
     layers = [m for m in net.modules() if not list(m.children()) and not isinstance(m, nn.Identity)]
     names = [type(layer).__name__ for layer in layers[1:]]
     assert names[:20] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 5
@@ -62,27 +53,13 @@ def test_plain_is_the_description() -> None:
     assert net.head[1].in_features == 512 * 3 * 3
 
 
-def test_filters_double_up_to_the_widest() -> None:
-    net = BottleneckCNN(4, 8, max_width=32)
-    assert [block.conv3.out_channels for block in net.blocks] == [16, 32, 32, 32]
+def test_channels_double_up_to_the_widest_and_a_fresh_bottleneck_is_its_shortcut() -> None:
+    blocks = BottleneckCNN(4, 8, Config(max_width=32)).train().blocks
+    assert [block.conv3.out_channels for block in blocks] == [16, 32, 32, 32]
+    x = torch.rand(4, 32, 6, 6)
+    assert torch.equal(blocks[2](x), blocks[2].pool(x))
 
 
-def test_a_fresh_bottleneck_is_its_shortcut() -> None:
-    net = BottleneckCNN(2, 8, max_width=8).train()
-    first = net.blocks[0]
-    x = torch.rand(4, 8, 6, 6)
-    assert isinstance(first, Bottleneck)
-    assert torch.equal(first(x), first.pool(x))
-
-
-def test_pooled_head_does_not_care_where() -> None:
+def test_pooling_is_mean_and_maximum_over_positions() -> None:
     x = torch.rand(2, 5, 6, 6)
-    moved = x.flatten(2)[..., torch.randperm(36)].view_as(x)
-    torch.testing.assert_close(MeanMaxPool()(moved), MeanMaxPool()(x))
-
-
-@pytest.mark.parametrize("body", ["plain", "bottleneck"])
-def test_the_stem_and_each_block_halve_the_side(body: str) -> None:
-    net = BottleneckCNN(3, 8, body=body, head="flatten")
-    assert net.blocks(net.stem(torch.rand(2, 3, 96, 96))).shape == (2, 64, 6, 6)
-    assert net(torch.rand(2, 3, 96, 96)).shape == (2,)
+    assert torch.equal(MeanMaxPool(1)(x), torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))

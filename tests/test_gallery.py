@@ -7,25 +7,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import pytest
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import read_json, write_json
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, patch_gallery, worst_mistakes
 from pcam_kaggle.report.summary import summary
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.tables import score_lines
 from pcam_kaggle.training.loader import TrainBatches
 
-TABLE = pd.DataFrame(
-    {
-        "id": list("abcdef"),
-        "label": [1, 0, 1, 0, 1, 0],
-        "fold": [0, 0, 0, 1, 1, 1],
-        "probability": [0.9, 0.8, 0.2, 0.1, 0.2, 0.8],
-    }
-)
+TABLE = pd.DataFrame({"id": list("abcdef"), "label": [1, 0, 1, 0, 1, 0], "fold": [0, 0, 0, 1, 1, 1]})
+TABLE["probability"] = [0.9, 0.8, 0.2, 0.1, 0.2, 0.8]
 
 
 def pictures(gallery: Gallery) -> dict[str, np.ndarray]:
@@ -70,23 +62,18 @@ def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
 
 def test_each_title_is_above_the_patches_of_its_label() -> None:
     patches = np.stack([np.full((64, 64, 3), 50 if label else 200, np.uint8) for label in TABLE["label"]])
-    shown = pictures(patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False))
+    gallery = patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False)
+    shown = pictures(gallery)
     assert {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown} == {
         "one": [50],
         "zero": [200],
     }
-    plots = patch_gallery(patches, TABLE["label"], TABLE["probability"]).plots
-    titles = [[ax.get_title() for ax in plot.figure.axes if ax.get_title()] for plot in plots]
+    titles = [[ax.get_title() for ax in plot.figure.axes if ax.get_title()] for plot in gallery.plots]
     assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
-
-
-def test_one_label_alone_is_one_picture() -> None:
-    assert len(pictures(patch_gallery(np.zeros((3, 64, 64, 3), np.uint8), pd.Series([0, 0, 0])))) == 1
-
-
-def test_no_picture_is_wider_than_the_window() -> None:
-    markup = patch_gallery(np.zeros((6, 64, 64, 3), np.uint8), TABLE["label"])._repr_html_()
+    # No picture is wider than the window.
+    markup = gallery._repr_html_()
     assert markup.count("max-width: 98%") == markup.count("margin: 0 1%") == markup.count("<img") == 2
+    assert len(patch_gallery(patches, TABLE["label"] * 0).plots) == 1
 
 
 def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
@@ -111,28 +98,13 @@ def test_curves_are_those_of_the_report() -> None:
 
 def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:
     run = Run(finished_run / "runs" / "bottleneck")
-    made = read_json(run.folder / "metrics.json")
-    text = summary([run, run], [run])
-    assert text.splitlines()[0] == f"| run | `{run.name}` |"
-    assert f"| OOF AUC | **{made['pooled']['value']:.4f}** |" in text
-    assert (
-        f"| 95 % interval | [{made['pooled']['low']:.4f}, {made['pooled']['high']:.4f}] |\n| unit of the interval | patch |"
-        in text
-    )
-    assert [f"| fold {n} | {area:.4f} |" in text for n, area in enumerate(made["fold_auc"])] == [True] * 3
-    assert "make kernel-output" in text
-    assert "missing" not in text
-
-
-def test_the_summary_names_what_is_missing(finished_run: Path) -> None:
-    run = Run(finished_run / "runs" / "bottleneck")
-    made = read_json(run.folder / "metrics.json")
-    write_json(run.folder / "metrics.json", made | {"missing_folds": [3]})
+    text = summary([run], [run])
+    assert text.splitlines()[0] == f"**`{run.name}`**"
+    assert all(f"- {line}\n" in text for line in score_lines(run.blend_metrics()))
+    assert "python -m pcam_kaggle kaggle fetch" in text
+    run.blend_metrics().model_copy(update={"missing_folds": [3]}).write(run.folder / "metrics.json")
     text = summary([run], [run, Run(finished_run / "runs" / "other")])
-    assert "| fold 3 | missing |" in text
+    assert "- missing: folds 3\n" in text
     assert "not finished in time: fold 3, run `other`. To train the rest, attach this notebook's output" in text
-    assert "make kaggle" not in text
+    assert "kaggle fetch" not in text
     assert "no fold was finished in time; attach" in summary([], [run])
-    (run.folder / "metrics.json").unlink()
-    with pytest.raises(UserError, match="not blended"):
-        summary([run], [run])

@@ -1,4 +1,4 @@
-"""A model of timm as this package runs it: input enlarged and normalised, lower layers frozen, pooling replaced."""
+"""A model of timm as this package runs it: input enlarged and normalised, lower layers frozen."""
 
 import copy
 from collections.abc import Callable
@@ -13,15 +13,12 @@ from pcam_kaggle.models.cnn import Normalize
 from pcam_kaggle.models.timm_model import classifier_prefixes
 from pcam_kaggle.models.weights import import_timm
 
-# Exponent at the start, and the least value that is raised to it (Radenović et al. 2018).
-GEM_POWER, GEM_LEAST = 3.0, 1e-6
-
 
 class Backbone(nn.Module):
-    """A timm classifier that enlarges and normalises its input as its pretrained weights expect.
+    """A timm classifier `net` with one output that enlarges and normalises its input as its pretrained weights expect.
 
-    The classifier `net` has one output. `resize` is the side in pixels that the input is enlarged to; 0 for no change. `frozen`
-    has the names of the parameters and buffers that training does not change.
+    `resize` is the side in pixels that the input is enlarged to; 0 for no change. `frozen` has the names of the parameters and
+    buffers that training does not change.
 
     Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
     """
@@ -46,26 +43,17 @@ class Backbone(nn.Module):
         return net.forward_head(net.forward_features(self._input(x)), pre_logits=True)
 
     def classifier(self) -> nn.Linear:
-        """Return the layer that turns `features` into a logit.
-
-        Raises:
-            UserError: The model has several classifiers, or one that is not linear.
-        """
+        """Return the layer that turns `features` into a logit; raises UserError unless it is a single linear layer."""
         layers = [self.net.get_submodule(prefix.removesuffix(".")) for prefix in classifier_prefixes(self.net)]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-            raise UserError(
-                "probe=true: the model's classifier is not a single linear layer; leave it out or use another model"
-            )
+            raise UserError("probe=true: the model's classifier is not a single linear layer; use another model")
         return layers[0]
 
     def freeze(self, fraction: float) -> None:
         """Freeze the lower `fraction` of the layers below the classifier, as timm groups them for layer decay.
 
-        Their weights get no gradient, nothing below them is recorded by autograd, and their dropout and batch norms stay in
-        evaluation mode.
-
-        Raises:
-            UserError: timm does not know the order of the layers.
+        Their weights get no gradient, and their dropout and batch norms stay in evaluation mode. Raises UserError if timm does
+        not know the order of the layers.
         """
         net: Any = self.net
         if not hasattr(net, "group_matcher"):
@@ -78,9 +66,9 @@ class Backbone(nn.Module):
         for name, parameter in net.named_parameters():
             if layers.get(name) in lower:
                 parameter.requires_grad_(False)
-        names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        names |= {f"{prefix}.{name}" for prefix, module in self._frozen_modules() for name, _ in module.named_buffers()}
-        self.frozen = frozenset(names)
+        parameters = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        buffers = [f"{prefix}.{name}" for prefix, module in self._frozen_modules() for name, _ in module.named_buffers()]
+        self.frozen = frozenset([*parameters, *buffers])
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -91,51 +79,15 @@ class Backbone(nn.Module):
         return self
 
     def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
-        """Return the modules with parameters of which none is trained."""
-        found = []
-        for name, module in self.named_modules():
-            trained = [parameter.requires_grad for parameter in module.parameters()]
-            if name and trained and not any(trained):
-                found.append((name, module))
-        return found
+        trained = {name: [parameter.requires_grad for parameter in each.parameters()] for name, each in self.named_modules()}
+        return [(name, self.get_submodule(name)) for name, flags in trained.items() if name and flags and not any(flags)]
 
     def _input(self, x: Tensor) -> Tensor:
         return self.normalize(enlarge(x, self.resize))
 
 
-class GeM(nn.Module):
-    """Generalised mean over positions with a learnt exponent (Radenović et al. 2018, equation 3).
-
-    Shape: (n, channels, h, w) to (n, channels, 1, 1).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.power = nn.Parameter(torch.tensor([GEM_POWER]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool the maps `x`; powers of fp16 would overflow."""
-        raised = x.float().clamp(min=GEM_LEAST).pow(self.power)
-        return raised.mean((2, 3), keepdim=True).pow(1 / self.power).to(x.dtype)
-
-
-def use_gem(net: nn.Module) -> None:
-    """Replace the average pooling before the classifier of timm's convolutional `net` by `GeM`.
-
-    Raises:
-        UserError: The model does not pool maps by their average.
-    """
-    pools: list[Any] = [module for module in net.modules() if isinstance(module, import_timm().layers.SelectAdaptivePool2d)]
-    if len(pools) != 1 or pools[0].pool_type != "avg" or not isinstance(pools[0].pool, nn.AdaptiveAvgPool2d):
-        raise UserError("pool=gem: the model does not pool maps of a convolution by their average; choose another pool")
-    pools[0].pool = GeM()
-
-
 def enlarge(x: Tensor, side: int) -> Tensor:
-    """Return images (n, 3, h, w) in [0, 1] resized to `side` px by antialiased bicubic interpolation; 0 for no change.
-
-    They must be float32, since fp16 and bf16 would round colours.
-    """
+    """Return float32 images (n, 3, h, w) in [0, 1] resized to `side` px by antialiased bicubic interpolation; 0: unchanged."""
     if not side:
         return x
     # Autocast leaves this operator in the dtype of its input. Bicubic interpolation overshoots at edges.

@@ -5,8 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.models.blocks import BODIES, LAYERS, POOL_SIZE, Bottleneck
+from pcam_kaggle.models.blocks import BODIES, LAYERS, POOL_SIZE, Bottleneck, MeanMaxPool
 
 # Mean and standard deviation of R, G and B over the competition's train patches, to two digits.
 IMAGE_MEAN = (0.70, 0.54, 0.70)
@@ -20,14 +21,11 @@ def conv_output_shape(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> tuple[int, int]:
-    """Return the output shape of a convolution or a pooling layer.
+    """Return height and width in pixels of the output of a convolution or a pooling layer for an input of `shape`.
 
-    Per axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 (Dumoulin & Visin 2016, relationship 15).
-
-    `shape` is height and width in pixels, as is the result; the other arguments are one number for both axes or one per axis.
-
-    Raises:
-        ValueError: The dilated kernel is larger than the padded input.
+    Per axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 (Dumoulin & Visin 2016, relationship 15). The
+    other arguments are one number for both axes or one per axis. Raises ValueError if the dilated kernel is larger than the
+    padded input.
     """
     per_axis = [(each, each) if isinstance(each, int) else each for each in (kernel_size, stride, padding, dilation)]
     sizes = []
@@ -45,10 +43,7 @@ def most_blocks(side: int) -> int:
 
 
 class Normalize(nn.Module):
-    """Normalise RGB in [0, 1] to about zero mean and unit variance.
-
-    Shape: (n, 3, h, w), unchanged.
-    """
+    """Normalise RGB (n, 3, h, w) in [0, 1] to about zero mean and unit variance."""
 
     mean: Tensor
     std: Tensor
@@ -67,49 +62,36 @@ class Normalize(nn.Module):
 class BottleneckCNN(nn.Module):
     """Stem, blocks that double the channels and halve the side, pooling, and fully connected layers.
 
-    Block i (from 1) has min(width 2^i, max_width) channels. With `head` pool the features are mean and maximum over positions,
-    with flatten all positions. The head has one hidden layer and dropout before each linear layer. With `symmetry` d4 the
-    logit is invariant under the eight symmetries of the square. See `Config` for the other arguments.
+    Block i (from 1) has min(width 2^i, max_width) channels. The head has a hidden layer, and dropout before each linear layer.
+    `config` has the hyper-parameters besides `n_blocks` and `width`. With its `symmetry` d4 the logit is invariant under the
+    eight symmetries of the square.
 
-    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,).
-
-    Raises:
-        UserError: The side is too small for `n_blocks`.
+    Shape: RGB (n, 3, side, side) in [0, 1] to logits (n,). Raises UserError if the side is too small for `n_blocks`.
     """
 
-    def __init__(
-        self,
-        n_blocks: int,
-        width: int = 32,
-        *,
-        side: int = 96,
-        body: str = "bottleneck",
-        symmetry: str = "none",
-        max_width: int = 512,
-        head: str = "pool",
-        hidden: int = 128,
-        dropout: float = 0.3,
-    ) -> None:
+    def __init__(self, n_blocks: int, width: int = 32, config: Config | None = None) -> None:
         super().__init__()
-        if n_blocks > most_blocks(side):
-            raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most_blocks(side)} fit")
-        layers, create_body = LAYERS[symmetry], BODIES[body]
-        channels = [min(width * 2**i, max_width) for i in range(n_blocks + 1)]
+        config = config or Config()
+        side, most = config.side, most_blocks(config.side)
+        if n_blocks > most:
+            raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most} fit")
+        layers, create_body = LAYERS[config.symmetry], BODIES[config.body]
+        channels = [min(width * 2**i, config.max_width) for i in range(n_blocks + 1)]
         self.normalize = Normalize()
-        self.stem = create_body.stem(3, width, layers)
+        conv, norm, act, pool = layers.lift(3, width, 3), layers.norm(width), nn.ReLU(inplace=True), nn.MaxPool2d(POOL_SIZE)
+        order = (conv, pool, norm, act) if create_body.stem_pools_first else (conv, norm, act, pool)
+        self.stem = nn.Sequential(*order)
         self.blocks = nn.Sequential(*(create_body(*pair, layers) for pair in pairwise(channels)))
         shape = (side, side)
         for _ in channels:
             shape = conv_output_shape(shape, 3, padding=1)
             shape = conv_output_shape(shape, POOL_SIZE, stride=POOL_SIZE)
-        self.pool = layers.pool() if head == "pool" else nn.Flatten()
-        features = 2 * channels[-1] // layers.copies if head == "pool" else channels[-1] * shape[0] * shape[1]
+        is_pooled = config.head == "pool"
+        self.pool = MeanMaxPool(layers.copies) if is_pooled else nn.Flatten()
+        features = 2 * channels[-1] // layers.copies if is_pooled else channels[-1] * shape[0] * shape[1]
+        rate, hidden = config.dropout, config.hidden
         self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(features, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, 1),
+            nn.Dropout(rate), nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Dropout(rate), nn.Linear(hidden, 1)
         )
         self.apply(_initialize)
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.models.backbone import Backbone, use_gem
+from pcam_kaggle.models.backbone import Backbone
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.models.timm_model import create_timm
 
@@ -17,21 +17,10 @@ from pcam_kaggle.models.timm_model import create_timm
 def create(config: Config, weights: bool = True) -> nn.Module:
     """Return the model of `config` in training mode, with the pretrained weights that it names or, without `weights`, random.
 
-    Raises:
-        UserError: See `create_timm`; or the model does not take patches of this size.
+    Raises UserError as `create_timm`, or if the model does not take patches of this size.
     """
     if config.model == "cnn":
-        return BottleneckCNN(
-            config.n_blocks,
-            config.width,
-            side=config.side,
-            body=config.body,
-            symmetry=config.symmetry,
-            max_width=config.max_width,
-            head=config.head,
-            hidden=config.hidden,
-            dropout=config.dropout,
-        )
+        return BottleneckCNN(config.n_blocks, config.width, config)
     try:
         return _backbone(config, weights)
     except UserError:
@@ -48,8 +37,6 @@ def _backbone(config: Config, weights: bool) -> Backbone:
     net: Any = create_timm(config, weights)
     expected = net.pretrained_cfg
     needed = config.resize or (expected["input_size"][-1] if expected.get("fixed_input_size") else 0)
-    if config.pool == "gem":
-        use_gem(net)
     if config.grad_checkpointing:
         net.set_grad_checkpointing(True)
     backbone = Backbone(net, expected["mean"], expected["std"], 0 if needed == config.side else needed)

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pcam_kaggle.models.blocks import POOL_SIZE
 from pcam_kaggle.models.cnn import BottleneckCNN
-from pcam_kaggle.models.p4m import ORDER, GroupConv2d
+from pcam_kaggle.models.p4m import GroupConv2d
 
 
 def fold_norms(net: nn.Module) -> nn.Module:
@@ -36,10 +36,7 @@ def fold_norms(net: nn.Module) -> nn.Module:
 
 
 class MaxPool(nn.Module):
-    """Maximum over squares of 2 px.
-
-    Shape: (n, channels, h, w) to (n, channels, h / 2, w / 2), rounded down.
-    """
+    """Maximum over squares of 2 px: (n, channels, h, w) to (n, channels, h / 2, w / 2), rounded down."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool feature maps `x`."""
@@ -48,17 +45,14 @@ class MaxPool(nn.Module):
         return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
-@torch.no_grad()
 def _fold(layer: nn.Conv2d | GroupConv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return a convolution that computes `norm` of `layer`."""
-    if isinstance(layer, nn.Conv2d):
-        return fuse_conv_bn_eval(layer, norm)
-    filters = layer.filters()
+    filters = layer.filters() if isinstance(layer, GroupConv2d) else layer.weight
     channels, in_channels, side, _ = filters.shape
-    conv = nn.Conv2d(in_channels, channels, side, padding=layer.padding, bias=False, device=filters.device).eval()
-    conv.weight.copy_(filters)
     # One mean, variance, scale and shift serves the copies of a field.
-    plain = nn.BatchNorm2d(channels, eps=norm.eps, device=filters.device).eval()
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        getattr(plain, name).copy_(getattr(norm, name).repeat(ORDER))
-    return fuse_conv_bn_eval(conv, plain)
+    copies = channels // norm.num_features
+    mean, variance, scale, shift = (
+        getattr(norm, name).repeat(copies) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    conv = nn.Conv2d(in_channels, channels, side, padding=side // 2, device=filters.device).eval()
+    conv.weight, conv.bias = fuse_conv_bn_weights(filters, None, mean, variance, norm.eps, scale, shift)
+    return conv

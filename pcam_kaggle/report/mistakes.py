@@ -22,11 +22,10 @@ from pcam_kaggle.training.engine import net_input
 from pcam_kaggle.training.learner import load_best
 
 MISTAKES_PER_LABEL = 6
-SCALE = 2
-HEAT_OPACITY = 0.6
-JPEG_QUALITY = 85
+SCALE, HEAT_OPACITY, JPEG_QUALITY = 2, 0.6, 85
 # On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
 MIN_SIDE = 4
+# What a transformer makes of patches, and its attention between them, are no maps of features.
 NO_MAPS = {"patch_embed", "attn", "attn_drop"}
 
 
@@ -45,22 +44,18 @@ def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, stor
     """Return the 6 lowest-scored patches with tumour of `oof`, then the 6 highest-scored without, worst first.
 
     The map of a patch comes from the model of its own fold, without TTA; `fields` are those of the run's config.
-
-    Raises:
-        UserError: A checkpoint or a patch is missing, or the model has no map of features.
     """
     config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
     chosen = worst_mistakes(oof, MISTAKES_PER_LABEL)
     patches = store.images(store.rows("train", chosen["id"].to_numpy()))
     heat = np.zeros(patches.shape[:3], np.float32)
+    margin = (patches.shape[1] - config.side) // 2
+    crop = slice(margin, margin + config.side)
     for fold, part in chosen.groupby("fold"):
         net = load_best(run.fold(fold), config, backend)
         inside = part.index.to_numpy()
-        images = net_input(patches[inside], config, backend)
         signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in part["probability"]])
-        margin = (patches.shape[1] - config.side) // 2
-        crop = slice(margin, margin + config.side)
-        heat[inside, crop, crop] = grad_cam(net, images, signs).numpy()
+        heat[inside, crop, crop] = grad_cam(net, net_input(patches[inside], config, backend), signs).numpy()
     return [
         Mistake(row.id, row.label, row.fold, row.probability, _jpeg(patch), _jpeg(patch, heat_map))
         for row, patch, heat_map in zip(chosen.itertuples(), patches, heat, strict=True)
@@ -68,18 +63,10 @@ def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, stor
 
 
 def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
-    """Compute gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2).
+    """Return gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2), float32 (n, h, w) in [0, 1].
 
-    Args:
-        net: A model in evaluation mode that returns logits (n,).
-        images: (n, 3, h, w).
-        signs: (n,), 1 to explain the class tumour, -1 to explain the class no tumour.
-
-    Returns:
-        Maps, float32 (n, h, w) in [0, 1], each divided by its maximum unless it is zero everywhere.
-
-    Raises:
-        UserError: No module of the model returns a map of more than one position.
+    `images` are (n, 3, h, w), and `signs` (n,) are 1 to explain the class tumour, -1 to explain the class no tumour. Each map
+    is divided by its maximum unless it is zero everywhere.
     """
     module = feature_module(net, images[:1])
     features: list[Tensor] = []
@@ -98,13 +85,7 @@ def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
 
 
 def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return the last module of `net` whose output is a square map (n, channels, h, w) of at least 4 x 4 positions.
-
-    Without one, return the last module with more than one position.
-
-    Raises:
-        UserError: There is no such module.
-    """
+    """Return the last module of `net` whose output is a square map of at least 4 x 4 positions, or else of at least 2 x 2."""
     outputs: list[tuple[int, nn.Module]] = []
 
     def record(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -112,21 +93,19 @@ def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
             outputs.append((output.shape[2], module))
 
-    # What a transformer makes of patches, and its attention between them, are no maps of features.
-    modules = [module for name, module in net.named_modules() if name and not NO_MAPS & set(name.split("."))]
     with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_hook(record))
+        for name, module in net.named_modules():
+            if name and not NO_MAPS & set(name.split(".")):
+                hooks.enter_context(module.register_forward_hook(record))
         net(images)
     for minimum in (MIN_SIDE, 2):
-        candidates = [module for side, module in outputs if side >= minimum]
-        if candidates:
+        if candidates := [module for side, module in outputs if side >= minimum]:
             return candidates[-1]
     raise UserError("no module of the model returns a map of more than one position")
 
 
 def _jpeg(patch: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> str:
-    """Return `patch` (96, 96, 3), enlarged, with the labelled centre marked and `heat` (96, 96) in [0, 1] overlaid if given."""
+    """Return `patch` (96, 96, 3), enlarged, with the labelled centre marked and `heat` (96, 96) in [0, 1] over it."""
     image = patch.astype(np.float32)
     if heat is not None:
         weight = HEAT_OPACITY * heat[..., None]

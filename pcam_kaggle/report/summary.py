@@ -9,13 +9,7 @@ RESUME = "attach this notebook's output as an input (*Add Input*, *Your Work*) a
 
 
 def summary(made: Sequence[Run], planned: Sequence[Run]) -> str:
-    """Return the OOF AUC of the blended runs `made` (none if no fold was finished), and the next step.
-
-    `planned` are the runs that the session was to train.
-
-    Raises:
-        UserError: The score of a run is missing or damaged.
-    """
+    """Return the OOF AUC of the blended runs `made` of those `planned`, none if no fold was finished, and the next step."""
     scores = {run.name: run.blend_metrics() for run in made}
     if not scores:
         return f"**Next step:** no fold was finished in time; {RESUME}. Every fold continues after its last epoch."
