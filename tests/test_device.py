@@ -39,12 +39,6 @@ def test_a_device_computes_in_the_precision_it_has_units_for(
     assert choose_backend(given) == Backend(kind, chosen, "channels_last")
 
 
-@pytest.mark.parametrize("fields", [("tpu", "fp32", "contiguous"), ("cpu", "fp8", "contiguous"), ("cpu", "fp32", "rows")])
-def test_an_unknown_backend_is_an_error(fields: tuple[str, str, str]) -> None:
-    with pytest.raises(ValueError, match="no such backend"):
-        Backend(*fields)
-
-
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find_device", lambda: kind)
@@ -65,7 +59,7 @@ def test_loaders_share_the_cores_of_the_processes_that_train(
     cores: int, devices: int, folds: int, local: int, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
-    monkeypatch.setattr(gpus, "gpu_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setattr(gpus, "SHARED_MEMORY", tmp_path)
     assert gpus.loader_processes(folds, 1) == loaders
@@ -77,7 +71,7 @@ def test_batches_in_flight_fit_into_shared_memory(
 ) -> None:
     """Three batches per process are in flight, and one is read."""
     monkeypatch.setattr(gpus, "SHARED_MEMORY", Path.cwd())
-    monkeypatch.setattr(gpus, "gpu_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr("joblib.cpu_count", lambda: 16 * devices)
     monkeypatch.setattr(gpus.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
     assert gpus.loader_processes(5, 1000) == loaders

@@ -24,7 +24,6 @@ from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import embed as embedding
-from pcam_kaggle.training import gpus
 from pcam_kaggle.training.budget import Budget
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import embed
@@ -109,15 +108,13 @@ def test_an_interrupted_embedding_continues(
         join(*arguments)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding, "write", fails)
-        embed(config, store, CPU)
-    for _ in ("train", "test"):
+    # In the third part, before the rate is written, and after each of the two files of features.
+    for name, broken in (("write", fails), ("write_json", fails), ("_join", fails_late), ("_join", fails_late)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(embedding, "_join", fails_late)
+            patch.setattr(embedding, name, broken)
             embed(config, store, CPU)
     found, rate = embed(config, store, CPU) or ({}, 0.0)
-    assert embedded == [*range(24), *range(16, 43)]
+    assert embedded == [*range(24), *range(16, 43), *range(36, 43)]
     assert rate > 0
     shapes = {split: (array.shape, array.dtype.name) for split, array in found.items()}
     assert shapes == {"train": ((36, 512), "float16"), "test": ((7, 512), "float16")}
@@ -131,7 +128,7 @@ def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypat
     alone, _ = embed(config, store, CPU) or ({}, 0.0)
     monkeypatch.setattr(embedding, "CHUNK", 16)
     monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
-    monkeypatch.setattr(gpus, "gpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     shared, _ = embed(config, store, CPU) or ({}, 0.0)
     for split in ("train", "test"):
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
@@ -194,7 +191,7 @@ def test_frozen_layers_need_their_weights(task: Task) -> None:
 
 
 def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
-    fields: dict[str, Any] = {"freeze": 0.5, "optimizer": "adamw", "epochs": 2, "batch_size": 8, "tta": 1}
+    fields: dict[str, Any] = {"freeze": 0.5, "probe": False, "epochs": 2, "batch_size": 8, "tta": 1}
     whole, stopped = named(task, "whole", **fields), named(task, "stopped", **fields)
     rows = list(train_fold(whole, 0, CPU))
     next(train_fold(stopped, 0, CPU))

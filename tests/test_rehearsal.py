@@ -21,7 +21,7 @@ def probed(tmp_path: Path) -> Config:
     """Return the config of a probe."""
     weights = tmp_path / "weights.pth"
     torch.save(import_timm().create_model("resnet10t").state_dict(), weights)
-    model = {"model": "timm:resnet10t", "weights": str(weights), "freeze": 1, "optimizer": "logistic"}
+    model = {"model": "timm:resnet10t", "weights": str(weights), "freeze": 1, "probe": True}
     return Config(**model, side=32, tta=1, precision="fp32")
 
 

@@ -1,6 +1,6 @@
 """The JSON files of a run, each as a typed record."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -78,9 +78,9 @@ class TeacherRecord(Record):
 class BackendRecord(Record):
     """What a session computed on: kind of device, precision and memory format."""
 
-    kind: str
-    precision: str
-    memory_format: str = "channels_last"
+    kind: Literal["cpu", "cuda", "mps"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
 
 
 class Environment(Record):

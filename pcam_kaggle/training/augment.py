@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.data.stain import Image, Images, change, restain
 
-# Pixels; small, because only tumour in the centre square decides the label.
+# Pixels.
 MAX_SHIFT = 4
-
 # Largest offset of a stain's optical density, relative to the strength of the jitter.
 STAIN_OFFSET = 0.4
-
 # The elements of the dihedral group D4, by the names that albumentations gives them.
 SYMMETRIES: dict[str, Callable[[Image], Image]] = {
     "e": lambda image: image,
@@ -62,9 +60,8 @@ class ShiftedCrop(A.ImageOnlyTransform):
         self.side, self.max_shift = side, max_shift
 
     def get_params(self) -> dict[str, int]:
-        """Draw the position of the crop down and to the right, from 0 to 2 `max_shift`; `max_shift` is the centre."""
-        down, right = (int((2 * self.max_shift + 1) * self.py_random.random()) for _ in range(2))
-        return {"down": down, "right": right}
+        """Draw the position of the crop, from 0 to 2 `max_shift`; `max_shift` is the centre."""
+        return {name: int((2 * self.max_shift + 1) * self.py_random.random()) for name in ("down", "right")}
 
     def apply(self, img: Image, down: int, right: int, **params: Any) -> Image:
         """Return the crop (side, side, 3) of `img` (h, w, 3) at the drawn position."""
@@ -75,10 +72,7 @@ class ShiftedCrop(A.ImageOnlyTransform):
 
 
 class SquareSymmetry(A.D4):
-    """Rotate and reflect by one of the eight symmetries of the square.
-
-    The draws and the pixels are those of albumentations' D4; OpenCV copies the pixels in a third of the time.
-    """
+    """albumentations' D4, rotations and reflections of the square, with the same draws and pixels in a third of the time."""
 
     def apply(self, img: Image, group_element: str, **params: Any) -> Image:
         """Return `img` under the drawn symmetry."""
@@ -88,8 +82,7 @@ class SquareSymmetry(A.D4):
 class StainJitter(A.ImageOnlyTransform):
     """Scale and shift the optical density of each stain at random (Tellez et al. 2018, section III-B).
 
-    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`. Separating the stains, changing and recombining them is
-    one affine map of the optical density.
+    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`.
     """
 
     def __init__(self, strength: float) -> None:
@@ -97,13 +90,13 @@ class StainJitter(A.ImageOnlyTransform):
         self.strength = strength
 
     def get_params(self) -> dict[str, Any]:
-        """Draw a factor and an offset per stain; return their affine map, float64 (3, 4)."""
+        """Draw a factor and an offset per stain; return their affine map of optical densities, float64 (3, 4)."""
         factors = 1 + self.strength * self.random_generator.uniform(-1, 1, 3)
         offsets = STAIN_OFFSET * self.strength * self.random_generator.uniform(-1, 1, 3)
         return {"affine": change(factors, offsets)}
 
     def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
-        """Return `img` (h, w, 3) with the drawn map applied to its optical density."""
+        """Return `img` (h, w, 3) under the drawn map."""
         return restain(img, affine)
 
 

@@ -42,12 +42,6 @@ class Forecast:
     valid_seconds: float = 0.0
     is_logged: bool = False
 
-    def add_epoch(self, index: int, seconds: float, valid_seconds: float) -> None:
-        """Count an epoch of the fold at `index`, with its durations."""
-        self.epochs_left[index] -= 1
-        self.epoch_seconds = max(self.epoch_seconds, seconds)
-        self.valid_seconds = max(self.valid_seconds, valid_seconds)
-
     def seconds_to_stop(self, index: int) -> float:
         """Return the seconds for one more epoch of the fold at `index`, and for the predictions of all folds up to it."""
         return self.epoch_seconds + self.validations * self.valid_seconds * (index + 1)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import reading
 from pcam_kaggle.core.process import tune_malloc
+from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 
-DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # New runs use the first; runs of earlier versions may have recorded the second.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
 # Compute capabilities from which on GPUs have fp16 and bf16 units.
 VOLTA, AMPERE = 7, 8
 
@@ -31,10 +29,6 @@ class Backend:
     precision: str
     memory_format: str
 
-    def __post_init__(self) -> None:
-        if self.kind not in DEVICES or self.precision not in DTYPES or self.memory_format not in FORMATS:
-            raise ValueError(f"no such backend: {self.kind}, {self.precision}, {self.memory_format}")
-
     def place(self, net: nn.Module) -> nn.Module:
         """Move `net` to the device and into the memory format; return it."""
         # torch's annotations lack this argument.
@@ -42,7 +36,7 @@ class Backend:
 
     def images(self, patches: Tensor) -> Tensor:
         """Return RGB uint8 `patches` (n, h, w, 3) as float32 (n, 3, h, w) in [0, 1] on the device, in the memory format."""
-        # Memory that is not pinned may be overwritten by the next batch before an asynchronous copy reads it.
+        # Memory that is not pinned may be overwritten before an asynchronous copy reads it.
         moved = patches.to(self.kind, non_blocking=patches.is_pinned()).permute(0, 3, 1, 2)
         return moved.to(torch.float32, memory_format=FORMATS[self.memory_format]).div_(255)
 
@@ -54,6 +48,10 @@ class Backend:
         """Return a gradient scaler, enabled in fp16 only."""
         return torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
 
+    def record(self) -> BackendRecord:
+        """Return the backend as the files of a run record it."""
+        return BackendRecord(**asdict(self))
+
     def __str__(self) -> str:
         return f"{device_name(self.kind)}, {self.precision}, {self.memory_format}"
 
@@ -61,9 +59,7 @@ class Backend:
 def find_device() -> str:
     """Return the kind of the first available device: cuda, mps or cpu.
 
-    Raises:
-        UserError: The device cannot run a convolution. torch may report a GPU as available for which this build has no
-            kernels, such as Kaggle's P100.
+    Raises UserError if it cannot run a convolution, such as Kaggle's P100, for which builds of torch lack kernels.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = next((kind for kind, is_available in available.items() if is_available), "cpu")
@@ -89,9 +85,8 @@ def native_precision(kind: str) -> str:
         major, _ = torch.cuda.get_device_capability()
         return "bf16" if major >= AMPERE else "fp16" if major >= VOLTA else "fp32"
     # The flags are avx512_bf16 and amx_bf16 on x86, bf16 on ARM.
-    cpu_info = Path("/proc/cpuinfo")
-    has_bf16 = kind == "cpu" and cpu_info.exists() and "bf16" in cpu_info.read_text()
-    return "bf16" if has_bf16 else "fp32"
+    flags = Path("/proc/cpuinfo")
+    return "bf16" if kind == "cpu" and flags.exists() and "bf16" in flags.read_text() else "fp32"
 
 
 def choose_backend(precision: str) -> Backend:
@@ -101,18 +96,11 @@ def choose_backend(precision: str) -> Backend:
 
 
 def find_backend(run: Run, config: Config) -> Backend:
-    """Prepare this process; return the backend of the run's last session on this kind of device, by default a new run's.
-
-    Raises:
-        UserError: The device cannot compute, or environment.json is damaged.
-    """
+    """Prepare this process; return the backend of the run's last session on this kind of device, by default a new run's."""
     configure_torch()
     kind = find_device()
     used = [entry.backend for entry in run.environments() if entry.backend.kind == kind]
-    if not used:
-        return choose_backend(config.precision)
-    with reading(run.environment_file):
-        return Backend(**used[-1].model_dump())
+    return Backend(**used[-1].model_dump()) if used else choose_backend(config.precision)
 
 
 def configure_torch() -> None:
@@ -120,7 +108,7 @@ def configure_torch() -> None:
     tune_malloc()
     if find_device() == "cuda":
         # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes and of the thread
-        # that launches kernels: on 16 cores a step took a quarter longer.
+        # that launches kernels, and makes a step up to a quarter slower.
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
 

@@ -29,7 +29,7 @@ NORM_PATCHES = 8192
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
     """Train `learner` on the next `steps` batches of `source`, those of `epoch` (from 0); return the mean loss.
 
-    A batch is uint8 patches (n, side, side, 3) and float32 targets (n,). A loss that is not finite raises UserError.
+    A loss that is not finite raises UserError.
     """
     learner.model.train()
     losses = torch.zeros(steps, device=learner.loss.device)
@@ -59,32 +59,22 @@ def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
 def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
     """Replace the statistics of the batch norms of `net`, if any, by those of the patches to predict (Schneider et al. 2020).
 
-    No label is read. The statistics are means over batches that are drawn at random from the patches in `rows` (n,) with a
-    fixed seed, so the order of `rows` does not matter.
+    They are means over batches drawn from the patches in `rows` (n,) with a fixed seed; the order of `rows` does not matter.
     """
     net.eval()
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module.train() for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    for norm in norms:
-        norm.train()
     drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]
-    n_batches = math.ceil(len(drawn) / PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
-        for count, batch in enumerate(np.array_split(drawn, n_batches), 1):
+        for count, batch in enumerate(np.array_split(drawn, math.ceil(len(drawn) / PREDICT_BATCH)), 1):
             for norm in norms:
                 norm.momentum = 1 / count
             net(net_input(patches.images(batch), config, backend))
 
 
 def predict_logits(
-    net: nn.Module,
-    patches: Patches,
-    rows: NDArray[np.int64],
-    config: Config,
-    backend: Backend,
-    n_views: int,
-    description: str,
+    net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, n_views: int, description: str
 ) -> Tensor:
     """Return the logits of `n_views` (1, 4 or 8) views of the patches in `rows` (n,), float32 (n_views, n) on the CPU.
 
@@ -102,9 +92,9 @@ def predict_logits(
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:
-    """Return what a model predicts on: the centre of `patches`, without fine colour detail if the config says so.
+    """Return the centre of `patches`, RGB uint8 (n, 96, 96, 3), as float32 (n, 3, side, side) in [0, 1] on the device.
 
-    RGB uint8 (n, 96, 96, 3) becomes float32 (n, 3, side, side) in [0, 1] on the device.
+    Fine colour detail is filtered if the config says so.
     """
     batch = torch.from_numpy(center_crop(patches, config.side))
     # Pinned, so that the copy does not wait for the kernels before it.

@@ -16,7 +16,7 @@ from pcam_kaggle.data.listing import SHA1
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
-from pcam_kaggle.runs.records import BackendRecord, HeldOutSources
+from pcam_kaggle.runs.records import HeldOutSources
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend, find_backend
 from pcam_kaggle.training.learner import load_best
@@ -31,17 +31,9 @@ FEW_PATCHES = 256
 def predict_held_out(
     run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace, evaluation: Evaluation
 ) -> pd.DataFrame:
-    """Return the predictions of the models of `run` for a held-out set, computed unless `evaluation` has them.
+    """Return the predictions for a held-out set by the models of `folds`, all trained, computed unless `evaluation` has them.
 
-    Args:
-        run: An experiment's run.
-        folds: Those of its folds whose models predict, all trained.
-        patches: The held-out set.
-        workspace: Where the run's folds were drawn.
-        evaluation: Where predictions are stored.
-
-    Returns:
-        Columns id, label, and `fold_<k>` with probabilities.
+    The columns are id, label, and `fold_<k>` with probabilities. `workspace` is where the folds of `run` were drawn.
 
     Raises:
         UserError: A checkpoint is damaged, a probability is not a number, or `run` was trained on some of the patches.
@@ -50,17 +42,15 @@ def predict_held_out(
     config = run.config()
     if config.norm == "test" and len(patches.table) < FEW_PATCHES:
         log.warning(
-            "%s: takes batch norm statistics from these %d patches, which are few; %d or more make scores reliable",
-            run.name,
-            len(patches.table),
-            FEW_PATCHES,
+            f"{run.name}: takes batch norm statistics from these {len(patches.table)} patches, which are few; {FEW_PATCHES} or "
+            "more make scores reliable"
         )
     backend = find_backend(run, config)
     sources = HeldOutSources(
         patches_sha256=patches.sha256,
         checkpoints={fold.number: file_sha256(fold.best_checkpoint) for fold in folds},
         config=dataclasses.asdict(config),
-        backend=BackendRecord(**dataclasses.asdict(backend)),
+        backend=backend.record(),
     )
     table = evaluation.predictions(run.name, sources)
     log.debug("evaluate: %s: %s", run.name, "predicts" if table is None else "up to date")
@@ -73,8 +63,8 @@ def predict_held_out(
 def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace) -> None:
     """Raise UserError if `run` was trained or validated on one of `patches`: its id, or its pixels under another id.
 
-    For a run with a teacher this includes the test patches, whose predicted labels its `folds` were trained on. The ids are
-    those of the fold file, which must therefore exist. If they are not SHA-1s, pixels cannot be compared, which is logged.
+    For a run with a teacher this includes the test patches that its `folds` were trained on. The ids are those of the fold
+    file, which must therefore exist. If they are not SHA-1s, pixels cannot be compared, which is logged.
     """
     made = run.made_from()
     file = workspace.folds / f"{made.folds}.csv"

@@ -1,6 +1,7 @@
 """Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ BETAS = (0.9, 0.95)
 EPS = 1e-7
 # A step of Muon times this factor and the root of the longer side is as large as one of AdamW (Liu et al. 2025, equation 4).
 MATCH_ADAMW = 0.2
-# Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring all singular
-# values between 0.01 and 1 to within 0.7 to 1.2.
+# Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring singular values
+# between 0.01 and 1 to within 0.7 to 1.2.
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -40,10 +41,9 @@ Members = Sequence[tuple[int, Tensor]]
 def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return the optimizer that `config` names, which a CUDA graph may capture.
 
-    Each of its parameter groups has `lr`, a tensor on the device of `net`, and `lr_scale`, the factor of the learning rate.
+    Its parameter groups have `lr`, a tensor on the device of `net`, and `lr_scale`, the factor of the learning rate.
     """
-    groups = parameter_groups(net, config.layer_decay)
-    device = next(net.parameters()).device
+    groups, device = parameter_groups(net, config.layer_decay), next(net.parameters()).device
     if config.optimizer == "muon":
         groups = [part for group in groups for part in _split_matrices(group)]
     for group in groups:
@@ -55,7 +55,7 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the tensors of `state`, in the memory format of the parameters; the groups keep the options of `optimizer`."""
+    """Load the tensors of `state`, in the memory format of the parameters; `optimizer` keeps its options."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # A fused kernel takes for granted that a parameter and its state have the same layout.
     tensors = {
@@ -67,19 +67,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for index, values in state["state"].items()
     }
-    rates = [group["lr"] for group in optimizer.param_groups]
-    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    groups = [{**group, "params": saved["params"]} for group, saved in pairs]
-    optimizer.load_state_dict({"state": tensors, "param_groups": groups})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    optimizer.load_state_dict({"state": tensors, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
-    """Split the parameters of `net` that are trained into groups with `params`, `weight_decay` and `lr_scale`.
+    """Split the trained parameters of `net` into groups with `params`, `weight_decay` (0 for vectors) and `lr_scale`.
 
-    Biases and other vectors do not decay. In a model of timm, the learning rate of a layer is `layer_decay` times that of the
-    layer above it.
+    In a model of timm, the learning rate of a layer is `layer_decay` times that of the layer above it.
     """
     if isinstance(net, Backbone):
         timm_net: Any = net.net
@@ -108,7 +102,6 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def _split_matrices(group: dict[str, Any]) -> Groups:
-    """Return `group` as one of matrices and one of other parameters, marked by `is_muon`; empty ones are left out."""
     split = {muon: [p for p in group["params"] if is_matrix(p) == muon] for muon in (True, False)}
     return [{**group, "params": params, "is_muon": muon} for muon, params in split.items() if params]
 
@@ -116,10 +109,9 @@ def _split_matrices(group: dict[str, Any]) -> Groups:
 class Muon(torch.optim.Optimizer):
     """Muon for weight matrices (Jordan et al. 2024), and AdamW with Nesterov momentum for other parameters.
 
-    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. All steps are taken on
-    the device without reading a result, with the learning rate in tensors, so that a CUDA graph may capture them. With a
-    gradient scaler a step whose gradients are not finite changes nothing. Parameter groups have `params`, `lr` (a tensor),
-    `weight_decay` and `is_muon`.
+    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. A CUDA graph may capture
+    a step. With a gradient scaler a step whose gradients are not finite changes nothing. Parameter groups have `params`, `lr`
+    (a tensor), `weight_decay` and `is_muon`.
     """
 
     # torch's GradScaler then sets `found_inf` and does not read it.
@@ -128,9 +120,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, {})
-        members = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
+        numbered = list(enumerate(self.param_groups))
         self._matrices, self._others = (
-            [(number, p) for number, p in members if self.param_groups[number]["is_muon"] == is_muon]
+            [(number, p) for number, group in numbered if group["is_muon"] == is_muon for p in group["params"]]
             for is_muon in (True, False)
         )
         self._orthogonalize = Orthogonalizer([p for _, p in self._matrices])
@@ -141,7 +133,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["step"] = self._steps
 
     def _flat(self, name: str, members: Members) -> Tensor:
-        """Return zeros for all elements of the parameters in `members`; their `state` has views of it called `name`."""
+        """Return zeros for all elements of `members`, whose `state` has views of it called `name`."""
         flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for _, p in members))
         for (_, p), part in zip(members, _split(flat, members), strict=True):
             self.state[p][name] = part
@@ -186,7 +178,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def _split(flat: Tensor, members: Members) -> list[Tensor]:
-    """Return views of `flat` of the shapes of the parameters in `members`."""
     parts = flat.split([p.numel() for _, p in members])
     return [part.view(p.shape) for part, (_, p) in zip(parts, members, strict=True)]
 
@@ -202,12 +193,10 @@ class Orthogonalizer:
 
     The Newton-Schulz iteration (Jordan et al. 2024) is computed for all matrices at once, and on the smaller of XXᵀ and XᵀX
     instead of X: with G = XXᵀ / ‖X‖², each iteration multiplies X by Q = aI + bG + cG² and G by Q². These Gram matrices are
-    padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`, of which all
-    axes but the first are the columns.
+    padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        parameters = list(parameters)
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.shapes = [p.shape for p in parameters]
         self.buckets: dict[int, list[int]] = {}
         for index, shape in enumerate(self.shapes):
@@ -220,15 +209,16 @@ class Orthogonalizer:
         }
 
     def __call__(self, flat: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrices in `flat`, one after the other (float32), orthogonalised, each of its parameter's shape.
+        """Return the matrices in `flat` (float32, one after the other) orthogonalised, in their shapes.
 
         Each is scaled by its factor in `steps` and by the one that makes its step as large as AdamW's.
         """
         parts = flat.split([shape.numel() for shape in self.shapes])
         matrices = [part.view(shape[0], -1) for part, shape in zip(parts, self.shapes, strict=True)]
-        directions = list(matrices)
+        directions = matrices.copy()
         for side, members in self.buckets.items():
-            wide = [matrices[index].T if _is_tall(matrices[index]) else matrices[index] for index in members]
+            chosen = [matrices[index] for index in members]
+            wide = [matrix.T if _is_tall(matrix) else matrix for matrix in chosen]
             grams = flat.new_zeros(len(members), side, side)
             for gram, matrix in zip(grams, wide, strict=True):
                 torch.mm(matrix, matrix.T, out=gram[: len(matrix), : len(matrix)])
@@ -236,15 +226,15 @@ class Orthogonalizer:
             squares = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=EPS**2)
             scale = torch.stack([steps[index] for index in members]) * self.factors[side] * squares.rsqrt()
             products = iterate(grams / squares[:, None, None]) * scale[:, None, None]
-            for index, matrix, product in zip(members, wide, products, strict=True):
-                part = product[: len(matrix), : len(matrix)]
-                made = matrices[index] @ part if _is_tall(matrices[index]) else part @ matrix
+            for index, matrix, product in zip(members, chosen, products, strict=True):
+                short = min(matrix.shape)
+                part = product[:short, :short]
+                made = matrix @ part if _is_tall(matrix) else part @ matrix
                 directions[index] = made.view(self.shapes[index])
         return directions
 
 
 def _sides(shape: torch.Size) -> tuple[int, int]:
-    """Return the numbers of rows and of columns."""
     return shape[0], shape[1:].numel()
 
 
@@ -257,12 +247,11 @@ def iterate(grams: Tensor) -> Tensor:
 
     `grams` are XXᵀ / ‖X‖² of each matrix X, symmetric float32 (n, side, side), as are the results.
     """
-    product = None
-    for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):
+    factors: list[Tensor] = []
+    for a, b, c in NEWTON_SCHULZ:
+        if factors:
+            grams = factors[-1] @ grams @ factors[-1]
         q = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
         q.diagonal(dim1=1, dim2=2).add_(a)
-        product = q if product is None else q @ product
-        if number < len(NEWTON_SCHULZ):
-            grams = q @ grams @ q
-    assert product is not None
-    return product
+        factors.append(q)
+    return functools.reduce(lambda product, q: q @ product, factors)

@@ -26,17 +26,15 @@ log = logging.getLogger(__name__)
 def predict(task: Task, folds: list[int]) -> None:
     """Predict the validation part and the test set with the model of each of `folds`, all trained; every rank calls this.
 
-    Probabilities are means over the config's views. Rank 0 computes, on all GPUs that it sees.
-
-    Raises:
-        UserError: Another process works in the run, or a checkpoint is missing or damaged.
+    Rank 0 computes, on all GPUs that it sees. Raises UserError if another process works in the run, or a checkpoint is missing
+    or damaged.
     """
-    on_first_rank(partial(_predict, task, folds))
 
+    def work() -> None:
+        with locked(task.run.folder):
+            run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
 
-def _predict(task: Task, folds: list[int]) -> None:
-    with locked(task.run.folder):
-        run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
+    on_first_rank(work)
 
 
 def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
@@ -66,9 +64,9 @@ def _predict_fold(task: Task, backend: Backend, number: int) -> None:
 def predict_probabilities(
     net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, description: str
 ) -> NDArray[np.float64]:
-    """Return the probabilities (n,) of the patches in `rows` (n,), with the views and batch norm statistics of `config`.
+    """Return the probabilities (n,) of the patches in `rows` (n,), means over views, under `net`, which is on the device.
 
-    `net` is on the device; `description` is the text before the progress bar.
+    `description` is the text before the progress bar.
     """
     if config.norm == "test":
         adapt_norms(net, patches, rows, config, backend)

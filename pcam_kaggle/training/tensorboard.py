@@ -11,9 +11,9 @@ from pcam_kaggle.training.learner import EpochRow
 
 @contextmanager
 def scalar_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
-    """Yield a function that writes every number of a row of log.csv at its epoch, in rank 0 and if `tensorboard` is installed.
+    """Yield a function that writes a row of log.csv, in rank 0 and if `tensorboard` is installed.
 
-    Events in `folder` from epoch `first` on (from 1), of an interrupted run, are hidden.
+    Events from epoch `first` on (from 1), of an interrupted run, are hidden.
     """
     if rank() > 0 or find_spec("tensorboard") is None:
         yield lambda row: None
