@@ -287,7 +287,7 @@ def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch)
     hour = Budget.of_hours(1)
     # 3,600 s less the 120 s for ending: a fold of 10 epochs of 90 s and 60 s of predictions takes 960 s.
     for left, fit in (([10, 10, 10, 10], "3"), ([9, 10, 10, 10], "3"), ([3, 10, 10, 10], "4"), ([99], "none")):
-        assert f", {fit} of them will" in Forecast(list(range(len(left))), left, 2.0, 90, 30).summary(hour.left())
+        assert f", {fit} of them will" in Forecast(dict(enumerate(left)), 2.0, 90, 30).summary(hour.left())
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])

@@ -22,20 +22,17 @@ from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
-from pcam_kaggle.models.backbone import Backbone
-from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.provenance import versions
 from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
 from pcam_kaggle.training.gpus import round_robin, run_on_gpus
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
 # Patches whose features are written together; an interrupted embedding continues after the last of them.
-CHUNK = 16 * PREDICT_BATCH
+CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
@@ -98,7 +95,7 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
     for split, chunks in itertools.groupby(assigned, key=lambda chunk: chunk.split):
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
-            adapt_norms(model, store, rows, config, backend)
+            engine.adapt_norms(model, store, rows, config, backend)
             model.eval()
         for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
@@ -114,11 +111,11 @@ def mean_features(
     model: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend
 ) -> NDArray[np.float32]:
     """Return the features (n, features) of the patches in `rows` (n,) under `model`, a `Backbone`, means over views."""
-    assert isinstance(model, Backbone)
+    assert isinstance(model, backbone.Backbone)
     parts = []
     with torch.inference_mode(), backend.autocast():
-        for start in range(0, len(rows), PREDICT_BATCH):
-            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
+        for start in range(0, len(rows), engine.PREDICT_BATCH):
+            images = engine.net_input(patches.images(rows[start : start + engine.PREDICT_BATCH]), config, backend)
             views = tta.views(images, config.tta, config.tta_shift)
             parts.append(torch.stack([model.features(view).float() for view in views]).mean(0).cpu())
     return torch.cat(parts).numpy()
@@ -134,7 +131,7 @@ def _join(chunks: list[Path], target: Path) -> None:
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:
     content = {
         "patches": [getattr(store.manifest, f"{split}_sha256") for split in SPLITS],
-        "weights": weights_sha256(config),
+        "weights": weights.weights_sha256(config),
         "config": {name: getattr(config, name) for name in FEATURE_FIELDS},
         "precision": backend.precision,
         "code": [inspect.getsource(module) for module in CODE],

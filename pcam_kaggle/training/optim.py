@@ -34,8 +34,6 @@ LEAST_BUCKET = 16
 LEAST_ROWS, MOST_ELONGATED = 4, 128
 
 Groups = list[dict[str, Any]]
-# Parameters, each with the number of its group.
-Members = Sequence[tuple[int, Tensor]]
 
 
 def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -55,19 +53,14 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the tensors of `state`, in the memory format of the parameters; `optimizer` keeps its options."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # A fused kernel takes for granted that a parameter and its state have the same layout.
-    tensors = {
-        index: {
-            name: torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
-            if value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({"state": tensors, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Load the tensors of `state`, in the memory format of the parameters; `optimizer` keeps its options and tensors."""
+    own = dict(optimizer.state)
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, loaded in optimizer.state.items():
+        for name, tensor in loaded.items():
+            # A fused kernel takes for granted that a parameter and its state have the same layout.
+            like = p if tensor.shape == p.shape else tensor
+            loaded[name] = own.get(p, {}).get(name, torch.empty_like(like)).copy_(tensor)
 
 
 def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
@@ -120,33 +113,23 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, {})
-        numbered = list(enumerate(self.param_groups))
         self._matrices, self._others = (
-            [(number, p) for number, group in numbered if group["is_muon"] == is_muon for p in group["params"]]
+            [p for group in self.param_groups if group["is_muon"] == is_muon for p in group["params"]]
             for is_muon in (True, False)
         )
-        self._orthogonalize = Orthogonalizer([p for _, p in self._matrices])
+        self._orthogonalize = Orthogonalizer(self._matrices)
         self._momentum = self._flat("momentum", self._matrices)
         self._mean, self._square = (self._flat(name, self._others) for name in ("mean", "square"))
         self._steps = self._momentum.new_zeros(())
-        for _, p in self._others:
+        for p in self._others:
             self.state[p]["step"] = self._steps
 
-    def _flat(self, name: str, members: Members) -> Tensor:
-        """Return zeros for all elements of `members`, whose `state` has views of it called `name`."""
-        flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for _, p in members))
-        for (_, p), part in zip(members, _split(flat, members), strict=True):
+    def _flat(self, name: str, parameters: list[Tensor]) -> Tensor:
+        """Return zeros for all elements of `parameters`, whose `state` has views of it called `name`."""
+        flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for p in parameters))
+        for p, part in zip(parameters, _split(flat, parameters), strict=True):
             self.state[p][name] = part
         return flat
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a state into the tensors of this optimizer."""
-        own = dict(self.state)
-        super().load_state_dict(state_dict)
-        for p, tensors in own.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(self.state[p][name])
-            self.state[p] = tensors
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -156,10 +139,12 @@ class Muon(torch.optim.Optimizer):
         for rate, group in zip(rates, self.param_groups, strict=True):
             if group["weight_decay"]:
                 torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
-        for members, direction in ((self._matrices, self._matrix_directions), (self._others, self._adam_directions)):
-            if members:
-                steps = [-rates[number] for number, _ in members]
-                torch._foreach_add_([p for _, p in members], direction(_gradients(members, keep), keep, steps))
+        for parameters, direction in ((self._matrices, self._matrix_directions), (self._others, self._adam_directions)):
+            if parameters:
+                is_muon = parameters is self._matrices
+                pairs = zip(rates, self.param_groups, strict=True)
+                steps = [-rate for rate, group in pairs if group["is_muon"] == is_muon for _ in group["params"]]
+                torch._foreach_add_(parameters, direction(_gradients(parameters, keep), keep, steps))
 
     def _matrix_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
         self._momentum.lerp_(gradients, (1 - MOMENTUM) * keep)
@@ -177,14 +162,14 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_mul(_split(directions, self._others), steps))
 
 
-def _split(flat: Tensor, members: Members) -> list[Tensor]:
-    parts = flat.split([p.numel() for _, p in members])
-    return [part.view(p.shape) for part, (_, p) in zip(parts, members, strict=True)]
+def _split(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
-def _gradients(members: Members, keep: Tensor) -> Tensor:
-    """Return the gradients of `members` as one vector, zeros where `keep` is 0; a parameter without one counts as zero."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for _, p in members])
+def _gradients(parameters: list[Tensor], keep: Tensor) -> Tensor:
+    """Return all gradients as one vector, zeros where `keep` is 0; a parameter without one counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     return torch.where(keep > 0, flat, 0.0)
 
 

@@ -26,7 +26,7 @@ def rehearse(config: Config) -> None:
     """
     configure_torch()
     backend = choose_backend(config.precision)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), memory_errors(f"model={config.model}"):
         _rehearse(config, backend)
     if backend.kind == "cuda":
         # The processes of the GPUs need the memory.
@@ -35,14 +35,13 @@ def rehearse(config: Config) -> None:
 
 def _rehearse(config: Config, backend: Backend) -> None:
     patches, rows = _RandomPatches(), np.arange(PREDICT_BATCH)
-    with memory_errors(f"model={config.model}"):
-        model = backend.place(create(config))
-        if config.probe:
-            mean_features(model.eval(), patches, rows, config, backend)
-            return
-        learner = Learner(model, config, backend, config.batch_size // world_size())
-        with memory_errors(f"batch_size={config.batch_size}"):
-            batch = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8)
-            learner.load(batch, torch.ones(len(batch)), config.lr, 1.0)
-            learner.step()
-        predict_logits(learner.ema.eval(), patches, rows, config, backend, 1, "rehearse")
+    model = backend.place(create(config))
+    if config.probe:
+        mean_features(model.eval(), patches, rows, config, backend)
+        return
+    learner = Learner(model, config, backend, config.batch_size // world_size())
+    with memory_errors(f"batch_size={config.batch_size}"):
+        batch = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8)
+        learner.load(batch, torch.ones(len(batch)), config.lr, 1.0)
+        learner.step()
+    predict_logits(learner.ema.eval(), patches, rows, config, backend, 1, "rehearse")

@@ -3,9 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +34,6 @@ from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.task import Task, open_session
-from pcam_kaggle.training.tensorboard import scalar_writer
 
 log = logging.getLogger(__name__)
 
@@ -75,19 +76,37 @@ def _check_teacher(task: Task) -> None:
 
 def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, segments: list[Segment]) -> None:
     """Train `segments` in order, while `budget` has time for another epoch and the predictions of these folds."""
-    forecast = _forecast(task, segments)
-    for index, segment in enumerate(segments):
-        fold = task.run.fold(segment.fold)
+    forecast, is_logged = _forecast(task, segments), False
+    left = forecast.epochs_left
+    for segment in segments:
+        number, fold = segment.fold, task.run.fold(segment.fold)
         with (
             fold.lock() if segment.is_split else nullcontext(),
-            fold_context(fold.number),
-            _readable_errors(task.config, fold.number),
-            closing(train_fold(task, fold.number, backend, loaders)) as rows,
+            fold_context(number),
+            _readable_errors(task.config, number),
+            closing(train_fold(task, number, backend, loaders)) as rows,
         ):
-            forecast.epochs_left[index] = segment.until - len(fold.log())
-            if not _train_segment(rows, segment, task.config, forecast, index, budget):
-                log.info("train: out of time in fold %d; run the same command again, which resumes", fold.number)
-                return
+            left[number] = segment.until - len(fold.log())
+            while left[number] > 0:
+                if broadcast(budget.left()) < forecast.seconds_to_stop(number):
+                    log.info("train: out of time in fold %d; run the same command again, which resumes", number)
+                    return
+                row = next(rows, None)
+                if row is None:
+                    break
+                left[number] -= 1
+                forecast.epoch_seconds = max(forecast.epoch_seconds, row["seconds"])
+                forecast.valid_seconds = max(forecast.valid_seconds, row["valid_seconds"])
+                log.info(
+                    f"fold {number}, epoch {row['epoch']:>2} of {task.config.epochs}: loss {row['train_loss']:.4f}, "
+                    f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
+                )
+                if not is_logged and budget.left() < math.inf:
+                    log.info("train: %s", forecast.summary(budget.left()))
+                is_logged = True
+            if segment.until == task.config.epochs:
+                # Writes metrics.json.
+                next(rows, None)
 
 
 def _forecast(task: Task, segments: list[Segment]) -> Forecast:
@@ -95,34 +114,8 @@ def _forecast(task: Task, segments: list[Segment]) -> Forecast:
     seconds, valid_seconds = logs[["seconds", "valid_seconds"]].max().fillna(0.0)
     passes = task.config.tta + (task.config.norm == "test")
     validations = passes * (1 + len(task.store.ids("test")) * task.config.n_splits / len(task.store.ids("train")))
-    folds, planned = zip(*((segment.fold, segment.until - segment.start) for segment in segments), strict=True)
-    return Forecast([*folds], [*planned], validations, seconds, valid_seconds)
-
-
-def _train_segment(
-    rows: Iterator[EpochRow], segment: Segment, config: Config, forecast: Forecast, index: int, budget: Budget
-) -> bool:
-    """Train a segment by taking the `rows` of its epochs, while `budget` has time; return whether it had."""
-    while forecast.epochs_left[index] > 0:
-        if broadcast(budget.left()) < forecast.seconds_to_stop(index):
-            return False
-        row = next(rows, None)
-        if row is None:
-            return True
-        forecast.epochs_left[index] -= 1
-        forecast.epoch_seconds = max(forecast.epoch_seconds, row["seconds"])
-        forecast.valid_seconds = max(forecast.valid_seconds, row["valid_seconds"])
-        log.info(
-            f"fold {segment.fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
-            f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
-        )
-        if not forecast.is_logged and budget.left() < math.inf:
-            log.info("train: %s", forecast.summary(budget.left()))
-        forecast.is_logged = True
-    if segment.until == config.epochs:
-        # Writes metrics.json.
-        next(rows, None)
-    return True
+    epochs_left = {segment.fold: segment.until - segment.start for segment in segments}
+    return Forecast(epochs_left, validations, seconds, valid_seconds)
 
 
 @contextmanager
@@ -145,16 +138,37 @@ def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> G
     data = FoldData.of(task, number)
     learner, rows = _start(task, number, backend, data.train.count)
     source = batches(data.train, len(rows), loaders)
-    with scalar_writer(fold.events, len(rows) + 1) as add_scalars:
+    with _event_writer(fold.events, len(rows) + 1) as write_events:
         for epoch in range(len(rows), config.epochs):
             torch.manual_seed(_seed(config, number, epoch + 1) + rank())
             start = time.perf_counter()
             loss = train_epoch(learner, source, data.train.steps, epoch, config)
             seconds = time.perf_counter() - start
             rows.append(on_first_rank(partial(_finish_epoch, task, data, learner, rows, loss, seconds)))
-            add_scalars(rows[-1])
+            write_events(rows[-1])
             yield rows[-1]
     on_first_rank(partial(_write_metrics, task, data, learner, rows))
+
+
+@contextmanager
+def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
+    """Yield a function that writes a row of log.csv for TensorBoard, in rank 0 and if it is installed.
+
+    Events from epoch `first` on (from 1), of an interrupted run, are hidden.
+    """
+    if rank() > 0 or find_spec("tensorboard") is None:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=first) as writer:
+
+        def write(row: EpochRow) -> None:
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+
+        yield write
 
 
 class FoldData(NamedTuple):
