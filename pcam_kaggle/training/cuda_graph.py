@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
 Capture = Callable[[Work], Work]
-
 # Steps that are compared, and the learning rate and the weight of the EMA during them.
 CHECKED_STEPS = 3
 CHECKED_LR, CHECKED_WEIGHT = 1e-3, 0.1
@@ -52,10 +51,7 @@ def capture(work: Work) -> Work:
 
 
 def fastest_step(learner: Learner, capture: Capture = capture) -> Work | None:
-    """Return a CUDA graph of the step of `learner` if a few steps with it end as the eager ones do, otherwise None.
-
-    The state after this call is the one before, random numbers included. The log says which is used, and why.
-    """
+    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
     kind = learner.backend.kind
     if kind != "cuda" or world_size() > 1:
         log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
@@ -71,10 +67,8 @@ def compared(learner: Learner, capture: Capture) -> tuple[Work | None, str]:
         eager = _changed_by(learner.compute, learner)
         with _restored(learner):
             replay = capture(learner.compute)
-        graph = _changed_by(replay, learner)
-        size, difference = (
-            float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, torch._foreach_sub(graph, eager))
-        )
+        differences = torch._foreach_sub(_changed_by(replay, learner), eager)
+        size, difference = (float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, differences))
     except (RuntimeError, AssertionError) as error:
         return None, f"the graph failed: {' '.join(str(error).split())[:200]}"
     found = f"after {CHECKED_STEPS} steps both differ by {difference:.2g}, and have moved by {size:.2g}"
@@ -83,7 +77,7 @@ def compared(learner: Learner, capture: Capture) -> tuple[Work | None, str]:
 
 
 def _changed_by(step: Work, learner: Learner) -> list[Tensor]:
-    """Return what a few calls of `step` add to the trained tensors of `learner`, whose state is afterwards that of before."""
+    """Return what a few calls of `step` add to the trained tensors of `learner`, whose state stays."""
     with _restored(learner) as saved:
         if learner.scaler.is_enabled():
             # At a training's scale the first steps may overflow, and change nothing.
@@ -100,7 +94,7 @@ def _changed_by(step: Work, learner: Learner) -> list[Tensor]:
 
 @contextmanager
 def _restored(learner: Learner) -> Iterator[dict[int, Tensor]]:
-    """Yield copies of the tensors of `learner` by their id; set it and the random numbers back when the block ends."""
+    """Yield copies of the tensors of `learner` by their id; restore it and the random numbers after the block."""
     optimizer, scaler = learner.optimizer, learner.scaler
     # The scaler makes its tensors in its first call.
     scaler.scale(learner.loss.detach())

@@ -15,7 +15,7 @@ from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# New runs use the first; runs of earlier versions may have recorded the second.
+# Runs of earlier versions may have recorded the second.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # Compute capabilities from which on GPUs have fp16 and bf16 units.
 VOLTA, AMPERE = 7, 8
@@ -23,7 +23,7 @@ VOLTA, AMPERE = 7, 8
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How a model is run: on cpu, cuda or mps, in fp32 or by autocast in bf16 or fp16, in channels_last or contiguous."""
+    """How a model is run: kind of device (cpu, cuda or mps), precision of autocast and memory format."""
 
     kind: str
     precision: str
@@ -31,7 +31,6 @@ class Backend:
 
     def place(self, net: nn.Module) -> nn.Module:
         """Move `net` to the device and into the memory format; return it."""
-        # torch's annotations lack this argument.
         return net.to(self.kind, memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 
     def images(self, patches: Tensor) -> Tensor:
@@ -61,8 +60,7 @@ def find_device() -> str:
 
     Raises UserError if it cannot run a convolution, such as Kaggle's P100, for which builds of torch lack kernels.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = next((kind for kind, is_available in available.items() if is_available), "cpu")
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         image = torch.ones(1, 3, 8, 8, device=kind)
         torch.nn.functional.conv2d(image, torch.ones(4, 3, 3, 3, device=kind)).sum().item()
@@ -92,14 +90,13 @@ def native_precision(kind: str) -> str:
 def choose_backend(precision: str) -> Backend:
     """Return the backend of a new run on this machine, with the `precision` of its config; `auto` is `native_precision`."""
     kind = find_device()
-    return Backend(kind, native_precision(kind) if precision == "auto" else precision, next(iter(FORMATS)))
+    return Backend(kind, native_precision(kind) if precision == "auto" else precision, "channels_last")
 
 
 def find_backend(run: Run, config: Config) -> Backend:
     """Prepare this process; return the backend of the run's last session on this kind of device, by default a new run's."""
     configure_torch()
-    kind = find_device()
-    used = [entry.backend for entry in run.environments() if entry.backend.kind == kind]
+    used = [entry.backend for entry in run.environments() if entry.backend.kind == find_device()]
     return Backend(**used[-1].model_dump()) if used else choose_backend(config.precision)
 
 
@@ -115,7 +112,7 @@ def configure_torch() -> None:
 
 @contextlib.contextmanager
 def memory_errors(setting: str) -> Iterator[None]:
-    """Raise UserError that names `setting`, such as batch_size=64, where the block does not fit into the device's memory."""
+    """Raise UserError that names `setting`, such as batch_size=64, if the block does not fit into the device's memory."""
     try:
         yield
     except RuntimeError as error:

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Result = TypeVar("Result")
-
-# The other ranks wait while rank 0 packs the patches, validates, or predicts.
+# The other ranks wait while rank 0 packs, validates or predicts.
 TIMEOUT = timedelta(hours=4)
 
 

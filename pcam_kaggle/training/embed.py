@@ -53,11 +53,8 @@ class Chunk(NamedTuple):
 def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS) -> tuple[Features, float] | None:
     """Return the features of all patches, means over the config's views, and the patches per second; None if `budget` ends.
 
-    The next call continues. Features are stored in the folder `embeddings` beside the store, named after the hash of what they
-    depend on. Each GPU embeds patches with a model of its own.
-
-    Raises:
-        UserError: The model cannot be created, another process computes features, or a feature is not a number of float16.
+    They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on. Raises UserError
+    if the model cannot be created, another process computes features, or a feature is not a number of float16.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
     joined = {split: folder / f"{split}.npy" for split in SPLITS}
@@ -77,10 +74,9 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
             log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
             start = time.perf_counter()
             run_on_gpus(partial(_embed_chunks, config, store, backend, budget), round_robin(todo))
-            made = [chunk for chunk in todo if chunk.file.exists()]
+            made = [chunk.stop - chunk.start for chunk in todo if chunk.file.exists()]
             if made:
-                count = sum(chunk.stop - chunk.start for chunk in made)
-                write_json(rate_file, {"images_per_second": count / (time.perf_counter() - start)})
+                write_json(rate_file, {"images_per_second": sum(made) / (time.perf_counter() - start)})
             if len(made) < len(todo):
                 return None
         for split in dict.fromkeys(chunk.split for chunk in lacking):

@@ -19,11 +19,9 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.schedule import ema_weight, learning_rate
 
-LOSSES_SHOWN = 5
-LOSSES_READ_TOGETHER = 25
-PREDICT_BATCH = 256
-# Patches that the statistics of batch norms are estimated from, at most.
-NORM_PATCHES = 8192
+LOSSES_SHOWN, LOSSES_READ_TOGETHER = 5, 25
+# Patches that are predicted together, and those that the statistics of batch norms are estimated from, at most.
+PREDICT_BATCH, NORM_PATCHES = 256, 8192
 
 
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
@@ -39,7 +37,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: i
         learner.load(patches, targets, lr, ema_weight(config, steps, epoch * steps + step))
         learner.step()
         losses[step].copy_(learner.loss)
-        # Reading a loss waits for the GPU, so several are read together.
+        # Reading waits for the GPU.
         if (step + 1) % LOSSES_READ_TOGETHER == 0 or step == steps - 1:
             _check_finite(losses[: step + 1].tolist(), epoch, lr)
     # Apple's GPUs have no float64.
@@ -78,7 +76,7 @@ def predict_logits(
 ) -> Tensor:
     """Return the logits of `n_views` (1, 4 or 8) views of the patches in `rows` (n,), float32 (n_views, n) on the CPU.
 
-    `net` is on the device and in evaluation mode; `description` is the text before the progress bar.
+    `net` is on the device in evaluation mode; `description` is shown before the progress bar.
     """
     net = fold_norms(net)
     logits = []
@@ -87,7 +85,7 @@ def predict_logits(
             images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
             views = tta.views(images, n_views, config.tta_shift)
             logits.append(torch.stack([net(view).float() for view in views]))
-        # Reading waits for a GPU, which computes a batch while the next one is read.
+        # At the end, since it waits for the GPU, which computes a batch while the next one is read.
         return torch.cat(logits, dim=1).cpu()
 
 
@@ -97,6 +95,7 @@ def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> T
     Fine colour detail is filtered if the config says so.
     """
     batch = torch.from_numpy(center_crop(patches, config.side))
-    # Pinned, so that the copy does not wait for the kernels before it.
-    batch = batch.pin_memory() if backend.kind == "cuda" else batch
+    if backend.kind == "cuda":
+        # The copy then does not wait for the kernels before it.
+        batch = batch.pin_memory()
     return tta.blur_chroma(backend.images(batch), config.chroma_blur)

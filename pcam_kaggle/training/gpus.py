@@ -73,8 +73,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
     used = 0
     for fold, count in left.items():
         fitting = min(count, limit - used)
-        middle = epochs - fitting
-        is_split = 0 < fitting < count
+        middle, is_split = epochs - fitting, 0 < fitting < count
         if fitting or not count:
             assignments[-1].append(Segment(fold, middle, epochs, is_split))
             used += fitting
@@ -99,9 +98,8 @@ def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]
         for each in ended:
             each.result()
     except BrokenProcessPool:
-        raise UserError(
-            "a GPU's process was killed, perhaps for lack of memory; run the same command again, which resumes"
-        ) from None
+        message = "a GPU's process was killed, perhaps for lack of memory; run the same command again, which resumes"
+        raise UserError(message) from None
 
 
 def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], items: list[Item]) -> None:

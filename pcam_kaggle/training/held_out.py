@@ -23,7 +23,6 @@ from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
 
 log = logging.getLogger(__name__)
-
 # With fewer patches, batch norm statistics of their own are noisy.
 FEW_PATCHES = 256
 
@@ -63,8 +62,7 @@ def predict_held_out(
 def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace) -> None:
     """Raise UserError if `run` was trained or validated on one of `patches`: its id, or its pixels under another id.
 
-    For a run with a teacher this includes the test patches that its `folds` were trained on. The ids are those of the fold
-    file, which must therefore exist. If they are not SHA-1s, pixels cannot be compared, which is logged.
+    The ids are those of the fold file, which must exist, and with a teacher those of the test patches.
     """
     made = run.made_from()
     file = workspace.folds / f"{made.folds}.csv"
@@ -86,10 +84,10 @@ def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, worksp
 
 def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backend: Backend) -> pd.DataFrame:
     table = patches.table[["id", "label"]].reset_index(drop=True)
+    rows = np.arange(len(table))
     for fold in folds:
         with fold_context(fold.number):
-            model = load_best(fold, config, backend)
-            probabilities = predict_probabilities(model, patches, np.arange(len(table)), config, backend, "evaluate")
+            probabilities = predict_probabilities(load_best(fold, config, backend), patches, rows, config, backend, "evaluate")
         if not np.isfinite(probabilities).all():
             raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
         table[f"fold_{fold.number}"] = probabilities

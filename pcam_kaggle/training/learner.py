@@ -104,15 +104,13 @@ class Learner:
         self.save_best(fold, rows)
 
     def save_best(self, fold: Fold, rows: list[EpochRow]) -> None:
-        """Bring best checkpoint and log up to the last checkpoint, also after an interruption between these writes."""
+        """Write best checkpoint and log, also those that an interruption after the last checkpoint left out."""
         best = best_row(rows)
         if best is rows[-1]:
-            content = {"net": trained_state(self.ema), "epoch": len(rows), "valid_auc": best["valid_auc"]}
-            checkpoint.save(fold.best_checkpoint, content)
+            state = {"net": trained_state(self.ema), "epoch": len(rows), "valid_auc": best["valid_auc"]}
+            checkpoint.save(fold.best_checkpoint, state)
         elif checkpoint.load(fold.best_checkpoint, "epoch")["epoch"] != best["epoch"]:
-            raise UserError(
-                f"{fold.best_checkpoint}: not the best epoch of last.pt; delete {fold.folder} to train the fold again"
-            )
+            raise UserError(f"{fold.best_checkpoint}: not the best epoch of last.pt; {checkpoint.ANEW}")
         fold.write_log(rows)
 
     def resume(self, last: Path) -> list[EpochRow]:

@@ -24,17 +24,16 @@ from pcam_kaggle.training.distributed import rank, world_size
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, ...]
-# Batches that a loader process prepares ahead.
-PREFETCH = 3
-LOADER_NICE = 5
+# Batches that a loader process prepares ahead, and its priority.
+PREFETCH, LOADER_NICE = 3, 5
 
 
 class TrainBatches(Dataset):
     """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
 
     An item is uint8 patches (count, side, side, 3) and float32 targets (count,), of the patches in `rows` (n,) of the store,
-    with `labels` (n,) that are 0, 1 or a teacher's probability. Order and augmentation depend on (seed, fold, epoch, batch)
-    alone. Each rank has a part of the batch, of the same size for all; up to `world_size` - 1 patches are left out.
+    with `labels` (n,) in [0, 1]. Order and augmentation depend on (seed, fold, epoch, batch) alone. Each rank has a part of
+    the batch, of the same size for all; up to `world_size` - 1 patches are left out.
     """
 
     def __init__(
@@ -77,12 +76,10 @@ class _SharedBatches(Dataset):
 
     def __init__(self, data: TrainBatches, count: int) -> None:
         self.data = data
-        shape = (data.count, data.config.side, data.config.side, 3)
+        side = data.config.side
+        empty = torch.empty(data.count, side, side, 3, dtype=torch.uint8), torch.empty(data.count)
         try:
-            self.slots: list[Batch] = [
-                (torch.empty(shape, dtype=torch.uint8).share_memory_(), torch.empty(data.count).share_memory_())
-                for _ in range(count)
-            ]
+            self.slots: list[Batch] = [tuple(part.clone().share_memory_() for part in empty) for _ in range(count)]
         except RuntimeError:
             raise UserError(
                 f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
@@ -159,7 +156,7 @@ def _lower_priority(worker: int) -> None:
     As a batch process it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time
     on a busy machine.
     """
-    # Windows has neither call, macOS lacks the second.
+    # Windows has neither, macOS lacks the second.
     with suppress(AttributeError, OSError):
         os.nice(LOADER_NICE)
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

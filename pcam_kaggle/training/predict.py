@@ -38,27 +38,22 @@ def predict(task: Task, folds: list[int]) -> None:
 
 
 def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
+    config, store = task.config, task.store
     for number in folds:
+        fold, (_, valid) = task.run.fold(number), task.parts(number)
         with fold_context(number):
-            _predict_fold(task, backend, number)
-
-
-def _predict_fold(task: Task, backend: Backend, number: int) -> None:
-    config, store, fold = task.config, task.store, task.run.fold(number)
-    net = load_best(fold, config, backend)
-    _, valid = task.parts(number)
-
-    def predicted(split: str, ids: NDArray[np.object_]) -> pd.DataFrame:
-        rows = store.rows(split, ids)
-        probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
-        return pd.DataFrame({"id": ids, "probability": probabilities})
-
-    start = time.perf_counter()
-    oof, test = predicted("train", valid["id"].to_numpy()), predicted("test", store.ids("test"))
-    rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
-    oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
-    fold.write_predictions(oof, test, store, rate)
-    log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
+            net = load_best(fold, config, backend)
+            start = time.perf_counter()
+            tables = []
+            for split, ids in (("train", valid["id"].to_numpy()), ("test", store.ids("test"))):
+                rows = store.rows(split, ids)
+                probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
+                tables.append(pd.DataFrame({"id": ids, "probability": probabilities}))
+            oof, test = tables
+            rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
+            oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
+            fold.write_predictions(oof, test, store, rate)
+            log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
 
 
 def predict_probabilities(

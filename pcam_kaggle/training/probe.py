@@ -27,20 +27,17 @@ from pcam_kaggle.training.task import Task, open_session
 
 log = logging.getLogger(__name__)
 
-# Weights of half the squared norm of the coefficients, relative to the mean loss over patches; each fit starts from the one
-# before.
+# Weights of half the squared norm of the coefficients, relative to the mean loss; each fit starts from the one before.
 PENALTIES = np.logspace(0, -5, 11)
-# Patches that a penalty is chosen with, at most.
-CHOSEN_WITH = 20_000
-MAX_ITERATIONS = 1000
+# Patches that a penalty is chosen with, and iterations of a fit, at most.
+CHOSEN_WITH, MAX_ITERATIONS = 20_000, 1000
 
 
 def probe(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
-    """Fit the classifiers of `folds` on features that are computed once for all folds, until the budget ends, and predict.
+    """Fit the classifiers of `folds` on features that are computed once for all, unless the budget ends, and predict.
 
     Raises:
-        UserError: The config makes no model with a linear classifier, torchrun has started several ranks, a fold has one
-            label, or another process works in the run.
+        UserError: The config makes no model with a linear classifier, or torchrun has started several ranks.
     """
     if world_size() > 1:
         raise UserError("probe=true: uses all GPUs by itself; run it without torchrun")
@@ -63,17 +60,16 @@ def probe(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
 
 def _fit_fold(task: Task, number: int, features: Features, images_per_second: float, net: Backbone) -> None:
     start = time.perf_counter()
-    fold, train_features = task.run.fold(number), features["train"]
-    train, valid = task.parts(number)
+    fold, (train, valid) = task.run.fold(number), task.parts(number)
     ids = pd.Index(task.store.ids("train"))
-    x, labels = train_features[ids.get_indexer(train["id"])], train["label"].to_numpy()
+    x, labels = features["train"][ids.get_indexer(train["id"])], train["label"].to_numpy()
     penalty = choose_penalty(x, labels, train["fold"].to_numpy())
     weight, bias = fit(x, labels, [penalty])[0]
 
     def logits(x: NDArray[np.float16]) -> NDArray[np.float64]:
         return x.astype(np.float64) @ weight + bias
 
-    valid_logits = logits(train_features[ids.get_indexer(valid["id"])])
+    valid_logits = logits(features["train"][ids.get_indexer(valid["id"])])
     valid_auc = auc(valid["label"].to_numpy(), valid_logits)
     # The classifier, the only part that is not frozen, has a matrix and a vector.
     state = {
@@ -102,10 +98,7 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
 
 
 def choose_penalty(features: NDArray[np.float16], labels: NDArray[np.int64], folds: NDArray[np.int64]) -> float:
-    """Return the penalty with the highest mean AUC over `folds` (n,), each predicted by a fit on the others.
-
-    `features` (n, features) and `labels` (n,), 0 or 1, are of the patches to train on.
-    """
+    """Return the penalty with the highest mean AUC over `folds` (n,), each predicted by a fit on the others' patches."""
     rng = np.random.default_rng(0)
     areas = []
     for number in np.unique(folds):
@@ -126,8 +119,7 @@ def fit(
     # It sums in float64, and leaves a feature that never changes at 0.
     scaler = StandardScaler(copy=False)
     x = scaler.fit_transform(features.astype(np.float32))
-    model = LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS)
-    found = []
+    model, found = LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS), []
     for penalty in penalties:
         model.set_params(C=1 / (penalty * len(x))).fit(x, labels)
         weight = model.coef_[0].astype(np.float64) / scaler.scale_

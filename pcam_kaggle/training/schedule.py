@@ -10,9 +10,8 @@ from pcam_kaggle.models.backbone import trained_state
 
 # The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t).
 EMA_START = 9
-WARMUP_EPOCHS = 1.0
-# Relative to the peak.
-FINAL_LR = 0.01
+# The learning rate at the end, relative to the peak.
+WARMUP_EPOCHS, FINAL_LR = 1.0, 0.01
 
 
 def learning_rate(config: Config, progress: float) -> float:
@@ -29,8 +28,7 @@ def learning_rate(config: Config, progress: float) -> float:
 def ema_weight(config: Config, steps: int, taken: int) -> float:
     """Return the weight of the newest weights in the EMA, in (0, 1], after `taken` steps, `steps` of them per epoch.
 
-    It is one over `average_epochs` in steps, and larger at the start, where the EMA would otherwise stay near the initial
-    weights.
+    It is one over `average_epochs` in steps, and larger at the start, so that the EMA forgets the initial weights.
     """
     return max(1 / max(1.0, config.average_epochs * steps), EMA_START / (EMA_START + taken))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-# Standard deviations at which the Gaussian of the filter ends.
+# Standard deviations at which the Gaussian ends.
 REACH = 3
 # The quarter turns, then those of the mirror image: whether the image is transposed, and the axes that are flipped then.
 SYMMETRIES = (
