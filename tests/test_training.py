@@ -36,7 +36,7 @@ from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import predict_logits
-from pcam_kaggle.training.learner import load_best
+from pcam_kaggle.training.learner import Learner, load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
@@ -88,7 +88,7 @@ def killed(*_: object) -> None:
 
 
 def mistaken(*_: object) -> None:
-    raise RuntimeError("a shape is wrong")
+    raise RuntimeError("a shape\nis wrong")
 
 
 def out_of_a_gpus_memory(*_: object) -> float:
@@ -110,7 +110,7 @@ TOO_LARGE = "^batch_size=8: too large for the device's memory; use a smaller one
     ("owner", "name", "broken", "message"),
     [
         (TrainBatches, "__getitem__", killed, "^fold 1: a loader process was killed[^\n]*$"),
-        (TrainBatches, "__getitem__", mistaken, "a shape is wrong"),
+        (TrainBatches, "__getitem__", mistaken, "a shape\nis wrong"),
         (training, "train_epoch", out_of_a_gpus_memory, TOO_LARGE),
         (training, "train_epoch", out_of_memory, TOO_LARGE),
         (training, "predict_logits", not_finite, "^fold 1: a validation logit is not finite"),
@@ -198,17 +198,11 @@ def test_folds_on_two_devices_equal_those_on_one(
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
 
-def die(items: list[int]) -> None:
-    if items == [1]:
-        killed()
-
-
 def refuse(items: list[int]) -> None:
-    if items == [1]:
-        raise UserError("fold 1")
+    raise UserError(f"fold {items[0]}")
 
 
-@pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 1$"), (die, "^a GPU's process was killed")])
+@pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 0$"), (killed, "^a GPU's process was killed")])
 def test_a_gpu_that_fails_in_its_own_process_is_one_error(work: Callable[[list[int]], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         gpus.run_on_gpus(work, [[0], [1]])
@@ -248,14 +242,9 @@ if __name__ == "__main__":
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
-
-    def no_kernel(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be")
-
-    monkeypatch.setattr(torch, "ones", no_kernel)
-    with pytest.raises(UserError, match=r"^Tesla P100: .* T4 x2") as caught:
+    monkeypatch.setattr(torch.nn.functional, "conv2d", mistaken)
+    with pytest.raises(UserError, match=r"^Tesla P100: [^\n]* T4 x2[^\n]*$"):
         device.find_device()
-    assert "\n" not in str(caught.value)
 
 
 def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,9 +261,7 @@ def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.Ca
     train(task, [0, 1, 2], Clock())
     printed = capsys.readouterr().out
     assert [task.run.fold(fold).is_trained for fold in range(3)] == [True, False, False]
-    assert logged_epochs() == 3
-    assert "out of time in fold 1" in printed
-    assert printed.count("folds 0, 1, 2 need") == 1
+    assert (logged_epochs(), printed.count("folds 0, 1, 2 need"), printed.count("out of time in fold 1")) == (3, 1, 1)
     train(task, [1, 2])
     whole = changed(task, "whole")
     train(whole, [0, 1, 2])
@@ -339,43 +326,30 @@ def test_the_learning_rate_rises_once_and_falls_once() -> None:
     config = replace(Config(), epochs=10, lr=1.0)
     rates = np.array([learning_rate(config, progress) for progress in np.linspace(0, 10, 501)])
     top = int(rates.argmax())
-    assert rates.max() == pytest.approx(1.0, abs=1e-3)
     assert (np.diff(rates[: top + 1]) >= 0).all()
     assert (np.diff(rates[top:]) <= 0).all()
-    assert rates[-1] == pytest.approx(0.01)
+    np.testing.assert_allclose(rates[[top, -1]], [1, 0.01], rtol=1e-3)
 
 
-def test_the_ema_forgets_its_start_and_keeps_a_horizon() -> None:
+def test_the_ema_forgets_its_start_keeps_a_horizon_and_includes_the_norms_statistics() -> None:
     config = replace(Config(), average_epochs=2.0)
-    net, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    MovingAverage(ema, net).update(torch.tensor(ema_weight(config, 10, 0)))
-    assert torch.equal(ema.weight, net.weight)
-    assert ema_weight(config, 10, 10_000) == pytest.approx(1 / 20)
-    assert ema_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
-
-
-def test_the_ema_includes_the_norms_statistics() -> None:
+    weights = [ema_weight(config, 10, 0), ema_weight(config, 10, 10_000), ema_weight(replace(config, average_epochs=0), 10, 99)]
+    assert weights == pytest.approx([1, 1 / 20, 1])
     net, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     net(torch.randn(8, 2) + 5)
     MovingAverage(ema, net).update(torch.tensor(0.5))
     torch.testing.assert_close(ema.running_mean, net.running_mean / 2)
     assert ema.num_batches_tracked == net.num_batches_tracked == 1
+    MovingAverage(ema, net).update(torch.tensor(1.0))
+    assert torch.equal(ema.running_mean, net.running_mean)
 
 
-def test_layers_learn_at_rates_that_drop_towards_the_input(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = []
-
-    class Watched(torch.optim.AdamW):
-        def step(self) -> None:
-            rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
-            super().step()
-
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    task = changed(task, model="timm:resnet10t", layer_decay=0.8, epochs=1)
+def test_a_step_has_the_learning_rate_of_its_end(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    load = Learner.load
+    monkeypatch.setattr(Learner, "load", lambda *values: given.append(values[3]) or load(*values))
     finish(task, 0)
-    assert len(rates[0]) > 4
-    expected = [learning_rate(task.config, (step + 1) / len(rates)) for step in range(len(rates))]
-    np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
+    assert given == [learning_rate(task.config, (step + 1) / 3) for step in range(6)]
 
 
 def test_vectors_get_no_weight_decay() -> None:
@@ -449,9 +423,8 @@ def test_folds_of_a_run_start_from_the_same_weights(task: Task, tmp_path: Path) 
 
 def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(device, "find_device", lambda: "cuda")
-        patch.setattr(device, "configure_torch", lambda: None)
-        patch.setattr(device, "native_precision", lambda kind: "fp16")
+        for name, value in (("find_device", "cuda"), ("configure_torch", None), ("native_precision", "fp16")):
+            patch.setattr(device, name, lambda *_, value=value: value)
         patch.setattr("pcam_kaggle.training.task.device_name", lambda kind: f"a {kind}")
         assert open_session(changed(task, precision="auto")).precision == "fp16"
     for fold in (0, 1):
@@ -465,9 +438,7 @@ def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: 
     assert len(task.run.environments()) == 3
 
 
-def test_an_environment_of_one_session_is_read_as_a_list(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text('{"backend": {"kind": "cpu", "precision": "fp32"}}')
-    assert [entry.backend.kind for entry in Run(tmp_path).environments()] == ["cpu"]
+def test_a_damaged_environment_is_one_error(tmp_path: Path) -> None:
     for damaged in ('[{"device": 3}]', '[{"backend": {"kind": "cpu", "precision": "fp8"}}]'):
         (tmp_path / "environment.json").write_text(damaged)
         with pytest.raises(UserError, match=r"environment.json: not in the format of this version"):
@@ -526,23 +497,23 @@ def test_statistics_come_from_the_predicted_patches_alone(store: PatchStore, tin
     assert not np.array_equal(predict_probabilities(net, store, rows, tiny, CPU, "")[12:], other)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
-def test_freed_memory_is_held_for_the_next_step() -> None:
-    code = """
+FAULTS = """
 import resource, torch
 from pcam_kaggle.core.process import tune_malloc
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-returned = [faults() for _ in range(5)][-1]
 tune_malloc()
-print(returned > 1000, [faults() for _ in range(12)][-1] < 100)
+print([faults() for _ in range(12)][-1])
 """
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
+def test_freed_memory_is_held_for_the_next_step() -> None:
     # Huge pages are faulted in by the hundred, and would hide what is given back.
     small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=small_pages).stdout
-    assert printed == "True True\n"
+    assert int(subprocess.check_output([sys.executable, "-c", FAULTS], env=small_pages)) < 100
 
 
 def test_a_run_keeps_the_backend_of_its_last_session(task: Task) -> None:

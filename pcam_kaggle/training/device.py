@@ -43,10 +43,6 @@ class Backend:
         """Return the autocast context for a forward pass."""
         return torch.autocast(self.kind, DTYPES[self.precision], enabled=self.precision != "fp32")
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler, enabled in fp16 only."""
-        return torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
-
     def record(self) -> BackendRecord:
         """Return the backend as the files of a run record it."""
         return BackendRecord(**asdict(self))
@@ -56,10 +52,7 @@ class Backend:
 
 
 def find_device() -> str:
-    """Return the kind of the first available device: cuda, mps or cpu.
-
-    Raises UserError if it cannot run a convolution, such as Kaggle's P100, for which builds of torch lack kernels.
-    """
+    """Return the kind of the first available device: cuda, mps or cpu; raise UserError if torch has no kernels for it."""
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         image = torch.ones(1, 3, 8, 8, device=kind)
@@ -104,8 +97,7 @@ def configure_torch() -> None:
     """Let malloc keep freed memory; where a GPU computes, use one thread and let cuDNN time its algorithms."""
     tune_malloc()
     if find_device() == "cuda":
-        # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes and of the thread
-        # that launches kernels, and makes a step up to a quarter slower.
+        # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes.
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
 

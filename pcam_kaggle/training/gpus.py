@@ -24,7 +24,7 @@ from pcam_kaggle.training.loader import PREFETCH
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-# Where Linux keeps shared memory, of which a container has 64 MB by default.
+# A container has 64 MB of it by default.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
@@ -41,7 +41,7 @@ class Segment:
 def loader_processes(trained: int, batch_bytes: int) -> int:
     """Return the number of loader processes of one training, at least 1, where `trained` folds are spread over the GPUs.
 
-    The trainings that run on this machine at the same time share its cores, and the free shared memory for batches in flight.
+    The trainings on this machine share its cores, and the free shared memory for batches in flight.
     """
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
     # Counts the cores that this process may use, by affinity and by the limit of its control group.

@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.logs import fold_context
@@ -18,7 +17,7 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.records import HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import Backend, find_backend
+from pcam_kaggle.training.device import find_backend
 from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
 
@@ -54,7 +53,14 @@ def predict_held_out(
     table = evaluation.predictions(run.name, sources)
     log.debug("evaluate: %s: %s", run.name, "predicts" if table is None else "up to date")
     if table is None:
-        table = _predict(folds, patches, config, backend)
+        table, rows = patches.table[["id", "label"]].reset_index(drop=True), np.arange(len(patches.table))
+        for fold in folds:
+            with fold_context(fold.number):
+                model = load_best(fold, config, backend)
+                probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
+            if not np.isfinite(probabilities).all():
+                raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
+            table[f"fold_{fold.number}"] = probabilities
         evaluation.write_predictions(run.name, sources, table)
     return table
 
@@ -80,15 +86,3 @@ def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, worksp
             f"{run.name}: was trained on {len(leaked):,} of these {len(table):,} patches ({examples(leaked)}); drop their rows",
             leaked,
         )
-
-
-def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backend: Backend) -> pd.DataFrame:
-    table = patches.table[["id", "label"]].reset_index(drop=True)
-    rows = np.arange(len(table))
-    for fold in folds:
-        with fold_context(fold.number):
-            probabilities = predict_probabilities(load_best(fold, config, backend), patches, rows, config, backend, "evaluate")
-        if not np.isfinite(probabilities).all():
-            raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
-        table[f"fold_{fold.number}"] = probabilities
-    return table

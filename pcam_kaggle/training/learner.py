@@ -49,7 +49,8 @@ class Learner:
 
     def __init__(self, model: nn.Module, config: Config, backend: Backend, count: int) -> None:
         self.model, self.ema, self.backend = model, copy_trained(model), backend
-        self.optimizer, self.scaler = create_optimizer(model, config), backend.scaler()
+        self.optimizer = create_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(backend.kind, enabled=backend.precision == "fp16")
         self.patches = torch.zeros(count, config.side, config.side, 3, dtype=torch.uint8, device=backend.kind)
         self.targets, self.loss, self._weight = (torch.zeros(shape, device=backend.kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(self.ema, model)

@@ -71,7 +71,7 @@ def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
 class _SharedBatches(Dataset):
     """The batches of `data`, written into `count` slots of shared memory in turn; an item is the number of its slot.
 
-    A batch sent between processes would be mapped anew by each of them, which costs a twentieth of a step on a CPU.
+    A batch sent between processes would be mapped anew by each of them.
     """
 
     def __init__(self, data: TrainBatches, count: int) -> None:
@@ -151,12 +151,11 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
 
 
 def _lower_priority(worker: int) -> None:
-    """Let the threads of a training step, which wait for one another, run before this worker.
+    """Let the threads of a training step, which wait for one another, run before this worker, which never preempts them.
 
-    As a batch process it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time
-    on a busy machine.
+    A much lower priority, or the idle class, would leave it no time on a busy machine.
     """
-    # Windows has neither, macOS lacks the second.
+    # Windows has neither call, macOS lacks the second.
     with suppress(AttributeError, OSError):
         os.nice(LOADER_NICE)
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,7 +1,6 @@
 """Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ def is_matrix(parameter: Tensor) -> bool:
     """
     if parameter.ndim < 2 or 1 in parameter.shape[:2]:
         return False
-    short, long = sorted(_sides(parameter.shape))
+    short, long = sorted(_sides(parameter))
     return short >= LEAST_ROWS and long <= MOST_ELONGATED * short
 
 
@@ -102,9 +101,8 @@ def _split_matrices(group: dict[str, Any]) -> Groups:
 class Muon(torch.optim.Optimizer):
     """Muon for weight matrices (Jordan et al. 2024), and AdamW with Nesterov momentum for other parameters.
 
-    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. A CUDA graph may capture
-    a step. With a gradient scaler a step whose gradients are not finite changes nothing. Parameter groups have `params`, `lr`
-    (a tensor), `weight_decay` and `is_muon`.
+    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. With a gradient scaler a
+    step whose gradients are not finite changes nothing. Groups have `params`, `lr` (a tensor), `weight_decay` and `is_muon`.
     """
 
     # torch's GradScaler then sets `found_inf` and does not read it.
@@ -181,29 +179,27 @@ class Orthogonalizer:
     padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.shapes = [p.shape for p in parameters]
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
         self.buckets: dict[int, list[int]] = {}
-        for index, shape in enumerate(self.shapes):
-            side = max(LEAST_BUCKET, 1 << (min(_sides(shape)) - 1).bit_length())
+        for index, p in enumerate(parameters):
+            side = max(LEAST_BUCKET, 1 << (min(_sides(p)) - 1).bit_length())
             self.buckets.setdefault(side, []).append(index)
         # Made here, because a CUDA graph cannot capture a copy from memory that is not pinned.
         self.factors = {
-            side: parameters[0].new_tensor([MATCH_ADAMW * max(_sides(self.shapes[index])) ** 0.5 for index in members])
+            side: parameters[0].new_tensor([MATCH_ADAMW * max(_sides(parameters[index])) ** 0.5 for index in members])
             for side, members in self.buckets.items()
         }
 
-    def __call__(self, flat: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, flat: Tensor, steps: list[Tensor]) -> list[Tensor]:
         """Return the matrices in `flat` (float32, one after the other) orthogonalised, in their shapes.
 
         Each is scaled by its factor in `steps` and by the one that makes its step as large as AdamW's.
         """
-        parts = flat.split([shape.numel() for shape in self.shapes])
-        matrices = [part.view(shape[0], -1) for part, shape in zip(parts, self.shapes, strict=True)]
-        directions = matrices.copy()
+        directions = _split(flat, self.parameters)
         for side, members in self.buckets.items():
-            chosen = [matrices[index] for index in members]
-            wide = [matrix.T if _is_tall(matrix) else matrix for matrix in chosen]
+            chosen = [directions[index].flatten(1) for index in members]
+            wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in chosen]
             grams = flat.new_zeros(len(members), side, side)
             for gram, matrix in zip(grams, wide, strict=True):
                 torch.mm(matrix, matrix.T, out=gram[: len(matrix), : len(matrix)])
@@ -212,19 +208,14 @@ class Orthogonalizer:
             scale = torch.stack([steps[index] for index in members]) * self.factors[side] * squares.rsqrt()
             products = iterate(grams / squares[:, None, None]) * scale[:, None, None]
             for index, matrix, product in zip(members, chosen, products, strict=True):
-                short = min(matrix.shape)
-                part = product[:short, :short]
-                made = matrix @ part if _is_tall(matrix) else part @ matrix
-                directions[index] = made.view(self.shapes[index])
+                rows, columns = matrix.shape
+                made = matrix @ product[:columns, :columns] if rows > columns else product[:rows, :rows] @ matrix
+                directions[index] = made.view_as(self.parameters[index])
         return directions
 
 
-def _sides(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1:].numel()
-
-
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
+def _sides(parameter: Tensor) -> tuple[int, int]:
+    return parameter.shape[0], parameter.shape[1:].numel()
 
 
 def iterate(grams: Tensor) -> Tensor:

@@ -45,10 +45,13 @@ def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
         UserError: The config makes no model, another process works in the run, memory is too small for a batch, a loader
             process was killed, or a loss is not finite.
     """
-    run, config = task.run, task.config
+    run, config, manifest = task.run, task.config, task.folds.manifest
     create(config, weights=False)
     if config.teacher:
-        _check_teacher(task)
+        teacher = Run(run.folder.parent / config.teacher)
+        if teacher.made_from().folds_sha256 != manifest.csv_sha256:
+            # The teacher's model of a fold saw labels of this run's validation.
+            raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {manifest.scheme}")
     configure_torch()
     with locked(run.folder) if rank() == 0 else nullcontext():
         backend = on_first_rank(partial(_open, task, folds))
@@ -65,13 +68,6 @@ def _open(task: Task, folds: list[int]) -> Backend:
     weights = weights_sha256(task.config) if reads_weights else None
     task.run.open(task.experiment, task.config, task.store, task.folds, weights)
     return open_session(task)
-
-
-def _check_teacher(task: Task) -> None:
-    # With other folds, the teacher's model of a fold saw labels of this run's validation.
-    teacher, manifest = Run(task.run.folder.parent / task.config.teacher), task.folds.manifest
-    if teacher.made_from().folds_sha256 != manifest.csv_sha256:
-        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {manifest.scheme}")
 
 
 def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, segments: list[Segment]) -> None:
@@ -181,11 +177,10 @@ class FoldData(NamedTuple):
     @classmethod
     def of(cls, task: Task, number: int) -> "FoldData":
         """Return the data of fold `number`; the test patches that a teacher labels follow the train patches."""
-        store, fold = task.store, task.run.fold(number)
-        train, valid = task.parts(number)
+        store, (train, valid) = task.store, task.parts(number)
         rows, targets = store.rows("train", train["id"].to_numpy()), train["label"].to_numpy(np.float64)
         if task.config.teacher:
-            taught = fold.teacher_predictions(task.config.teacher)
+            taught = task.run.fold(number).teacher_predictions(task.config.teacher)
             rows = np.concatenate([rows, store.rows("test", taught["id"].to_numpy())])
             targets = np.concatenate([targets, taught["probability"].to_numpy()])
         valid_rows = store.rows("train", valid["id"].to_numpy())
