@@ -100,19 +100,20 @@ def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
 def test_an_interrupted_embedding_continues(
     store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, join = embedding.write, embedding._join
+    write = embedding.write
 
     def fails(*arguments: Any) -> None:
         if len(embedded) > 16:
             raise KeyboardInterrupt
         write(*arguments)
 
-    def fails_late(*arguments: Any) -> None:
-        join(*arguments)
-        raise KeyboardInterrupt
+    def fails_late(file: Path, save: Any) -> None:
+        write(file, save)
+        if file.stem in ("train", "test"):
+            raise KeyboardInterrupt
 
     # In the third part, before the rate is written, and after each of the two files of features.
-    for name, broken in (("write", fails), ("write_json", fails), ("_join", fails_late), ("_join", fails_late)):
+    for name, broken in (("write", fails), ("write_json", fails), ("write", fails_late), ("write", fails_late)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(embedding, name, broken)
             embed(config, store, CPU)

@@ -66,7 +66,7 @@ def finish(task: Task, fold: int) -> Path:
 
 def test_validation_patches_are_never_trained_on(task: Task) -> None:
     table = task.folds.table
-    data = FoldData.of(task, 1)
+    data = FoldData(task, 1)
     trained, valid = set(task.store.ids("train")[data.train.rows]), set(table["id"][table["fold"] == 1])
     assert set(task.store.ids("train")[data.valid_rows]) == valid
     assert not trained & valid
@@ -75,7 +75,7 @@ def test_validation_patches_are_never_trained_on(task: Task) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_are_the_same_for_any_number_of_workers(workers: int, task: Task) -> None:
-    data = FoldData.of(changed(task, epochs=6), 0).train
+    data = FoldData(changed(task, epochs=6), 0).train
     for index, batch in zip(range(2 * (24 // 8), 6 * (24 // 8)), batches(data, 2, workers), strict=True):
         # Time for the workers to write all that they may while this batch is trained on.
         time.sleep(0.02)
@@ -109,7 +109,7 @@ TOO_LARGE = "^batch_size=8: too large for the device's memory; use a smaller one
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "message"),
     [
-        (TrainBatches, "__getitem__", killed, "^fold 1: a loader process was killed[^\n]*$"),
+        (TrainBatches, "__getitem__", killed, "^a loader process was killed[^\n]*$"),
         (TrainBatches, "__getitem__", mistaken, "a shape\nis wrong"),
         (training, "train_epoch", out_of_a_gpus_memory, TOO_LARGE),
         (training, "train_epoch", out_of_memory, TOO_LARGE),
@@ -130,18 +130,18 @@ def test_a_failure_is_reported_and_the_fold_resumes(
 def test_shared_memory_that_is_too_small_is_one_error(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "share_memory_", mistaken)
     with pytest.raises(UserError, match=r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"):
-        next(batches(FoldData.of(task, 0).train, 0, 2))
+        next(batches(FoldData(task, 0).train, 0, 2))
 
 
 def test_workers_start_after_opencv_has_used_its_threads(task: Task) -> None:
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
-    assert len(list(batches(FoldData.of(task, 0).train, 0, 2))) == 6
+    assert len(list(batches(FoldData(task, 0).train, 0, 2))) == 6
 
 
 def test_each_epoch_takes_every_patch_once_in_a_new_order(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "MAX_SHIFT", 0)
-    data = FoldData.of(changed(task, side=96, stain_jitter=0.0, color_jitter=0.0), 0).train
+    data = FoldData(changed(task, side=96, stain_jitter=0.0, color_jitter=0.0), 0).train
     sums = [[int(patch.sum()) for index in range(3) for patch in data[epoch * 3 + index][0]] for epoch in range(2)]
     expected = sorted(int(patch.sum()) for patch in task.store.images(data.rows))
     assert sorted(sums[0]) == sorted(sums[1]) == expected
@@ -372,7 +372,7 @@ def test_a_teachers_answers_are_learnt_for_its_own_fold(task: Task) -> None:
     with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
         finish(task, 1)
     answers = teach(task, 1)
-    data = FoldData.of(task, 1)
+    data = FoldData(task, 1)
     learnt = dict(zip(data.train.rows, data.train.targets, strict=True))
     for name, probability in answers.itertuples(index=False):
         assert learnt[task.store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)

@@ -104,11 +104,13 @@ def configure_torch() -> None:
 
 @contextlib.contextmanager
 def memory_errors(setting: str) -> Iterator[None]:
-    """Raise UserError that names `setting`, such as batch_size=64, if the block does not fit into the device's memory."""
+    """Raise UserError if the block does not fit into the device's memory with `setting`, or a loader process was killed."""
     try:
         yield
     except RuntimeError as error:
         # torch has an exception class for a GPU's memory only.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"{setting}: too large for the device's memory; use a smaller one") from None
+        if "DataLoader worker (pid" in str(error):
+            raise UserError("a loader process was killed, perhaps for lack of memory; run the same command again") from None
         raise

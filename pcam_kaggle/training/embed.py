@@ -80,7 +80,10 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
             if len(made) < len(todo):
                 return None
         for split in dict.fromkeys(chunk.split for chunk in lacking):
-            _join([chunk.file for chunk in lacking if chunk.split == split], joined[split])
+            files = [chunk.file for chunk in lacking if chunk.split == split]
+            write(joined[split], partial(np.save, arr=np.concatenate([np.load(file) for file in files])))
+            for file in files:
+                file.unlink()
         rate = read_json(rate_file, images_per_second=float)["images_per_second"]
         return {split: np.load(file, mmap_mode="r") for split, file in joined.items()}, rate
 
@@ -115,13 +118,6 @@ def mean_features(
             views = tta.views(images, config.tta, config.tta_shift)
             parts.append(torch.stack([model.features(view).float() for view in views]).mean(0).cpu())
     return torch.cat(parts).numpy()
-
-
-def _join(chunks: list[Path], target: Path) -> None:
-    """Write the arrays in `chunks` one after the other into `target`, and delete the chunks."""
-    write(target, partial(np.save, arr=np.concatenate([np.load(chunk) for chunk in chunks])))
-    for chunk in chunks:
-        chunk.unlink()
 
 
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:

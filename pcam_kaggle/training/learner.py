@@ -134,9 +134,7 @@ def best_row(rows: list[EpochRow]) -> EpochRow:
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
     """Return the model of `fold` with its best weights, in evaluation mode on the backend.
 
-    Raises:
-        UserError: The checkpoint is missing, damaged or of another model; or the pretrained weights of its frozen layers are
-            missing or not those that it was trained with.
+    Raises UserError if the checkpoint or the pretrained weights of frozen layers are missing, damaged or of another model.
     """
     content = checkpoint.load(fold.best_checkpoint, "net")
     # Checkpoints lack frozen layers.

@@ -8,12 +8,10 @@ from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -41,9 +39,8 @@ log = logging.getLogger(__name__)
 def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
     """Train `folds` of a run until the budget ends; every rank calls this.
 
-    Raises:
-        UserError: The config makes no model, another process works in the run, memory is too small for a batch, a loader
-            process was killed, or a loss is not finite.
+    Raises UserError if the config makes no model, another process works in the run, memory is too small for a batch, a loader
+    process was killed, or a loss is not finite.
     """
     run, config, manifest = task.run, task.config, task.folds.manifest
     create(config, weights=False)
@@ -79,7 +76,7 @@ def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, 
         with (
             fold.lock() if segment.is_split else nullcontext(),
             fold_context(number),
-            _readable_errors(task.config, number),
+            memory_errors(f"batch_size={task.config.batch_size}"),
             closing(train_fold(task, number, backend, loaders)) as rows,
         ):
             left[number] = segment.until - len(fold.log())
@@ -114,24 +111,10 @@ def _forecast(task: Task, segments: list[Segment]) -> Forecast:
     return Forecast(epochs_left, validations, seconds, valid_seconds)
 
 
-@contextmanager
-def _readable_errors(config: Config, fold: int) -> Iterator[None]:
-    """Raise UserError where torch reports that a batch does not fit into memory or that a loader process was killed."""
-    try:
-        with memory_errors(f"batch_size={config.batch_size}"):
-            yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            f"fold {fold}: a loader process was killed, perhaps for lack of memory; run the same command again, which resumes"
-        ) from None
-
-
 def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> Generator[EpochRow]:
     """Train the model of fold `number` on all other folds; yield the log's row of each epoch, after it has been written."""
     config, fold = task.config, task.run.fold(number)
-    data = FoldData.of(task, number)
+    data = FoldData(task, number)
     learner, rows = _start(task, number, backend, data.train.count)
     source = batches(data.train, len(rows), loaders)
     with _event_writer(fold.events, len(rows) + 1) as write_events:
@@ -167,24 +150,21 @@ def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], Non
         yield write
 
 
-class FoldData(NamedTuple):
-    """The train batches of a fold, and the rows in the store and the labels (n,) of its validation patches."""
+class FoldData:
+    """Train batches of a fold, `train`, and the rows in the store and labels (n,) of its validation patches.
 
-    train: TrainBatches
-    valid_rows: NDArray[np.int64]
-    valid_labels: NDArray[np.int64]
+    The test patches that a teacher labels follow the train patches.
+    """
 
-    @classmethod
-    def of(cls, task: Task, number: int) -> "FoldData":
-        """Return the data of fold `number`; the test patches that a teacher labels follow the train patches."""
+    def __init__(self, task: Task, number: int) -> None:
         store, (train, valid) = task.store, task.parts(number)
         rows, targets = store.rows("train", train["id"].to_numpy()), train["label"].to_numpy(np.float64)
         if task.config.teacher:
             taught = task.run.fold(number).teacher_predictions(task.config.teacher)
             rows = np.concatenate([rows, store.rows("test", taught["id"].to_numpy())])
             targets = np.concatenate([targets, taught["probability"].to_numpy()])
-        valid_rows = store.rows("train", valid["id"].to_numpy())
-        return cls(TrainBatches(store, rows, targets, task.config, number), valid_rows, valid["label"].to_numpy())
+        self.train = TrainBatches(store, rows, targets, task.config, number)
+        self.valid_rows, self.valid_labels = store.rows("train", valid["id"].to_numpy()), valid["label"].to_numpy()
 
 
 def _start(task: Task, number: int, backend: Backend, count: int) -> tuple[Learner, list[EpochRow]]:
