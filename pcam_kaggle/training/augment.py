@@ -28,10 +28,7 @@ SYMMETRIES: dict[str, Callable[[Image], Image]] = {
 
 
 def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compose:
-    """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
-
-    `stain_jitter` and `color_jitter`, the half width of the factors of brightness, contrast and saturation, are in [0, 1).
-    """
+    """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out; strengths in [0, 1)."""
     factors = (1 - color_jitter, 1 + color_jitter)
     return A.Compose(
         [
@@ -46,10 +43,7 @@ def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compo
 
 
 class ShiftedCrop(A.ImageOnlyTransform):
-    """Crop a square of `side` px around a centre shifted by up to `max_shift` px; pixels outside are reflected.
-
-    Draws and pixels are those of albumentations' CenterCrop, padded, and RandomCrop, in a quarter of the time.
-    """
+    """albumentations' CenterCrop to `side` + 2 `max_shift` px, reflecting, and RandomCrop, in a quarter of the time."""
 
     def __init__(self, side: int, max_shift: int) -> None:
         super().__init__(p=1.0)
@@ -75,10 +69,7 @@ class SquareSymmetry(A.D4):
 
 
 class StainJitter(A.ImageOnlyTransform):
-    """Scale and shift the optical density of each stain at random (Tellez et al. 2018, section III-B).
-
-    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`.
-    """
+    """Scale stains by 1 ± `strength` and shift their density by ± 0.4 `strength` (Tellez et al. 2018, section III-B)."""
 
     def __init__(self, strength: float) -> None:
         super().__init__(p=1.0)

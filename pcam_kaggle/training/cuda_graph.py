@@ -22,10 +22,7 @@ TOLERANCE = 0.02
 
 
 def capture(work: Work) -> Work:
-    """Return a call that repeats the kernels of `work` with the same tensors.
-
-    Raises RuntimeError if `work` waits for the device, allocates on the host, or does not fit into memory.
-    """
+    """Return a call that repeats the kernels of `work`; raise RuntimeError if it waits for the device or lacks memory."""
     current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(current)
     # Libraries allocate and choose algorithms in their first call.
@@ -54,7 +51,7 @@ def fastest_step(learner: Learner, capture: Capture = capture) -> Work | None:
     """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
     kind = learner.backend.kind
     if kind != "cuda" or world_size() > 1:
-        log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
+        log.debug("train: eager steps, because the device is %s or several ranks train a fold", kind)
         return None
     replay, reason = compared(learner, capture)
     log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)

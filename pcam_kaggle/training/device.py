@@ -17,8 +17,6 @@ from pcam_kaggle.runs.run import Run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Runs of earlier versions may have recorded the second.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# Compute capabilities from which on GPUs have fp16 and bf16 units.
-VOLTA, AMPERE = 7, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,9 @@ def device_name(kind: str) -> str:
 def native_precision(kind: str) -> str:
     """Return the precision that a device of `kind` has units for: bf16 or fp16; otherwise fp32."""
     if kind == "cuda":
+        # From Volta (7.0) on GPUs have fp16 units, from Ampere (8.0) on bf16 units.
         major, _ = torch.cuda.get_device_capability()
-        return "bf16" if major >= AMPERE else "fp16" if major >= VOLTA else "fp32"
+        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     # The flags are avx512_bf16 and amx_bf16 on x86, bf16 on ARM.
     flags = Path("/proc/cpuinfo")
     return "bf16" if kind == "cpu" and flags.exists() and "bf16" in flags.read_text() else "fp32"

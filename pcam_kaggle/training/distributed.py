@@ -27,7 +27,7 @@ def world_size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the ranks and give each one GPU, if there are any; only rank 0 prints. Does nothing with a single rank."""
+    """Connect the ranks, if there are several, and give each a GPU, if there are any; only rank 0 prints."""
     if world_size() == 1:
         yield
         return

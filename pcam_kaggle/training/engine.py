@@ -25,10 +25,7 @@ PREDICT_BATCH, NORM_PATCHES = 256, 8192
 
 
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
-    """Train `learner` on the next `steps` batches of `source`, those of `epoch` (from 0); return the mean loss.
-
-    A loss that is not finite raises UserError.
-    """
+    """Train on the next `steps` batches, those of `epoch` (from 0); return the mean loss. UserError if one is not finite."""
     learner.model.train()
     losses = torch.zeros(steps, device=learner.loss.device)
     for step in progress(range(steps), f"epoch {epoch + 1}"):
@@ -90,10 +87,7 @@ def predict_logits(
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:
-    """Return the centre of `patches`, RGB uint8 (n, 96, 96, 3), as float32 (n, 3, side, side) in [0, 1] on the device.
-
-    Fine colour detail is filtered if the config says so.
-    """
+    """Return the centre of `patches`, RGB uint8 (n, 96, 96, 3), as a model reads it: float32 (n, 3, side, side) in [0, 1]."""
     batch = torch.from_numpy(center_crop(patches, config.side))
     if backend.kind == "cuda":
         # The copy then does not wait for the kernels before it.

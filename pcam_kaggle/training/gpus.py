@@ -39,10 +39,7 @@ class Segment:
 
 
 def loader_processes(trained: int, batch_bytes: int) -> int:
-    """Return the number of loader processes of one training, at least 1, where `trained` folds are spread over the GPUs.
-
-    The trainings on this machine share its cores, and the free shared memory for batches in flight.
-    """
+    """Return the number of loader processes, at least 1, of each of `trained` folds, which are spread over the GPUs."""
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
     # Counts the cores that this process may use, by affinity and by the limit of its control group.
     wanted = joblib.cpu_count() // trainings
@@ -84,10 +81,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
 
 
 def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:
-    """Call the picklable `work` with each assignment, on a GPU and in a process of its own; with a single one, call it here.
-
-    When all processes have ended, the first error is raised, a UserError if a process was killed.
-    """
+    """Call the picklable `work` with each assignment, each on a GPU in a process of its own; a single one is called here."""
     if len(assignments) == 1:
         work(assignments[0])
         return

@@ -36,11 +36,9 @@ def predict_held_out(
     """
     refuse_trained(run, folds, patches, workspace)
     config = run.config()
-    if config.norm == "test" and len(patches.table) < FEW_PATCHES:
-        log.warning(
-            f"{run.name}: takes batch norm statistics from these {len(patches.table)} patches, which are few; {FEW_PATCHES} or "
-            "more make scores reliable"
-        )
+    if config.norm == "test" and (count := len(patches.table)) < FEW_PATCHES:
+        statistics = f"takes batch norm statistics from these {count} patches, which are few"
+        log.warning("%s: %s; %d or more make scores reliable", run.name, statistics, FEW_PATCHES)
     backend = find_backend(run, config)
     sources = HeldOutSources(
         patches_sha256=patches.sha256,

@@ -132,10 +132,7 @@ def best_row(rows: list[EpochRow]) -> EpochRow:
 
 
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
-    """Return the model of `fold` with its best weights, in evaluation mode on the backend.
-
-    Raises UserError if the checkpoint or the pretrained weights of frozen layers are missing, damaged or of another model.
-    """
+    """Return the model of `fold` with its best weights in evaluation mode; UserError if any are missing, damaged or others."""
     content = checkpoint.load(fold.best_checkpoint, "net")
     # Checkpoints lack frozen layers.
     if is_frozen := config.freeze > 0:

@@ -97,10 +97,7 @@ class _SharedBatches(Dataset):
 
 
 def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of `data` from `first_epoch` on (from 0), augmented in `workers` processes that outlive epochs.
-
-    They are on the GPU if there is one, and valid until the next is requested. Raises UserError if shared memory is too small.
-    """
+    """Yield the batches of `data` from `first_epoch` on (from 0), on the GPU if there is one, valid until the next."""
     # One slot more than the batches in flight, for the batch that is trained on.
     shared = _SharedBatches(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them forever.

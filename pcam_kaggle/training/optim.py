@@ -10,12 +10,9 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.backbone import Backbone
 from pcam_kaggle.models.weights import import_timm
 
-# Decoupled, of convolution and linear weights.
 WEIGHT_DECAY = 0.05
 # Of Muon (Jordan et al. 2024), and of Adam for the other parameters.
-MOMENTUM = 0.95
-BETAS = (0.9, 0.95)
-EPS = 1e-7
+MOMENTUM, BETAS, EPS = 0.95, (0.9, 0.95), 1e-7
 # A step of Muon times this factor and the root of the longer side is as large as one of AdamW (Liu et al. 2025, equation 4).
 MATCH_ADAMW = 0.2
 # Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring singular values
@@ -31,15 +28,11 @@ NEWTON_SCHULZ = (
 LEAST_BUCKET = 16
 # Smaller or longer matrices are updated by Adam.
 LEAST_ROWS, MOST_ELONGATED = 4, 128
-
 Groups = list[dict[str, Any]]
 
 
 def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, which a CUDA graph may capture.
-
-    Its parameter groups have `lr`, a tensor on the device of `net`, and `lr_scale`, the factor of the learning rate.
-    """
+    """Return the optimizer of `config`, which a CUDA graph may capture; its groups have `lr` (a tensor) and `lr_scale`."""
     groups, device = parameter_groups(net, config.layer_decay), next(net.parameters()).device
     if config.optimizer == "muon":
         groups = [part for group in groups for part in _split_matrices(group)]
@@ -83,10 +76,7 @@ def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Return whether Muon orthogonalises the update of `parameter`, of which all axes but the first are the columns.
-
-    Vectors, positions, depthwise filters (one input channel) and matrices with few rows or columns are left to Adam.
-    """
+    """Return whether Muon updates `parameter`, not Adam: no vector, position, depthwise filter or very narrow matrix."""
     if parameter.ndim < 2 or 1 in parameter.shape[:2]:
         return False
     short, long = sorted(_sides(parameter))
@@ -123,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["step"] = self._steps
 
     def _flat(self, name: str, parameters: list[Tensor]) -> Tensor:
-        """Return zeros for all elements of `parameters`, whose `state` has views of it called `name`."""
+        # The state of each parameter has a view of it.
         flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for p in parameters))
         for p, part in zip(parameters, _split(flat, parameters), strict=True):
             self.state[p][name] = part
@@ -192,10 +182,7 @@ class Orthogonalizer:
         }
 
     def __call__(self, flat: Tensor, steps: list[Tensor]) -> list[Tensor]:
-        """Return the matrices in `flat` (float32, one after the other) orthogonalised, in their shapes.
-
-        Each is scaled by its factor in `steps` and by the one that makes its step as large as AdamW's.
-        """
+        """Return the matrices in `flat` (float32, concatenated) orthogonalised and scaled by `steps`, in their shapes."""
         directions = _split(flat, self.parameters)
         for side, members in self.buckets.items():
             chosen = [directions[index].flatten(1) for index in members]
@@ -219,10 +206,7 @@ def _sides(parameter: Tensor) -> tuple[int, int]:
 
 
 def iterate(grams: Tensor) -> Tensor:
-    """Return what the Newton-Schulz iteration multiplies X by, from the left.
-
-    `grams` are XXᵀ / ‖X‖² of each matrix X, symmetric float32 (n, side, side), as are the results.
-    """
+    """Return the Newton-Schulz factors of matrices X, from their Gram matrices XXᵀ / ‖X‖², both float32 (n, side, side)."""
     factors: list[Tensor] = []
     for a, b, c in NEWTON_SCHULZ:
         if factors:

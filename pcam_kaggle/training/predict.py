@@ -24,17 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def predict(task: Task, folds: list[int]) -> None:
-    """Predict the validation part and the test set with the model of each of `folds`, all trained; every rank calls this.
+    """Predict validation part and test set with the models of `folds`, in rank 0 on all its GPUs; every rank calls this."""
+    on_first_rank(partial(_predict, task, folds))
 
-    Rank 0 computes, on all GPUs that it sees. Raises UserError if another process works in the run, or a checkpoint is missing
-    or damaged.
-    """
 
-    def work() -> None:
-        with locked(task.run.folder):
-            run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
-
-    on_first_rank(work)
+def _predict(task: Task, folds: list[int]) -> None:
+    with locked(task.run.folder):
+        run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
 
 
 def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
@@ -59,10 +55,7 @@ def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
 def predict_probabilities(
     net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, description: str
 ) -> NDArray[np.float64]:
-    """Return the probabilities (n,) of the patches in `rows` (n,), means over views, under `net`, which is on the device.
-
-    `description` is the text before the progress bar.
-    """
+    """Return the probabilities (n,) of the patches in `rows` (n,), means over views, under `net`, which is on the device."""
     if config.norm == "test":
         adapt_norms(net, patches, rows, config, backend)
     logits = predict_logits(net, patches, rows, config, backend, config.tta, description)

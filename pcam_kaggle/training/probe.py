@@ -34,10 +34,7 @@ CHOSEN_WITH, MAX_ITERATIONS = 20_000, 1000
 
 
 def probe(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
-    """Fit the classifiers of `folds` on features that are computed once for all, unless the budget ends, and predict.
-
-    Raises UserError if the config makes no model with a linear classifier, or torchrun has started several ranks.
-    """
+    """Fit the classifiers of `folds` on features that are computed once for all, unless the budget ends, and predict."""
     if world_size() > 1:
         raise UserError("probe=true: uses all GPUs by itself; run it without torchrun")
     run, config = task.run, task.config

@@ -19,10 +19,9 @@ class _RandomPatches:
 
 
 def rehearse(config: Config) -> None:
-    """Take a step of training on random patches and predict a batch of them; every rank calls this.
+    """Take a step of training on random patches and predict a batch, or embed one for a probe; every rank calls this.
 
-    A probe embeds a batch instead. Nothing is written, and torch's random numbers are afterwards those of before. Raises
-    UserError if the config makes no model, its weights are missing, or it does not fit into the device's memory.
+    Nothing is written or drawn. Raises UserError if the config makes no model, or it does not fit into the device's memory.
     """
     configure_torch()
     backend = choose_backend(config.precision)

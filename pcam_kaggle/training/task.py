@@ -24,10 +24,7 @@ class Task:
     folds: Folds
 
     def parts(self, number: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the train and the validation part of fold `number`, columns id, label and fold, without damaged patches.
-
-        Raises UserError if a part lacks a label.
-        """
+        """Return train and validation part of fold `number` (id, label, fold), undamaged; UserError if one lacks a label."""
         table = self.folds.table[self.folds.table["id"].isin(self.store.ids("train"))]
         is_valid = table["fold"] == number
         parts = table[~is_valid], table[is_valid]

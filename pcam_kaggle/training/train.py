@@ -37,11 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
-    """Train `folds` of a run until the budget ends; every rank calls this.
-
-    Raises UserError if the config makes no model, another process works in the run, memory is too small for a batch, a loader
-    process was killed, or a loss is not finite.
-    """
+    """Train `folds` of a run until the budget ends; every rank calls this."""
     run, config, manifest = task.run, task.config, task.folds.manifest
     create(config, weights=False)
     if config.teacher:
@@ -131,10 +127,7 @@ def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> G
 
 @contextmanager
 def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
-    """Yield a function that writes a row of log.csv for TensorBoard, in rank 0 and if it is installed.
-
-    Events from epoch `first` on (from 1), of an interrupted run, are hidden.
-    """
+    """Yield a function that writes a row of log.csv for TensorBoard, if installed; older events from `first` on are hidden."""
     if rank() > 0 or find_spec("tensorboard") is None:
         yield lambda row: None
         return
@@ -151,10 +144,7 @@ def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], Non
 
 
 class FoldData:
-    """Train batches of a fold, `train`, and the rows in the store and labels (n,) of its validation patches.
-
-    The test patches that a teacher labels follow the train patches.
-    """
+    """Train batches of a fold, test patches of its teacher last, and rows and labels (n,) of its validation patches."""
 
     def __init__(self, task: Task, number: int) -> None:
         store, (train, valid) = task.store, task.parts(number)
