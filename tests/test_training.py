@@ -87,7 +87,7 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def mistaken(*_: object) -> None:
+def mistaken(*_: object, **__: object) -> None:
     raise RuntimeError("a shape\nis wrong")
 
 
@@ -242,7 +242,7 @@ if __name__ == "__main__":
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
-    monkeypatch.setattr(torch.nn.functional, "conv2d", mistaken)
+    monkeypatch.setattr(torch, "ones", mistaken)
     with pytest.raises(UserError, match=r"^Tesla P100: [^\n]* T4 x2[^\n]*$"):
         device.find_device()
 
@@ -349,7 +349,7 @@ def test_a_step_has_the_learning_rate_of_its_end(task: Task, monkeypatch: pytest
     load = Learner.load
     monkeypatch.setattr(Learner, "load", lambda *values: given.append(values[3]) or load(*values))
     finish(task, 0)
-    assert given == [learning_rate(task.config, (step + 1) / 3) for step in range(6)]
+    assert given == pytest.approx([learning_rate(task.config, (step + 1) / 3) for step in range(6)])
 
 
 def test_vectors_get_no_weight_decay() -> None:

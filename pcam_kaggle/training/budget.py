@@ -30,10 +30,7 @@ ENDLESS = Budget()
 
 @dataclass(slots=True)
 class Forecast:
-    """The time that the folds of one process, in the order of their training, still need, from the slowest epoch so far.
-
-    The predictions of a fold take as long as `validations` validations; an epoch's `epoch_seconds` include its validation.
-    """
+    """The time that folds, in the order of their training, still need; predictions of one take `validations` validations."""
 
     epochs_left: dict[int, int]
     validations: float

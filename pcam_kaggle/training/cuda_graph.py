@@ -13,7 +13,6 @@ from pcam_kaggle.training.learner import Learner
 log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
-Capture = Callable[[Work], Work]
 # Steps that are compared, and the learning rate and the weight of the EMA during them.
 CHECKED_STEPS = 3
 CHECKED_LR, CHECKED_WEIGHT = 1e-3, 0.1
@@ -47,18 +46,17 @@ def capture(work: Work) -> Work:
     return graph.replay
 
 
-def fastest_step(learner: Learner, capture: Capture = capture) -> Work | None:
+def fastest_step(learner: Learner) -> Work | None:
     """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
-    kind = learner.backend.kind
-    if kind != "cuda" or world_size() > 1:
-        log.debug("train: eager steps, because the device is %s or several ranks train a fold", kind)
+    if learner.backend.kind != "cuda" or world_size() > 1:
+        log.debug("train: eager steps, because the device is %s or several ranks train a fold", learner.backend.kind)
         return None
     replay, reason = compared(learner, capture)
     log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)
     return replay
 
 
-def compared(learner: Learner, capture: Capture) -> tuple[Work | None, str]:
+def compared(learner: Learner, capture: Callable[[Work], Work]) -> tuple[Work | None, str]:
     """Return the graph of the step if it agrees with the eager steps, otherwise None; and the reason."""
     try:
         eager = _changed_by(learner.compute, learner)

@@ -36,7 +36,6 @@ CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
-
 # For train and test, the features of the patches: float16 (n, features), memory-mapped, in the order of `store.ids`.
 Features = dict[str, NDArray[np.float16]]
 
@@ -53,8 +52,7 @@ class Chunk(NamedTuple):
 def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS) -> tuple[Features, float] | None:
     """Return the features of all patches, means over the config's views, and the patches per second; None if `budget` ends.
 
-    They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on. Raises UserError
-    if the model cannot be created, another process computes features, or a feature is not a number of float16.
+    They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
     joined = {split: folder / f"{split}.npy" for split in SPLITS}
@@ -89,7 +87,6 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
 
 
 def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: Budget, assigned: list[Chunk]) -> None:
-    """Write the features of the `assigned` chunks, until the budget ends."""
     model = backend.place(factory.create(config)).eval()
     for split, chunks in itertools.groupby(assigned, key=lambda chunk: chunk.split):
         rows = store.rows(split, store.ids(split))

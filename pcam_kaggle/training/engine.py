@@ -71,10 +71,7 @@ def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], confi
 def predict_logits(
     net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, n_views: int, description: str
 ) -> Tensor:
-    """Return the logits of `n_views` (1, 4 or 8) views of the patches in `rows` (n,), float32 (n_views, n) on the CPU.
-
-    `net` is on the device in evaluation mode; `description` is shown before the progress bar.
-    """
+    """Return logits of `n_views` (1, 4 or 8) views of `rows` (n,), float32 (n_views, n) on the CPU; `net` is in eval mode."""
     net = fold_norms(net)
     logits = []
     with torch.inference_mode(), backend.autocast():

@@ -62,7 +62,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
 
     McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
     that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
-    `done` are the finished epochs of each fold, of `epochs`. GPUs without work are left out.
+    `done` are the finished epochs of each fold. GPUs without work are left out.
     """
     left = {fold: epochs - finished for fold, finished in done.items()}
     limit = max(math.ceil(sum(left.values()) / gpus), *left.values())

@@ -31,8 +31,7 @@ def predict_held_out(
 ) -> pd.DataFrame:
     """Return the predictions for a held-out set by the models of `folds`, all trained, computed unless `evaluation` has them.
 
-    The columns are id, label, and `fold_<k>` with probabilities. `workspace` has the folds of `run`. Raises UserError if a
-    checkpoint is damaged, a probability is not a number, or `run` was trained on some of the patches.
+    The columns are id, label, and `fold_<k>` with probabilities. `workspace` has the folds of `run`.
     """
     refuse_trained(run, folds, patches, workspace)
     config = run.config()

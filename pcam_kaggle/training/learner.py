@@ -42,9 +42,8 @@ class EpochRow(TypedDict):
 class Learner:
     """A model on the device, its EMA and its optimizer, and the step that changes them.
 
-    A step reads its batch, `patches` (uint8, (count, side, side, 3)) and `targets` (float32, (count,)), the learning rate and
-    the weight of the EMA from tensors that stay in place, writes the mean `loss`, and reads nothing back from the device, so
-    that a CUDA graph, `replay`, may repeat it. `ema` is validated and predicts; it shares frozen layers with `model`.
+    A step reads `patches` (uint8, (count, side, side, 3)), `targets` (float32, (count,)), the learning rate and the weight of
+    the EMA from tensors that stay in place, so that a CUDA graph, `replay`, may repeat it. Frozen layers are shared.
     """
 
     def __init__(self, model: nn.Module, config: Config, backend: Backend, count: int) -> None:

@@ -32,8 +32,8 @@ class TrainBatches(Dataset):
     """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
 
     An item is uint8 patches (count, side, side, 3) and float32 targets (count,), of the patches in `rows` (n,) of the store,
-    with `labels` (n,) in [0, 1]. Order and augmentation depend on (seed, fold, epoch, batch) alone. Each rank has a part of
-    the batch, of the same size for all; up to `world_size` - 1 patches are left out.
+    with `labels` (n,) in [0, 1]. Order and augmentation depend on (seed, fold, epoch, batch) alone. Each rank has an equal part
+    of the batch; up to `world_size` - 1 patches are left out.
     """
 
     def __init__(
@@ -69,10 +69,7 @@ def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 class _SharedBatches(Dataset):
-    """The batches of `data`, written into `count` slots of shared memory in turn; an item is the number of its slot.
-
-    A batch sent between processes would be mapped anew by each of them.
-    """
+    """The batches of `data`, written into `count` slots of shared memory in turn; an item is its slot, fast to send."""
 
     def __init__(self, data: TrainBatches, count: int) -> None:
         self.data = data
@@ -148,10 +145,7 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
 
 
 def _lower_priority(worker: int) -> None:
-    """Let the threads of a training step, which wait for one another, run before this worker, which never preempts them.
-
-    A much lower priority, or the idle class, would leave it no time on a busy machine.
-    """
+    # The threads of a training step run first; the idle class would leave this process no time on a busy machine.
     # Windows has neither call, macOS lacks the second.
     with suppress(AttributeError, OSError):
         os.nice(LOADER_NICE)

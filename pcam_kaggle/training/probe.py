@@ -26,7 +26,6 @@ from pcam_kaggle.training.embed import Features, embed
 from pcam_kaggle.training.task import Task, open_session
 
 log = logging.getLogger(__name__)
-
 # Weights of half the squared norm of the coefficients, relative to the mean loss; each fit starts from the one before.
 PENALTIES = np.logspace(0, -5, 11)
 # Patches that a penalty is chosen with, and iterations of a fit, at most.
@@ -73,7 +72,6 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
         for name, tensor in trained_state(net).items()
     }
     checkpoint.save(fold.best_checkpoint, {"net": state, "epoch": 0, "valid_auc": valid_auc})
-    # The embedding serves all folds.
     embedding_seconds = sum(map(len, features.values())) / images_per_second / task.config.n_splits
     metrics = FoldMetrics(
         fold=number,

@@ -8,17 +8,14 @@ from torch import Tensor, nn
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.backbone import trained_state
 
-# The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t).
+# The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t), to forget the initial ones.
 EMA_START = 9
 # The learning rate at the end, relative to the peak.
 WARMUP_EPOCHS, FINAL_LR = 1.0, 0.01
 
 
 def learning_rate(config: Config, progress: float) -> float:
-    """Return the learning rate after `progress` epochs, fractions included.
-
-    It rises linearly from 0 over the first epoch, then falls as half a cosine to 1 % (Loshchilov & Hutter 2017).
-    """
+    """Return the learning rate after `progress` epochs: a linear rise, then half a cosine (Loshchilov & Hutter 2017)."""
     if progress < WARMUP_EPOCHS:
         return config.lr * progress / WARMUP_EPOCHS
     part = min(1.0, (progress - WARMUP_EPOCHS) / max(1e-9, config.epochs - WARMUP_EPOCHS))
@@ -26,10 +23,7 @@ def learning_rate(config: Config, progress: float) -> float:
 
 
 def ema_weight(config: Config, steps: int, taken: int) -> float:
-    """Return the weight of the newest weights in the EMA, in (0, 1], after `taken` steps, `steps` of them per epoch.
-
-    It is one over `average_epochs` in steps, and larger at the start, so that the EMA forgets the initial weights.
-    """
+    """Return the weight of the newest weights in the EMA, in (0, 1], after `taken` steps, `steps` of them per epoch."""
     return max(1 / max(1.0, config.average_epochs * steps), EMA_START / (EMA_START + taken))
 
 
