@@ -48,7 +48,6 @@ def launch(data: Data, work: Path) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what `process` printed, once it has ended well."""
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
     return printed

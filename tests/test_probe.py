@@ -38,7 +38,6 @@ CPU = Backend("cpu", "fp32", "channels_last")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Return the config of a probe."""
     torch.manual_seed(5)
     save_weights(tmp_path / "weights.pth")
     fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "probe=true", "norm=train"]
@@ -46,7 +45,6 @@ def config(tmp_path: Path) -> Config:
 
 
 def save_weights(file: Path | str) -> None:
-    """Write random weights."""
     torch.save(import_timm().create_model("resnet10t").state_dict(), file)
 
 
@@ -56,7 +54,6 @@ def task(task: Task, config: Config) -> Task:
 
 
 def named(task: Task, name: str, **fields: Any) -> Task:
-    """Return the task of another run, with `fields` of its config changed."""
     return replace(task, run=Run(task.run.folder.with_name(name)), config=replace(task.config, **fields))
 
 

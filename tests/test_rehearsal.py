@@ -18,7 +18,6 @@ TRAINED = Config(n_blocks=2, width=8, side=32, batch_size=16, precision="fp32")
 
 @pytest.fixture
 def probed(tmp_path: Path) -> Config:
-    """Return the config of a probe."""
     torch.save(import_timm().create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     model = {"model": "timm:resnet10t", "weights": str(tmp_path / "weights.pth"), "freeze": 1, "probe": True}
     return Config(**model, side=32, tta=1, precision="fp32")

@@ -70,13 +70,11 @@ def test_a_step_equals_a_plain_loop(config: Config) -> None:
 
 
 def replayed(work: Work) -> Work:
-    """Capture as a GPU does, with a call before."""
     work()
     return work
 
 
 def refused(learner: Learner, work: Work) -> Work:
-    """Fail as a GPU does, after the state has changed."""
     work()
     raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -100,7 +98,6 @@ def stale(learner: Learner, work: Work) -> Work:
 
 
 def explosive(learner: Learner, work: Work) -> Work:
-    """Make a weight that is not a number."""
     return lambda: (work(), next(learner.model.parameters()).data.fill_(torch.nan))
 
 
