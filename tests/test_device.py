@@ -74,9 +74,9 @@ def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
     """A process of the idle class, or of the lowest priority, gets nothing on a busy machine."""
     code = "import os\nfrom pcam_kaggle.training.loader import _lower_priority\n_lower_priority(0)\n"
     code += "print(os.sched_getscheduler(0) == os.SCHED_BATCH, os.nice(0))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert shown[0] == "True"
-    assert int(shown[1]) - os.nice(0) <= 5
+    is_batch, nice = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert is_batch == "True"
+    assert int(nice) - os.nice(0) <= 5
 
 
 def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:

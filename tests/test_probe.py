@@ -156,10 +156,11 @@ def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 0] + 3).astype(np.float16)
     y = (x[:, 0] + rng.normal(size=400) > 3).astype(np.int64)
+    exact = x.astype(np.float64)
+    deviation = exact.std(0)
     for penalty, (weight, bias) in zip(PENALTIES, fit(x, y, PENALTIES), strict=True):
-        deviation = x.astype(np.float64).std(0)
-        residual = expit(x.astype(np.float64) @ weight + bias) - y
-        gradient = x.astype(np.float64).T @ residual / len(y)
+        residual = expit(exact @ weight + bias) - y
+        gradient = exact.T @ residual / len(y)
         # The penalty is on the coefficients of standardised features.
         np.testing.assert_allclose(gradient[:5] + penalty * weight[:5] * deviation[:5] ** 2, 0, atol=5e-3 * deviation.max())
         assert abs(residual.mean()) < 1e-3
