@@ -131,7 +131,7 @@ def best_row(rows: list[EpochRow]) -> EpochRow:
 
 
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
-    """Return the model of `fold` with its best weights in evaluation mode; UserError if any are missing, damaged or others."""
+    """Return the model of `fold` with its best weights in evaluation mode; UserError if they are missing, damaged or other ones."""
     content = checkpoint.load(fold.best_checkpoint, "net")
     # Checkpoints lack frozen layers.
     if is_frozen := config.freeze > 0:
@@ -143,7 +143,6 @@ def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
 
 
 def _load(net: nn.Module, state: dict[str, Tensor]) -> None:
-    # Frozen layers are not in `state`.
     if different := trained_state(net).keys() ^ state.keys():
         raise KeyError(sorted(different)[0])
     net.load_state_dict(state, strict=False)

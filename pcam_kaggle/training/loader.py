@@ -119,8 +119,7 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
 
     The `slots` that they are in are pinned once, because a copy is asynchronous from pinned memory only.
     """
-    copies = torch.cuda.Stream()
-    cuda = torch.cuda.cudart()
+    copies, cuda = torch.cuda.Stream(), torch.cuda.cudart()
     first = next(read, None)
     # The workers have been forked by now, and share the memory as it is.
     pinned = [part for slot in slots for part in slot if not int(cuda.cudaHostRegister(part.data_ptr(), part.nbytes, 0))]
