@@ -131,7 +131,7 @@ def best_row(rows: list[EpochRow]) -> EpochRow:
 
 
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
-    """Return the model of `fold` with its best weights in evaluation mode; UserError if they are missing, damaged or other ones."""
+    """Return the model of `fold` with its best weights in evaluation mode; raises UserError if they are missing or others."""
     content = checkpoint.load(fold.best_checkpoint, "net")
     # Checkpoints lack frozen layers.
     if is_frozen := config.freeze > 0:
