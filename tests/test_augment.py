@@ -9,13 +9,9 @@ from pcam_kaggle.data.stain import DENSITY, STAINS
 from pcam_kaggle.training.augment import MAX_SHIFT, ShiftedCrop, SquareSymmetry, StainJitter, augmentation, center_crop
 
 RANDOM = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-
-
-def marked() -> np.ndarray:
-    """Return a patch whose centre 32x32 is black and whose rest is white."""
-    patch = np.full((96, 96, 3), 255, np.uint8)
-    patch[32:64, 32:64] = 0
-    return patch
+# The centre 32x32 is black and the rest white.
+MARKED = np.full((96, 96, 3), 255, np.uint8)
+MARKED[32:64, 32:64] = 0
 
 
 @pytest.mark.parametrize("side", [64, 96])
@@ -24,7 +20,7 @@ def test_the_centre_moves_by_the_shift_at_most(side: int) -> None:
     augment.set_random_seed(0)
     moved = set()
     for _ in range(200):
-        image = augment(image=marked())["image"]
+        image = augment(image=MARKED)["image"]
         assert image.shape == (side, side, 3)
         rows, columns = np.nonzero(image[..., 0] == 0)
         assert (np.ptp(rows), np.ptp(columns)) == (31, 31)
@@ -33,7 +29,6 @@ def test_the_centre_moves_by_the_shift_at_most(side: int) -> None:
 
 
 def crops(side: int, shift: int) -> list[A.BasicTransform]:
-    """Return albumentations' equivalent of a shifted crop."""
     reach = side + 2 * shift
     return [A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(side, side)]
 
@@ -82,14 +77,11 @@ def test_stain_jitter_is_unmix_scale_mix() -> None:
     stains = DENSITY[RANDOM].astype(np.float64) @ np.linalg.inv(STAINS) * factors + offsets
     expected = np.clip(256 * np.exp(-(stains @ STAINS)) - 1, 0, 255)
     assert np.abs(jitter.apply(RANDOM, **jitter.get_params()) - expected).max() <= 0.51
-
-
-def test_stain_jitter_of_nothing_is_nothing() -> None:
     assert np.array_equal(StainJitter(0.0)(image=RANDOM)["image"], RANDOM)
 
 
 def test_evaluation_sees_the_centre() -> None:
-    patches = np.stack([marked(), marked()])
+    patches = np.stack([MARKED, MARKED])
     assert center_crop(patches, 32).shape == (2, 32, 32, 3)
     assert not center_crop(patches, 32).any()
     assert center_crop(patches, 34).any()

@@ -22,12 +22,11 @@ from pcam_kaggle.training import augment
 from pcam_kaggle.training.loader import TrainBatches
 
 RUN = Path("runs") / "bottleneck"
-
-
+OPTIONS = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *OPTIONS]
 SHARED_STEP = """
 import torch
 from pcam_kaggle.training.distributed import average_gradients, process_group, rank, world_size
-
 torch.manual_seed(0)
 net, images = torch.nn.Linear(5, 1), torch.randn(8, 5)
 with process_group():
@@ -39,34 +38,19 @@ with process_group():
 """
 
 
-OPTIONS = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *OPTIONS]
-
-
 def launch(data: Data, work: Path) -> subprocess.Popen[str]:
     """Start the pipeline on small settings in two processes, which are started again should one be lost."""
     changes = [part for change in (*TINY, "epochs=8", "lr=0.01") for part in ("--set", change)]
     line = [*TORCHRUN, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
-    return subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(line, **pipes, start_new_session=True, env=environment)
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what `process` printed, once it has ended well."""
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
     return printed
-
-
-def a_worker_of(launcher: int) -> int:
-    """Return the last of the processes that `launcher` has started."""
-    return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[-1])
 
 
 def test_two_processes_share_a_batch(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +89,8 @@ def test_two_processes_end_where_one_does_and_a_lost_worker_changes_nothing(data
         while not (lost / RUN / "fold_1" / "last.pt").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        os.kill(a_worker_of(process.pid), signal.SIGKILL)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
         assert "(up to date)" in ended(process)
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -8,9 +8,9 @@ import pytest
 from pcam_kaggle.training.gpus import assign_epochs
 
 CASES = [
-    ({0: 0, 1: 0, 2: 0, 3: 0, 4: 0}, 32, 2),
-    ({0: 0, 1: 0, 2: 0}, 1, 2),
-    ({0: 0, 1: 0, 2: 0}, 2, 2),
+    (dict.fromkeys(range(5), 0), 32, 2),
+    (dict.fromkeys(range(3), 0), 1, 2),
+    (dict.fromkeys(range(3), 0), 2, 2),
     ({0: 0}, 8, 4),
     ({0: 8, 1: 8}, 8, 2),
     ({0: 5, 2: 0, 4: 8}, 8, 2),
@@ -37,8 +37,7 @@ def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int],
         assert clock <= limit
     for fold, parts in trained.items():
         parts.sort()
-        assert parts[0][2] == done[fold]
-        assert parts[-1][3] == epochs
+        assert (parts[0][2], parts[-1][3]) == (done[fold], epochs)
         for before, after in itertools.pairwise(parts):
             # The next epochs begin when those before them have ended, on another GPU.
             assert before[1] <= after[0]
@@ -48,6 +47,5 @@ def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int],
 
 
 def test_two_gpus_train_half_of_the_epochs_each() -> None:
-    first, second = assign_epochs(dict.fromkeys(range(5), 0), 32, 2)
-    assert [(part.fold, part.start, part.until) for part in first] == [(0, 0, 32), (1, 0, 32), (2, 16, 32)]
-    assert [(part.fold, part.start, part.until) for part in second] == [(2, 0, 16), (3, 0, 32), (4, 0, 32)]
+    made = [[(part.fold, part.start, part.until) for part in gpu] for gpu in assign_epochs(dict.fromkeys(range(5), 0), 32, 2)]
+    assert made == [[(0, 0, 32), (1, 0, 32), (2, 16, 32)], [(2, 0, 16), (3, 0, 32), (4, 0, 32)]]

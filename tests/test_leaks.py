@@ -48,12 +48,10 @@ def packed(data: Data, folder: Path, config: Config) -> Task:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the averaged weights and batch norm's statistics of a trained fold."""
     return checkpoint.load(folder / "best.pt", "net")["net"]
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Tell whether two nets are the same to the last bit."""
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -151,9 +149,8 @@ def test_shuffled_labels_score_one_half(tmp_path: Path) -> None:
     make_demo(data)
     labels = pd.read_csv(data.labels)
     labels.assign(label=np.random.default_rng(0).permutation(labels["label"])).to_csv(data.labels, index=False)
-    config = replace(
-        experiment(QUICK).config, width=16, max_width=32, side=48, n_blocks=3, n_splits=3, epochs=2, precision="fp32"
-    )
+    fields = {"width": 16, "max_width": 32, "side": 48, "n_blocks": 3, "n_splits": 3, "epochs": 2, "precision": "fp32"}
+    config = replace(experiment(QUICK).config, **fields)
     task = packed(data, tmp_path, config)
     train(task, [0, 1, 2])
     predict(task, [0, 1, 2])

@@ -35,6 +35,11 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return patches, torch.rand(COUNT, generator=draw).round()
 
 
+def take_step(learner: Learner, seed: int = 0, weight: float = 0.5) -> None:
+    learner.load(*batch(seed), 1e-3, weight)
+    learner.step()
+
+
 def state(learner: Learner) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in learner.tensors()]
 
@@ -46,8 +51,7 @@ def test_a_step_equals_a_plain_loop(config: Config) -> None:
     for seed in range(3):
         patches, targets = batch(seed)
         torch.manual_seed(seed)
-        learner.load(patches, targets, 1e-3, 0.25)
-        learner.step()
+        take_step(learner, seed, 0.25)
         torch.manual_seed(seed)
         for group in plain.optimizer.param_groups:
             group["lr"].fill_(1e-3 * group["lr_scale"])
@@ -66,13 +70,11 @@ def test_a_step_equals_a_plain_loop(config: Config) -> None:
 
 
 def replayed(work: Work) -> Work:
-    """Capture as a GPU does, with a call before."""
     work()
     return work
 
 
 def refused(learner: Learner, work: Work) -> Work:
-    """Fail as a GPU does, after the state has changed."""
     work()
     raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -96,30 +98,22 @@ def stale(learner: Learner, work: Work) -> Work:
 
 
 def explosive(learner: Learner, work: Work) -> Work:
-    """Make a weight that is not a number."""
-
-    def run() -> None:
-        work()
-        next(learner.model.parameters()).data.fill_(torch.nan)
-
-    return run
+    return lambda: (work(), next(learner.model.parameters()).data.fill_(torch.nan))
 
 
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_a_graph_that_agrees_is_used_and_nothing_changes(config: Config) -> None:
     learner, untouched = new_learner(config), new_learner(config)
     torch.manual_seed(5)
+    expected = torch.get_rng_state()
     work, reason = compared(learner, replayed)
-    drawn = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(torch.get_rng_state(), expected)
     assert work is not None
     assert "both differ by 0," in reason
     # The same steps from here give the same weights, as if nothing had been tried.
     for each in (learner, untouched):
         torch.manual_seed(1)
-        each.load(*batch(0), 1e-3, 0.5)
-        each.step()
+        take_step(each)
     for made, expected in zip(learner.tensors(), untouched.tensors(), strict=True):
         assert torch.equal(made, expected)
 
@@ -145,14 +139,13 @@ def test_a_graph_that_fails_or_disagrees_is_not_used_and_leaves_no_trace(
     assert message in reason
     assert learner.scaler.get_scale() == 8.0
     assert all(map(torch.equal, before, state(learner)[: len(before)]))
-    learner.load(*batch(0), 1e-3, 0.5)
-    learner.step()
+    take_step(learner)
     assert not torch.equal(before[0], state(learner)[0])
 
 
 def test_a_cpu_takes_eager_steps_and_says_so(package_log: pytest.LogCaptureFixture) -> None:
     learner = new_learner(NETS["muon"])
-    assert fastest_step(learner, partial(refused, learner)) is None
+    assert fastest_step(learner) is None
     assert "eager steps, because the device is cpu" in package_log.text
 
 
@@ -160,8 +153,7 @@ def test_a_scaled_step_whose_gradient_overflows_changes_no_weight() -> None:
     learner = new_learner(NETS["muon"])
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=torch.inf)
     parameters = [parameter.detach().clone() for parameter in learner.model.parameters()]
-    learner.load(*batch(0), 1e-3, 0.5)
-    learner.step()
+    take_step(learner)
     assert all(map(torch.equal, parameters, learner.model.parameters()))
 
 

@@ -21,22 +21,22 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import read_json, write_csv
+from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.logs import configure_logging
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
 from pcam_kaggle.runs import checkpoint, provenance
-from pcam_kaggle.runs.records import BackendRecord, Environment
+from pcam_kaggle.runs.records import Environment
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.training import augment, budget, device, engine, gpus, loader
+from pcam_kaggle.training import augment, budget, device, engine, gpus
 from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import predict_logits
-from pcam_kaggle.training.learner import load_best
+from pcam_kaggle.training.learner import Learner, load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
@@ -48,70 +48,71 @@ CPU = Backend("cpu", "fp32", "channels_last")
 
 
 def changed(task: Task, name: str = "run", **fields: Any) -> Task:
-    """Return the task of the run `name`, with `fields` of its config changed."""
     return replace(task, run=Run(task.run.folder.with_name(name)), config=replace(task.config, **fields))
 
 
+def assert_equal_nets(*files: Path) -> None:
+    one, other = (checkpoint.load(file)["net"] for file in files)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def finish(task: Task, fold: int) -> Path:
-    """Train `fold` to its end on the CPU; return its folder."""
     list(train_fold(task, fold, CPU))
     return task.run.fold(fold).folder
 
 
 def test_validation_patches_are_never_trained_on(task: Task) -> None:
     table = task.folds.table
-    data = FoldData.of(task, 1)
+    data = FoldData(task, 1)
     trained, valid = set(task.store.ids("train")[data.train.rows]), set(table["id"][table["fold"] == 1])
     assert set(task.store.ids("train")[data.valid_rows]) == valid
     assert not trained & valid
     assert trained | valid == set(table["id"])
 
 
-@pytest.mark.parametrize("cpus", [1, 3])
-def test_batches_are_the_same_for_any_number_of_workers(cpus: int, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader.os, "cpu_count", lambda: cpus)
-    data = FoldData.of(changed(task, epochs=6), 0).train
-    count = 0
-    for index, (patches, targets) in enumerate(batches(data, 2, 2), 2 * data.steps):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_same_for_any_number_of_workers(workers: int, task: Task) -> None:
+    data = FoldData(changed(task, epochs=6), 0).train
+    for index, batch in zip(range(2 * (24 // 8), 6 * (24 // 8)), batches(data, 2, workers), strict=True):
         # Time for the workers to write all that they may while this batch is trained on.
         time.sleep(0.02)
-        expected, same = data[index]
-        assert torch.equal(patches, expected)
-        assert torch.equal(targets, same)
-        count += 1
-    assert count == 4 * (24 // 8)
+        assert all(map(torch.equal, batch, data[index]))
 
 
 def killed(*_: object) -> None:
-    """End this process as the system does where memory is short."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def mistaken(*_: object) -> None:
-    """Fail with a bug."""
-    raise RuntimeError("a shape is wrong")
+def mistaken(*_: object, **__: object) -> None:
+    raise RuntimeError("a shape\nis wrong")
 
 
 def out_of_a_gpus_memory(*_: object) -> float:
-    """Raise what torch raises where a GPU's memory is full."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def out_of_memory(*_: object) -> float:
-    """Ask torch for more memory than there is."""
     return float(torch.empty(2**50)[0])
+
+
+def not_finite(net: object, store: object, rows: NDArray[np.int64], *_: object) -> torch.Tensor:
+    return torch.full((1, len(rows)), torch.nan)
+
+
+TOO_LARGE = "^batch_size=8: too large for the device's memory; use a smaller one$"
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "message"),
     [
-        (TrainBatches, "__getitem__", killed, "^fold 1: a loader process was killed[^\n]*$"),
-        (TrainBatches, "__getitem__", mistaken, "a shape is wrong"),
-        (training, "train_epoch", out_of_a_gpus_memory, "^batch_size=8: too large for the device's memory; use a smaller one$"),
-        (training, "train_epoch", out_of_memory, "^batch_size=8: too large for the device's memory; use a smaller one$"),
+        (TrainBatches, "__getitem__", killed, "^a loader process was killed[^\n]*$"),
+        (TrainBatches, "__getitem__", mistaken, "a shape\nis wrong"),
+        (training, "train_epoch", out_of_a_gpus_memory, TOO_LARGE),
+        (training, "train_epoch", out_of_memory, TOO_LARGE),
+        (training, "predict_logits", not_finite, "^fold 1: a validation logit is not finite"),
     ],
 )
-def test_a_failure_is_told_and_the_fold_resumes(
+def test_a_failure_is_reported_and_the_fold_resumes(
     owner: object, name: str, broken: Callable[..., object], message: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -123,23 +124,20 @@ def test_a_failure_is_told_and_the_fold_resumes(
 
 
 def test_shared_memory_that_is_too_small_is_one_error(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(part: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_1_1>: No space left on device (28)")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", mistaken)
     with pytest.raises(UserError, match=r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"):
-        next(batches(FoldData.of(task, 0).train, 0, 2))
+        next(batches(FoldData(task, 0).train, 0, 2))
 
 
 def test_workers_start_after_opencv_has_used_its_threads(task: Task) -> None:
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (0, 0), 5)
-    assert len(list(batches(FoldData.of(task, 0).train, 0, 2))) == 6
+    assert len(list(batches(FoldData(task, 0).train, 0, 2))) == 6
 
 
 def test_each_epoch_takes_every_patch_once_in_a_new_order(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "MAX_SHIFT", 0)
-    data = FoldData.of(changed(task, side=96, stain_jitter=0.0, color_jitter=0.0), 0).train
+    data = FoldData(changed(task, side=96, stain_jitter=0.0, color_jitter=0.0), 0).train
     sums = [[int(patch.sum()) for index in range(3) for patch in data[epoch * 3 + index][0]] for epoch in range(2)]
     expected = sorted(int(patch.sum()) for patch in task.store.images(data.rows))
     assert sorted(sums[0]) == sorted(sums[1]) == expected
@@ -160,10 +158,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     whole, stopped = (changed(task, name, epochs=3, optimizer=optimizer, width=16) for name in ("whole", "stopped"))
     finish(whole, 0)
 
-    def stop_in_the_second_epoch(learner, source, steps, epoch, config):  # noqa: ANN001, ANN202
-        if epoch == 1:
+    def stop_in_the_second_epoch(*arguments: Any) -> float:
+        if arguments[3] == 1:
             raise KeyboardInterrupt
-        return engine.train_epoch(learner, source, steps, epoch, config)
+        return engine.train_epoch(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "train_epoch", stop_in_the_second_epoch)
@@ -171,8 +169,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     assert len(stopped.run.fold(0).log()) == 1
     finish(stopped, 0)
     for name in ("best.pt", "last.pt"):
-        one, other = (checkpoint.load(each.run.fold(0).folder / name)["net"] for each in (whole, stopped))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert_equal_nets(*(each.run.fold(0).folder / name for each in (whole, stopped)))
     logs = [each.run.fold(0).log()[["epoch", "train_loss", "valid_auc"]] for each in (whole, stopped)]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
@@ -186,8 +183,7 @@ def test_folds_on_two_devices_equal_those_on_one(
     lines, folders = [], []
     for name, devices in (("one", 1), ("two", 2)):
         each = changed(task, name)
-        monkeypatch.setattr(gpus, "gpu_count", lambda devices=devices: devices)
-        monkeypatch.setattr(training, "gpu_count", lambda devices=devices: devices)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         train(each, [0, 1, 2])
         predict(each, [0, 1, 2])
         lines.append(sorted(line.partition(":")[0] for line in capfd.readouterr().out.splitlines()))
@@ -198,19 +194,11 @@ def test_folds_on_two_devices_equal_those_on_one(
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
 
-def die(items: list[int]) -> None:
-    """Kill the process of the second GPU."""
-    if items == [1]:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def refuse(items: list[int]) -> None:
-    """Fail on the second GPU."""
-    if items == [1]:
-        raise UserError("fold 1")
+    raise UserError(f"fold {items[0]}")
 
 
-@pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 1$"), (die, "^a GPU's process was killed")])
+@pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 0$"), (killed, "^a GPU's process was killed")])
 def test_a_gpu_that_fails_in_its_own_process_is_one_error(work: Callable[[list[int]], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         gpus.run_on_gpus(work, [[0], [1]])
@@ -224,12 +212,10 @@ def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
             assert parent.poll() is None
             time.sleep(0.1)
         parent.kill()
-    pids = [int(file.name) for file in started]
+    pids = [file.name for file in started]
     for _ in range(50):
         pids = [pid for pid in pids if Path(f"/proc/{pid}/fd/0").exists()]
         time.sleep(0.1)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
     assert not pids
 
 
@@ -237,11 +223,9 @@ ORPHANS = """
 import os, time
 from pathlib import Path
 from pcam_kaggle.training import gpus
-
 def work(items):
     Path(str(os.getpid())).touch()
-    time.sleep(600)
-
+    time.sleep(60)
 if __name__ == "__main__":
     gpus.run_on_gpus(work, [[0], [1]])
 """
@@ -250,14 +234,9 @@ if __name__ == "__main__":
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
-
-    def no_kernel(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be")
-
-    monkeypatch.setattr(torch, "ones", no_kernel)
-    with pytest.raises(UserError, match=r"^Tesla P100: .* T4 x2") as caught:
+    monkeypatch.setattr(torch, "ones", mistaken)
+    with pytest.raises(UserError, match=r"^Tesla P100: [^\n]* T4 x2[^\n]*$"):
         device.find_device()
-    assert "\n" not in str(caught.value)
 
 
 def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,8 +244,6 @@ def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.Ca
         return sum(len(task.run.fold(fold).log()) for fold in range(3))
 
     class Clock:
-        """A budget that ends after three epochs."""
-
         def left(self) -> float:
             return 1e6 if logged_epochs() < 3 else -1.0
 
@@ -274,28 +251,20 @@ def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.Ca
     train(task, [0, 1, 2], Clock())
     printed = capsys.readouterr().out
     assert [task.run.fold(fold).is_trained for fold in range(3)] == [True, False, False]
-    assert logged_epochs() == 3
-    assert "out of time in fold 1" in printed
-    assert printed.count("folds 0, 1, 2 need") == 1
+    assert (logged_epochs(), printed.count("folds 0, 1, 2 need"), printed.count("out of time in fold 1")) == (3, 1, 1)
     train(task, [1, 2])
     whole = changed(task, "whole")
     train(whole, [0, 1, 2])
     for fold in range(3):
-        one, other = (checkpoint.load(each.run.fold(fold).best_checkpoint)["net"] for each in (whole, task))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert_equal_nets(*(each.run.fold(fold).best_checkpoint for each in (whole, task)))
 
 
 def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget.time, "monotonic", lambda: 0.0)
     hour = Budget.of_hours(1)
     # 3,600 s less the 120 s for ending: a fold of 10 epochs of 90 s and 60 s of predictions takes 960 s.
-    for left, fit in (
-        ([10, 10, 10, 10], "3 of them will"),
-        ([9, 10, 10, 10], "3 of them will"),
-        ([3, 10, 10, 10], "4 of them will"),
-        ([99], "none of them will"),
-    ):
-        assert fit in Forecast(list(range(len(left))), left, 2.0, 90, 30).summary(hour.left())
+    for left, fit in (([10, 10, 10, 10], "3"), ([9, 10, 10, 10], "3"), ([3, 10, 10, 10], "4"), ([99], "none")):
+        assert f", {fit} of them will" in Forecast(dict(enumerate(left)), 2.0, 90, 30).summary(hour.left())
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
@@ -311,14 +280,11 @@ def test_an_interruption_between_two_files_is_repaired(broken: str, task: Task) 
 
 
 def test_best_reloaded_gives_the_stored_auc(task: Task) -> None:
-    folder = finish(task, 2)
-    valid = task.folds.table[task.folds.table["fold"] == 2]
-    net = load_best(task.run.fold(2), task.config, CPU)
-    rows = task.store.rows("train", valid["id"].to_numpy())
-    logits = predict_logits(net, task.store, rows, task.config, CPU, 1, "test")[0].double().numpy()
-    stored = read_json(folder / "metrics.json")["valid_auc"]
-    assert auc(valid["label"].to_numpy(), logits) == stored
-    assert stored == pd.read_csv(folder / "log.csv")["valid_auc"].max()
+    finish(task, 2)
+    fold, data = task.run.fold(2), FoldData(task, 2)
+    net = load_best(fold, task.config, CPU)
+    logits = predict_logits(net, task.store, data.valid_rows, task.config, CPU, 1, "test")[0].double().numpy()
+    assert auc(data.valid_labels, logits) == fold.metrics().valid_auc == fold.log()["valid_auc"].max()
 
 
 def test_tensorboard_sees_the_log(task: Task) -> None:
@@ -327,9 +293,8 @@ def test_tensorboard_sees_the_log(task: Task) -> None:
     seen = events.EventAccumulator(str(folder / "events")).Reload()
     log = pd.read_csv(folder / "log.csv")
     for name in ("valid_auc", "train_loss", "lr"):
-        points = seen.Scalars(name)
-        assert [point.step for point in points] == log["epoch"].tolist()
-        np.testing.assert_allclose([point.value for point in points], log[name], rtol=1e-6)
+        points = [(point.step, point.value) for point in seen.Scalars(name)]
+        np.testing.assert_allclose(points, log[["epoch", name]], rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_losses_before(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,61 +309,34 @@ def test_a_loss_that_is_not_finite_stops_with_the_losses_before(task: Task, monk
     assert not list(task.run.fold(0).folder.glob("*.pt"))
 
 
-def test_validation_logits_that_are_not_finite_are_one_line(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "predict_logits", lambda net, store, rows, *_: torch.full((1, len(rows)), torch.nan))
-    with pytest.raises(UserError, match="fold 1: a validation logit is not finite"):
-        next(train_fold(task, 1, CPU))
-
-
 def test_the_learning_rate_rises_once_and_falls_once() -> None:
     config = replace(Config(), epochs=10, lr=1.0)
     rates = np.array([learning_rate(config, progress) for progress in np.linspace(0, 10, 501)])
     top = int(rates.argmax())
-    assert rates.max() == pytest.approx(1.0, abs=1e-3)
     assert (np.diff(rates[: top + 1]) >= 0).all()
     assert (np.diff(rates[top:]) <= 0).all()
-    assert rates[-1] == pytest.approx(0.01)
+    np.testing.assert_allclose(rates[[top, -1]], [1, 0.01], rtol=1e-3)
 
 
-def test_the_ema_forgets_its_start_and_keeps_a_horizon() -> None:
+def test_the_ema_forgets_its_start_keeps_a_horizon_and_includes_the_norms_statistics() -> None:
     config = replace(Config(), average_epochs=2.0)
-    net, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    MovingAverage(ema, net).update(torch.tensor(ema_weight(config, 10, 0)))
-    assert torch.equal(ema.weight, net.weight)
-    assert ema_weight(config, 10, 10_000) == pytest.approx(1 / 20)
-    assert ema_weight(replace(config, average_epochs=0.0), 10, 10_000) == 1
-
-
-def test_the_ema_includes_the_norms_statistics() -> None:
+    weights = [ema_weight(config, 10, 0), ema_weight(config, 10, 10_000), ema_weight(replace(config, average_epochs=0), 10, 99)]
+    assert weights == pytest.approx([1, 1 / 20, 1])
     net, ema = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     net(torch.randn(8, 2) + 5)
     MovingAverage(ema, net).update(torch.tensor(0.5))
     torch.testing.assert_close(ema.running_mean, net.running_mean / 2)
     assert ema.num_batches_tracked == net.num_batches_tracked == 1
+    MovingAverage(ema, net).update(torch.tensor(1.0))
+    assert torch.equal(ema.running_mean, net.running_mean)
 
 
-def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "last.pt", {"net": {"weight": torch.zeros(100)}})
-    content = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.load(tmp_path / "last.pt")
-
-
-def test_layers_learn_at_rates_that_fall_towards_the_input(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = []
-
-    class Watched(torch.optim.AdamW):
-        def step(self, *arguments):  # noqa: ANN002, ANN202
-            rates.append([group["lr"] / group["lr_scale"] for group in self.param_groups])
-            return super().step(*arguments)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    task = changed(task, model="timm:resnet10t", layer_decay=0.8, epochs=1)
+def test_a_step_has_the_learning_rate_of_its_end(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    load = Learner.load
+    monkeypatch.setattr(Learner, "load", lambda *values: given.append(values[3]) or load(*values))
     finish(task, 0)
-    assert len(rates[0]) > 4
-    expected = [learning_rate(task.config, (step + 1) / len(rates)) for step in range(len(rates))]
-    np.testing.assert_allclose(np.array(rates), np.array(expected)[:, None].repeat(len(rates[0]), 1))
+    assert given == pytest.approx([learning_rate(task.config, (step + 1) / 3) for step in range(6)])
 
 
 def test_vectors_get_no_weight_decay() -> None:
@@ -421,7 +359,7 @@ def test_a_teachers_answers_are_learnt_for_its_own_fold(task: Task) -> None:
     with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
         finish(task, 1)
     answers = teach(task, 1)
-    data = FoldData.of(task, 1)
+    data = FoldData(task, 1)
     learnt = dict(zip(data.train.rows, data.train.targets, strict=True))
     for name, probability in answers.itertuples(index=False):
         assert learnt[task.store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
@@ -443,17 +381,11 @@ def test_a_student_does_not_resume_with_another_teacher(task: Task, tmp_path: Pa
         train(student, [0])
     teach(task, 0)
     train(student, [0])
+    (student.run.fold(0).folder / "teacher.json").unlink()
+    with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
+        next(train_fold(student, 0, CPU))
     shutil.rmtree(teacher.folder)
     student.run.check(student.config, student.store, student.folds)
-
-
-def test_a_student_whose_teacher_was_not_recorded_does_not_resume(task: Task) -> None:
-    student = changed(task, teacher="old")
-    teach(task, 1)
-    next(train_fold(student, 1, CPU))
-    (student.run.fold(1).folder / "teacher.json").unlink()
-    with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
-        next(train_fold(student, 1, CPU))
 
 
 def test_a_teacher_with_other_folds_is_refused(task: Task, tmp_path: Path) -> None:
@@ -478,9 +410,8 @@ def test_folds_of_a_run_start_from_the_same_weights(task: Task, tmp_path: Path) 
 
 def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(device, "find_device", lambda: "cuda")
-        patch.setattr(device, "configure_torch", lambda: None)
-        patch.setattr(device, "native_precision", lambda kind: "fp16")
+        for name, value in (("find_device", "cuda"), ("configure_torch", None), ("native_precision", "fp16")):
+            patch.setattr(device, name, lambda *_, value=value: value)
         patch.setattr("pcam_kaggle.training.task.device_name", lambda kind: f"a {kind}")
         assert open_session(changed(task, precision="auto")).precision == "fp16"
     for fold in (0, 1):
@@ -492,6 +423,13 @@ def test_every_session_that_works_on_a_run_is_recorded(task: Task, monkeypatch: 
     train(task, [2])
     assert [entry.started for entry in task.run.environments()][-1] == "another day"
     assert len(task.run.environments()) == 3
+
+
+def test_a_damaged_environment_is_one_error(tmp_path: Path) -> None:
+    for damaged in ('[{"device": 3}]', '[{"backend": {"kind": "cpu", "precision": "fp8"}}]'):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"environment.json: not in the format of this version"):
+            Run(tmp_path).environments()
 
 
 @pytest.mark.parametrize("symmetry", ["none", "d4"])
@@ -512,12 +450,15 @@ def test_norms_take_the_statistics_of_what_is_predicted(store: PatchStore, tiny:
 
 
 @pytest.mark.parametrize("norm", ["train", "test"])
-def test_the_order_of_the_patches_changes_no_prediction(store: PatchStore, tiny: Config, norm: str) -> None:
+def test_predictions_depend_on_the_patches_alone_and_not_on_their_order(store: PatchStore, tiny: Config, norm: str) -> None:
     config, rows = replace(tiny, norm=norm), store.rows("train", store.ids("train"))
     net = create(config).eval()
-    forward, backward = (predict_probabilities(net, store, given, config, CPU, "") for given in (rows, rows[::-1]))
+    orders = (rows, rows[::-1], rows[12:], rows)
+    forward, backward, part, again = (predict_probabilities(net, store, order, config, CPU, "") for order in orders)
     np.testing.assert_allclose(forward, backward[::-1], rtol=1e-5)
     assert forward.std() > 0
+    assert np.array_equal(again, forward)
+    assert np.allclose(part, forward[12:], rtol=1e-5) == (norm == "train")
 
 
 def test_statistics_are_taken_from_a_sample_of_many_patches(
@@ -539,40 +480,26 @@ def test_statistics_are_taken_from_a_sample_of_many_patches(
     assert len(read) == 10, "a net without batch norms reads patches for nothing"
 
 
-def test_statistics_come_from_the_predicted_patches_alone(store: PatchStore, tiny: Config) -> None:
-    net, rows = create(tiny), store.rows("train", store.ids("train"))
-    first = predict_probabilities(net, store, rows[:12], tiny, CPU, "")
-    other = predict_probabilities(net, store, rows[12:], tiny, CPU, "")
-    assert np.array_equal(predict_probabilities(net, store, rows[:12], tiny, CPU, ""), first)
-    assert not np.array_equal(predict_probabilities(net, store, rows, tiny, CPU, "")[12:], other)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
-def test_freed_memory_is_held_for_the_next_step() -> None:
-    code = """
+FAULTS = """
 import resource, torch
 from pcam_kaggle.core.process import tune_malloc
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-given_back = [faults() for _ in range(5)][-1]
 tune_malloc()
-held = [faults() for _ in range(12)][-1]
-print(given_back > 1000, held < 100)
+print([faults() for _ in range(12)][-1])
 """
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
+def test_freed_memory_is_held_for_the_next_step() -> None:
     # Huge pages are faulted in by the hundred, and would hide what is given back.
     small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=small_pages).stdout
-    assert printed == "True True\n"
+    assert int(subprocess.check_output([sys.executable, "-c", FAULTS], env=small_pages)) < 100
 
 
-@pytest.mark.parametrize(("precision", "memory_format"), [("bf16", "contiguous"), ("fp8", "contiguous")])
-def test_a_run_keeps_the_backend_of_its_last_session(precision: str, memory_format: str, task: Task) -> None:
-    backend = BackendRecord(kind="cpu", precision=precision, memory_format=memory_format)
-    task.run.add_environment(Environment(backend=backend))
-    if precision == "bf16":
-        assert open_session(task) == Backend("cpu", precision, memory_format)
-        return
-    with pytest.raises(UserError, match=r"environment\.json"):
-        open_session(task)
+def test_a_run_keeps_the_backend_of_its_last_session(task: Task) -> None:
+    used = Backend("cpu", "bf16", "contiguous")
+    task.run.add_environment(Environment(backend=used.record()))
+    assert open_session(task) == used

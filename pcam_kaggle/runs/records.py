@@ -1,6 +1,6 @@
 """The JSON files of a run, each as a typed record."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -74,9 +74,9 @@ class TeacherRecord(Record):
 class BackendRecord(Record):
     """What a session computed on."""
 
-    kind: str
-    precision: str = "fp32"
-    memory_format: str = "channels_last"
+    kind: Literal["cpu", "cuda", "mps"]
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
 
 
 class Environment(Record):

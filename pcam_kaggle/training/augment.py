@@ -1,7 +1,4 @@
-"""Augmentation: random changes of a uint8 RGB patch that keep its label.
-
-The label says whether the centre square of 32 px has tumour tissue, so the centre moves by a few pixels at most.
-"""
+"""Augmentation: random changes of a uint8 RGB patch that keep its label, which is that of the centre square of 32 px."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +12,9 @@ from pcam_kaggle.data.stain import Image, Images, change, restain
 
 # Pixels; small, because only tumour in the centre square decides the label.
 MAX_SHIFT = 4
-
 # Largest offset of a stain's optical density, relative to the strength of the jitter.
 STAIN_OFFSET = 0.4
-
-# The elements of the dihedral group D4, by the names that albumentations gives them.
+# The dihedral group D4, by the names of albumentations.
 SYMMETRIES: dict[str, Callable[[Image], Image]] = {
     "e": lambda image: image,
     "r90": lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
@@ -33,11 +28,7 @@ SYMMETRIES: dict[str, Callable[[Image], Image]] = {
 
 
 def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compose:
-    """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out.
-
-    `stain_jitter` is the strength of `StainJitter`, `color_jitter` the half width of the random factors of brightness, contrast
-    and saturation, both in [0, 1).
-    """
+    """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out; strengths in [0, 1)."""
     factors = (1 - color_jitter, 1 + color_jitter)
     return A.Compose(
         [
@@ -52,33 +43,25 @@ def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compo
 
 
 class ShiftedCrop(A.ImageOnlyTransform):
-    """Crop a square of `side` px around a centre shifted by up to `max_shift` px at random; pixels outside are reflected.
-
-    The draws and the pixels are those of albumentations' CenterCrop, padded, followed by RandomCrop, in a quarter of the time.
-    """
+    """albumentations' CenterCrop to `side` + 2 `max_shift` px, reflecting, and RandomCrop, in a quarter of the time."""
 
     def __init__(self, side: int, max_shift: int) -> None:
         super().__init__(p=1.0)
         self.side, self.max_shift = side, max_shift
 
     def get_params(self) -> dict[str, int]:
-        """Draw the position of the crop down and to the right, from 0 to 2 `max_shift`; `max_shift` is the centre."""
-        down, right = (int((2 * self.max_shift + 1) * self.py_random.random()) for _ in range(2))
-        return {"down": down, "right": right}
+        """Draw the position of the crop, from 0 to 2 `max_shift`; `max_shift` is the centre."""
+        return {name: int((2 * self.max_shift + 1) * self.py_random.random()) for name in ("down", "right")}
 
     def apply(self, img: Image, down: int, right: int, **params: Any) -> Image:
         """Return the crop (side, side, 3) of `img` (h, w, 3) at the drawn position."""
-        shift = self.max_shift
-        padded = cv2.copyMakeBorder(img, shift, shift, shift, shift, cv2.BORDER_REFLECT_101)
+        padded = cv2.copyMakeBorder(img, *(self.max_shift,) * 4, cv2.BORDER_REFLECT_101)
         top, left = (img.shape[0] - self.side) // 2 + down, (img.shape[1] - self.side) // 2 + right
         return padded[top : top + self.side, left : left + self.side]
 
 
 class SquareSymmetry(A.D4):
-    """Rotate and reflect by one of the eight symmetries of the square.
-
-    The draws and the pixels are those of albumentations' D4; OpenCV copies the pixels in a third of the time.
-    """
+    """albumentations' D4, rotations and reflections of the square, with the same draws and pixels in a third of the time."""
 
     def apply(self, img: Image, group_element: str, **params: Any) -> Image:
         """Return `img` under the drawn symmetry."""
@@ -86,24 +69,20 @@ class SquareSymmetry(A.D4):
 
 
 class StainJitter(A.ImageOnlyTransform):
-    """Scale and shift the optical density of each stain at random (Tellez et al. 2018, section III-B).
-
-    Factors are uniform in 1 ± `strength`, offsets in ± 0.4 `strength`. Separating the stains, changing and recombining them is
-    one affine map of the optical density.
-    """
+    """Scale stains by 1 ± `strength` and shift their density by ± 0.4 `strength` (Tellez et al. 2018, section III-B)."""
 
     def __init__(self, strength: float) -> None:
         super().__init__(p=1.0)
         self.strength = strength
 
     def get_params(self) -> dict[str, Any]:
-        """Draw a factor and an offset per stain; return their affine map, float64 (3, 4)."""
+        """Draw factors and offsets of the stains; return their affine map of optical densities, float64 (3, 4)."""
         factors = 1 + self.strength * self.random_generator.uniform(-1, 1, 3)
         offsets = STAIN_OFFSET * self.strength * self.random_generator.uniform(-1, 1, 3)
         return {"affine": change(factors, offsets)}
 
     def apply(self, img: Image, affine: NDArray[np.float64], **params: Any) -> Image:
-        """Return `img` (h, w, 3) with the drawn map applied to its optical density."""
+        """Return `img` (h, w, 3) under the drawn map."""
         return restain(img, affine)
 
 

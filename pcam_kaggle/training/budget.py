@@ -30,35 +30,25 @@ ENDLESS = Budget()
 
 @dataclass(slots=True)
 class Forecast:
-    """The time that the `folds` of one process, in the order of their training, still need, from the slowest epoch so far.
+    """The time that folds, in the order of their training, still need; predictions of one take `validations` validations."""
 
-    The predictions of a fold take as long as `validations` validations; an epoch's `epoch_seconds` include its validation.
-    """
-
-    folds: list[int]
-    epochs_left: list[int]
+    epochs_left: dict[int, int]
     validations: float
     epoch_seconds: float = 0.0
     valid_seconds: float = 0.0
-    is_logged: bool = False
 
-    def add_epoch(self, index: int, seconds: float, valid_seconds: float) -> None:
-        """Count an epoch of the fold at `index`, with its durations."""
-        self.epochs_left[index] -= 1
-        self.epoch_seconds = max(self.epoch_seconds, seconds)
-        self.valid_seconds = max(self.valid_seconds, valid_seconds)
-
-    def seconds_to_stop(self, index: int) -> float:
-        """Return the seconds for one more epoch of the fold at `index`, and for the predictions of all folds up to it."""
-        return self.epoch_seconds + self.validations * self.valid_seconds * (index + 1)
+    def seconds_to_stop(self, fold: int) -> float:
+        """Return the seconds for one more epoch of `fold`, and for the predictions of all folds up to it."""
+        return self.epoch_seconds + self.validations * self.valid_seconds * (1 + list(self.epochs_left).index(fold))
 
     def summary(self, seconds_left: float) -> str:
         """Return a sentence on how many of the folds will be finished in `seconds_left`."""
         prediction = self.validations * self.valid_seconds
-        needed = list(itertools.accumulate(epochs * self.epoch_seconds + prediction for epochs in self.epochs_left))
-        finished = sum(seconds <= seconds_left for seconds in needed)
+        durations = (epochs * self.epoch_seconds + prediction for epochs in self.epochs_left.values())
+        needed = list(itertools.accumulate(durations))
+        finished = sum(seconds <= seconds_left for seconds in needed) or "none"
+        folds = ", ".join(map(str, self.epochs_left))
         return (
-            f"an epoch takes {self.epoch_seconds:.0f} s, a fold's predictions {prediction:.0f} s; folds "
-            f"{', '.join(map(str, self.folds))} need {needed[-1] / 60:.0f} min, {finished or 'none'} of them will be finished "
-            f"in the {seconds_left / 60:.0f} min left"
+            f"an epoch takes {self.epoch_seconds:.0f} s, a fold's predictions {prediction:.0f} s; folds {folds} need "
+            f"{needed[-1] / 60:.0f} min, {finished} of them will be finished in the {seconds_left / 60:.0f} min left"
         )

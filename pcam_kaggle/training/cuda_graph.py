@@ -1,7 +1,8 @@
 """The step as a CUDA graph: its kernels launched at once, and used only where it computes what the eager code does."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from pcam_kaggle.training.learner import Learner
 log = logging.getLogger(__name__)
 
 Work = Callable[[], object]
-Capture = Callable[[Work], Work]
-
 # Steps that are compared, and the learning rate and the weight of the EMA during them.
 CHECKED_STEPS = 3
 CHECKED_LR, CHECKED_WEIGHT = 1e-3, 0.1
@@ -22,10 +21,7 @@ TOLERANCE = 0.02
 
 
 def capture(work: Work) -> Work:
-    """Return a call that repeats the kernels of `work` with the same tensors.
-
-    Raises RuntimeError if `work` waits for the device, allocates on the host, or does not fit into memory.
-    """
+    """Return a call that repeats the kernels of `work`; raise RuntimeError if it waits for the device or lacks memory."""
     current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(current)
     # Libraries allocate and choose algorithms in their first call.
@@ -50,79 +46,66 @@ def capture(work: Work) -> Work:
     return graph.replay
 
 
-def fastest_step(learner: Learner, capture: Capture = capture) -> Work | None:
-    """Return a CUDA graph of the step of `learner` if a few steps with it end as the eager ones do, otherwise None.
-
-    The state after this call is the one before, random numbers included. The log says which is used, and why.
-    """
-    kind = learner.backend.kind
-    if kind != "cuda" or world_size() > 1:
-        log.debug("train: eager steps, because %s", f"the device is {kind}" if kind != "cuda" else "several ranks train a fold")
+def fastest_step(learner: Learner) -> Work | None:
+    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
+    if learner.backend.kind != "cuda" or world_size() > 1:
+        log.debug("train: eager steps, because the device is %s or several ranks train a fold", learner.backend.kind)
         return None
     replay, reason = compared(learner, capture)
     log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)
     return replay
 
 
-def compared(learner: Learner, capture: Capture) -> tuple[Work | None, str]:
+def compared(learner: Learner, capture: Callable[[Work], Work]) -> tuple[Work | None, str]:
     """Return the graph of the step if it agrees with the eager steps, otherwise None; and the reason."""
-    scaler = learner.scaler
-    random = random_state()
-    # The scaler makes its tensors in its first call.
-    scaler.scale(learner.loss.detach())
-    scaling = scaler.state_dict()
-    saved = {id(tensor): tensor.detach().clone() for tensor in learner.tensors()}
-
-    def restore() -> None:
-        set_random_state(random)
-        if scaler.is_enabled():
-            # Also forgets an optimizer step that was cut short.
-            scaler.update(scaling["scale"])
-            scaler.load_state_dict(scaling)
-        for name in ("grad_scale", "found_inf"):
-            vars(learner.optimizer).pop(name, None)
-        for tensor in learner.tensors():
-            # AdamW makes its tensors in its first step, as zeros.
-            tensor.detach().copy_(saved.get(id(tensor), torch.zeros_like(tensor)))
-        learner.optimizer.zero_grad(set_to_none=True)
-
-    def changed_by(work: Work) -> list[Tensor]:
-        restore()
-        if scaler.is_enabled():
-            # At a training's scale the first steps may overflow, and change nothing.
-            scaler.update(1.0)
-        draw = torch.Generator().manual_seed(0)
-        for _ in range(CHECKED_STEPS):
-            patches = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8, generator=draw)
-            learner.load(patches, torch.rand(learner.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
-            work()
-        moved: list[Tensor] = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
-        moved += [buffer for buffer in learner.ema.buffers() if buffer.is_floating_point()]
-        return [tensor.detach() - saved[id(tensor)] for tensor in moved]
-
     try:
-        eager = changed_by(learner.compute)
-        replay = capture(learner.compute)
-        graph = changed_by(replay)
-        size, difference = (
-            float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, torch._foreach_sub(graph, eager))
-        )
+        eager = _changed_by(learner.compute, learner)
+        with _restored(learner):
+            replay = capture(learner.compute)
+        differences = torch._foreach_sub(_changed_by(replay, learner), eager)
+        size, difference = (float(torch.stack(torch._foreach_norm(each)).norm()) for each in (eager, differences))
     except (RuntimeError, AssertionError) as error:
         return None, f"the graph failed: {' '.join(str(error).split())[:200]}"
-    finally:
-        restore()
     found = f"after {CHECKED_STEPS} steps both differ by {difference:.2g}, and have moved by {size:.2g}"
     # Also false if one is not finite.
     return (replay if size > 0 and difference <= TOLERANCE * size else None), found
 
 
-def random_state() -> list[Tensor]:
-    """Return the state of torch's generators: the CPU's, then each GPU's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+def _changed_by(step: Work, learner: Learner) -> list[Tensor]:
+    """Return what a few calls of `step` add to the trained tensors of `learner`, whose state stays."""
+    with _restored(learner) as saved:
+        if learner.scaler.is_enabled():
+            # At a training's scale the first steps may overflow, and change nothing.
+            learner.scaler.update(1.0)
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(CHECKED_STEPS):
+            patches = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8, generator=draw)
+            learner.load(patches, torch.rand(learner.targets.shape, generator=draw).round(), CHECKED_LR, CHECKED_WEIGHT)
+            step()
+        moved: list[Tensor] = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        moved += [buffer for buffer in learner.ema.buffers() if buffer.is_floating_point()]
+        return [tensor.detach() - saved[id(tensor)] for tensor in moved]
 
 
-def set_random_state(states: list[Tensor]) -> None:
-    """Set the state of torch's generators to one that `random_state` returned."""
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1:])
+@contextmanager
+def _restored(learner: Learner) -> Iterator[dict[int, Tensor]]:
+    """Yield copies of the tensors of `learner` by their id; restore it and the random numbers after the block."""
+    optimizer, scaler = learner.optimizer, learner.scaler
+    # The scaler makes its tensors in its first call.
+    scaler.scale(learner.loss.detach())
+    scaling = scaler.state_dict()
+    saved = {id(tensor): tensor.detach().clone() for tensor in learner.tensors()}
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield saved
+    finally:
+        if scaler.is_enabled():
+            # Also forgets an optimizer step that was cut short.
+            scaler.update(scaling["scale"])
+            scaler.load_state_dict(scaling)
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
+        for tensor in learner.tensors():
+            # AdamW makes its tensors in its first step, as zeros.
+            tensor.detach().copy_(saved.get(id(tensor), torch.zeros_like(tensor)))
+        optimizer.zero_grad(set_to_none=True)

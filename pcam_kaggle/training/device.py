@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,39 +10,30 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import reading
 from pcam_kaggle.core.process import tune_malloc
+from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 
-DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# New runs use the first; runs of earlier versions may have recorded the second.
+# Runs of earlier versions may have recorded the second.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-# Compute capabilities from which on GPUs have fp16 and bf16 units.
-VOLTA, AMPERE = 7, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How a model is run: on cpu, cuda or mps, in fp32 or by autocast in bf16 or fp16, in channels_last or contiguous."""
+    """How a model is run: kind of device (cpu, cuda or mps), precision of autocast and memory format."""
 
     kind: str
     precision: str
     memory_format: str
 
-    def __post_init__(self) -> None:
-        if self.kind not in DEVICES or self.precision not in DTYPES or self.memory_format not in FORMATS:
-            raise ValueError(f"no such backend: {self.kind}, {self.precision}, {self.memory_format}")
-
     def place(self, net: nn.Module) -> nn.Module:
         """Move `net` to the device and into the memory format; return it."""
-        # torch's annotations lack this argument.
         return net.to(self.kind, memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 
     def images(self, patches: Tensor) -> Tensor:
         """Return RGB uint8 `patches` (n, h, w, 3) as float32 (n, 3, h, w) in [0, 1] on the device, in the memory format."""
-        # Memory that is not pinned may be overwritten by the next batch before an asynchronous copy reads it.
+        # Memory that is not pinned may be overwritten before an asynchronous copy reads it.
         moved = patches.to(self.kind, non_blocking=patches.is_pinned()).permute(0, 3, 1, 2)
         return moved.to(torch.float32, memory_format=FORMATS[self.memory_format]).div_(255)
 
@@ -50,23 +41,17 @@ class Backend:
         """Return the autocast context for a forward pass."""
         return torch.autocast(self.kind, DTYPES[self.precision], enabled=self.precision != "fp32")
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler, enabled in fp16 only."""
-        return torch.amp.GradScaler(self.kind, enabled=self.precision == "fp16")
+    def record(self) -> BackendRecord:
+        """Return the backend as the files of a run record it."""
+        return BackendRecord(**asdict(self))
 
     def __str__(self) -> str:
         return f"{device_name(self.kind)}, {self.precision}, {self.memory_format}"
 
 
 def find_device() -> str:
-    """Return the kind of the first available device: cuda, mps or cpu.
-
-    Raises:
-        UserError: The device cannot run a convolution. torch may report a GPU as available for which this build has no
-            kernels, such as Kaggle's P100.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = next((kind for kind, is_available in available.items() if is_available), "cpu")
+    """Return the kind of the first available device: cuda, mps or cpu; raise UserError if torch has no kernels for it."""
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         image = torch.ones(1, 3, 8, 8, device=kind)
         torch.nn.functional.conv2d(image, torch.ones(4, 3, 3, 3, device=kind)).sum().item()
@@ -86,52 +71,45 @@ def device_name(kind: str) -> str:
 def native_precision(kind: str) -> str:
     """Return the precision that a device of `kind` has units for: bf16 or fp16; otherwise fp32."""
     if kind == "cuda":
+        # From Volta (7.0) on GPUs have fp16 units, from Ampere (8.0) on bf16 units.
         major, _ = torch.cuda.get_device_capability()
-        return "bf16" if major >= AMPERE else "fp16" if major >= VOLTA else "fp32"
+        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     # The flags are avx512_bf16 and amx_bf16 on x86, bf16 on ARM.
-    cpu_info = Path("/proc/cpuinfo")
-    has_bf16 = kind == "cpu" and cpu_info.exists() and "bf16" in cpu_info.read_text()
-    return "bf16" if has_bf16 else "fp32"
+    flags = Path("/proc/cpuinfo")
+    return "bf16" if kind == "cpu" and flags.exists() and "bf16" in flags.read_text() else "fp32"
 
 
 def choose_backend(precision: str) -> Backend:
     """Return the backend of a new run on this machine, with the `precision` of its config; `auto` is `native_precision`."""
     kind = find_device()
-    return Backend(kind, native_precision(kind) if precision == "auto" else precision, next(iter(FORMATS)))
+    return Backend(kind, native_precision(kind) if precision == "auto" else precision, "channels_last")
 
 
 def find_backend(run: Run, config: Config) -> Backend:
-    """Prepare this process; return the backend of the run's last session on this kind of device, by default a new run's.
-
-    Raises:
-        UserError: The device cannot compute, or environment.json is damaged.
-    """
+    """Prepare this process; return the backend of the run's last session on this kind of device, by default a new run's."""
     configure_torch()
-    kind = find_device()
-    used = [entry.backend for entry in run.environments() if entry.backend.kind == kind]
-    if not used:
-        return choose_backend(config.precision)
-    with reading(run.environment_file):
-        return Backend(**used[-1].model_dump())
+    used = [entry.backend for entry in run.environments() if entry.backend.kind == find_device()]
+    return Backend(**used[-1].model_dump()) if used else choose_backend(config.precision)
 
 
 def configure_torch() -> None:
     """Let malloc keep freed memory; where a GPU computes, use one thread and let cuDNN time its algorithms."""
     tune_malloc()
     if find_device() == "cuda":
-        # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes and of the thread
-        # that launches kernels: on 16 cores a step took a quarter longer.
+        # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes.
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
 
 
 @contextlib.contextmanager
 def memory_errors(setting: str) -> Iterator[None]:
-    """Raise UserError that names `setting`, such as batch_size=64, where the block does not fit into the device's memory."""
+    """Raise UserError if the block does not fit into the device's memory with `setting`, or a loader process was killed."""
     try:
         yield
     except RuntimeError as error:
         # torch has an exception class for a GPU's memory only.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"{setting}: too large for the device's memory; use a smaller one") from None
+        if "DataLoader worker (pid" in str(error):
+            raise UserError("a loader process was killed, perhaps for lack of memory; run the same command again") from None
         raise

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Result = TypeVar("Result")
-
-# The other ranks wait while rank 0 packs the patches, validates, or predicts.
+# The other ranks wait while rank 0 packs, validates or predicts.
 TIMEOUT = timedelta(hours=4)
 
 
@@ -28,33 +27,20 @@ def world_size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Connect the ranks and give each one GPU, if there are any; only rank 0 prints. Does nothing with a single rank."""
+    """Connect the ranks, if there are several, and give each a GPU, if there are any; only rank 0 prints."""
     if world_size() == 1:
         yield
         return
     # Set before CUDA reads it, each rank sees one GPU, and no other code must choose a device.
-    os.environ["CUDA_VISIBLE_DEVICES"] = _visible_device(int(os.environ["LOCAL_RANK"]))
+    local = int(os.environ["LOCAL_RANK"])
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if devices is None else "".join(devices.split(",")[local : local + 1])
     import torch
 
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with Path(os.devnull).open("w") as null, redirect_stdout(null) if rank() else nullcontext():
         yield
     torch.distributed.destroy_process_group()
-
-
-def _visible_device(local_rank: int) -> str:
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return str(local_rank) if devices is None else "".join(devices.split(",")[local_rank : local_rank + 1])
-
-
-@contextmanager
-def one_rank_at_a_time() -> Iterator[None]:
-    """Run the block in one rank after the other, so that the others find the work of rank 0 done."""
-    for _ in range(rank()):
-        broadcast(None)
-    yield
-    for _ in range(world_size() - rank()):
-        broadcast(None)
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:

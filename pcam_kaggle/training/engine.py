@@ -19,18 +19,13 @@ from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.schedule import ema_weight, learning_rate
 
-LOSSES_SHOWN = 5
-LOSSES_READ_TOGETHER = 25
-PREDICT_BATCH = 256
-# Patches that the statistics of batch norms are estimated from, at most.
-NORM_PATCHES = 8192
+LOSSES_SHOWN, LOSSES_READ_TOGETHER = 5, 25
+# Patches that are predicted together, and those that the statistics of batch norms are estimated from, at most.
+PREDICT_BATCH, NORM_PATCHES = 256, 8192
 
 
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
-    """Train `learner` on the next `steps` batches of `source`, those of `epoch` (from 0); return the mean loss.
-
-    A batch is uint8 patches (n, side, side, 3) and float32 targets (n,). A loss that is not finite raises UserError.
-    """
+    """Train on the next `steps` batches, those of `epoch` (from 0); return the mean loss. UserError if one is not finite."""
     learner.model.train()
     losses = torch.zeros(steps, device=learner.loss.device)
     for step in progress(range(steps), f"epoch {epoch + 1}"):
@@ -39,7 +34,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: i
         learner.load(patches, targets, lr, ema_weight(config, steps, epoch * steps + step))
         learner.step()
         losses[step].copy_(learner.loss)
-        # Reading a loss waits for the GPU, so several are read together.
+        # Reading waits for the GPU.
         if (step + 1) % LOSSES_READ_TOGETHER == 0 or step == steps - 1:
             _check_finite(losses[: step + 1].tolist(), epoch, lr)
     # Apple's GPUs have no float64.
@@ -59,37 +54,24 @@ def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
 def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
     """Replace the statistics of the batch norms of `net`, if any, by those of the patches to predict (Schneider et al. 2020).
 
-    No label is read. The statistics are means over batches that are drawn at random from the patches in `rows` (n,) with a
-    fixed seed, so the order of `rows` does not matter.
+    They are means over batches drawn from the patches in `rows` (n,) with a fixed seed; the order of `rows` does not matter.
     """
     net.eval()
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module.train() for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    for norm in norms:
-        norm.train()
     drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]
-    n_batches = math.ceil(len(drawn) / PREDICT_BATCH)
     with torch.inference_mode(), backend.autocast():
-        for count, batch in enumerate(np.array_split(drawn, n_batches), 1):
+        for count, batch in enumerate(np.array_split(drawn, math.ceil(len(drawn) / PREDICT_BATCH)), 1):
             for norm in norms:
                 norm.momentum = 1 / count
             net(net_input(patches.images(batch), config, backend))
 
 
 def predict_logits(
-    net: nn.Module,
-    patches: Patches,
-    rows: NDArray[np.int64],
-    config: Config,
-    backend: Backend,
-    n_views: int,
-    description: str,
+    net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, n_views: int, description: str
 ) -> Tensor:
-    """Return the logits of `n_views` (1, 4 or 8) views of the patches in `rows` (n,), float32 (n_views, n) on the CPU.
-
-    `net` is on the device and in evaluation mode; `description` is the text before the progress bar.
-    """
+    """Return logits of `n_views` (1, 4 or 8) views of `rows` (n,), float32 (n_views, n) on the CPU; `net` is in eval mode."""
     net = fold_norms(net)
     logits = []
     with torch.inference_mode(), backend.autocast():
@@ -97,16 +79,14 @@ def predict_logits(
             images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
             views = tta.views(images, n_views, config.tta_shift)
             logits.append(torch.stack([net(view).float() for view in views]))
-        # Reading waits for a GPU, which computes a batch while the next one is read.
+        # At the end, since it waits for the GPU, which computes a batch while the next one is read.
         return torch.cat(logits, dim=1).cpu()
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:
-    """Return what a model predicts on: the centre of `patches`, without fine colour detail if the config says so.
-
-    RGB uint8 (n, 96, 96, 3) becomes float32 (n, 3, side, side) in [0, 1] on the device.
-    """
+    """Return the centre of `patches`, RGB uint8 (n, 96, 96, 3), as a model reads it: float32 (n, 3, side, side) in [0, 1]."""
     batch = torch.from_numpy(center_crop(patches, config.side))
-    # Pinned, so that the copy does not wait for the kernels before it.
-    batch = batch.pin_memory() if backend.kind == "cuda" else batch
+    if backend.kind == "cuda":
+        # The copy then does not wait for the kernels before it.
+        batch = batch.pin_memory()
     return tta.blur_chroma(backend.images(batch), config.chroma_blur)

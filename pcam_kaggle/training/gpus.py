@@ -24,8 +24,7 @@ from pcam_kaggle.training.loader import PREFETCH
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-# Where Linux keeps shared memory, of which a container has 64 MB unless it is told otherwise.
+# A container has 64 MB of it by default.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
@@ -39,18 +38,10 @@ class Segment:
     is_split: bool = False
 
 
-def gpu_count() -> int:
-    """Return the number of GPUs."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def loader_processes(trained: int, batch_bytes: int) -> int:
-    """Return the number of loader processes of one training, at least 1, where `trained` folds are spread over the GPUs.
-
-    The cores that this process may use, by affinity and by the limit of its control group, are divided among the trainings
-    that run on this machine at the same time, and so is the free shared memory, in which the batches in flight must fit.
-    """
-    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(gpu_count(), trained))
+    """Return the number of loader processes, at least 1, of each of `trained` folds, which are spread over the GPUs."""
+    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
+    # Counts the cores that this process may use, by affinity and by the limit of its control group.
     wanted = joblib.cpu_count() // trainings
     if SHARED_MEMORY.is_dir():
         slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
@@ -62,7 +53,7 @@ def loader_processes(trained: int, batch_bytes: int) -> int:
 
 def round_robin(items: list[Item]) -> list[list[Item]]:
     """Return the items of each GPU, dealt in turn; all in one list if there is at most one GPU."""
-    count = max(1, min(gpu_count(), len(items)))
+    count = max(1, min(torch.cuda.device_count(), len(items)))
     return [items[gpu::count] for gpu in range(count)]
 
 
@@ -71,8 +62,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
 
     McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
     that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
-
-    `done` are the finished epochs of each fold, of `epochs`. What each GPU trains is in order; one without work is left out.
+    `done` are the finished epochs of each fold. GPUs without work are left out.
     """
     left = {fold: epochs - finished for fold, finished in done.items()}
     limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
@@ -80,8 +70,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
     used = 0
     for fold, count in left.items():
         fitting = min(count, limit - used)
-        middle = epochs - fitting
-        is_split = 0 < fitting < count
+        middle, is_split = epochs - fitting, 0 < fitting < count
         if fitting or not count:
             assignments[-1].append(Segment(fold, middle, epochs, is_split))
             used += fitting
@@ -92,10 +81,7 @@ def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Seg
 
 
 def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:
-    """Call the picklable `work` with each assignment, on a GPU and in a process of its own; with a single one, call it here.
-
-    Errors are raised when all processes have ended; one that was killed is a UserError.
-    """
+    """Call the picklable `work` with each assignment, each on a GPU in a process of its own; a single one is called here."""
     if len(assignments) == 1:
         work(assignments[0])
         return
@@ -106,9 +92,8 @@ def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]
         for each in ended:
             each.result()
     except BrokenProcessPool:
-        raise UserError(
-            "a GPU's process was killed, perhaps for lack of memory; run the same command again, which resumes"
-        ) from None
+        message = "a GPU's process was killed, perhaps for lack of memory; run the same command again, which resumes"
+        raise UserError(message) from None
 
 
 def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], items: list[Item]) -> None:

@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.logs import fold_context
@@ -16,14 +15,13 @@ from pcam_kaggle.data.listing import SHA1
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
-from pcam_kaggle.runs.records import BackendRecord, HeldOutSources
+from pcam_kaggle.runs.records import HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import Backend, find_backend
+from pcam_kaggle.training.device import find_backend
 from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
 
 log = logging.getLogger(__name__)
-
 # With fewer patches, batch norm statistics of their own are noisy.
 FEW_PATCHES = 256
 
@@ -31,41 +29,33 @@ FEW_PATCHES = 256
 def predict_held_out(
     run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace, evaluation: Evaluation
 ) -> pd.DataFrame:
-    """Return the predictions of the models of `run` for a held-out set, computed unless `evaluation` has them.
+    """Return the predictions for a held-out set by the models of `folds`, all trained, computed unless `evaluation` has them.
 
-    Args:
-        run: An experiment's run.
-        folds: Those of its folds whose models predict, all trained.
-        patches: The held-out set.
-        workspace: Where the run's folds were drawn.
-        evaluation: Where predictions are stored.
-
-    Returns:
-        Columns id, label, and `fold_<k>` with probabilities.
-
-    Raises:
-        UserError: A checkpoint is damaged, a probability is not a number, or `run` was trained on some of the patches.
+    The columns are id, label, and `fold_<k>` with probabilities. `workspace` has the folds of `run`.
     """
     refuse_trained(run, folds, patches, workspace)
     config = run.config()
-    if config.norm == "test" and len(patches.table) < FEW_PATCHES:
-        log.warning(
-            "%s: takes batch norm statistics from these %d patches, which are few; %d or more make scores reliable",
-            run.name,
-            len(patches.table),
-            FEW_PATCHES,
-        )
+    if config.norm == "test" and (count := len(patches.table)) < FEW_PATCHES:
+        statistics = f"takes batch norm statistics from these {count} patches, which are few"
+        log.warning("%s: %s; %d or more make scores reliable", run.name, statistics, FEW_PATCHES)
     backend = find_backend(run, config)
     sources = HeldOutSources(
         patches_sha256=patches.sha256,
         checkpoints={fold.number: file_sha256(fold.best_checkpoint) for fold in folds},
         config=dataclasses.asdict(config),
-        backend=BackendRecord(**dataclasses.asdict(backend)),
+        backend=backend.record(),
     )
     table = evaluation.predictions(run.name, sources)
     log.debug("evaluate: %s: %s", run.name, "predicts" if table is None else "up to date")
     if table is None:
-        table = _predict(folds, patches, config, backend)
+        table, rows = patches.table[["id", "label"]].reset_index(drop=True), np.arange(len(patches.table))
+        for fold in folds:
+            with fold_context(fold.number):
+                model = load_best(fold, config, backend)
+                probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
+            if not np.isfinite(probabilities).all():
+                raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
+            table[f"fold_{fold.number}"] = probabilities
         evaluation.write_predictions(run.name, sources, table)
     return table
 
@@ -73,8 +63,7 @@ def predict_held_out(
 def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace) -> None:
     """Raise UserError if `run` was trained or validated on one of `patches`: its id, or its pixels under another id.
 
-    For a run with a teacher this includes the test patches, whose predicted labels its `folds` were trained on. The ids are
-    those of the fold file, which must therefore exist. If they are not SHA-1s, pixels cannot be compared, which is logged.
+    The ids are those of the fold file, which must exist, and with a teacher those of the test patches.
     """
     made = run.made_from()
     file = workspace.folds / f"{made.folds}.csv"
@@ -92,15 +81,3 @@ def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, worksp
             f"{run.name}: was trained on {len(leaked):,} of these {len(table):,} patches ({examples(leaked)}); drop their rows",
             leaked,
         )
-
-
-def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backend: Backend) -> pd.DataFrame:
-    table = patches.table[["id", "label"]].reset_index(drop=True)
-    for fold in folds:
-        with fold_context(fold.number):
-            model = load_best(fold, config, backend)
-            probabilities = predict_probabilities(model, patches, np.arange(len(table)), config, backend, "evaluate")
-        if not np.isfinite(probabilities).all():
-            raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
-        table[f"fold_{fold.number}"] = probabilities
-    return table

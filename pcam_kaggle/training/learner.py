@@ -28,7 +28,7 @@ CLIP_NORM = 1.0
 
 
 class EpochRow(TypedDict):
-    """A row of log.csv; `epoch` is from 1, `lr` the rate at its end, and `seconds` include those of the validation."""
+    """A row of log.csv; `epoch` is from 1, `lr` that at its end, and `seconds` include `valid_seconds`."""
 
     epoch: int
     lr: float
@@ -40,21 +40,16 @@ class EpochRow(TypedDict):
 
 
 class Learner:
-    """A model, its EMA and its optimizer, and the step that changes them.
+    """A model on the device, its EMA and its optimizer, and the step that changes them.
 
-    A step reads its batch, the learning rate and the weight of the EMA from tensors that stay in place, and reads nothing back
-    from the device, so that a CUDA graph may capture `compute`. `model` is on the device; a batch has `count` patches.
-
-    Attributes:
-        ema: Exponential moving average of the weights, which is validated and predicts; it shares frozen layers with `model`.
-        patches: uint8 (count, side, side, 3), the batch of the next step; `targets`, float32 (count,), are its labels.
-        loss: The mean loss of the last batch, a tensor without axes.
-        replay: What repeats `compute` as a CUDA graph, if anything.
+    A step reads `patches` (uint8, (count, side, side, 3)), `targets` (float32, (count,)), the learning rate and the weight of
+    the EMA from tensors that stay in place, so that a CUDA graph, `replay`, may repeat it. Frozen layers are shared.
     """
 
     def __init__(self, model: nn.Module, config: Config, backend: Backend, count: int) -> None:
         self.model, self.ema, self.backend = model, copy_trained(model), backend
-        self.optimizer, self.scaler = create_optimizer(model, config), backend.scaler()
+        self.optimizer = create_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(backend.kind, enabled=backend.precision == "fp16")
         self.patches = torch.zeros(count, config.side, config.side, 3, dtype=torch.uint8, device=backend.kind)
         self.targets, self.loss, self._weight = (torch.zeros(shape, device=backend.kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(self.ema, model)
@@ -63,7 +58,7 @@ class Learner:
     def load(self, patches: Tensor, targets: Tensor, lr: float, weight: float) -> None:
         """Set what the next step reads: a batch, the learning rate, and the weight of the newest weights in the EMA, (0, 1]."""
         for to, read in ((self.patches, patches), (self.targets, targets)):
-            # The loader may overwrite memory that is not pinned before an asynchronous copy reads it.
+            # Memory that is not pinned may be overwritten before an asynchronous copy reads it.
             to.copy_(read, non_blocking=read.is_cuda or read.is_pinned())
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr * group["lr_scale"])
@@ -74,7 +69,7 @@ class Learner:
         (self.replay or self.compute)()
 
     def compute(self) -> None:
-        """Take a step eagerly: forward and backward pass, clipping, optimizer and EMA."""
+        """Take a step eagerly."""
         with self.backend.autocast():
             logits = self.model(self.backend.images(self.patches))
         loss = binary_cross_entropy_with_logits(logits.float(), self.targets)
@@ -109,27 +104,21 @@ class Learner:
         self.save_best(fold, rows)
 
     def save_best(self, fold: Fold, rows: list[EpochRow]) -> None:
-        """Bring best checkpoint and log up to the last checkpoint, also after an interruption between these writes."""
+        """Write best checkpoint and log, also those that an interruption after the last checkpoint left out."""
         best = best_row(rows)
         if best is rows[-1]:
-            content = {"net": trained_state(self.ema), "epoch": len(rows), "valid_auc": best["valid_auc"]}
-            checkpoint.save(fold.best_checkpoint, content)
+            state = {"net": trained_state(self.ema), "epoch": len(rows), "valid_auc": best["valid_auc"]}
+            checkpoint.save(fold.best_checkpoint, state)
         elif checkpoint.load(fold.best_checkpoint, "epoch")["epoch"] != best["epoch"]:
-            raise UserError(
-                f"{fold.best_checkpoint}: not the best epoch of last.pt; delete {fold.folder} to train the fold again"
-            )
+            raise UserError(f"{fold.best_checkpoint}: not the best epoch of last.pt; {checkpoint.ANEW}")
         fold.write_log(rows)
 
     def resume(self, last: Path) -> list[EpochRow]:
-        """Load the checkpoint `last`; return the log, a row per finished epoch.
-
-        Raises:
-            UserError: `last` is missing, damaged or of another model.
-        """
+        """Load the checkpoint `last`; return the log. Raises UserError if it is damaged or of another model."""
         state = checkpoint.load(last, "net", "average", "optimizer", "scaler", "log")
         with reading(last, checkpoint.ANEW):
-            load_trained(self.model, state["net"])
-            load_trained(self.ema, state["average"])
+            _load(self.model, state["net"])
+            _load(self.ema, state["average"])
             load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
@@ -142,29 +131,18 @@ def best_row(rows: list[EpochRow]) -> EpochRow:
 
 
 def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
-    """Return the model of `fold` with its best weights, in evaluation mode on the backend.
-
-    Raises:
-        UserError: The checkpoint is missing, damaged or of another model; or the pretrained weights of its frozen layers, which
-            it lacks, are missing or not those that it was trained with.
-    """
+    """Return the model of `fold` with its best weights in evaluation mode; raises UserError if they are missing or others."""
     content = checkpoint.load(fold.best_checkpoint, "net")
-    is_frozen = config.freeze > 0
-    if is_frozen:
+    # Checkpoints lack frozen layers.
+    if is_frozen := config.freeze > 0:
         Run(fold.run_folder).check_weights(config.weights, weights_sha256(config))
     net = create(config, weights=is_frozen)
     with reading(fold.best_checkpoint, checkpoint.ANEW):
-        load_trained(net, content["net"])
+        _load(net, content["net"])
     return backend.place(net).eval()
 
 
-def load_trained(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`, the tensors of `net` that are not frozen.
-
-    Raises:
-        KeyError: `state` has other tensors.
-        RuntimeError: A tensor has another shape.
-    """
+def _load(net: nn.Module, state: dict[str, Tensor]) -> None:
     if different := trained_state(net).keys() ^ state.keys():
         raise KeyError(sorted(different)[0])
     net.load_state_dict(state, strict=False)

@@ -24,19 +24,16 @@ from pcam_kaggle.training.distributed import rank, world_size
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, ...]
-
-# Batches that a loader process prepares ahead.
-PREFETCH = 3
-LOADER_NICE = 5
+# Batches that a loader process prepares ahead, and its priority.
+PREFETCH, LOADER_NICE = 3, 5
 
 
 class TrainBatches(Dataset):
     """All train batches of one fold, in one sequence over the epochs: item i is batch i modulo `steps` of epoch i // steps.
 
-    Order and augmentation depend on (seed, fold, epoch, batch) alone, so neither the number of loader processes nor an
-    interruption changes them. An item is uint8 patches (count, side, side, 3) and float32 targets (count,), of the patches in
-    `rows` (n,) of the store, with `labels` (n,) that are 0, 1 or a teacher's probability. Where several ranks train the fold,
-    it is this rank's part of the batch, which has the same size for all ranks; up to `world_size` - 1 patches are left out.
+    An item is uint8 patches (count, side, side, 3) and float32 targets (count,), of the patches in `rows` (n,) of the store,
+    with `labels` (n,) in [0, 1]. Order and augmentation depend on (seed, fold, epoch, batch) alone. Each rank has an equal part
+    of the batch; up to `world_size` - 1 patches are left out.
     """
 
     def __init__(
@@ -50,11 +47,6 @@ class TrainBatches(Dataset):
 
     def __len__(self) -> int:
         return self.steps * self.config.epochs
-
-    def empty(self) -> tuple[Tensor, Tensor]:
-        """Return uninitialised tensors of a batch's shapes and dtypes."""
-        shape = (self.count, self.config.side, self.config.side, 3)
-        return torch.empty(shape, dtype=torch.uint8), torch.empty(self.count)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(index, self.steps)
@@ -73,20 +65,18 @@ def batch_bytes(config: Config) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """Return the order of `count` patches in `epoch`, shape (count,); cached for all batches of the epoch."""
     return np.random.default_rng((seed, fold, epoch)).permutation(count)
 
 
 class _SharedBatches(Dataset):
-    """The batches of `data`, written into `count` slots of shared memory in turn; an item is the number of its slot.
-
-    A batch sent between processes would be mapped anew by each of them, which costs a twentieth of a step on a CPU.
-    """
+    """The batches of `data`, written into `count` slots of shared memory in turn; an item is its slot, fast to send."""
 
     def __init__(self, data: TrainBatches, count: int) -> None:
         self.data = data
+        side = data.config.side
+        empty = torch.empty(data.count, side, side, 3, dtype=torch.uint8), torch.empty(data.count)
         try:
-            self.slots: list[Batch] = [tuple(part.share_memory_() for part in data.empty()) for _ in range(count)]
+            self.slots: list[Batch] = [tuple(part.clone().share_memory_() for part in empty) for _ in range(count)]
         except RuntimeError:
             raise UserError(
                 f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
@@ -104,14 +94,7 @@ class _SharedBatches(Dataset):
 
 
 def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of `data` from `first_epoch` on (from 0), augmented in `workers` processes that outlive epochs.
-
-    Yields:
-        Patches and targets as `TrainBatches` describes them, on the GPU if there is one, valid until the next is requested.
-
-    Raises:
-        UserError: Shared memory has no room for the batches in flight.
-    """
+    """Yield the batches of `data` from `first_epoch` on (from 0), on the GPU if there is one, valid until the next."""
     # One slot more than the batches in flight, for the batch that is trained on.
     shared = _SharedBatches(data, PREFETCH * workers + 1)
     # A forked worker inherits OpenCV's pool without its threads, and would wait for them forever.
@@ -134,16 +117,13 @@ def batches(data: TrainBatches, first_epoch: int, workers: int) -> Iterator[Batc
 def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
     """Yield the batches of `read` on the GPU, where a stream of its own copies each while the step before it computes.
 
-    Each is in one of `slots`, overwritten after the next one is requested; these are pinned once, because a copy is
-    asynchronous from pinned memory only.
+    The `slots` that they are in are pinned once, because a copy is asynchronous from pinned memory only.
     """
-    copies = torch.cuda.Stream()
-    cuda = torch.cuda.cudart()
+    copies, cuda = torch.cuda.Stream(), torch.cuda.cudart()
     first = next(read, None)
     # The workers have been forked by now, and share the memory as it is.
     pinned = [part for slot in slots for part in slot if not int(cuda.cudaHostRegister(part.data_ptr(), part.nbytes, 0))]
-    unpinned = sum(map(len, slots)) - len(pinned)
-    if unpinned:
+    if unpinned := sum(map(len, slots)) - len(pinned):
         log.warning("loader: %d tensors can't be pinned, so training waits while they are copied to the GPU", unpinned)
     # A refusal would be raised by the next kernel, whichever that is.
     with suppress(RuntimeError):
@@ -164,11 +144,7 @@ def _on_gpu(read: Iterator[Batch], slots: list[Batch]) -> Iterator[Batch]:
 
 
 def _lower_priority(worker: int) -> None:
-    """Let the threads of a training step run before this worker, without starving it beside other programs.
-
-    A worker that takes a core from a step delays all threads of the step, since they wait for one another. As a batch process
-    it never preempts them when it wakes up. A much lower priority, or the idle class, would leave it no time on a busy machine.
-    """
+    # The threads of a training step run first; the idle class would leave this process no time on a busy machine.
     # Windows has neither call, macOS lacks the second.
     with suppress(AttributeError, OSError):
         os.nice(LOADER_NICE)

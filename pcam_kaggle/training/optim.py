@@ -1,6 +1,6 @@
 """Creates the optimizer of a config: AdamW of torch, or Muon, which updates all weight matrices at once."""
 
-from collections.abc import Iterable, Sequence
+import functools
 from typing import Any
 
 import torch
@@ -10,16 +10,13 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.backbone import Backbone
 from pcam_kaggle.models.weights import import_timm
 
-# Decoupled, of convolution and linear weights.
 WEIGHT_DECAY = 0.05
 # Of Muon (Jordan et al. 2024), and of Adam for the other parameters.
-MOMENTUM = 0.95
-BETAS = (0.9, 0.95)
-EPS = 1e-7
+MOMENTUM, BETAS, EPS = 0.95, (0.9, 0.95), 1e-7
 # A step of Muon times this factor and the root of the longer side is as large as one of AdamW (Liu et al. 2025, equation 4).
 MATCH_ADAMW = 0.2
-# Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring all singular
-# values between 0.01 and 1 to within 0.7 to 1.2.
+# Coefficients a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, one row per iteration (Cesista et al. 2025); they bring singular values
+# between 0.01 and 1 to within 0.7 to 1.2.
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -31,19 +28,12 @@ NEWTON_SCHULZ = (
 LEAST_BUCKET = 16
 # Smaller or longer matrices are updated by Adam.
 LEAST_ROWS, MOST_ELONGATED = 4, 128
-
 Groups = list[dict[str, Any]]
-# Parameters, each with the number of its group.
-Members = Sequence[tuple[int, Tensor]]
 
 
 def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, which a CUDA graph may capture.
-
-    Each of its parameter groups has `lr`, a tensor on the device of `net`, and `lr_scale`, the factor of the learning rate.
-    """
-    groups = parameter_groups(net, config.layer_decay)
-    device = next(net.parameters()).device
+    """Return the optimizer of `config`, which a CUDA graph may capture; its groups have `lr` (a tensor) and `lr_scale`."""
+    groups, device = parameter_groups(net, config.layer_decay), next(net.parameters()).device
     if config.optimizer == "muon":
         groups = [part for group in groups for part in _split_matrices(group)]
     for group in groups:
@@ -55,31 +45,20 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the tensors of `state`, in the memory format of the parameters; the groups keep the options of `optimizer`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # A fused kernel takes for granted that a parameter and its state have the same layout.
-    tensors = {
-        index: {
-            name: torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
-            if value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
-        for index, values in state["state"].items()
-    }
-    rates = [group["lr"] for group in optimizer.param_groups]
-    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    groups = [{**group, "params": saved["params"]} for group, saved in pairs]
-    optimizer.load_state_dict({"state": tensors, "param_groups": groups})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    """Load the tensors of `state`, in the memory format of the parameters; `optimizer` keeps its options and tensors."""
+    own = dict(optimizer.state)
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, loaded in optimizer.state.items():
+        for name, tensor in loaded.items():
+            # A fused kernel takes for granted that a parameter and its state have the same layout.
+            like = p if tensor.shape == p.shape else tensor
+            loaded[name] = own.get(p, {}).get(name, torch.empty_like(like)).copy_(tensor)
 
 
 def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
-    """Split the parameters of `net` that are trained into groups with `params`, `weight_decay` and `lr_scale`.
+    """Split the trained parameters of `net` into groups with `params`, `weight_decay` (0 for vectors) and `lr_scale`.
 
-    Biases and other vectors do not decay. In a model of timm, the learning rate of a layer is `layer_decay` times that of the
-    layer above it.
+    In a model of timm, the learning rate of a layer is `layer_decay` times that of the layer above it.
     """
     if isinstance(net, Backbone):
         timm_net: Any = net.net
@@ -97,18 +76,14 @@ def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Return whether Muon orthogonalises the update of `parameter`, of which all axes but the first are the columns.
-
-    Vectors, positions, depthwise filters (one input channel) and matrices with few rows or columns are left to Adam.
-    """
+    """Return whether Muon updates `parameter`, not Adam: no vector, position, depthwise filter or very narrow matrix."""
     if parameter.ndim < 2 or 1 in parameter.shape[:2]:
         return False
-    short, long = sorted(_sides(parameter.shape))
+    short, long = sorted(_sides(parameter))
     return short >= LEAST_ROWS and long <= MOST_ELONGATED * short
 
 
 def _split_matrices(group: dict[str, Any]) -> Groups:
-    """Return `group` as one of matrices and one of other parameters, marked by `is_muon`; empty ones are left out."""
     split = {muon: [p for p in group["params"] if is_matrix(p) == muon] for muon in (True, False)}
     return [{**group, "params": params, "is_muon": muon} for muon, params in split.items() if params]
 
@@ -116,10 +91,8 @@ def _split_matrices(group: dict[str, Any]) -> Groups:
 class Muon(torch.optim.Optimizer):
     """Muon for weight matrices (Jordan et al. 2024), and AdamW with Nesterov momentum for other parameters.
 
-    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. All steps are taken on
-    the device without reading a result, with the learning rate in tensors, so that a CUDA graph may capture them. With a
-    gradient scaler a step whose gradients are not finite changes nothing. Parameter groups have `params`, `lr` (a tensor),
-    `weight_decay` and `is_muon`.
+    The Nesterov momentum of a matrix is replaced by the nearest semi-orthogonal matrix, approximately. With a gradient scaler a
+    step whose gradients are not finite changes nothing. Groups have `params`, `lr` (a tensor), `weight_decay` and `is_muon`.
     """
 
     # torch's GradScaler then sets `found_inf` and does not read it.
@@ -128,33 +101,23 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, {})
-        members = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
         self._matrices, self._others = (
-            [(number, p) for number, p in members if self.param_groups[number]["is_muon"] == is_muon]
+            [p for group in self.param_groups if group["is_muon"] == is_muon for p in group["params"]]
             for is_muon in (True, False)
         )
-        self._orthogonalize = Orthogonalizer([p for _, p in self._matrices])
+        self._orthogonalize = Orthogonalizer(self._matrices)
         self._momentum = self._flat("momentum", self._matrices)
         self._mean, self._square = (self._flat(name, self._others) for name in ("mean", "square"))
         self._steps = self._momentum.new_zeros(())
-        for _, p in self._others:
+        for p in self._others:
             self.state[p]["step"] = self._steps
 
-    def _flat(self, name: str, members: Members) -> Tensor:
-        """Return zeros for all elements of the parameters in `members`; their `state` has views of it called `name`."""
-        flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for _, p in members))
-        for (_, p), part in zip(members, _split(flat, members), strict=True):
+    def _flat(self, name: str, parameters: list[Tensor]) -> Tensor:
+        # The state of each parameter has a view of it.
+        flat = self.param_groups[0]["lr"].new_zeros(sum(p.numel() for p in parameters))
+        for p, part in zip(parameters, _split(flat, parameters), strict=True):
             self.state[p][name] = part
         return flat
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a state into the tensors of this optimizer."""
-        own = dict(self.state)
-        super().load_state_dict(state_dict)
-        for p, tensors in own.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(self.state[p][name])
-            self.state[p] = tensors
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -164,10 +127,12 @@ class Muon(torch.optim.Optimizer):
         for rate, group in zip(rates, self.param_groups, strict=True):
             if group["weight_decay"]:
                 torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
-        for members, direction in ((self._matrices, self._matrix_directions), (self._others, self._adam_directions)):
-            if members:
-                steps = [-rates[number] for number, _ in members]
-                torch._foreach_add_([p for _, p in members], direction(_gradients(members, keep), keep, steps))
+        for parameters, direction in ((self._matrices, self._matrix_directions), (self._others, self._adam_directions)):
+            if parameters:
+                is_muon = parameters is self._matrices
+                pairs = zip(rates, self.param_groups, strict=True)
+                steps = [-rate for rate, group in pairs if group["is_muon"] == is_muon for _ in group["params"]]
+                torch._foreach_add_(parameters, direction(_gradients(parameters, keep), keep, steps))
 
     def _matrix_directions(self, gradients: Tensor, keep: Tensor, steps: list[Tensor]) -> list[Tensor]:
         self._momentum.lerp_(gradients, (1 - MOMENTUM) * keep)
@@ -185,15 +150,14 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_mul(_split(directions, self._others), steps))
 
 
-def _split(flat: Tensor, members: Members) -> list[Tensor]:
-    """Return views of `flat` of the shapes of the parameters in `members`."""
-    parts = flat.split([p.numel() for _, p in members])
-    return [part.view(p.shape) for part, (_, p) in zip(parts, members, strict=True)]
+def _split(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
-def _gradients(members: Members, keep: Tensor) -> Tensor:
-    """Return the gradients of `members` as one vector, zeros where `keep` is 0; a parameter without one counts as zero."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for _, p in members])
+def _gradients(parameters: list[Tensor], keep: Tensor) -> Tensor:
+    """Return all gradients as one vector, zeros where `keep` is 0; a parameter without one counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     return torch.where(keep > 0, flat, 0.0)
 
 
@@ -202,33 +166,27 @@ class Orthogonalizer:
 
     The Newton-Schulz iteration (Jordan et al. 2024) is computed for all matrices at once, and on the smaller of XXᵀ and XᵀX
     instead of X: with G = XXᵀ / ‖X‖², each iteration multiplies X by Q = aI + bG + cG² and G by Q². These Gram matrices are
-    padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`, of which all
-    axes but the first are the columns.
+    padded by zeros, which stay zeros, to the side of their bucket. The matrices have the shapes of `parameters`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        parameters = list(parameters)
-        self.shapes = [p.shape for p in parameters]
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
         self.buckets: dict[int, list[int]] = {}
-        for index, shape in enumerate(self.shapes):
-            side = max(LEAST_BUCKET, 1 << (min(_sides(shape)) - 1).bit_length())
+        for index, p in enumerate(parameters):
+            side = max(LEAST_BUCKET, 1 << (min(_sides(p)) - 1).bit_length())
             self.buckets.setdefault(side, []).append(index)
         # Made here, because a CUDA graph cannot capture a copy from memory that is not pinned.
         self.factors = {
-            side: parameters[0].new_tensor([MATCH_ADAMW * max(_sides(self.shapes[index])) ** 0.5 for index in members])
+            side: parameters[0].new_tensor([MATCH_ADAMW * max(_sides(parameters[index])) ** 0.5 for index in members])
             for side, members in self.buckets.items()
         }
 
-    def __call__(self, flat: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrices in `flat`, one after the other (float32), orthogonalised, each of its parameter's shape.
-
-        Each is scaled by its factor in `steps` and by the one that makes its step as large as AdamW's.
-        """
-        parts = flat.split([shape.numel() for shape in self.shapes])
-        matrices = [part.view(shape[0], -1) for part, shape in zip(parts, self.shapes, strict=True)]
-        directions = list(matrices)
+    def __call__(self, flat: Tensor, steps: list[Tensor]) -> list[Tensor]:
+        """Return the matrices in `flat` (float32, concatenated) orthogonalised and scaled by `steps`, in their shapes."""
+        directions = _split(flat, self.parameters)
         for side, members in self.buckets.items():
-            wide = [matrices[index].T if _is_tall(matrices[index]) else matrices[index] for index in members]
+            chosen = [directions[index].flatten(1) for index in members]
+            wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in chosen]
             grams = flat.new_zeros(len(members), side, side)
             for gram, matrix in zip(grams, wide, strict=True):
                 torch.mm(matrix, matrix.T, out=gram[: len(matrix), : len(matrix)])
@@ -236,33 +194,24 @@ class Orthogonalizer:
             squares = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=EPS**2)
             scale = torch.stack([steps[index] for index in members]) * self.factors[side] * squares.rsqrt()
             products = iterate(grams / squares[:, None, None]) * scale[:, None, None]
-            for index, matrix, product in zip(members, wide, products, strict=True):
-                part = product[: len(matrix), : len(matrix)]
-                made = matrices[index] @ part if _is_tall(matrices[index]) else part @ matrix
-                directions[index] = made.view(self.shapes[index])
+            for index, matrix, product in zip(members, chosen, products, strict=True):
+                rows, columns = matrix.shape
+                made = matrix @ product[:columns, :columns] if rows > columns else product[:rows, :rows] @ matrix
+                directions[index] = made.view_as(self.parameters[index])
         return directions
 
 
-def _sides(shape: torch.Size) -> tuple[int, int]:
-    """Return the numbers of rows and of columns."""
-    return shape[0], shape[1:].numel()
-
-
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
+def _sides(parameter: Tensor) -> tuple[int, int]:
+    return parameter.shape[0], parameter.shape[1:].numel()
 
 
 def iterate(grams: Tensor) -> Tensor:
-    """Return what the Newton-Schulz iteration multiplies X by, from the left.
-
-    `grams` are XXᵀ / ‖X‖² of each matrix X, symmetric float32 (n, side, side), as are the results.
-    """
-    product = None
-    for number, (a, b, c) in enumerate(NEWTON_SCHULZ, 1):
+    """Return the Newton-Schulz factors of matrices X, from their Gram matrices XXᵀ / ‖X‖², both float32 (n, side, side)."""
+    factors: list[Tensor] = []
+    for a, b, c in NEWTON_SCHULZ:
+        if factors:
+            grams = factors[-1] @ grams @ factors[-1]
         q = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
         q.diagonal(dim1=1, dim2=2).add_(a)
-        product = q if product is None else q @ product
-        if number < len(NEWTON_SCHULZ):
-            grams = q @ grams @ q
-    assert product is not None
-    return product
+        factors.append(q)
+    return functools.reduce(lambda product, q: q @ product, factors)

@@ -24,13 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(task: Task, folds: list[int]) -> None:
-    """Predict the validation part and the test set with the model of each of `folds`, all trained; every rank calls this.
-
-    Probabilities are means over the config's views. Rank 0 computes, on all GPUs that it sees.
-
-    Raises:
-        UserError: Another process works in the run, or a checkpoint is missing or damaged.
-    """
+    """Predict validation part and test set with the models of `folds`, in rank 0 on all its GPUs; every rank calls this."""
     on_first_rank(partial(_predict, task, folds))
 
 
@@ -40,36 +34,28 @@ def _predict(task: Task, folds: list[int]) -> None:
 
 
 def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
+    config, store = task.config, task.store
     for number in folds:
+        fold, (_, valid) = task.run.fold(number), task.parts(number)
         with fold_context(number):
-            _predict_fold(task, backend, number)
-
-
-def _predict_fold(task: Task, backend: Backend, number: int) -> None:
-    config, store, fold = task.config, task.store, task.run.fold(number)
-    net = load_best(fold, config, backend)
-    _, valid = task.parts(number)
-
-    def predicted(split: str, ids: NDArray[np.object_]) -> pd.DataFrame:
-        rows = store.rows(split, ids)
-        probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
-        return pd.DataFrame({"id": ids, "probability": probabilities})
-
-    start = time.perf_counter()
-    oof, test = predicted("train", valid["id"].to_numpy()), predicted("test", store.ids("test"))
-    rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
-    oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
-    fold.write_predictions(oof, test, store, rate)
-    log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
+            net = load_best(fold, config, backend)
+            start = time.perf_counter()
+            tables = []
+            for split, ids in (("train", valid["id"].to_numpy()), ("test", store.ids("test"))):
+                rows = store.rows(split, ids)
+                probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
+                tables.append(pd.DataFrame({"id": ids, "probability": probabilities}))
+            oof, test = tables
+            rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
+            oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
+            fold.write_predictions(oof, test, store, rate)
+            log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
 
 
 def predict_probabilities(
     net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, description: str
 ) -> NDArray[np.float64]:
-    """Return the probabilities (n,) of the patches in `rows` (n,), with the views and batch norm statistics of `config`.
-
-    `net` is on the device; `description` is the text before the progress bar.
-    """
+    """Return the probabilities (n,) of the patches in `rows` (n,), means over views, under `net`, which is on the device."""
     if config.norm == "test":
         adapt_norms(net, patches, rows, config, backend)
     logits = predict_logits(net, patches, rows, config, backend, config.tta, description)

@@ -26,28 +26,21 @@ from pcam_kaggle.training.embed import Features, embed
 from pcam_kaggle.training.task import Task, open_session
 
 log = logging.getLogger(__name__)
-
 # Weights of half the squared norm of the coefficients, relative to the mean loss; each fit starts from the one before.
 PENALTIES = np.logspace(0, -5, 11)
-# Patches that a penalty is chosen with, at most.
-CHOSEN_WITH = 20_000
-MAX_ITERATIONS = 1000
+# Patches that a penalty is chosen with, and iterations of a fit, at most.
+CHOSEN_WITH, MAX_ITERATIONS = 20_000, 1000
 
 
 def probe(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
-    """Fit the classifiers of `folds` on features that are computed once for all folds, until the budget ends, and predict.
-
-    A fold writes `best.pt` with the classifier alone, `metrics.json` and its predictions.
-
-    Raises:
-        UserError: The config makes no model with a linear classifier, torchrun has started several ranks, a fold has one
-            label, or another process works in the run.
-    """
+    """Fit the classifiers of `folds` on features that are computed once for all, unless the budget ends, and predict."""
     if world_size() > 1:
         raise UserError("probe=true: uses all GPUs by itself; run it without torchrun")
     run, config = task.run, task.config
-    # Refused before the hours of embedding.
-    _random_backbone(task)
+    net = create(config, weights=False)
+    assert isinstance(net, Backbone)
+    # Refused before the hours of embedding, unless it is a single linear layer.
+    net.classifier()
     with locked(run.folder):
         run.open(task.experiment, config, task.store, task.folds, weights_sha256(config))
         backend = open_session(task)
@@ -56,33 +49,22 @@ def probe(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
         if embedded is None:
             log.info("train: out of time while embedding; run the same command again, which resumes")
             return
-        net = _random_backbone(task)
         for number in folds:
             _fit_fold(task, number, *embedded, net)
 
 
-def _random_backbone(task: Task) -> Backbone:
-    """Return the task's model with random weights; raises UserError if its classifier is not a single linear layer."""
-    net = create(task.config, weights=False)
-    assert isinstance(net, Backbone)
-    net.classifier()
-    return net
-
-
 def _fit_fold(task: Task, number: int, features: Features, images_per_second: float, net: Backbone) -> None:
     start = time.perf_counter()
-    fold, train_features = task.run.fold(number), features["train"]
-    train, valid = task.parts(number)
+    fold, (train, valid) = task.run.fold(number), task.parts(number)
     ids = pd.Index(task.store.ids("train"))
-    train_rows, valid_rows = (ids.get_indexer(part["id"]) for part in (train, valid))
-    x, labels = train_features[train_rows], train["label"].to_numpy()
+    x, labels = features["train"][ids.get_indexer(train["id"])], train["label"].to_numpy()
     penalty = choose_penalty(x, labels, train["fold"].to_numpy())
     weight, bias = fit(x, labels, [penalty])[0]
 
     def logits(x: NDArray[np.float16]) -> NDArray[np.float64]:
         return x.astype(np.float64) @ weight + bias
 
-    valid_logits = logits(train_features[valid_rows])
+    valid_logits = logits(features["train"][ids.get_indexer(valid["id"])])
     valid_auc = auc(valid["label"].to_numpy(), valid_logits)
     # The classifier, the only part that is not frozen, has a matrix and a vector.
     state = {
@@ -90,7 +72,6 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
         for name, tensor in trained_state(net).items()
     }
     checkpoint.save(fold.best_checkpoint, {"net": state, "epoch": 0, "valid_auc": valid_auc})
-    # The embedding serves all folds.
     embedding_seconds = sum(map(len, features.values())) / images_per_second / task.config.n_splits
     metrics = FoldMetrics(
         fold=number,
@@ -111,13 +92,7 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
 
 
 def choose_penalty(features: NDArray[np.float16], labels: NDArray[np.int64], folds: NDArray[np.int64]) -> float:
-    """Return the penalty with the highest mean AUC over folds, each predicted by a fit on the others.
-
-    Args:
-        features: Of the patches to train on, shape (n, features).
-        labels: 0 or 1, shape (n,).
-        folds: Number of the fold of each patch, shape (n,).
-    """
+    """Return the penalty with the highest mean AUC over `folds` (n,), each predicted by a fit on the others' patches."""
     rng = np.random.default_rng(0)
     areas = []
     for number in np.unique(folds):
@@ -131,21 +106,14 @@ def choose_penalty(features: NDArray[np.float16], labels: NDArray[np.int64], fol
 def fit(
     features: NDArray[np.float16], labels: NDArray[np.int64], penalties: Iterable[float]
 ) -> list[tuple[NDArray[np.float64], float]]:
-    """Fit a logistic regression for each penalty on standardised features.
+    """Fit a logistic regression of `labels` (n,), 0 or 1, on standardised `features` (n, features).
 
-    Args:
-        features: Shape (n, features).
-        labels: 0 or 1, shape (n,).
-        penalties: Weights of half the squared norm of the coefficients, relative to the mean loss over patches.
-
-    Returns:
-        For each penalty, coefficients (features,) and intercept for features that are not standardised.
+    For each penalty, as in `PENALTIES`, return coefficients (features,) and intercept for features that are not standardised.
     """
     # It sums in float64, and leaves a feature that never changes at 0.
     scaler = StandardScaler(copy=False)
     x = scaler.fit_transform(features.astype(np.float32))
-    model = LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS)
-    found = []
+    model, found = LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS), []
     for penalty in penalties:
         model.set_params(C=1 / (penalty * len(x))).fit(x, labels)
         weight = model.coef_[0].astype(np.float64) / scaler.scale_

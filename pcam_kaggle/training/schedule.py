@@ -8,19 +8,14 @@ from torch import Tensor, nn
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.backbone import trained_state
 
-# The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t).
+# The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t), to forget the initial ones.
 EMA_START = 9
-
-WARMUP_EPOCHS = 1.0
-# Relative to the peak.
-FINAL_LR = 0.01
+# The learning rate at the end, relative to the peak.
+WARMUP_EPOCHS, FINAL_LR = 1.0, 0.01
 
 
 def learning_rate(config: Config, progress: float) -> float:
-    """Return the learning rate after a number of epochs, fractions included.
-
-    It rises linearly from 0 over the first epoch, then falls as half a cosine to 1 % (Loshchilov & Hutter 2017).
-    """
+    """Return the learning rate after `progress` epochs: a linear rise, then half a cosine (Loshchilov & Hutter 2017)."""
     if progress < WARMUP_EPOCHS:
         return config.lr * progress / WARMUP_EPOCHS
     part = min(1.0, (progress - WARMUP_EPOCHS) / max(1e-9, config.epochs - WARMUP_EPOCHS))
@@ -28,11 +23,7 @@ def learning_rate(config: Config, progress: float) -> float:
 
 
 def ema_weight(config: Config, steps: int, taken: int) -> float:
-    """Return the weight of the newest weights in the EMA, in (0, 1], after `taken` steps, `steps` of them per epoch.
-
-    It is one over the horizon, `average_epochs` of the config, in steps; and larger at the start, where the EMA would otherwise
-    stay near the initial weights.
-    """
+    """Return the weight of the newest weights in the EMA, in (0, 1], after `taken` steps, `steps` of them per epoch."""
     return max(1 / max(1.0, config.average_epochs * steps), EMA_START / (EMA_START + taken))
 
 
@@ -40,10 +31,10 @@ class MovingAverage:
     """Moves the trained tensors of `ema` towards those of `net`, of the same architecture; both must keep their tensors."""
 
     def __init__(self, ema: nn.Module, net: nn.Module) -> None:
-        pairs = list(zip(trained_state(ema).values(), trained_state(net).values(), strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._ema, self._net = [to for to, _ in floats], [new for _, new in floats]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        states = [list(trained_state(each).values()) for each in (ema, net)]
+        self._ema, self._net = ([tensor for tensor in state if tensor.is_floating_point()] for state in states)
+        integers = ([tensor for tensor in state if not tensor.is_floating_point()] for state in states)
+        self._copied = list(zip(*integers, strict=True))
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What training, probe and prediction work on."""
 
-import dataclasses
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -9,12 +9,11 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.provenance import session_environment
-from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.device import Backend, device_name, find_backend
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """A run with what it is made from, and the name of its experiment; picklable, as each GPU's process is sent one."""
 
@@ -25,11 +24,7 @@ class Task:
     folds: Folds
 
     def parts(self, number: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the train and the validation part of fold `number`, columns id, label and fold, without damaged patches.
-
-        Raises:
-            UserError: A part lacks a label.
-        """
+        """Return train and validation part of fold `number` (id, label, fold), undamaged; UserError if one lacks a label."""
         table = self.folds.table[self.folds.table["id"].isin(self.store.ids("train"))]
         is_valid = table["fold"] == number
         parts = table[~is_valid], table[is_valid]
@@ -41,6 +36,5 @@ class Task:
 def open_session(task: Task) -> Backend:
     """Prepare this process, and add the session to the run's environment.json; return the backend of `find_backend`."""
     backend = find_backend(task.run, task.config)
-    record = BackendRecord(**dataclasses.asdict(backend))
-    task.run.add_environment(session_environment(record, device_name(backend.kind), task.store))
+    task.run.add_environment(session_environment(backend.record(), device_name(backend.kind), task.store))
     return backend

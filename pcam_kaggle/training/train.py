@@ -3,15 +3,15 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -27,72 +27,75 @@ from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend, configure_torch, memory_errors
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, rank, world_size
 from pcam_kaggle.training.engine import predict_logits, train_epoch
-from pcam_kaggle.training.gpus import Segment, assign_epochs, gpu_count, loader_processes, run_on_gpus
+from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.task import Task, open_session
-from pcam_kaggle.training.tensorboard import scalar_writer
 
 log = logging.getLogger(__name__)
 
 
 def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
-    """Train `folds` of a run until the budget ends; every rank calls this.
-
-    A fold writes `best.pt`, the EMA of the epoch with the highest validation AUC, `last.pt` to resume from, `log.csv` with a
-    row per epoch and, when it is finished, `metrics.json`.
-
-    Raises:
-        UserError: The config makes no model, another process works in the run, memory is too small for a batch, a loader
-            process was killed, or a loss is not finite.
-    """
-    run, config = task.run, task.config
+    """Train `folds` of a run until the budget ends; every rank calls this."""
+    run, config, manifest = task.run, task.config, task.folds.manifest
     create(config, weights=False)
     if config.teacher:
-        _check_teacher(task)
+        teacher = Run(run.folder.parent / config.teacher)
+        if teacher.made_from().folds_sha256 != manifest.csv_sha256:
+            # The teacher's model of a fold saw labels of this run's validation.
+            raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {manifest.scheme}")
     configure_torch()
     with locked(run.folder) if rank() == 0 else nullcontext():
         backend = on_first_rank(partial(_open, task, folds))
-        log.info("train: %d of %d folds on %s", len(folds), config.n_splits, backend)
         loaders = loader_processes(len(folds), batch_bytes(config))
+        log.info("train: %d of %d folds on %s", len(folds), config.n_splits, backend)
         log.debug("train: %d loader processes per training", loaders)
         done = {number: len(run.fold(number).log()) for number in folds}
-        assignments = assign_epochs(done, config.epochs, max(1, gpu_count()))
+        assignments = assign_epochs(done, config.epochs, max(1, torch.cuda.device_count()))
         run_on_gpus(partial(_train_segments, task, backend, loaders, budget), assignments)
 
 
 def _open(task: Task, folds: list[int]) -> Backend:
-    """Write or check what the run is made from; return what it computes on."""
     reads_weights = task.config.freeze > 0 or not all(task.run.fold(number).is_started for number in folds)
     weights = weights_sha256(task.config) if reads_weights else None
     task.run.open(task.experiment, task.config, task.store, task.folds, weights)
     return open_session(task)
 
 
-def _check_teacher(task: Task) -> None:
-    """Raise UserError if the teacher has other folds, since its model of a fold then saw labels of this run's validation."""
-    teacher, manifest = Run(task.run.folder.parent / task.config.teacher), task.folds.manifest
-    if teacher.made_from().folds_sha256 != manifest.csv_sha256:
-        raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {manifest.scheme}")
-
-
 def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, segments: list[Segment]) -> None:
     """Train `segments` in order, while `budget` has time for another epoch and the predictions of these folds."""
-    forecast = _forecast(task, segments)
-    for index, segment in enumerate(segments):
-        fold = task.run.fold(segment.fold)
-        with fold.lock() if segment.is_split else nullcontext():
-            forecast.epochs_left[index] = segment.until - len(fold.log())
-            with (
-                fold_context(fold.number),
-                _readable_errors(task.config, fold.number),
-                closing(train_fold(task, fold.number, backend, loaders)) as rows,
-            ):
-                is_finished = _train_segment(rows, segment, task.config, forecast, index, budget)
-        if not is_finished:
-            log.info("train: out of time in fold %d; run the same command again, which resumes", fold.number)
-            return
+    forecast, is_logged = _forecast(task, segments), False
+    left = forecast.epochs_left
+    for segment in segments:
+        number, fold = segment.fold, task.run.fold(segment.fold)
+        with (
+            fold.lock() if segment.is_split else nullcontext(),
+            fold_context(number),
+            memory_errors(f"batch_size={task.config.batch_size}"),
+            closing(train_fold(task, number, backend, loaders)) as rows,
+        ):
+            left[number] = segment.until - len(fold.log())
+            while left[number] > 0:
+                if broadcast(budget.left()) < forecast.seconds_to_stop(number):
+                    log.info("train: out of time in fold %d; run the same command again, which resumes", number)
+                    return
+                row = next(rows, None)
+                if row is None:
+                    break
+                left[number] -= 1
+                forecast.epoch_seconds = max(forecast.epoch_seconds, row["seconds"])
+                forecast.valid_seconds = max(forecast.valid_seconds, row["valid_seconds"])
+                log.info(
+                    f"fold {number}, epoch {row['epoch']:>2} of {task.config.epochs}: loss {row['train_loss']:.4f}, "
+                    f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
+                )
+                if not is_logged and budget.left() < math.inf:
+                    log.info("train: %s", forecast.summary(budget.left()))
+                is_logged = True
+            if segment.until == task.config.epochs:
+                # Writes metrics.json.
+                next(rows, None)
 
 
 def _forecast(task: Task, segments: list[Segment]) -> Forecast:
@@ -100,104 +103,68 @@ def _forecast(task: Task, segments: list[Segment]) -> Forecast:
     seconds, valid_seconds = logs[["seconds", "valid_seconds"]].max().fillna(0.0)
     passes = task.config.tta + (task.config.norm == "test")
     validations = passes * (1 + len(task.store.ids("test")) * task.config.n_splits / len(task.store.ids("train")))
-    folds, planned = zip(*((segment.fold, segment.until - segment.start) for segment in segments), strict=True)
-    return Forecast([*folds], [*planned], validations, seconds, valid_seconds)
-
-
-def _train_segment(
-    rows: Iterator[EpochRow], segment: Segment, config: Config, forecast: Forecast, index: int, budget: Budget
-) -> bool:
-    """Train the epochs of a segment by taking their `rows`, while `budget` has time; return whether it had."""
-    while forecast.epochs_left[index] > 0:
-        if broadcast(budget.left()) < forecast.seconds_to_stop(index):
-            return False
-        row = next(rows, None)
-        if row is None:
-            return True
-        forecast.add_epoch(index, row["seconds"], row["valid_seconds"])
-        log.info(
-            f"fold {segment.fold}, epoch {row['epoch']:>2} of {config.epochs}: loss {row['train_loss']:.4f}, "
-            f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
-        )
-        if not forecast.is_logged and budget.left() < math.inf:
-            log.info("train: %s", forecast.summary(budget.left()))
-        forecast.is_logged = True
-    if segment.until == config.epochs:
-        # Writes the result of the fold.
-        next(rows, None)
-    return True
-
-
-@contextmanager
-def _readable_errors(config: Config, fold: int) -> Iterator[None]:
-    """Raise UserError where torch reports that a batch does not fit into memory or that a loader process was killed."""
-    try:
-        with memory_errors(f"batch_size={config.batch_size}"):
-            yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            f"fold {fold}: a loader process was killed, perhaps for lack of memory; run the same command again, which resumes"
-        ) from None
+    epochs_left = {segment.fold: segment.until - segment.start for segment in segments}
+    return Forecast(epochs_left, validations, seconds, valid_seconds)
 
 
 def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> Generator[EpochRow]:
-    """Train the model of fold `number` on the patches of all other folds, with `loaders` loader processes.
-
-    Yields:
-        The log's row of each epoch, after it has been written.
-
-    Raises:
-        UserError: The train or the validation patches lack a label, or a loss or logit is not finite.
-    """
+    """Train the model of fold `number` on all other folds; yield the log's row of each epoch, after it has been written."""
     config, fold = task.config, task.run.fold(number)
-    data = FoldData.of(task, number)
+    data = FoldData(task, number)
     learner, rows = _start(task, number, backend, data.train.count)
     source = batches(data.train, len(rows), loaders)
-    with scalar_writer(fold.folder / "events", len(rows) + 1) as add_scalars:
+    with _event_writer(fold.folder / "events", len(rows) + 1) as write_events:
         for epoch in range(len(rows), config.epochs):
             torch.manual_seed(_seed(config, number, epoch + 1) + rank())
             start = time.perf_counter()
             loss = train_epoch(learner, source, data.train.steps, epoch, config)
             seconds = time.perf_counter() - start
             rows.append(on_first_rank(partial(_finish_epoch, task, data, learner, rows, loss, seconds)))
-            add_scalars(rows[-1])
+            write_events(rows[-1])
             yield rows[-1]
     on_first_rank(partial(_write_metrics, task, data, learner, rows))
 
 
-class FoldData(NamedTuple):
-    """The patches of a fold: train batches, and the rows and labels (n,) of the validation patches in the store."""
+@contextmanager
+def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
+    """Yield a function that writes a row of log.csv for TensorBoard, if installed; older events from `first` on are hidden."""
+    if rank() > 0 or find_spec("tensorboard") is None:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
 
-    train: TrainBatches
-    valid_rows: NDArray[np.int64]
-    valid_labels: NDArray[np.int64]
+    with SummaryWriter(str(folder), purge_step=first) as writer:
 
-    @classmethod
-    def of(cls, task: Task, number: int) -> "FoldData":
-        """Return the patches of fold `number`; the test patches that a teacher labels follow the train patches."""
-        store, fold = task.store, task.run.fold(number)
-        train, valid = task.parts(number)
+        def write(row: EpochRow) -> None:
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+
+        yield write
+
+
+class FoldData:
+    """Train batches of a fold, test patches of its teacher last, and rows and labels (n,) of its validation patches."""
+
+    def __init__(self, task: Task, number: int) -> None:
+        store, (train, valid) = task.store, task.parts(number)
         rows, targets = store.rows("train", train["id"].to_numpy()), train["label"].to_numpy(np.float64)
         if task.config.teacher:
-            taught = fold.teacher_predictions(task.config.teacher)
+            taught = task.run.fold(number).teacher_predictions(task.config.teacher)
             rows = np.concatenate([rows, store.rows("test", taught["id"].to_numpy())])
             targets = np.concatenate([targets, taught["probability"].to_numpy()])
-        valid_rows = store.rows("train", valid["id"].to_numpy())
-        return cls(TrainBatches(store, rows, targets, task.config, number), valid_rows, valid["label"].to_numpy())
+        self.train = TrainBatches(store, rows, targets, task.config, number)
+        self.valid_rows, self.valid_labels = store.rows("train", valid["id"].to_numpy()), valid["label"].to_numpy()
 
 
 def _start(task: Task, number: int, backend: Backend, count: int) -> tuple[Learner, list[EpochRow]]:
-    """Return the learner after the last finished epoch of fold `number`, and the log up to there."""
     config, fold = task.config, task.run.fold(number)
     torch.manual_seed(_seed(config, number, 0))
     # Checkpoints lack frozen layers.
     model = backend.place(create(config, weights=not fold.is_started or config.freeze > 0))
     learner = Learner(model, config, backend, count)
-    rows: list[EpochRow] = []
-    if fold.is_started:
-        rows = learner.resume(fold.last_checkpoint)
+    rows = learner.resume(fold.last_checkpoint) if fold.is_started else []
+    if rows:
         log.debug("fold %d: resumes after epoch %d", number, len(rows))
         on_first_rank(partial(learner.save_best, fold, rows))
     learner.replay = fastest_step(learner)
@@ -207,14 +174,12 @@ def _start(task: Task, number: int, backend: Backend, count: int) -> tuple[Learn
 def _finish_epoch(
     task: Task, data: FoldData, learner: Learner, rows: list[EpochRow], loss: float, train_seconds: float
 ) -> EpochRow:
-    """Validate the EMA and save the state; return the row that follows `rows`."""
     config, train, epoch = task.config, data.train, len(rows) + 1
     start = time.perf_counter()
     logits = predict_logits(learner.ema, task.store, data.valid_rows, config, learner.backend, 1, "validate")[0]
     if not logits.isfinite().all():
         raise UserError(f"fold {train.fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
-    valid_auc = auc(data.valid_labels, logits.double().numpy())
-    valid_seconds = time.perf_counter() - start
+    valid_auc, valid_seconds = auc(data.valid_labels, logits.double().numpy()), time.perf_counter() - start
     row = EpochRow(
         epoch=epoch,
         lr=learning_rate(config, epoch),

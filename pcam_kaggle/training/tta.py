@@ -1,4 +1,4 @@
-"""What happens to a patch at test time: fine colour detail is filtered, and symmetries augment it (TTA)."""
+"""Test-time augmentation (TTA) by symmetries, and the filter of fine colour detail."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-# Standard deviations at which the Gaussian of the filter ends.
+# Standard deviations at which the Gaussian ends.
 REACH = 3
 # The quarter turns, then those of the mirror image: whether the image is transposed, and the axes that are flipped then.
 SYMMETRIES = (
@@ -20,11 +20,9 @@ CORNERS = (*((0, 0), (0, 1), (1, 1), (1, 0)), *((1, 1), (1, 0), (0, 0), (0, 1)))
 def blur_chroma(images: Tensor, sigma: float) -> Tensor:
     """Return RGB `images` (n, 3, h, w) in [0, 1] with colour differences blurred by a Gaussian, and luma (ITU-R BT.601) kept.
 
-    Fine colour detail tells a model which slide a patch is from. Ordinary models read it in training; without it in prediction
-    they score lower on slides that they know and higher on others. Equivariant models gain nothing.
-
-    `sigma` is the standard deviation in pixels; 0 changes nothing. Pixels are mirrored at the border. A colour that does not
-    exist is clipped to [0, 1], which changes its luma.
+    Fine colour detail tells a model which slide a patch is from; without it in prediction, models that are not equivariant
+    score higher on held-out slides. `sigma` is the standard deviation in pixels; 0 changes nothing. Pixels are mirrored at the
+    border; colours outside [0, 1] are clipped, which changes their luma.
     """
     if not sigma:
         return images
@@ -46,8 +44,7 @@ def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
 
     A single view is the images themselves; four are the rotations by quarter turns; eight add the rotations of the mirror
     image. Each is shifted by `shift` px along each axis towards another corner, because pooling makes a model sensitive to the
-    position; the mirror image of a rotation towards the opposite one. Pixels outside are mirrored. All views have the label of
-    the patch, since its centre square stays at the centre but for the shift.
+    position; the mirror image of a rotation towards the opposite one. Pixels outside are mirrored.
     """
     if count == 1:
         return [images]
