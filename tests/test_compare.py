@@ -165,7 +165,7 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: has changed since it was blended"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (lambda run: edit(run, "fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
-    "not-finite": (lambda run: edit_oof(run, "probability", np.inf), "oof.csv: 3 rows hold a number that is not finite"),
+    "not-finite": (lambda run: edit_oof(run, "probability", np.inf), "oof.csv: holds a number that is not finite"),
     "label-2": (lambda run: edit_oof(run, "label", 2), "is not 0 or 1, of id p0717"),
 }
 
