@@ -13,7 +13,7 @@ from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
-from pcam_kaggle.core.files import locked, read_json, write_json
+from pcam_kaggle.core.files import PART, locked, read_json, write_json
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.runs import checkpoint, import_run
 from pcam_kaggle.runs.fold import FOLD_FILES
@@ -107,6 +107,9 @@ def test_an_interrupted_import_is_completed_here_and_by_others(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(import_run, "_copy", end)
         import_runs(session, here)
+    # No fold is incomplete: each has all files, or those of the earlier state.
+    states = [set(FOLD_FILES) - {"teacher.json"}, *([{"last.pt", "log.csv"}] if is_update else [])]
+    assert all({path.name for path in fold.iterdir()} in states for fold in (here.root / RUN).glob("fold_*"))
     third = Workspace(tmp_path / "third", tmp_path / "third" / "store")
     import_runs(here.root, third)
     complete = files_of(session) | contents(session, [Path("folds/stratified_3_42.csv"), Path("submissions/bottleneck.csv")])
@@ -123,6 +126,22 @@ def test_a_fold_is_repaired_and_other_files_in_it_are_kept(session: Path, here: 
     import_runs(session, here)
     assert (fold / "notes.txt").read_text() == "mine"
     assert contents(here.root, complete) == complete
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_fold_is_not_lost_between_two_renames(is_replaced: bool, session: Path, here: Workspace) -> None:
+    import_runs(session, here)
+    complete, fold = files_of(session), here.root / RUN / "fold_1"
+    (fold / "notes.txt").write_text("mine")
+    fold.replace(fold.with_name(f".fold_1.old{PART}"))
+    if is_replaced:
+        shutil.copytree(session / RUN / "fold_1", fold)
+        (fold / "notes.txt").write_text("mine")
+        (fold / "best.pt").unlink()
+    import_runs(session, here)
+    assert (fold / "notes.txt").read_text() == "mine"
+    assert contents(here.root, complete) == complete
+    assert not list(here.root.rglob(f"*{PART}"))
 
 
 @pytest.mark.parametrize(("aucs", "taken"), [((0.8, 0.9), True), ((0.9, 0.8), False)])

@@ -34,7 +34,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
     with held:
         for partial in list(folder.rglob(f".*{PART}")):
-            partial.unlink(missing_ok=True)
+            # A folder is left to `building`, which may need it.
+            if not partial.is_dir():
+                partial.unlink(missing_ok=True)
         yield
 
 
@@ -45,11 +47,14 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program.
     """
+    temporary, old = (folder.resolve().with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
+    # A process was killed between the two renames below.
+    if old.exists() and not folder.exists():
+        old.replace(folder)
     is_replaceable = folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))
     if os.path.lexists(folder) and not is_replaceable:
         raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
     folder = folder.resolve()
-    temporary, old = (folder.with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
     # Leftovers of a killed process.
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)

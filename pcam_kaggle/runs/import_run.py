@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import file_sha256, locked, write
+from pcam_kaggle.core.files import building, file_sha256, locked, write
 from pcam_kaggle.core.paths import Workspace, check_name
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, Fold
@@ -87,12 +87,14 @@ def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
-    """Replace the files of `target`, so that it is older than `source` until it is complete; other files in its folder stay."""
-    for name in reversed(FOLD_FILES):
-        (target.folder / name).unlink(missing_ok=True)
-    for name in FOLD_FILES:
-        if (source.folder / name).is_file():
-            _copy(source.folder / name, target.folder / name)
+    """Replace `target` by a copy of `source`, all files at once; other files in its folder are kept."""
+    with building(target.folder, lambda _: True) as folder:
+        for name in FOLD_FILES:
+            if (source.folder / name).is_file():
+                _copy(source.folder / name, folder / name)
+        for other in target.folder.glob("*"):
+            if other.name not in FOLD_FILES:
+                shutil.copytree(other, folder / other.name) if other.is_dir() else _copy(other, folder / other.name)
 
 
 def _missing_folds(run: Run) -> float:
