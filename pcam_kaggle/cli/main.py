@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {_message(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from what is finished", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return 130
     return 0
 
