@@ -19,10 +19,9 @@ from pcam_kaggle.core import files
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data import store
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.store import PatchStore, _identity
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
@@ -147,32 +146,25 @@ def prepare_again(data: Data, folder: Path) -> None:
     assert prepare(data, folder)[1]
 
 
-def test_a_worker_never_reads_another_store(data: Data, tmp_path: Path) -> None:
-    prepare(data, tmp_path / "store")
-    opened = PatchStore(tmp_path / "store")
-    ids = opened.ids("train")
-    rows, sent = opened.rows("train", ids), pickle.dumps(opened)
-    assert np.array_equal(pickle.loads(sent).images(rows), opened.images(rows))  # noqa: S301
-    prepare_again(data, tmp_path / "store")
+def test_a_worker_never_reads_another_store(data: Data, store: PatchStore) -> None:
+    ids = store.ids("train")
+    rows, sent = store.rows("train", ids), pickle.dumps(store)
+    assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
+    prepare_again(data, store.folder)
     with pytest.raises(UserError, match="replaced while it was in use"):
         pickle.loads(sent).images(rows)  # noqa: S301
     # Who had opened it before still reads the old file.
-    assert [sha1(patch) for patch in opened.images(rows)] == list(ids)
+    assert [sha1(patch) for patch in store.images(rows)] == list(ids)
 
 
-def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(data, tmp_path / "store")
-    identity = store._identity
-
+def test_a_store_replaced_while_opening_is_not_mixed(data: Data, store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def swap(file: Path) -> tuple[int, int, int, int]:
         monkeypatch.undo()
-        before = identity(file)
-        prepare_again(data, tmp_path / "store")
+        before = _identity(file)
+        prepare_again(data, store.folder)
         return before
 
-    monkeypatch.setattr(store, "_identity", swap)
-    opened = PatchStore(tmp_path / "store")
+    monkeypatch.setattr("pcam_kaggle.data.store._identity", swap)
+    opened = PatchStore(store.folder)
     with pytest.raises(UserError, match="replaced while it was in use"):
         opened.images(opened.rows("train", opened.ids("train")))

@@ -118,11 +118,6 @@ def test_a_lost_half_is_made_again(labels: pd.DataFrame, lost: str, tmp_path: Pa
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_slides_name_is_not_its_spaces(tmp_path: Path) -> None:
-    (tmp_path / "map.csv").write_text("id,wsi\na,s1\nb,s1 \n")
-    assert read_slides(tmp_path / "map.csv")["wsi"].nunique() == 1
-
-
 @pytest.mark.parametrize(("kind", "old", "new"), [("csv", ",0\n", ",1\n"), ("json", '"seed": 42', '"seed": 43')])
 def test_an_edited_file_is_refused(kind: str, old: str, new: str, labels: pd.DataFrame, tmp_path: Path) -> None:
     make_folds(labels, PLAIN, None, tmp_path)

@@ -52,6 +52,8 @@ def test_ranks_within_folds_ignore_their_scales() -> None:
     np.testing.assert_array_equal(rank_within(folds, scaled), rank_within(folds, scores))
     assert 0 < rank_within(folds, scores).min() <= rank_within(folds, scores).max() <= 1
     assert rank_within(ZEROS[:4], np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.875, 0.25, 0.875, 0.5]
+    with pytest.raises(ValueError, match="nan"):
+        rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
 
 
 THIRDS = by_slide(np.arange(20) % 3)
@@ -82,11 +84,6 @@ def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, sc
     USES[use](LABELS, A)
     with pytest.raises(ValueError, match=message):
         USES[use](labels, scores)
-
-
-def test_ranks_of_nan_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nan"):
-        rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
 
 
 def is_zero(made: Difference) -> bool:
@@ -148,9 +145,7 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
         (np.arange(20) % 10, "10 slides, more than the 9 that can be drawn"),
     ],
 )
-def test_clusters_that_cannot_be_drawn_have_no_interval(
-    slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slides_that_cannot_be_drawn_have_no_interval(slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.scoring.intervals.MAX_CLUSTERS", 9)
     assert is_undefined(interval(LABELS, A, by_slide(slides)), reason)
     made = paired_test(LABELS, B, by_slide(slides))(A)

@@ -14,9 +14,8 @@ from PIL import Image
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_json
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data import prepare as packing
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore, StoreManifest
+from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels, read_sample, read_slides
 
 Command = Callable[..., Outcome]
@@ -24,11 +23,6 @@ Command = Callable[..., Outcome]
 Fault = Callable[[Data, Path], object]
 # Breaks the data of a split.
 Mistake = Callable[[Data, str], object]
-
-
-def content_of(manifest: StoreManifest) -> dict[str, object]:
-    """Return what does not depend on the names and times of the files."""
-    return manifest.model_dump(exclude={"signature"})
 
 
 def edit(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -39,9 +33,7 @@ def add_row(table: Path, name: str) -> None:
     edit(table, lambda rows: pd.concat([rows, pd.DataFrame({"id": [name], "label": ["0"]})]))
 
 
-def test_the_store_is_what_another_reader_sees(data: Data, tmp_path: Path) -> None:
-    prepare(data, tmp_path / "store")
-    store = PatchStore(tmp_path / "store")
+def test_the_store_is_what_another_reader_sees(data: Data, store: PatchStore) -> None:
     for split in ("train", "test"):
         ids = store.ids(split)
         assert sorted(path.stem for path in data.patches(split).glob("*.tif")) == list(ids)
@@ -59,7 +51,7 @@ def test_a_store_is_kept_until_a_file_changes(data: Data, tmp_path: Path) -> Non
     shutil.copy(tif, tif.with_suffix(".again")).replace(tif)
     again, new = prepare(data, tmp_path / "store")
     assert new
-    assert content_of(again) == content_of(made)
+    assert again.model_copy(update={"signature": made.signature}) == made
 
 
 def flip_bit(_: Data, tif: Path) -> None:
@@ -91,21 +83,13 @@ FAULTS: dict[str, Fault] = {
     "added": lambda _, tif: write_tif(tif.with_stem(sha1(BLACK)), BLACK),
     "repeated": lambda data, tif: add_row(data.labels, tif.stem),
     "repeated with a space": lambda data, tif: add_row(data.labels, f"{tif.stem} "),
-    "no label": lambda data, tif: edit(
-        data.labels, lambda rows: rows.assign(label=rows["label"].where(rows["id"] != tif.stem))
-    ),
     "climbing id": lambda data, _: add_row(data.labels, "../escape"),
     "unknown test id": lambda data, _: add_row(data.sample, "ab" * 20),
     "one class": lambda data, _: edit(data.labels, lambda rows: rows.assign(label="0")),
 }
 # What the error names, if it is not the id of the first train patch.
-NAMED = {
-    "shorter than a patch": SHORT,
-    "added": sha1(BLACK),
-    "climbing id": "../escape",
-    "unknown test id": "ab" * 20,
-    "one class": "train_labels.csv",
-}
+NAMED = {"shorter than a patch": SHORT, "added": sha1(BLACK), "climbing id": "../escape"}
+NAMED |= {"unknown test id": "ab" * 20, "one class": "train_labels.csv"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -130,13 +114,13 @@ def test_skip_damaged_skips_whatever_can_not_be_read(name: str, data: Data, tmp_
     assert not prepare(data, tmp_path / "store", skip_damaged=True)[1]
 
 
-def test_how_a_file_keeps_its_pixels_and_spells_its_extension_makes_no_difference(data: Data, tmp_path: Path) -> None:
-    made, _ = prepare(data, tmp_path / "store")
+def test_how_a_file_keeps_its_pixels_and_spells_its_extension_makes_no_difference(data: Data, store: PatchStore) -> None:
     for number, tif in enumerate([*data.patches("train").glob("*.tif"), *data.patches("test").glob("*.tif")]):
         cv2.imwrite(str(tif), cv2.imread(str(tif)), [cv2.IMWRITE_TIFF_COMPRESSION, 5])
         tif.rename(tif.with_suffix((".TIF", ".tiff", ".TIFF")[number % 3]))
-    assert content_of(prepare(data, tmp_path / "again")[0]) == content_of(made)
-    assert (tmp_path / "store" / "patches.npy").read_bytes() == (tmp_path / "again" / "patches.npy").read_bytes()
+    again, _ = prepare(data, store.folder.with_name("again"))
+    assert again.model_copy(update={"signature": store.manifest.signature}) == store.manifest
+    assert np.array_equal(np.load(store.folder.with_name("again") / "patches.npy"), np.load(store.folder / "patches.npy"))
 
 
 def test_faults_of_the_listing_and_then_of_the_pixels_are_listed_at_once(data: Data, pcam: Command) -> None:
@@ -155,19 +139,16 @@ def test_faults_of_the_listing_and_then_of_the_pixels_are_listed_at_once(data: D
         edit(data.labels, lambda table: table[table["id"] != tifs[0].stem])
 
 
-def test_a_fault_leaves_the_old_store(data: Data, tmp_path: Path) -> None:
-    made, _ = prepare(data, tmp_path / "store")
+def test_a_fault_leaves_the_old_store(data: Data, store: PatchStore, tmp_path: Path) -> None:
     flip_bit(data, first_tif(data))
     with pytest.raises(UserError, match=r"SHA-1 .*copy the original file again"):
-        prepare(data, tmp_path / "store")
-    assert PatchStore(tmp_path / "store").manifest == made
+        prepare(data, store.folder)
+    assert PatchStore(store.folder).manifest == store.manifest
     assert not list(tmp_path.glob(".store*.part"))
 
 
-def test_a_damaged_patch_has_no_pixels_of_another_in_the_store(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing, "CHUNK", 2)
+def test_a_damaged_patch_has_no_pixels_in_the_store(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_kaggle.data.prepare.CHUNK", 2)
     for tif in sorted(data.patches("train").iterdir())[3:5]:
         tif.write_bytes(tif.read_bytes()[:100])
     prepare(data, tmp_path / "store", skip_damaged=True)
@@ -208,21 +189,22 @@ def test_ids_that_are_names_are_declared_not_guessed(data: Data, tmp_path: Path)
         prepare(data, tmp_path / "store")
 
 
-def test_spaces_around_an_id_and_a_byte_order_mark_do_not_count(data: Data) -> None:
+def test_spaces_around_a_name_and_a_byte_order_mark_do_not_count(data: Data, tmp_path: Path) -> None:
     for path, read in ((data.labels, read_labels), (data.sample, read_sample)):
         before, table = read(path), pd.read_csv(path)
         table.assign(id=" " + table["id"] + "\t").to_csv(path, index=False, encoding="utf-8-sig")
         pd.testing.assert_frame_equal(read(path), before)
+    (tmp_path / "map.csv").write_text("id,wsi\na,s1\nb,s1 \n")
+    assert read_slides(tmp_path / "map.csv")["wsi"].nunique() == 1
 
 
-def test_hidden_files_are_ignored(data: Data, tmp_path: Path) -> None:
-    made, _ = prepare(data, tmp_path / "store")
+def test_hidden_files_are_ignored(data: Data, store: PatchStore, tmp_path: Path) -> None:
     for split in ("train", "test"):
         for name in (f"._{first_tif(data, split).name}", ".hidden.TIF", ".DS_Store"):
             (data.patches(split) / name).write_bytes(b"Mac OS X")
         (data.patches(split) / ".folder.tif").mkdir()
-    assert prepare(data, tmp_path / "store") == (made, False)
-    assert prepare(data, tmp_path / "new")[0] == made
+    assert prepare(data, store.folder) == (store.manifest, False)
+    assert prepare(data, tmp_path / "new")[0] == store.manifest
 
 
 def test_ids_in_both_sets_are_reported(data: Data, pcam: Command) -> None:
@@ -373,15 +355,14 @@ def test_five_of_many_damaged_patches_are_shown_and_all_are_listed(data: Data, p
 
 
 WRONG_TABLES = {
-    "capitals": ("Id,Label\na,1", r"'Id', 'Label'; .*id,label"),
     "space": ("id, label\na, 1", r"no column label, .*'id', ' label'; .*id,label"),
-    "other name": ("image_id,label\na,1", r"no column id, .*'image_id', 'label'; .*id,label"),
     "semicolon": ("id;label\na;1", r"'id;label'; .*id,label, with commas"),
     "no header": ("a,1\nb,0", r"'a', '1'; .*id,label"),
     "commas at the end": ("id,label\na,1,\nb,0,", "more fields than its first line"),
     "long name": ("x" * 10**6 + "\na", r"'x{60}…'; .*id,label"),
     "many columns": (",".join(f"column{number}" for number in range(1000)) + "\na", "995 more"),
     "no rows": ("id,label", "holds no rows"),
+    "no label": ("id,label\na,\nb,0", "1 of 2"),
     "long label": ("id,label\na," + "x" * 10**6 + "\nb,0", "1 of 2"),
     "long id": ('id,label\n"' + "x\n" * 10**6 + '",1\nb,0', "1 of 2"),
     "bytes": ("id,label\n\udcff,1", "not a CSV file in UTF-8"),
@@ -423,9 +404,6 @@ def test_five_of_many_faulty_rows_are_shown_and_all_are_listed(
 
 
 def test_a_missing_sample_submission_says_how_to_get_one(data: Data) -> None:
-    ids = read_sample(data.sample)["id"]
     data.sample.unlink()
     with pytest.raises(UserError, match=r"no such file; .* the line id,label and then a line ID,0 for each ID"):
         read_sample(data.sample)
-    data.sample.write_text("".join(["id,label\n", *(f"{name},0\n" for name in ids)]))
-    assert read_sample(data.sample)["id"].equals(ids)
