@@ -4,9 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,23 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
         with locked(tmp_path / "run"):
             order.append("second in")
 
-    second = threading.Thread(target=enter)
-    with locked(tmp_path / "run"):
-        second.start()
-        second.join(0.3)
+    with ThreadPoolExecutor() as pool, locked(tmp_path / "run"):
+        wait([pool.submit(enter)], 0.3)
         order.append("first out")
-    second.join()
     assert order == ["first out", "second in"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "folder"),
-    [
-        *(("folds", "folds"), ("train", "runs/bottleneck"), ("predict", "runs/bottleneck")),
-        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("scores", "submissions")),
-    ],
-)
+RUN = "runs/bottleneck"
+WRITES_IN = {"folds": "folds", "train": RUN, "predict": RUN, "blend": RUN, "submission": "submissions", "scores": "submissions"}
+
+
+@pytest.mark.parametrize("stage", WRITES_IN)
 def test_every_writer_holds_the_lock(
-    stage: str, folder: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    stage: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A partial file of another process survives, since no stage writes there until the other process ends."""
     work = tmp_path / "work"
-    stages = ("prepare", "folds", "train", "predict", "blend", "submission", "scores")
+    stages = ["prepare", *WRITES_IN]
     for before in stages[: stages.index(stage)]:
         assert pcam(before).status == 0
 
@@ -63,8 +57,8 @@ def test_every_writer_holds_the_lock(
         return Outcome(main(line), *capsys.readouterr())
 
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    with locked(work / folder):
-        partial = work / folder / f".oof.csv.x{files.PART}"
+    with locked(work / WRITES_IN[stage]):
+        partial = work / WRITES_IN[stage] / f".oof.csv.x{files.PART}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         outcome = call()

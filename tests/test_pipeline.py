@@ -19,8 +19,7 @@ from pytest import MonkeyPatch
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment, experiment, plan
+from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.core.files import file_sha256, read_json
 from pcam_kaggle.core.paths import COMPETITION, Data, find_data, find_workspace
 from pcam_kaggle.data.prepare import prepare
@@ -371,11 +370,3 @@ def test_several_seeds_are_trained_and_blended(tmp_path: Path, pcam: Command) ->
     assert (tmp_path / "work" / "submissions" / "bottleneck-seeds2.csv").is_file()
     assert "nothing to do" in pcam("pipeline", *arguments).out
     assert "--seeds 2" in pcam("train", *arguments).out.splitlines()[-1]
-
-
-def test_seeds_of_a_blend_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck"):
-        plan("blend", seeds=2)
-    assert experiment("lite0-seed7").config == replace(experiment("lite0").config, seed=7)
-    with pytest.raises(UserError, match="no such experiment"):
-        experiment("blend-seed7")
