@@ -70,22 +70,18 @@ def test_every_writer_holds_the_lock(
 
 
 @pytest.mark.parametrize("make", [prepare, lambda _, folder: make_demo(Data(folder))])
-def test_a_folder_of_somebody_else_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "thesis.tex").write_text("ten years of work")
-    (target / "manifest.json").write_text('{"name": "something else"}')
-    kept = {path: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(UserError, match="target: exists and was not made by this program"):
-        make(data, target)
-    assert {path: path.read_bytes() for path in target.iterdir()} == kept
-
-
-@pytest.mark.parametrize("make", [lambda store: store.write_text("mine"), lambda store: store.symlink_to("nowhere")])
-def test_what_is_no_folder_is_not_replaced(make: Callable[[Path], object], data: Data, tmp_path: Path) -> None:
-    make(tmp_path / "store")
-    with pytest.raises(UserError, match="store: exists and was not made by this program"):
-        prepare(data, tmp_path / "store")
+def test_what_somebody_else_made_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
+    folder, file, link = (tmp_path / name for name in ("folder", "file", "link"))
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("ten years of work")
+    (folder / "manifest.json").write_text('{"name": "something else"}')
+    file.write_text("mine")
+    link.symlink_to("nowhere")
+    kept = {path: path.read_bytes() for path in (*folder.iterdir(), file)}
+    for target in (folder, file, link):
+        with pytest.raises(UserError, match=f"{target}: exists and was not made by this program"):
+            make(data, target)
+    assert {path: path.read_bytes() for path in (*folder.iterdir(), file)} == kept
 
 
 def test_an_empty_folder_a_damaged_store_and_leftovers_are_replaced(data: Data, tmp_path: Path) -> None:

@@ -56,13 +56,12 @@ def test_ranks_within_folds_ignore_their_scales() -> None:
         rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
 
 
-THIRDS = by_slide(np.arange(20) % 3)
 USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
     "auc": auc,
     "interval": interval,
     "paired_test": lambda labels, scores: paired_test(labels, A)(scores),
     "concordant_pairs": lambda labels, scores: concordant_pairs(labels, np.arange(20) % 3, scores),
-    "interval over slides": lambda labels, scores: interval(labels, scores, THIRDS),
+    "interval over slides": lambda labels, scores: interval(labels, scores, by_slide(np.arange(20) % 3)),
 }
 
 
@@ -87,7 +86,6 @@ def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, sc
 
 
 def is_zero(made: Difference) -> bool:
-    """Return whether `made` is a difference of exactly zero, with p = 1."""
     return (made.value, made.low, made.high, made.error, made.p) == (0, 0, 0, 0, 1)
 
 
