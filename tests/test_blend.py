@@ -89,16 +89,15 @@ def test_weights_are_used_only_with_a_significant_gain() -> None:
     np.testing.assert_allclose(made.oof["probability"], np.mean([each.oof["probability"] for each in alike], axis=0))
 
 
+MEAN = "(unit: slide): not known to be more than noise, so the mean is used"
+
+
 @pytest.mark.parametrize(
     ("clusters", "method", "line"),
     [
         (PATCHES, "climb", "(unit: patch): weights are used"),
-        (Clusters("slide", SLIDE), "mean", "(unit: slide): not known to be more than noise, so the mean is used"),
-        (
-            Clusters("slide", np.where(LABELS == 1, 0, SLIDE)),
-            "mean",
-            "[n/a (a single slide with positive patches)] (unit: slide): not known to be more than noise, so the mean is used",
-        ),
+        (Clusters("slide", SLIDE), "mean", MEAN),
+        (Clusters("slide", np.where(LABELS == 1, 0, SLIDE)), "mean", f"[n/a (a single slide with positive patches)] {MEAN}"),
     ],
 )
 def test_the_gain_of_weights_is_tested_over_the_clusters(clusters: Clusters, method: str, line: str) -> None:

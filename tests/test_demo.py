@@ -26,8 +26,7 @@ from pcam_kaggle.training.train import train_fold
 def test_the_demo_is_a_set_like_kaggles(tmp_path: Path) -> None:
     data, again = Data(tmp_path / "demo"), Data(tmp_path / "again")
     assert [make_demo(data), make_demo(data), make_demo(again)] == [True, False, True]
-    hashes = [prepare(each, each.root.with_suffix(".store"))[0].train_sha256 for each in (data, again)]
-    assert hashes[0] == hashes[1]
+    assert len({prepare(each, each.root.with_suffix(".store"))[0].train_sha256 for each in (data, again)}) == 1
     assert 0.25 < pd.read_csv(data.labels)["label"].mean() < 0.5
     assert data.slides() is not None
 

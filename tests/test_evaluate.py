@@ -33,7 +33,7 @@ def evaluate(finished_run: Path, others: Others, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def labelled_test_set(data: Data, tmp_path: Path) -> list[str]:
+def labelled(data: Data, tmp_path: Path) -> list[str]:
     """Return the options that name the test patches with made-up labels."""
     ids = pd.read_csv(data.sample, dtype={"id": str})["id"]
     pd.DataFrame({"id": ids, "label": np.arange(len(ids)) % 2}).to_csv(tmp_path / "labels.csv", index=False)
@@ -41,7 +41,6 @@ def labelled_test_set(data: Data, tmp_path: Path) -> list[str]:
 
 
 def result(evaluate: Command, *arguments: str) -> dict:
-    """Return the scores that `evaluate` prints."""
     outcome = evaluate(*arguments, "--format", "json")
     assert outcome.status == 0, outcome.err
     return json.loads(outcome.out)
@@ -56,7 +55,6 @@ def refused(outcome: Outcome) -> str:
 
 
 def stored(work: Path, name: str = "bottleneck") -> pd.DataFrame:
-    """Return the stored predictions of a run."""
     return pd.read_csv(work / PREDICTIONS / f"{name}.csv", dtype={"id": str})
 
 
@@ -77,10 +75,8 @@ def test_scores_are_those_of_the_stored_predictions(evaluate: Command, others: O
         assert "bottleneck" in evaluate("bottleneck", "--format", form).out
 
 
-def test_a_patch_predicted_in_training_gets_the_same_probability_here(
-    evaluate: Command, finished_run: Path, labelled_test_set: list[str]
-) -> None:
-    result(evaluate, "bottleneck", *labelled_test_set)
+def test_a_patch_predicted_in_training_gets_the_same_here(evaluate: Command, finished_run: Path, labelled: list[str]) -> None:
+    result(evaluate, "bottleneck", *labelled)
     table = stored(finished_run).set_index("id")
     for number in range(3):
         predicted = Run(finished_run / "runs/bottleneck").fold(number).predictions()[1].set_index("id")
@@ -88,9 +84,7 @@ def test_a_patch_predicted_in_training_gets_the_same_probability_here(
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_patch_that_was_trained_on_is_refused(
-    evaluate: Command, others: Others, data: Data, finished_run: Path, renamed: bool
-) -> None:
+def test_a_trained_patch_is_refused(evaluate: Command, others: Others, data: Data, finished_run: Path, renamed: bool) -> None:
     leaked = pd.read_csv(data.labels, dtype={"id": str}).iloc[0]
     name = "other_name" if renamed else leaked["id"]
     shutil.copy(data.patches("train") / f"{leaked['id']}.tif", others.patches / f"{name}.tif")
@@ -101,9 +95,9 @@ def test_a_patch_that_was_trained_on_is_refused(
     assert not (finished_run / PREDICTIONS).exists()
 
 
-def test_patches_that_a_teacher_labelled_are_refused(evaluate: Command, pcam: Command, labelled_test_set: list[str]) -> None:
+def test_patches_that_a_teacher_labelled_are_refused(evaluate: Command, pcam: Command, labelled: list[str]) -> None:
     assert pcam("train", "--set", "teacher=bottleneck", "--name", "student", "--folds", "1").status == 0
-    assert "student: was trained on 7 of these 7 patches" in refused(evaluate("student", *labelled_test_set))
+    assert "student: was trained on 7 of these 7 patches" in refused(evaluate("student", *labelled))
 
 
 def test_a_run_whose_train_patches_are_not_known(evaluate: Command, finished_run: Path) -> None:

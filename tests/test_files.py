@@ -4,9 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from pcam_kaggle.core import files
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data import store
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.store import PatchStore, _identity
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
@@ -32,28 +30,23 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
         with locked(tmp_path / "run"):
             order.append("second in")
 
-    second = threading.Thread(target=enter)
-    with locked(tmp_path / "run"):
-        second.start()
-        second.join(0.3)
+    with ThreadPoolExecutor() as pool, locked(tmp_path / "run"):
+        wait([pool.submit(enter)], 0.3)
         order.append("first out")
-    second.join()
     assert order == ["first out", "second in"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "folder"),
-    [
-        *(("folds", "folds"), ("train", "runs/bottleneck"), ("predict", "runs/bottleneck")),
-        *(("blend", "runs/bottleneck"), ("submission", "submissions"), ("scores", "submissions")),
-    ],
-)
+RUN = "runs/bottleneck"
+WRITES_IN = {"folds": "folds", "train": RUN, "predict": RUN, "blend": RUN, "submission": "submissions", "scores": "submissions"}
+
+
+@pytest.mark.parametrize("stage", WRITES_IN)
 def test_every_writer_holds_the_lock(
-    stage: str, folder: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    stage: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A partial file of another process survives, since no stage writes there until the other process ends."""
     work = tmp_path / "work"
-    stages = ("prepare", "folds", "train", "predict", "blend", "submission", "scores")
+    stages = ["prepare", *WRITES_IN]
     for before in stages[: stages.index(stage)]:
         assert pcam(before).status == 0
 
@@ -64,8 +57,8 @@ def test_every_writer_holds_the_lock(
         return Outcome(main(line), *capsys.readouterr())
 
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    with locked(work / folder):
-        partial = work / folder / f".oof.csv.x{files.PART}"
+    with locked(work / WRITES_IN[stage]):
+        partial = work / WRITES_IN[stage] / f".oof.csv.x{files.PART}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         outcome = call()
@@ -77,22 +70,18 @@ def test_every_writer_holds_the_lock(
 
 
 @pytest.mark.parametrize("make", [prepare, lambda _, folder: make_demo(Data(folder))])
-def test_a_folder_of_somebody_else_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "thesis.tex").write_text("ten years of work")
-    (target / "manifest.json").write_text('{"name": "something else"}')
-    kept = {path: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(UserError, match="target: exists and was not made by this program"):
-        make(data, target)
-    assert {path: path.read_bytes() for path in target.iterdir()} == kept
-
-
-@pytest.mark.parametrize("make", [lambda store: store.write_text("mine"), lambda store: store.symlink_to("nowhere")])
-def test_what_is_no_folder_is_not_replaced(make: Callable[[Path], object], data: Data, tmp_path: Path) -> None:
-    make(tmp_path / "store")
-    with pytest.raises(UserError, match="store: exists and was not made by this program"):
-        prepare(data, tmp_path / "store")
+def test_what_somebody_else_made_is_refused_by_name(make: Callable, data: Data, tmp_path: Path) -> None:
+    folder, file, link = (tmp_path / name for name in ("folder", "file", "link"))
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("ten years of work")
+    (folder / "manifest.json").write_text('{"name": "something else"}')
+    file.write_text("mine")
+    link.symlink_to("nowhere")
+    kept = {path: path.read_bytes() for path in (*folder.iterdir(), file)}
+    for target in (folder, file, link):
+        with pytest.raises(UserError, match=f"{target}: exists and was not made by this program"):
+            make(data, target)
+    assert {path: path.read_bytes() for path in (*folder.iterdir(), file)} == kept
 
 
 def test_an_empty_folder_a_damaged_store_and_leftovers_are_replaced(data: Data, tmp_path: Path) -> None:
@@ -147,32 +136,25 @@ def prepare_again(data: Data, folder: Path) -> None:
     assert prepare(data, folder)[1]
 
 
-def test_a_worker_never_reads_another_store(data: Data, tmp_path: Path) -> None:
-    prepare(data, tmp_path / "store")
-    opened = PatchStore(tmp_path / "store")
-    ids = opened.ids("train")
-    rows, sent = opened.rows("train", ids), pickle.dumps(opened)
-    assert np.array_equal(pickle.loads(sent).images(rows), opened.images(rows))  # noqa: S301
-    prepare_again(data, tmp_path / "store")
+def test_a_worker_never_reads_another_store(data: Data, store: PatchStore) -> None:
+    ids = store.ids("train")
+    rows, sent = store.rows("train", ids), pickle.dumps(store)
+    assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
+    prepare_again(data, store.folder)
     with pytest.raises(UserError, match="replaced while it was in use"):
         pickle.loads(sent).images(rows)  # noqa: S301
     # Who had opened it before still reads the old file.
-    assert [sha1(patch) for patch in opened.images(rows)] == list(ids)
+    assert [sha1(patch) for patch in store.images(rows)] == list(ids)
 
 
-def test_a_store_that_is_replaced_while_it_is_opened_is_not_mixed(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(data, tmp_path / "store")
-    identity = store._identity
-
+def test_a_store_replaced_while_opening_is_not_mixed(data: Data, store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def swap(file: Path) -> tuple[int, int, int, int]:
         monkeypatch.undo()
-        before = identity(file)
-        prepare_again(data, tmp_path / "store")
+        before = _identity(file)
+        prepare_again(data, store.folder)
         return before
 
-    monkeypatch.setattr(store, "_identity", swap)
-    opened = PatchStore(tmp_path / "store")
+    monkeypatch.setattr("pcam_kaggle.data.store._identity", swap)
+    opened = PatchStore(store.folder)
     with pytest.raises(UserError, match="replaced while it was in use"):
         opened.images(opened.rows("train", opened.ids("train")))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256, write_json
+from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256
 from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, load_folds, make_folds, read_groups
 from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
 
@@ -43,8 +43,7 @@ def test_the_order_of_rows_does_not_matter(labels: pd.DataFrame, slides: pd.Data
 def test_labels_are_spread_evenly_by_seed(labels: pd.DataFrame) -> None:
     table = draw_folds(labels, PLAIN, None)
     per_fold = table.groupby("fold")["label"].agg(["size", "sum"])
-    assert np.ptp(per_fold["size"]) <= 1
-    assert np.ptp(per_fold["sum"]) <= 1
+    assert (np.ptp(per_fold, axis=0) <= 1).all()
     other = Scheme(5, "stratified", seed=43)
     assert not table.equals(draw_folds(labels, other, None))
     assert PLAIN.name != other.name
@@ -118,11 +117,6 @@ def test_a_lost_half_is_made_again(labels: pd.DataFrame, lost: str, tmp_path: Pa
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_slides_name_is_not_its_spaces(tmp_path: Path) -> None:
-    (tmp_path / "map.csv").write_text("id,wsi\na,s1\nb,s1 \n")
-    assert read_slides(tmp_path / "map.csv")["wsi"].nunique() == 1
-
-
 @pytest.mark.parametrize(("kind", "old", "new"), [("csv", ",0\n", ",1\n"), ("json", '"seed": 42', '"seed": 43')])
 def test_an_edited_file_is_refused(kind: str, old: str, new: str, labels: pd.DataFrame, tmp_path: Path) -> None:
     make_folds(labels, PLAIN, None, tmp_path)
@@ -146,11 +140,6 @@ def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, slides: pd.DataFra
     pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
     with pytest.raises(UserError, match="belongs to another slide map"):
         load_folds(labels, scheme, other, tmp_path)
-    file = tmp_path / f"{scheme.name}.json"
-    for key in ("labels_sha256", "csv_sha256"):
-        write_json(file, {name: value for name, value in made.manifest.model_dump().items() if name != key})
-        with pytest.raises(UserError, match=rf"{scheme.name}\.json"):
-            load_folds(labels, scheme, known, tmp_path)
 
 
 def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame) -> None:

@@ -21,9 +21,7 @@ def printed(capsys: pytest.CaptureFixture[str], verbosity: int) -> tuple[list[st
     return out.splitlines(), err.splitlines()
 
 
-def test_progress_is_on_standard_output_and_warnings_on_standard_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_and_warnings_have_their_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed(capsys, 0) == (["step 1"], ["warning: careful"])
     assert printed(capsys, -1) == ([], ["warning: careful"])
     monkeypatch.setenv("RANK", "1")
@@ -40,9 +38,7 @@ def test_verbose_lines_have_time_rank_and_fold(capsys: pytest.CaptureFixture[str
     assert [line.partition(" rank ")[2] for line in err] == ["1 fold 3: details", "1 fold 3: step 1", "1 fold 3: careful"]
 
 
-def test_a_second_configuration_replaces_the_first_and_the_fold_is_known_only_in_its_context(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_second_configuration_replaces_the_first_and_a_fold_has_its_context(capsys: pytest.CaptureFixture[str]) -> None:
     for verbosity in (0, 1):
         configure_logging(verbosity)
         assert logging_verbosity() == verbosity
@@ -52,9 +48,7 @@ def test_a_second_configuration_replaces_the_first_and_the_fold_is_known_only_in
 
 
 @pytest.mark.parametrize(("verbosity", "rank", "is_shown"), [(0, "0", True), (-1, "0", False), (0, "1", False)])
-def test_bars_are_shown_where_progress_is(
-    verbosity: int, rank: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bars_are_shown_where_progress_is(verbosity: int, rank: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("RANK", rank)
     configure_logging(verbosity, bar_position=1)

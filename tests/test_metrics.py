@@ -52,15 +52,16 @@ def test_ranks_within_folds_ignore_their_scales() -> None:
     np.testing.assert_array_equal(rank_within(folds, scaled), rank_within(folds, scores))
     assert 0 < rank_within(folds, scores).min() <= rank_within(folds, scores).max() <= 1
     assert rank_within(ZEROS[:4], np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.875, 0.25, 0.875, 0.5]
+    with pytest.raises(ValueError, match="nan"):
+        rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
 
 
-THIRDS = by_slide(np.arange(20) % 3)
 USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
     "auc": auc,
     "interval": interval,
     "paired_test": lambda labels, scores: paired_test(labels, A)(scores),
     "concordant_pairs": lambda labels, scores: concordant_pairs(labels, np.arange(20) % 3, scores),
-    "interval over slides": lambda labels, scores: interval(labels, scores, THIRDS),
+    "interval over slides": lambda labels, scores: interval(labels, scores, by_slide(np.arange(20) % 3)),
 }
 
 
@@ -84,13 +85,7 @@ def test_invalid_labels_and_scores_are_an_error(use: str, labels: np.ndarray, sc
         USES[use](labels, scores)
 
 
-def test_ranks_of_nan_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nan"):
-        rank_within(ZEROS, np.where(np.arange(20) == 3, np.nan, A))
-
-
 def is_zero(made: Difference) -> bool:
-    """Return whether `made` is a difference of exactly zero, with p = 1."""
     return (made.value, made.low, made.high, made.error, made.p) == (0, 0, 0, 0, 1)
 
 
@@ -148,9 +143,7 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
         (np.arange(20) % 10, "10 slides, more than the 9 that can be drawn"),
     ],
 )
-def test_clusters_that_cannot_be_drawn_have_no_interval(
-    slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slides_that_cannot_be_drawn_have_no_interval(slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.scoring.intervals.MAX_CLUSTERS", 9)
     assert is_undefined(interval(LABELS, A, by_slide(slides)), reason)
     made = paired_test(LABELS, B, by_slide(slides))(A)

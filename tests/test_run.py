@@ -37,23 +37,14 @@ def test_missing_folds_are_listed_when_some_are_chosen(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(table, MADE.tests[number])
 
 
-def truncated(run: Run) -> None:
-    file = run.fold(1).folder / "test.csv"
-    file.write_text(file.read_text()[:-10])
-
-
-def trained_again(run: Run) -> None:
-    run.fold(1).best_checkpoint.write_bytes(b"weights")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncated, "fold_1/test.csv: missing or changed"),
+        (lambda run: (run.fold(1).folder / "test.csv").write_text("id,prob"), "fold_1/test.csv: missing or changed"),
         (lambda run: (run.fold(1).folder / "oof.csv").unlink(), "fold_1/oof.csv: missing or changed"),
         (lambda run: (run.fold(0).folder / "predictions.json").unlink(), "no predictions of fold 0"),
         (lambda run: run.config_file.unlink(), "a: no such run"),
-        (trained_again, "fold_1: trained again since it was predicted"),
+        (lambda run: run.fold(1).best_checkpoint.write_bytes(b"weights"), "fold_1: trained again since it was predicted"),
     ],
 )
 def test_damaged_predictions_are_refused(damage: Callable[[Run], object], message: str, tmp_path: Path) -> None:
@@ -63,7 +54,7 @@ def test_damaged_predictions_are_refused(damage: Callable[[Run], object], messag
         run.predictions()
 
 
-def test_a_blend_is_written_once_and_read_sorted_by_id(tmp_path: Path) -> None:
+def test_a_blend_is_written_once_and_read_sorted_by_id_and_replaces_no_experiment(tmp_path: Path) -> None:
     run, made = Run(tmp_path / "ab"), blend([MADE, noisy("b", 1, 2)], "mean")
     metrics, new = run.write_blend(made)
     assert new
@@ -73,6 +64,8 @@ def test_a_blend_is_written_once_and_read_sorted_by_id(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(run.oof(), made.oof, check_exact=True)
     pd.testing.assert_frame_equal(run.test(), made.test, check_exact=True)
     assert run.write_blend(blend([noisy("b", 1, 2), MADE], "rank"))[1]
+    with pytest.raises(UserError, match="--name"):
+        write_run(tmp_path, MADE).write_blend(made)
 
 
 @pytest.mark.parametrize("name", ["oof.csv", "test.csv", "metrics.json"])
@@ -89,12 +82,6 @@ def test_an_incomplete_blend_is_written_again(name: str, loss: str, tmp_path: Pa
             run.oof() if name == "oof.csv" else run.test()
     assert run.write_blend(blend([MADE], "mean"))[1]
     assert file.read_text() == before
-
-
-def test_a_blend_does_not_replace_an_experiments_run(tmp_path: Path) -> None:
-    run = write_run(tmp_path, MADE)
-    with pytest.raises(UserError, match="--name"):
-        run.write_blend(blend([MADE, noisy("b", 1, 2)], "mean"))
 
 
 def test_damaged_logs_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

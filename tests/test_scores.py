@@ -31,7 +31,6 @@ from pcam_kaggle.scoring.held_out import Ensemble, ensemble_auc
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Return a blended run."""
     return write_blended_run(tmp_path, noisy("a", 1, 1))
 
 
@@ -99,12 +98,10 @@ def test_a_submission_is_never_overwritten(run: Run, sample: Path, tmp_path: Pat
 
 
 def scores(workspace: Workspace) -> pd.DataFrame:
-    """Return the table of scores of the submissions in `workspace`."""
     return score_table(workspace, read_submissions(workspace.submissions))
 
 
 def warnings(log: pytest.LogCaptureFixture) -> list[str]:
-    """Return the warnings in `log`."""
     return [entry.message for entry in log.records if entry.levelname == "WARNING"]
 
 
@@ -115,9 +112,7 @@ def workspace(finished_run: Path, others: Others) -> Workspace:
     return Workspace(finished_run, finished_run / "store")
 
 
-def test_the_auc_on_held_out_slides_is_that_of_the_present_models(
-    workspace: Workspace, package_log: pytest.LogCaptureFixture
-) -> None:
+def test_the_auc_on_held_out_slides_is_of_present_models(workspace: Workspace, package_log: pytest.LogCaptureFixture) -> None:
     evaluated = read_json(workspace.evaluations / "others" / "result.json")["runs"][0]
     (workspace.evaluations / "of_other_runs").mkdir()
     row = scores(workspace).iloc[0].to_dict()
