@@ -22,8 +22,7 @@ from pcam_kaggle.training import augment
 from pcam_kaggle.training.loader import TrainBatches
 
 RUN = Path("runs") / "bottleneck"
-OPTIONS = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *OPTIONS]
+TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2".split()]
 SHARED_STEP = """
 import torch
 from pcam_kaggle.training.distributed import average_gradients, process_group, rank, world_size
@@ -42,9 +41,8 @@ def launch(data: Data, work: Path) -> subprocess.Popen[str]:
     """Start the pipeline on small settings in two processes, which are started again should one be lost."""
     changes = [part for change in (*TINY, "epochs=8", "lr=0.01") for part in ("--set", change)]
     line = [*TORCHRUN, "-m", "pcam_kaggle", "pipeline", "--data", str(data.root), "--work", str(work), *changes]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(line, **pipes, start_new_session=True, env=environment)
+    options = {"text": True, "start_new_session": True, "env": {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def ended(process: subprocess.Popen[str]) -> str:

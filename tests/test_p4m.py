@@ -18,11 +18,6 @@ TURN, MIRROR = np.array([[0, -1], [1, 0]]), np.array([[1, 0], [0, -1]])
 MATRICES = [np.linalg.matrix_power(TURN, turns) @ face for face in (np.eye(2, dtype=int), MIRROR) for turns in range(4)]
 
 
-def number_of(matrix: np.ndarray) -> int:
-    """Return the number of the symmetry that acts by `matrix`."""
-    return next(g for g, each in enumerate(MATRICES) if (each == matrix).all())
-
-
 def moved(image: np.ndarray, g: int) -> np.ndarray:
     """Return a square image, every pixel of which is carried to where matrix g takes its offset from the centre."""
     half = (image.shape[-1] - 1) / 2
@@ -49,7 +44,7 @@ def slow_group_conv(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     lifts = weight.shape[2] == 1
     for g, field, source, h in itertools.product(range(ORDER), range(len(weight)), range(weight.shape[1]), range(len(x))):
         inverse = np.linalg.inv(MATRICES[g]).round().astype(int)
-        slice_ = 0 if lifts else number_of(inverse @ MATRICES[h])
+        slice_ = 0 if lifts else next(s for s, matrix in enumerate(MATRICES) if (matrix == inverse @ MATRICES[h]).all())
         out[g, field] += correlated(x[h, source], moved(weight[field, source, slice_], g))
     return out
 

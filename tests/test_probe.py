@@ -83,6 +83,10 @@ def test_predictions_are_those_of_the_model_with_the_fitted_classifier(task: Tas
             again = predict_probabilities(net, task.store, rows, task.config, CPU, "")
             np.testing.assert_allclose(table["probability"], again, atol=0.01)
     assert set(checkpoint.load(fold.best_checkpoint)["net"]) == {"net.fc.weight", "net.fc.bias"}
+    # The frozen layers are not in the checkpoint.
+    save_weights(task.config.weights)
+    with pytest.raises(UserError, match="its folds started from other weights"):
+        load_best(fold, task.config, CPU)
 
 
 def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
@@ -184,13 +188,6 @@ def test_labels_of_a_fold_change_nothing_that_predicts_it(task: Task) -> None:
         probe(each, [0, 1])
         states.append([checkpoint.load(each.run.fold(fold).best_checkpoint)["net"]["net.fc.weight"] for fold in (0, 1)])
     assert [torch.equal(*pair) for pair in zip(*states, strict=True)] == [False, True]
-
-
-def test_frozen_layers_need_their_weights(task: Task) -> None:
-    probe(task, [0])
-    save_weights(task.config.weights)
-    with pytest.raises(UserError, match="its folds started from other weights"):
-        load_best(task.run.fold(0), task.config, CPU)
 
 
 def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
