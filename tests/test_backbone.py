@@ -283,9 +283,7 @@ def test_arguments_are_a_json_object(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Hibou-B", "H-optimus-0", "UNI", "Virchow2"])
-def test_the_documented_command_loads_an_encoder(
-    name: str, pcam: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documented_commands(name: str, pcam: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
     found = re.search(rf"### {name}\n.*?```json\n(.*?)```\n\n```sh\npython -m pcam_kaggle (.*?)\n```", text, re.DOTALL)
     content, command = json.loads(found[1]), shlex.split(found[2])

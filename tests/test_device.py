@@ -29,9 +29,7 @@ from pcam_kaggle.training.device import Backend, choose_backend
         ("cuda", (9, 0), "fp32", "fp32"),
     ],
 )
-def test_a_device_computes_in_the_precision_it_has_units_for(
-    kind: str, units: str | tuple[int, int], given: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precisions_of_devices(kind: str, units: object, given: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find_device", lambda: kind)
     monkeypatch.setattr(Path, "exists", lambda self: bool(units))
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {units}")

@@ -22,7 +22,7 @@ from pcam_kaggle.training import augment
 from pcam_kaggle.training.loader import TrainBatches
 
 RUN = Path("runs") / "bottleneck"
-TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2".split()]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
 SHARED_STEP = """
 import torch
 from pcam_kaggle.training.distributed import average_gradients, process_group, rank, world_size

@@ -55,10 +55,10 @@ def test_a_file_fills_the_whole_backbone_with_position_embeddings_resampled(name
         assert net.pos_embed.shape[1] == prefix + 6 * 6
         state["pos_embed"] = import_timm().layers.resample_abs_pos_embed(state["pos_embed"], [6, 6], num_prefix_tokens=prefix)
     loaded = net.state_dict()
-    heads = {name for name, value in state.items() if value.shape[:1] == (1000,)}
+    heads = {key for key, value in state.items() if value.shape[:1] == (1000,)}
     assert loaded.keys() == state.keys() > heads > set()
-    assert all(torch.equal(loaded[name], state[name]) for name in loaded.keys() - heads)
-    assert all(loaded[name].shape[0] == 1 for name in heads)
+    assert all(torch.equal(loaded[key], state[key]) for key in loaded.keys() - heads)
+    assert all(loaded[key].shape[0] == 1 for key in heads)
 
 
 def test_usual_formats_of_a_checkpoint_are_read(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def updates(net: nn.Module, before: list[Tensor]) -> list[Tensor]:
 # In matrices of low rank the iteration enlarges rounding errors.
 @pytest.mark.parametrize(("low_rank", "tolerance"), [(False, 2e-4), (True, 5e-3)])
 @pytest.mark.parametrize("fields", [{}, {"symmetry": "d4"}, {"body": "plain", "head": "flatten"}])
-def test_steps_equal_those_of_timm_in_fp32(
-    fields: dict[str, Any], low_rank: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_equal_timms(fields: dict[str, Any], low_rank: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import_timm()
     from timm.optim import muon
 
@@ -145,9 +143,7 @@ def test_matrices_are_chosen_as_timm_chooses_them() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_loaded_state_continues_equally_in_the_tensors_of_the_optimizer(
-    optimizer: str, memory_format: torch.memory_format
-) -> None:
+def test_a_loaded_state_continues_in_the_optimizers_tensors(optimizer: str, memory_format: torch.memory_format) -> None:
     """Also one of another memory format or with other options, as of a version whose AdamW was not fused."""
     config = Config(optimizer=optimizer)
     net = tiny_net()

@@ -98,9 +98,7 @@ def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
     assert len(embedded) == 2 * (36 + 7)
 
 
-def test_an_interrupted_embedding_continues(
-    store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_embedding_resumes(store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     write = embedding.write
 
     def fails(*arguments: Any) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_quietly
-from torch import Tensor, nn
+from torch import nn
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
@@ -236,35 +236,30 @@ def test_captions_count_scores_and_name_the_best_epoch() -> None:
     assert "(0.9000) after epoch 2." in figures.learning("run", {0: log}).caption
 
 
-class Darkness(nn.Module):
-    """A net whose logit is the mean darkness of the image; a second channel for brightness has zero weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        conv = nn.Conv2d(3, 2, 3, padding=1, padding_mode="replicate")
-        self.body = nn.Sequential(conv, nn.ReLU(inplace=True), nn.AvgPool2d(4))
-        self.after = nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
-        with torch.no_grad():
-            conv.weight.copy_(torch.stack([torch.full((3, 3, 3), -1 / 27), torch.full((3, 3, 3), 1 / 27)]))
-            conv.bias.copy_(torch.tensor([1.0, 0.0]))
-            self.after[3].weight.copy_(torch.tensor([[1.0, 0.0]]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.body(x)).squeeze(1)
+def darkness() -> nn.Module:
+    """Return a model whose logit is the mean darkness of the image; a second channel for brightness has zero weight."""
+    conv, linear = nn.Conv2d(3, 2, 3, padding=1, padding_mode="replicate"), nn.Linear(2, 1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.stack([torch.full((3, 3, 3), -1 / 27), torch.full((3, 3, 3), 1 / 27)]))
+        conv.bias.copy_(torch.tensor([1.0, 0.0]))
+        linear.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    body = nn.Sequential(conv, nn.ReLU(inplace=True), nn.AvgPool2d(4))
+    after = nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    return nn.Sequential(body, after, nn.Flatten(0)).eval()
 
 
 @pytest.mark.parametrize(("top", "left"), [(8, 40), (48, 48)])
 def test_grad_cam_peaks_where_the_logit_comes_from(top: int, left: int) -> None:
     images = torch.ones(1, 3, 64, 64)
     images[..., top : top + 8, left : left + 8] = 0
-    heat = grad_cam(Darkness().eval(), images, torch.ones(1))[0]
+    heat = grad_cam(darkness(), images, torch.ones(1))[0]
     assert heat.shape == (64, 64)
     assert float(heat.max()) == pytest.approx(1)
     row, column = divmod(int(heat.argmax()), 64)
     assert top <= row < top + 8
     assert left <= column < left + 8
     assert heat[:, : left - 4].max() < 0.1
-    assert not grad_cam(Darkness().eval(), images, -torch.ones(1)).any()
+    assert not grad_cam(darkness(), images, -torch.ones(1)).any()
 
 
 def test_grad_cam_does_not_change_the_net(tiny: Config) -> None:

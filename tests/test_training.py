@@ -174,9 +174,7 @@ def test_a_resumed_run_is_bit_identical(optimizer: str, task: Task, monkeypatch:
 
 
 @pytest.mark.slow
-def test_folds_on_two_devices_equal_those_on_one(
-    task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_devices_equal_one(task: Task, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     # Of three folds with two epochs, the second is split between the devices.
     configure_logging()
     lines, folders = [], []
