@@ -48,12 +48,8 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_and_predicts(name: str, pcam: Callable[..., Any]) -> None:
     fields = [f"model=timm:{name}", "epochs=1", "side=96", "tta=1", "batch_size=12"]
-    options = [part for field in fields for part in ("--set", field)]
-    for stage in ("prepare", "folds"):
-        assert pcam(stage, *options).status == 0
-    for stage in ("train", "predict"):
-        status, out, err = pcam(stage, *options, "--folds", "0")
-        assert status == 0, err
+    status, out, err = pcam("pipeline", "--folds", "0", *(part for field in fields for part in ("--set", field)))
+    assert status == 0, err
     assert "12 out of fold, 7 test" in out
 
 
@@ -171,7 +167,7 @@ def test_a_file_whose_names_timm_converts_is_complete(tmp_path: Path) -> None:
     assert torch.equal(net.net.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
 
 
-def test_a_folders_config_must_name_one_model(tmp_path: Path) -> None:
+def test_a_folder_holds_one_config_that_names_a_model_and_one_file_of_weights(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
@@ -181,9 +177,6 @@ def test_a_folders_config_must_name_one_model(tmp_path: Path) -> None:
         with_folder_settings([f"weights={tmp_path / 'one'}"])
     assignments = [f"weights={tmp_path / 'one'}", "model=timm:resnet10t"]
     assert with_folder_settings(assignments) == assignments
-
-
-def test_a_folder_holds_one_file_of_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must hold one file of weights, but holds no .safetensors"):
         weights_file("resnet10t", str(tmp_path))
     for name in ("pytorch_model.bin", "model.safetensors"):

@@ -116,25 +116,23 @@ def test_an_embedding_resumes(store: PatchStore, config: Config, embedded: list[
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(embedding, name, broken)
             embed(config, store, CPU)
-    found = embed(config, store, CPU)
+    features, rate = embed(config, store, CPU)
     assert embedded == [*range(24), *range(16, 43), *range(36, 43)]
-    assert found is not None
-    assert found[1] > 0
-    shapes = {split: (array.shape, array.dtype.name) for split, array in found[0].items()}
+    assert rate > 0
+    shapes = {split: (array.shape, array.dtype.name) for split, array in features.items()}
     assert shapes == {"train": ((36, 512), "float16"), "test": ((7, 512), "float16")}
     monkeypatch.setattr(embedding, "_key", lambda *_: "fresh")
-    fresh = embed(config, store, CPU)
-    assert fresh is not None
-    assert all(np.array_equal(fresh[0][split], found[0][split]) for split in shapes)
+    fresh, _ = embed(config, store, CPU)
+    assert all(np.array_equal(fresh[split], features[split]) for split in shapes)
 
 
 @pytest.mark.slow
 def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, _ = embed(config, store, CPU) or ({}, 0.0)
+    alone, _ = embed(config, store, CPU)
     monkeypatch.setattr(embedding, "CHUNK", 16)
     monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    shared, _ = embed(config, store, CPU) or ({}, 0.0)
+    shared, _ = embed(config, store, CPU)
     for split in ("train", "test"):
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
 

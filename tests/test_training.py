@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -35,7 +37,6 @@ from pcam_kaggle.training import augment, budget, device, engine, gpus
 from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import predict_logits
 from pcam_kaggle.training.learner import Learner, load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.optim import parameter_groups
@@ -86,18 +87,6 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def mistaken(*_: object, **__: object) -> None:
-    raise RuntimeError(MISTAKE)
-
-
-def out_of_a_gpus_memory(*_: object) -> float:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def out_of_memory(*_: object) -> float:
-    return float(torch.empty(2**50)[0])
-
-
 def not_finite(net: object, store: object, rows: NDArray[np.int64], *_: object) -> torch.Tensor:
     return torch.full((1, len(rows)), torch.nan)
 
@@ -108,7 +97,8 @@ def with_an_infinite_bias(config: Config, weights: bool) -> torch.nn.Module:
     return model
 
 
-MISTAKE = "a shape\nis wrong"
+WRONG_SHAPE = Mock(side_effect=RuntimeError("a shape\nis wrong"))
+OUT_OF_GPU_MEMORY = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
 TOO_LARGE = "^batch_size=8: too large for the device's memory; use a smaller one$"
 
 
@@ -116,11 +106,11 @@ TOO_LARGE = "^batch_size=8: too large for the device's memory; use a smaller one
     ("owner", "name", "broken", "message"),
     [
         (TrainBatches, "__getitem__", killed, "^a loader process was killed[^\n]*$"),
-        (TrainBatches, "__getitem__", mistaken, MISTAKE),
-        (torch.Tensor, "share_memory_", mistaken, r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"),
+        (TrainBatches, "__getitem__", WRONG_SHAPE, "a shape\nis wrong"),
+        (torch.Tensor, "share_memory_", WRONG_SHAPE, r"^batch_size=8: shared memory has no room for \d+ batches; .*--shm-size"),
         (training, "create", with_an_infinite_bias, "epoch 1, step 1: the loss is .* smaller lr"),
-        (training, "train_epoch", out_of_a_gpus_memory, TOO_LARGE),
-        (training, "train_epoch", out_of_memory, TOO_LARGE),
+        (training, "train_epoch", OUT_OF_GPU_MEMORY, TOO_LARGE),
+        (training, "train_epoch", lambda *_: torch.empty(2**50), TOO_LARGE),
         (training, "predict_logits", not_finite, "^fold 1: a validation logit is not finite"),
     ],
 )
@@ -129,7 +119,7 @@ def test_a_failure_is_reported_and_the_fold_resumes(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, broken)
-        with pytest.raises(RuntimeError if message == MISTAKE else UserError, match=message):
+        with pytest.raises(RuntimeError if message == "a shape\nis wrong" else UserError, match=message):
             train(task, [1])
     assert not list(task.run.fold(1).folder.glob("*.pt"))
     train(task, [1])
@@ -231,7 +221,7 @@ if __name__ == "__main__":
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
-    monkeypatch.setattr(torch, "ones", mistaken)
+    monkeypatch.setattr(torch, "ones", WRONG_SHAPE)
     with pytest.raises(UserError, match=r"^Tesla P100: [^\n]* T4 x2[^\n]*$"):
         device.find_device()
 
@@ -240,12 +230,8 @@ def test_training_ends_with_the_budget_and_resumes(task: Task, capsys: pytest.Ca
     def logged_epochs() -> int:
         return sum(len(task.run.fold(fold).log()) for fold in range(3))
 
-    class Clock:
-        def left(self) -> float:
-            return 1e6 if logged_epochs() < 3 else -1.0
-
     configure_logging()
-    train(task, [0, 1, 2], Clock())
+    train(task, [0, 1, 2], SimpleNamespace(left=lambda: 1e6 if logged_epochs() < 3 else -1.0))
     printed = capsys.readouterr().out
     assert [task.run.fold(fold).is_trained for fold in range(3)] == [True, False, False]
     assert (logged_epochs(), printed.count("folds 0, 1, 2 need"), printed.count("out of time in fold 1")) == (3, 1, 1)
@@ -280,7 +266,7 @@ def test_best_reloaded_gives_the_stored_auc(task: Task) -> None:
     finish(task, 2)
     fold, data = task.run.fold(2), FoldData(task, 2)
     net = load_best(fold, task.config, CPU)
-    logits = predict_logits(net, task.store, data.valid_rows, task.config, CPU, 1, "test")[0].double().numpy()
+    logits = engine.predict_logits(net, task.store, data.valid_rows, task.config, CPU, 1, "test")[0].double().numpy()
     assert auc(data.valid_labels, logits) == fold.metrics().valid_auc == fold.log()["valid_auc"].max()
 
 
