@@ -16,7 +16,6 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
@@ -37,20 +36,16 @@ CPU = Backend("cpu", "fp32", "channels_last")
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def task(task: Task, tmp_path: Path) -> Task:
     torch.manual_seed(5)
     save_weights(tmp_path / "weights.pth")
     fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "probe=true", "norm=train"]
-    return Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
+    config = Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
+    return replace(task, config=config)
 
 
 def save_weights(file: Path | str) -> None:
     torch.save(import_timm().create_model("resnet10t").state_dict(), file)
-
-
-@pytest.fixture
-def task(task: Task, config: Config) -> Task:
-    return replace(task, config=config)
 
 
 def named(task: Task, name: str, **fields: Any) -> Task:
@@ -98,8 +93,8 @@ def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
     assert len(embedded) == 2 * (36 + 7)
 
 
-def test_an_embedding_resumes(store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = embedding.write
+def test_an_interrupted_embedding_continues(task: Task, embedded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, store, write = task.config, task.store, embedding.write
 
     def fails(*arguments: Any) -> None:
         if len(embedded) > 16:
@@ -127,12 +122,12 @@ def test_an_embedding_resumes(store: PatchStore, config: Config, embedded: list[
 
 
 @pytest.mark.slow
-def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, _ = embed(config, store, CPU)
+def test_two_gpus_share_the_patches(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, _ = embed(task.config, task.store, CPU)
     monkeypatch.setattr(embedding, "CHUNK", 16)
     monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    shared, _ = embed(config, store, CPU)
+    shared, _ = embed(task.config, task.store, CPU)
     for split in ("train", "test"):
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
 
@@ -144,7 +139,8 @@ def test_an_embedding_ends_with_the_budget(task: Task, package_log: pytest.LogCa
     assert not task.run.fold(0).is_trained
 
 
-def test_features_belong_to_weights_and_precision(store: PatchStore, config: Config) -> None:
+def test_features_belong_to_weights_and_precision(task: Task) -> None:
+    config, store = task.config, task.store
     key = embedding._key(config, store, CPU)
     assert key == embedding._key(replace(config, seed=9), store, CPU)
     assert key != embedding._key(config, store, replace(CPU, precision="bf16"))
@@ -202,8 +198,8 @@ def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_runs_everything(config: Config, pcam: Callable[..., Any], tmp_path: Path) -> None:
-    options = ["--set", f"weights={config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
+def test_the_command_runs_everything(task: Task, pcam: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--set", f"weights={task.config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
     status, out, err = pcam("probe", "-e", "bottleneck", *options)
     assert status == 0, err
     assert "pooled" in out

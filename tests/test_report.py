@@ -110,8 +110,7 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     assert "Left out: " in page
     (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
-    for file in workspace.folds.iterdir():
-        file.unlink()
+    shutil.rmtree(workspace.folds)
     with pytest.raises(UserError, match=r"slides_3_42\.csv: missing; .* --slides"):
         made(workspace, "bottleneck")
     ids = pd.read_csv(workspace.root / "runs" / "bottleneck" / "oof.csv")["id"]

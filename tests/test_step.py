@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.training.cuda_graph import compared, fastest_step
+from pcam_kaggle.training.cuda_graph import compared
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.learner import CLIP_NORM, Learner
 
@@ -139,12 +139,6 @@ def test_a_refused_graph_leaves_no_trace(capture: Callable[[Learner, Work], Work
     assert all(map(torch.equal, before, state(learner)[: len(before)]))
     take_step(learner)
     assert not torch.equal(before[0], state(learner)[0])
-
-
-def test_a_cpu_takes_eager_steps_and_says_so(package_log: pytest.LogCaptureFixture) -> None:
-    learner = new_learner(NETS["muon"])
-    assert fastest_step(learner) is None
-    assert "eager steps, because the device is cpu" in package_log.text
 
 
 def test_a_graph_is_compared_where_a_scaled_gradient_overflows_whose_step_changes_no_weight() -> None:
