@@ -99,7 +99,7 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("</tr>")]
     assert any(row.startswith("half unfinished: folds 1, 2 lack predictions") for row in rows)
-    assert any(re.match(r"broken damaged: \S*oof\.csv: not what metrics\.json describes", row) for row in rows)
+    assert any(re.match(r"broken damaged: \S*oof\.csv: has changed since it was blended", row) for row in rows)
 
 
 def test_missing_inputs_are_reported(workspace: Workspace) -> None:
@@ -111,7 +111,7 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
     shutil.rmtree(workspace.folds)
-    with pytest.raises(UserError, match=r"slides_3_42\.csv: missing; .* --slides"):
+    with pytest.raises(UserError, match=r"slides_3_42\.csv: missing, .* --slides"):
         made(workspace, "bottleneck")
     ids = pd.read_csv(workspace.root / "runs" / "bottleneck" / "oof.csv")["id"]
     apart = workspace.root / "map.csv"
