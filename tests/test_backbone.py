@@ -48,12 +48,8 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_and_predicts(name: str, pcam: Callable[..., Any]) -> None:
     fields = [f"model=timm:{name}", "epochs=1", "side=96", "tta=1", "batch_size=12"]
-    options = [part for field in fields for part in ("--set", field)]
-    for stage in ("prepare", "folds"):
-        assert pcam(stage, *options).status == 0
-    for stage in ("train", "predict"):
-        status, out, err = pcam(stage, *options, "--folds", "0")
-        assert status == 0, err
+    status, out, err = pcam("pipeline", "--folds", "0", *(part for field in fields for part in ("--set", field)))
+    assert status == 0, err
     assert "12 out of fold, 7 test" in out
 
 
@@ -64,13 +60,6 @@ def test_a_model_of_a_fixed_size_gets_its_size(name: str) -> None:
     net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
     net.eval()(torch.rand(1, 3, 96, 96))
     assert seen == [FAMILIES[name] or 96]
-
-
-def test_a_transformer_is_built_at_another_size() -> None:
-    config = replace(VIT, model_args='{"img_size": 96}')
-    assert create(config).net.pos_embed.shape[1] == 1 + 6 * 6
-    with pytest.raises(UserError, match=r"resize=112 and img_size=96 contradict each other"):
-        create(replace(config, resize=112))
 
 
 def test_enlarging_is_pillows_bicubic_interpolation() -> None:
@@ -85,7 +74,7 @@ def test_enlarging_is_pillows_bicubic_interpolation() -> None:
     assert enlarge(image, 0) is image
 
 
-def hub_folder(folder: Path, with_arguments: bool = True) -> None:
+def hub_folder(folder: Path) -> None:
     """Save a small encoder in Hugging Face's layout as timm does."""
     timm = import_timm()
     torch.manual_seed(1)
@@ -93,10 +82,7 @@ def hub_folder(folder: Path, with_arguments: bool = True) -> None:
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     net.pretrained_cfg.update(mean=MEAN, std=STD, input_size=(3, 56, 56))
-    timm.models.save_for_hf(net, str(folder), model_args=SMALL if with_arguments else None, safe_serialization=True)
-    if not with_arguments:
-        few = {"architecture": "vit_huge_patch14_224", "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
-        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | few))
+    timm.models.save_for_hf(net, str(folder), model_args=SMALL, safe_serialization=True)
 
 
 def config_of(*assignments: str) -> Config:
@@ -136,7 +122,9 @@ def advised(error: UserError) -> dict[str, Any]:
 
 
 def test_missing_arguments_are_named(tmp_path: Path) -> None:
-    hub_folder(tmp_path, with_arguments=False)
+    hub_folder(tmp_path)
+    few = {"architecture": "vit_huge_patch14_224", "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | few))
     config = config_of(f"weights={tmp_path}")
     with pytest.raises(UserError, match="does not fit timm:vit_huge_patch14_224") as caught:
         create(config)
@@ -172,7 +160,7 @@ def test_a_file_whose_names_timm_converts_is_complete(tmp_path: Path) -> None:
     assert torch.equal(net.net.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
 
 
-def test_a_folders_config_must_name_one_model(tmp_path: Path) -> None:
+def test_a_folder_holds_one_config_that_names_a_model_and_one_file_of_weights(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"architectures": ["Dinov2Model"]}')
@@ -182,9 +170,6 @@ def test_a_folders_config_must_name_one_model(tmp_path: Path) -> None:
         with_folder_settings([f"weights={tmp_path / 'one'}"])
     assignments = [f"weights={tmp_path / 'one'}", "model=timm:resnet10t"]
     assert with_folder_settings(assignments) == assignments
-
-
-def test_a_folder_holds_one_file_of_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must hold one file of weights, but holds no .safetensors"):
         weights_file("resnet10t", str(tmp_path))
     for name in ("pytorch_model.bin", "model.safetensors"):
@@ -239,13 +224,10 @@ def test_frozen_layers_are_outside_of_autograd() -> None:
     assert all(not module.training for module in net.net.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-def test_the_fraction_counts_layers_from_the_input() -> None:
+def test_the_fraction_counts_layers_in_a_known_order() -> None:
     counts = [len(frozen(fraction).frozen) for fraction in (0.01, 0.25, 0.5, 1.0)]
     assert 0 == counts[0] < counts[1] < counts[2] < counts[3]
     assert trained_state(frozen(1.0)).keys() == {"net.fc.weight", "net.fc.bias"}
-
-
-def test_layers_without_a_known_order_are_not_frozen() -> None:
     with pytest.raises(UserError, match=r"freeze=0.5: timm does not know the order"):
         frozen(0.5, "poolformer_s12")
 
@@ -297,19 +279,12 @@ def test_arguments_are_a_json_object(text: str, tmp_path: Path) -> None:
             config_of(*assignments, f"model_args={text}")
 
 
-def encoders() -> dict[str, tuple[Arguments, list[str]]]:
-    """Return the config.json and the command of each encoder in docs/backbones.md."""
-    text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
-    found = re.findall(r"### (\S+)\n.*?```json\n(.*?)```\n\n```sh\npython -m pcam_kaggle (.*?)\n```", text, re.DOTALL)
-    return {name: (json.loads(content), shlex.split(command)) for name, content, command in found}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Hibou-B", "H-optimus-0", "UNI", "Virchow2"])
-def test_the_documented_command_loads_an_encoder(
-    name: str, pcam: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content, command = encoders()[name]
+def test_documented_commands(name: str, pcam: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+    found = re.search(rf"### {name}\n.*?```json\n(.*?)```\n\n```sh\npython -m pcam_kaggle (.*?)\n```", text, re.DOTALL)
+    content, command = json.loads(found[1]), shlex.split(found[2])
     monkeypatch.chdir(tmp_path)
     fields = dict(part.split("=", 1) for part in command if "=" in part)
     # The weights are those of the architecture with two of its layers.

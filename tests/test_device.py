@@ -12,7 +12,7 @@ import torch
 from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training import device, gpus
-from pcam_kaggle.training.device import Backend, choose_backend
+from pcam_kaggle.training.device import Backend
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,12 @@ from pcam_kaggle.training.device import Backend, choose_backend
         ("cuda", (9, 0), "fp32", "fp32"),
     ],
 )
-def test_a_device_computes_in_the_precision_it_has_units_for(
-    kind: str, units: str | tuple[int, int], given: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precisions_of_devices(kind: str, units: object, given: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find_device", lambda: kind)
     monkeypatch.setattr(Path, "exists", lambda self: bool(units))
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {units}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: units)
-    assert choose_backend(given) == Backend(kind, chosen, "channels_last")
+    assert device.choose_backend(given) == Backend(kind, chosen, "channels_last")
 
 
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])

@@ -11,16 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.paths import Data
-from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.report.mistakes import grad_cam
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import adapt_norms, predict_logits, train_epoch
 from pcam_kaggle.training.learner import Learner
-from pcam_kaggle.training.loader import TrainBatches
+from pcam_kaggle.training.task import Task
+from pcam_kaggle.training.train import FoldData
 
 
 class OnCpu(Tensor):
@@ -57,20 +54,16 @@ def test_the_stand_in_refuses_float64_on_the_device_alone(gpu: WithoutFloat64) -
 @pytest.mark.parametrize(
     "fields", [{"optimizer": "muon"}, {"symmetry": "d4", "width": 16, "max_width": 32}, {"model": "timm:test_resnet"}]
 )
-def test_no_float64_is_made_on_the_device(
-    fields: dict[str, Any], data: Data, store: PatchStore, tiny: Config, gpu: WithoutFloat64
-) -> None:
-    config = replace(tiny, **fields)
-    labels = read_labels(data.labels)
-    rows = store.rows("train", labels["id"].to_numpy())
-    batches = TrainBatches(store, rows, labels["label"].to_numpy(np.float64), config, 0)
+def test_no_float64_is_made_on_the_device(fields: dict[str, Any], task: Task, gpu: WithoutFloat64) -> None:
+    store, config = task.store, replace(task.config, **fields)
+    batches = FoldData(replace(task, config=config), 0).train
     backend = Backend("cpu", "fp32", "channels_last")
     with gpu:
         net = backend.place(create(config))
         learner = Learner(net, config, backend, batches.count)
         loss = train_epoch(learner, (batches[step] for step in range(batches.steps)), batches.steps, 0, config)
-        adapt_norms(net, store, rows, config, backend)
-        logits = predict_logits(net, store, rows, config, backend, 8, "predict")
+        adapt_norms(net, store, batches.rows, config, backend)
+        logits = predict_logits(net, store, batches.rows, config, backend, 8, "predict")
         heat = grad_cam(net, backend.images(batches[0][0]), torch.ones(config.batch_size))
     assert 0 < loss < 10
     assert logits.isfinite().all()

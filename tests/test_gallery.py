@@ -46,9 +46,8 @@ def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
     assert list(shown) == ["Tumour in the centre", "No tumour in the centre"]
     for picture in shown.values():
         # The first patch, without its edges.
-        rows, columns = (
-            (picture[:, : picture.shape[1] // 4] == 128).all(axis=2).any(axis=axis).nonzero()[0] for axis in (1, 0)
-        )
+        is_grey = (picture[:, : picture.shape[1] // 4] == 128).all(axis=2)
+        rows, columns = (is_grey.any(axis=axis).nonzero()[0] for axis in (1, 0))
         tile = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, 0]
         assert abs(tile.shape[0] - tile.shape[1]) <= 2
         for axis in (0, 1):
@@ -64,10 +63,8 @@ def test_each_title_is_above_the_patches_of_its_label() -> None:
     patches = np.stack([np.full((64, 64, 3), 50 if label else 200, np.uint8) for label in TABLE["label"]])
     gallery = patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False)
     shown = pictures(gallery)
-    assert {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown} == {
-        "one": [50],
-        "zero": [200],
-    }
+    values = {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown}
+    assert values == {"one": [50], "zero": [200]}
     titles = [[ax.get_title() for ax in plot.figure.axes if ax.get_title()] for plot in gallery.plots]
     assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
     # No picture is wider than the window.
@@ -78,12 +75,11 @@ def test_each_title_is_above_the_patches_of_its_label() -> None:
 
 def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
     config = Config(side=64, batch_size=8, n_splits=3)
-    rows = np.arange(8)
-    batches = TrainBatches(store, rows, np.zeros(8), config, fold=0)
-    patches = store.images(rows)
+    augment = TrainBatches(store, np.arange(8), np.zeros(8), config, fold=0).augment
+    patches = store.images(np.arange(8))
     shown = augmented(patches, config)
-    batches.augment.set_random_seed(config.seed)
-    expected = np.stack([batches.augment(image=patch)["image"] for patch in patches])
+    augment.set_random_seed(config.seed)
+    expected = np.stack([augment(image=patch)["image"] for patch in patches])
     assert (shown == expected).all()
     assert shown.shape == (8, 64, 64, 3)
 

@@ -16,7 +16,6 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.models.backbone import trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm
@@ -37,20 +36,16 @@ CPU = Backend("cpu", "fp32", "channels_last")
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def task(task: Task, tmp_path: Path) -> Task:
     torch.manual_seed(5)
     save_weights(tmp_path / "weights.pth")
     fields = ["precision=fp32", "n_splits=3", "side=64", "freeze=1", "probe=true", "norm=train"]
-    return Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
+    config = Config().changed(["model=timm:resnet10t", f"weights={tmp_path / 'weights.pth'}", *fields])
+    return replace(task, config=config)
 
 
 def save_weights(file: Path | str) -> None:
     torch.save(import_timm().create_model("resnet10t").state_dict(), file)
-
-
-@pytest.fixture
-def task(task: Task, config: Config) -> Task:
-    return replace(task, config=config)
 
 
 def named(task: Task, name: str, **fields: Any) -> Task:
@@ -83,6 +78,10 @@ def test_predictions_are_those_of_the_model_with_the_fitted_classifier(task: Tas
             again = predict_probabilities(net, task.store, rows, task.config, CPU, "")
             np.testing.assert_allclose(table["probability"], again, atol=0.01)
     assert set(checkpoint.load(fold.best_checkpoint)["net"]) == {"net.fc.weight", "net.fc.bias"}
+    # The frozen layers are not in the checkpoint.
+    save_weights(task.config.weights)
+    with pytest.raises(UserError, match="its folds started from other weights"):
+        load_best(fold, task.config, CPU)
 
 
 def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
@@ -94,10 +93,8 @@ def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
     assert len(embedded) == 2 * (36 + 7)
 
 
-def test_an_interrupted_embedding_continues(
-    store: PatchStore, config: Config, embedded: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = embedding.write
+def test_an_interrupted_embedding_continues(task: Task, embedded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, store, write = task.config, task.store, embedding.write
 
     def fails(*arguments: Any) -> None:
         if len(embedded) > 16:
@@ -114,25 +111,23 @@ def test_an_interrupted_embedding_continues(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(embedding, name, broken)
             embed(config, store, CPU)
-    found = embed(config, store, CPU)
+    features, rate = embed(config, store, CPU)
     assert embedded == [*range(24), *range(16, 43), *range(36, 43)]
-    assert found is not None
-    assert found[1] > 0
-    shapes = {split: (array.shape, array.dtype.name) for split, array in found[0].items()}
+    assert rate > 0
+    shapes = {split: (array.shape, array.dtype.name) for split, array in features.items()}
     assert shapes == {"train": ((36, 512), "float16"), "test": ((7, 512), "float16")}
     monkeypatch.setattr(embedding, "_key", lambda *_: "fresh")
-    fresh = embed(config, store, CPU)
-    assert fresh is not None
-    assert all(np.array_equal(fresh[0][split], found[0][split]) for split in shapes)
+    fresh, _ = embed(config, store, CPU)
+    assert all(np.array_equal(fresh[split], features[split]) for split in shapes)
 
 
 @pytest.mark.slow
-def test_two_gpus_share_the_patches(store: PatchStore, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, _ = embed(config, store, CPU) or ({}, 0.0)
+def test_two_gpus_share_the_patches(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, _ = embed(task.config, task.store, CPU)
     monkeypatch.setattr(embedding, "CHUNK", 16)
     monkeypatch.setattr(embedding, "_key", lambda *_: "shared")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    shared, _ = embed(config, store, CPU) or ({}, 0.0)
+    shared, _ = embed(task.config, task.store, CPU)
     for split in ("train", "test"):
         np.testing.assert_allclose(shared[split], alone[split], atol=1e-3)
 
@@ -144,7 +139,8 @@ def test_an_embedding_ends_with_the_budget(task: Task, package_log: pytest.LogCa
     assert not task.run.fold(0).is_trained
 
 
-def test_features_belong_to_weights_and_precision(store: PatchStore, config: Config) -> None:
+def test_features_belong_to_weights_and_precision(task: Task) -> None:
+    config, store = task.config, task.store
     key = embedding._key(config, store, CPU)
     assert key == embedding._key(replace(config, seed=9), store, CPU)
     assert key != embedding._key(config, store, replace(CPU, precision="bf16"))
@@ -186,13 +182,6 @@ def test_labels_of_a_fold_change_nothing_that_predicts_it(task: Task) -> None:
     assert [torch.equal(*pair) for pair in zip(*states, strict=True)] == [False, True]
 
 
-def test_frozen_layers_need_their_weights(task: Task) -> None:
-    probe(task, [0])
-    save_weights(task.config.weights)
-    with pytest.raises(UserError, match="its folds started from other weights"):
-        load_best(task.run.fold(0), task.config, CPU)
-
-
 def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
     fields: dict[str, Any] = {"freeze": 0.5, "probe": False, "epochs": 2, "batch_size": 8, "tta": 1}
     whole, stopped = named(task, "whole", **fields), named(task, "stopped", **fields)
@@ -209,8 +198,8 @@ def test_a_fold_with_frozen_layers_resumes_exactly(task: Task) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_runs_everything(config: Config, pcam: Callable[..., Any], tmp_path: Path) -> None:
-    options = ["--set", f"weights={config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
+def test_the_command_runs_everything(task: Task, pcam: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--set", f"weights={task.config.weights}", "--set", "model=timm:resnet10t", "--set", "side=64"]
     status, out, err = pcam("probe", "-e", "bottleneck", *options)
     assert status == 0, err
     assert "pooled" in out
