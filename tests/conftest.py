@@ -54,6 +54,10 @@ class Outcome(NamedTuple):
     err: str
 
 
+Call = Callable[..., str]
+Pcam = Callable[..., Outcome]
+
+
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
     Image.fromarray(patch).save(path)
 
@@ -182,7 +186,7 @@ def task(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> Task:
 
 
 @pytest.fixture
-def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pcam:
     """Return the command line, working on `data` in the workspace `tmp_path / "work"`, with the tiny config."""
 
     def call(command: str, *arguments: str) -> Outcome:
@@ -234,7 +238,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Call:
     """Return `kaggle` of the command line in `home`: it returns the output, or the one line of the error if it must fail."""
 
     def call(*arguments: str, status: int = 0, work: Path = home) -> str:

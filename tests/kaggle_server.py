@@ -59,9 +59,6 @@ class Kaggle(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Print nothing: some tests kill the client while it waits for a reply."""
 
-    def names(self) -> list[str]:
-        return [path.rsplit("/", 1)[1] for path in self.asked]
-
     def address(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
 
@@ -72,20 +69,17 @@ class Handler(BaseHTTPRequestHandler):
     server: Kaggle
 
     def do_POST(self) -> None:
-        self.server.asked.append(self.path)
-        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         name = self.path.rsplit("/", 1)[1]
-        if name not in self.server.replies:
-            self.server.hook(name)
-            self.answer(302, b"", Location=self.server.address(ARCHIVE))
-            return
-        self.server.bodies[name] = json.loads(body)
-        reply = self.server.replies[name]
+        self.server.asked.append(name)
+        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
+        body = self.server.bodies[name] = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        reply = self.server.replies.get(name, 302)
         if callable(reply):
-            reply = reply(self.server.bodies[name])
+            reply = reply(body)
         self.server.hook(name)
-        if isinstance(reply, int):
+        if reply == 302:
+            self.answer(302, b"", Location=self.server.address(ARCHIVE))
+        elif isinstance(reply, int):
             self.answer(reply, b"{}")
         elif reply is not None:
             self.answer(200, json.dumps(reply).encode(), **{"Content-Type": "application/json"})
@@ -115,26 +109,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         whole = self.server.archive
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
-        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"'}
+        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"', "Content-Length": str(len(whole) - start)}
         if start:
             headers |= {"Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
-        self.send_header_lines(206 if start else 200, len(whole) - start, **headers)
         halfway, self.server.halfway = self.server.halfway, None
         content = whole[start : len(whole) // 2 if halfway else len(whole)]
-        self.wfile.write(content)
+        self.answer(206 if start else 200, content, **headers)
         self.server.sent += len(content)
         if halfway:
             halfway()
 
     def answer(self, status: int, content: bytes, **headers: str) -> None:
-        self.send_header_lines(status, len(content), **headers)
-        self.wfile.write(content)
-
-    def send_header_lines(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(length)}).items():
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass

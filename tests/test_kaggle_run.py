@@ -256,7 +256,7 @@ def test_a_login_is_renewed(kaggle: Kaggle, account: Account, monkeypatch: Monke
     monkeypatch.setattr("pcam_kaggle.kaggle.client.LOGIN_SECONDS", 0.0)
     kaggle.replies["IntrospectToken"] = {"active": True, "username": "someone"}
     call("run")
-    assert kaggle.names().count("IntrospectToken") > 3
+    assert kaggle.asked.count("IntrospectToken") > 3
     assert len(account.pushed) == 1
 
 
