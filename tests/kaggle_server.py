@@ -53,8 +53,8 @@ class Kaggle(ThreadingHTTPServer):
         }
         self.bodies: dict[str, Content] = {}
         self.files: dict[str, bytes | int] = {}
-        self.upload_status = 200
         self.put = b""
+        self.upload_status = 200
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Print nothing: some tests kill the client while it waits for a reply."""

