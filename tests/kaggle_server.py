@@ -1,9 +1,8 @@
 """A server on this machine that answers Kaggle's real client."""
 
-import io
 import json
 import re
-import zipfile
+import shutil
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,18 +94,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
-        if "/logs/stream/" in path:
+        if path == ARCHIVE:
+            self.send_archive(headers)
+        elif "/logs/stream/" in path:
             self.server.streamed += 1
             self.server.hook("log")
             events = "".join(f"data: {json.dumps({'data': piece})}\n\n" for piece in self.server.stream)
             self.answer(200, f"{events}data: END_OF_LOG\n\n".encode(), **{"Content-Type": "text/event-stream"})
-            return
-        if path != ARCHIVE:
+        else:
             self.server.hook("download")
             content = self.server.files[path]
             status, text = (content, b"<Error/>") if isinstance(content, int) else (200, content)
             self.answer(status, text, **headers)
-            return
+
+    def send_archive(self, headers: dict[str, str]) -> None:
         whole = self.server.archive
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
         headers |= {"Accept-Ranges": "bytes", "ETag": '"1"', "Content-Length": str(len(whole) - start)}
@@ -131,18 +132,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def zipped(folder: Path) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(folder.rglob("*")):
-            file.write(path, str(path.relative_to(folder)))
-    return buffer.getvalue()
+    return Path(shutil.make_archive(str(folder), "zip", folder)).read_bytes()
 
 
 def saved(kaggle: Kaggle, session: Path) -> None:
     """Let `kaggle` offer what `session` saved."""
-    names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
-    kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
-    listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
+    files = [path for path in session.rglob("*") if path.is_file()]
+    kaggle.files = {f"/output/{path.relative_to(session)}": path.read_bytes() for path in files}
+    listed = [{"fileName": name.removeprefix("/output/"), "url": kaggle.address(name)} for name in kaggle.files]
 
     def page(body: Content) -> Reply:
         start = int(body.get("pageToken") or 0)

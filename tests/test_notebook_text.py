@@ -26,7 +26,6 @@ PINS = [(ROOT / name).read_text().splitlines() for name in ("requirements-kaggle
 # Characters that a phone shows of a line of code.
 COMMENT_WIDTH = 41
 Cells = dict[str, nbformat.NotebookNode]
-Capsys = pytest.CaptureFixture[str]
 MonkeyPatch = pytest.MonkeyPatch
 
 
@@ -74,7 +73,7 @@ def check(cells: Cells, installed: dict[str, str], monkeypatch: MonkeyPatch) -> 
     ],
 )
 def test_missing_and_old_packages_are_named_in_one_line(
-    change: dict[str, str | None], problems: str, cells: Cells, monkeypatch: MonkeyPatch, capsys: Capsys
+    change: dict[str, str | None], problems: str, cells: Cells, monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed = {name: release for name, release in (IMAGE | change).items() if release}
     wanted = f"^{re.escape(problems)}.*Always use latest environment.*$"
@@ -95,13 +94,11 @@ def test_the_check_covers_what_the_notebook_imports(cells: Cells, monkeypatch: M
 
 def third_party(cells: list[nbformat.NotebookNode]) -> set[str]:
     """Return the top-level modules that code cells import, apart from the standard library and what every notebook has."""
-    found = set()
-    for cell in cells:
-        if cell.cell_type == "code":
-            for node in ast.walk(ast.parse(re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                found |= {name.partition(".")[0] for name in names}
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    nodes = list(ast.walk(ast.parse(re.sub(r"^%.*$", "", code, flags=re.MULTILINE))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    found = {name.partition(".")[0] for name in names}
     return found - sys.stdlib_module_names - {"pcam_kaggle", "IPython"}
 
 
