@@ -330,7 +330,6 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
     assert (made["public_score"], made["private_score"]) == (0.9512, None)
     rows[1]["privateScore"] = "0.9401"
     assert "0.9512  0.9401" in call("scores", work=session)
-    assert read_json(file.with_suffix(".json"))["private_score"] == 0.9401
     # No network is needed for a score recorded by hand, or to refuse what was changed since its validation.
     asked = len(kaggle.asked)
     assert "0.9512  0.7500" in call("scores", "bottleneck", "--private", "0.75", work=session)

@@ -221,13 +221,10 @@ def test_a_session_that_was_killed_resume_from_its_own_output(stand_in: Any, mom
     assert (resumed.working / "submission.csv").read_bytes() == (whole.working / "submission.csv").read_bytes()
 
 
-def test_a_session_too_short_for_all_folds_submits_those_it_has(stand_in: Any) -> None:
+def test_a_session_that_is_too_short_submits_the_folds_it_has(stand_in: Any) -> None:
+    left = "from pathlib import Path\nfrom pcam_kaggle.training.budget import Budget\nBudget.left = lambda self: "
     here = stand_in("short", small=True)
-    patch = """
-from pathlib import Path
-from pcam_kaggle.training.budget import Budget
-Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json")) else 1000.0
-"""
+    patch = f"{left}-1.0 if list(Path('runs').glob('*/fold_0/metrics.json')) else 1000.0"
     executed = here.client(Settings("quick", CHANGES), patch).execute()
     printed = output_text(executed)
     assert "not finished in time: fold 1, fold 2. To train the rest, attach" in shown(executed.cells[-1], "text/markdown")
@@ -235,11 +232,8 @@ Budget.left = lambda self: -1.0 if list(Path("runs").glob("*/fold_0/metrics.json
     assert "3 of them will be finished" in printed
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
-
-def test_a_session_too_short_for_a_fold_says_how_to_resume(stand_in: Any) -> None:
     here = stand_in("shorter", small=True)
-    patch = "from pcam_kaggle.training.budget import Budget\nBudget.left = lambda self: -1.0"
-    executed = here.client(Settings("quick", CHANGES), patch).execute()
+    executed = here.client(Settings("quick", CHANGES), f"{left}-1.0").execute()
     assert "no fold was finished in time; attach this notebook's output" in shown(executed.cells[-1], "text/markdown")
     assert not (here.working / "submission.csv").exists()
 
