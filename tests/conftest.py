@@ -208,7 +208,6 @@ def real() -> Data:
 @pytest.fixture
 def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
     """Start a server in Kaggle's place and point the client at it; nothing leaves the machine."""
-    (tmp_path / "config").mkdir()
     for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KAGGLE_USERNAME", "someone")
