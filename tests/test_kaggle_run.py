@@ -82,7 +82,7 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         f"push: bottleneck, version 1 of someone/{KERNEL}",
         *("queued", "running, fold 0, epoch  1 of 2", "complete", "output: bottleneck imported", "pooled"),
         "local compared with bottleneck: no significant difference (+0.0000",
-        *("submit: ", "waiting for the scores", "scores: of bottleneck recorded"),
+        *("submit: ", "waiting for the scores", "scores: of bottleneck"),
     ]
     assert re.search(".*".join(map(re.escape, steps)), printed, re.DOTALL), printed
     made = read_json(work / "submissions" / "bottleneck.json")
