@@ -54,6 +54,10 @@ class Outcome(NamedTuple):
     err: str
 
 
+Call = Callable[..., str]
+Pcam = Callable[..., Outcome]
+
+
 def write_tif(path: Path, patch: NDArray[np.uint8]) -> None:
     Image.fromarray(patch).save(path)
 
@@ -182,7 +186,7 @@ def task(store: PatchStore, folds: Folds, tiny: Config, tmp_path: Path) -> Task:
 
 
 @pytest.fixture
-def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def pcam(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pcam:
     """Return the command line, working on `data` in the workspace `tmp_path / "work"`, with the tiny config."""
 
     def call(command: str, *arguments: str) -> Outcome:
@@ -204,21 +208,19 @@ def real() -> Data:
 @pytest.fixture
 def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
     """Start a server in Kaggle's place and point the client at it; nothing leaves the machine."""
-    server = Kaggle()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    (tmp_path / "config").mkdir()
     for name in ("NO_PROXY", "no_proxy", "http_proxy", "KAGGLE_API_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("KAGGLE_USERNAME", "someone")
     monkeypatch.setenv("KAGGLE_KEY", SECRET)
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Kaggle() as server:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -229,12 +231,11 @@ def session(finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Return a folder that commands write in; it does not exist yet."""
     return tmp_path / "home"
 
 
 @pytest.fixture
-def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Call:
     """Return `kaggle` of the command line in `home`: it returns the output, or the one line of the error if it must fail."""
 
     def call(*arguments: str, status: int = 0, work: Path = home) -> str:

@@ -1,9 +1,8 @@
 """A server on this machine that answers Kaggle's real client."""
 
-import io
 import json
 import re
-import zipfile
+import shutil
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,14 +52,11 @@ class Kaggle(ThreadingHTTPServer):
         }
         self.bodies: dict[str, Content] = {}
         self.files: dict[str, bytes | int] = {}
-        self.upload_status = 200
         self.put = b""
+        self.upload_status = 200
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Print nothing: some tests kill the client while it waits for a reply."""
-
-    def names(self) -> list[str]:
-        return [path.rsplit("/", 1)[1] for path in self.asked]
 
     def address(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -72,20 +68,17 @@ class Handler(BaseHTTPRequestHandler):
     server: Kaggle
 
     def do_POST(self) -> None:
-        self.server.asked.append(self.path)
-        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         name = self.path.rsplit("/", 1)[1]
-        if name not in self.server.replies:
-            self.server.hook(name)
-            self.answer(302, b"", Location=self.server.address(ARCHIVE))
-            return
-        self.server.bodies[name] = json.loads(body)
-        reply = self.server.replies[name]
+        self.server.asked.append(name)
+        self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
+        body = self.server.bodies[name] = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        reply = self.server.replies.get(name, 302)
         if callable(reply):
-            reply = reply(self.server.bodies[name])
+            reply = reply(body)
         self.server.hook(name)
-        if isinstance(reply, int):
+        if reply == 302:
+            self.answer(302, b"", Location=self.server.address(ARCHIVE))
+        elif isinstance(reply, int):
             self.answer(reply, b"{}")
         elif reply is not None:
             self.answer(200, json.dumps(reply).encode(), **{"Content-Type": "application/json"})
@@ -101,58 +94,52 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         headers = {"Content-Type": "application/zip", "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
-        if "/logs/stream/" in path:
+        if path == ARCHIVE:
+            self.send_archive(headers)
+        elif "/logs/stream/" in path:
             self.server.streamed += 1
             self.server.hook("log")
             events = "".join(f"data: {json.dumps({'data': piece})}\n\n" for piece in self.server.stream)
             self.answer(200, f"{events}data: END_OF_LOG\n\n".encode(), **{"Content-Type": "text/event-stream"})
-            return
-        if path != ARCHIVE:
+        else:
             self.server.hook("download")
             content = self.server.files[path]
             status, text = (content, b"<Error/>") if isinstance(content, int) else (200, content)
             self.answer(status, text, **headers)
-            return
+
+    def send_archive(self, headers: dict[str, str]) -> None:
         whole = self.server.archive
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
-        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"'}
+        headers |= {"Accept-Ranges": "bytes", "ETag": '"1"', "Content-Length": str(len(whole) - start)}
         if start:
             headers |= {"Content-Range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"}
-        self.send_header_lines(206 if start else 200, len(whole) - start, **headers)
         halfway, self.server.halfway = self.server.halfway, None
         content = whole[start : len(whole) // 2 if halfway else len(whole)]
-        self.wfile.write(content)
+        self.answer(206 if start else 200, content, **headers)
         self.server.sent += len(content)
         if halfway:
             halfway()
 
     def answer(self, status: int, content: bytes, **headers: str) -> None:
-        self.send_header_lines(status, len(content), **headers)
-        self.wfile.write(content)
-
-    def send_header_lines(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(length)}).items():
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 def zipped(folder: Path) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(folder.rglob("*")):
-            file.write(path, str(path.relative_to(folder)))
-    return buffer.getvalue()
+    return Path(shutil.make_archive(str(folder), "zip", folder)).read_bytes()
 
 
 def saved(kaggle: Kaggle, session: Path) -> None:
     """Let `kaggle` offer what `session` saved."""
-    names = [str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()]
-    kaggle.files = {f"/output/{name}": (session / name).read_bytes() for name in names}
-    listed = [{"fileName": name, "url": kaggle.address(f"/output/{name}")} for name in names]
+    files = [path for path in session.rglob("*") if path.is_file()]
+    kaggle.files = {f"/output/{path.relative_to(session)}": path.read_bytes() for path in files}
+    listed = [{"fileName": name.removeprefix("/output/"), "url": kaggle.address(name)} for name in kaggle.files]
 
     def page(body: Content) -> Reply:
         start = int(body.get("pageToken") or 0)

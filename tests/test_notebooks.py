@@ -1,11 +1,10 @@
 """Notebooks are stored without outputs, and run from top to bottom."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import Outcome
+from conftest import Pcam
 from nbclient import NotebookClient
 
 from pcam_kaggle.core.paths import Data
@@ -14,7 +13,6 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def executed(name: str) -> nbformat.NotebookNode:
-    """Run a notebook in its folder; return it with its outputs."""
     notebook = nbformat.read(FOLDER / name, as_version=4)
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()
     return notebook
@@ -28,21 +26,15 @@ def test_no_output_is_kept(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inspect_run_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
+def test_runs_are_inspected_and_compared(pcam: Pcam, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCAM_WORK", str(finished_run))
     notebook = executed("inspect_run.ipynb")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output["data"]["text/html"].count("<img") for output in outputs if "data" in output]
     assert [count for count in pictures if count] == [2, 2, 2]
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
 
-
-@pytest.mark.slow
-def test_the_comparison_runs(
-    pcam: Callable[..., Outcome], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
-    monkeypatch.setenv("PCAM_WORK", str(tmp_path / "work"))
     text = str([cell.get("outputs") for cell in executed("compare.ipynb").cells])
     assert "other" in text
     assert "difference" in text
