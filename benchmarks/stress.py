@@ -129,6 +129,7 @@ def no_parts(now: Path, _: Path) -> bool:
     return not list(now.rglob(f"*{PART}"))
 
 
+SCORES = "kaggle scores bottleneck --public 0.9"
 RUN, IMPORTED = "work/runs/bottleneck", "download/runs/bottleneck"
 PREDICTED = f"{RUN}/fold_0/predictions.json"
 FINISHED = (f"{RUN}/fold_0/metrics.json", PREDICTED, f"{RUN}/metrics.json")
@@ -146,7 +147,7 @@ TARGETS = (
     Target(f"{RUN}/fold_0/metrics.json", ("compare",), no_parts),
     *(Target(f"{RUN}/fold_0/{name}", ("pipeline",), same_submission, FINISHED) for name in ("log.csv", "last.pt")),
     Target(f"{RUN}/fold_0/best.pt", ("pipeline",), same_submission, (PREDICTED,)),
-    Target("work/submissions/bottleneck.json", ("pipeline", "kaggle ledger"), same_submission),
+    Target("work/submissions/bottleneck.json", ("pipeline", SCORES), same_submission),
     *(Target(f"{IMPORTED}/{name}", ("import",), no_parts) for name in ("config.json", "metrics.json", "oof.csv")),
     *(
         Target(f"{IMPORTED}/fold_0/{name}", ("import", "pipeline"), same_submission)
@@ -156,7 +157,7 @@ TARGETS = (
 
 
 def run(step: str, folder: Path) -> int:
-    if step in ("compare", "kaggle ledger"):
+    if step in ("compare", SCORES):
         return run_command([*step.split(), "--work", str(folder / "work")])
     if step != "import":
         return run_command(options(step, folder, DAMAGED))
