@@ -132,7 +132,15 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from pcam_kaggle.pipeline.job import kernel_job
-from pcam_kaggle.pipeline.stages import finished, run_blend, run_folds, run_predict, run_prepare, run_submission, run_train
+from pcam_kaggle.pipeline.stages import (
+    restrict_to_trained,
+    run_blend,
+    run_folds,
+    run_predict,
+    run_prepare,
+    run_submission,
+    run_train,
+)
 from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
 from pcam_kaggle.report.summary import summary
 
@@ -177,7 +185,7 @@ else:
 
 # %% train
 run_train(job)
-done = finished(job)
+done = restrict_to_trained(job)
 
 # %% blend-text [markdown]
 # ## Out of fold

@@ -176,7 +176,7 @@ def run_all(job: Job) -> None:
     _make_demo(job)
     run_rehearsal(job)
     done = [run_prepare(job), run_folds(job), run_train(job)]
-    part = finished(job)
+    part = restrict_to_trained(job)
     if part is None:
         return
     done.append(run_predict(part))
@@ -197,7 +197,7 @@ def run_all(job: Job) -> None:
         log.info("next: compare %s with other runs, or submit %s to Kaggle", part.plan.name, part.submission())
 
 
-def finished(job: Job) -> Job | None:
+def restrict_to_trained(job: Job) -> Job | None:
     """Return `job` restricted to runs and folds whose training is finished, and report the others; None if there is none.
 
     A run without a finished fold is left out, and a fold that any other run has not finished is left out of all.
