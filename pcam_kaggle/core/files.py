@@ -47,14 +47,14 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists, is not empty, and `is_ours` does not recognise it as made by this program.
     """
-    temporary, old = (folder.resolve().with_name(f".{folder.name}{kind}{PART}") for kind in ("", ".old"))
+    target = folder.resolve()
+    temporary, old = (target.with_name(f".{target.name}{kind}{PART}") for kind in ("", ".old"))
     # A process was killed between the two renames below.
-    if old.exists() and not folder.exists():
-        old.replace(folder)
+    if old.exists() and is_ours(old) and not target.exists():
+        old.replace(target)
     is_replaceable = folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))
     if os.path.lexists(folder) and not is_replaceable:
         raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
-    folder = folder.resolve()
     # Leftovers of a killed process.
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -62,9 +62,9 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     try:
         yield temporary
         # Renamed first: a partly deleted folder would no longer be recognised as ours.
-        if folder.exists():
-            folder.replace(old)
-        temporary.replace(folder)
+        if target.exists():
+            target.replace(old)
+        temporary.replace(target)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
