@@ -56,12 +56,12 @@ def fold_table(scheme: str) -> pd.DataFrame:
 def write_run(
     work: Path, made: RunPredictions, order: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame.copy, **config: object
 ) -> Run:
-    """Write `made` as a trained and predicted run with the fold file, the rows of its tables reordered by `order`."""
+    """Write `made` as a run that has predicted the folds in `made.oof`, the rows of its tables reordered by `order`."""
     run = Run(work / "runs" / made.name)
     write_csv(work / "folds" / f"{made.scheme}.csv", fold_table(made.scheme))
     fields = {"n_splits": FOLDS, **config}
     RunConfig(config=fields, folds=made.scheme, folds_sha256=made.folds_sha256).write(run.config_file)
-    for number in range(FOLDS):
+    for number in made.oof["fold"].unique().tolist():
         folder = run.fold(number).folder
         inside = made.oof.loc[made.oof["fold"] == number, ["id", "label", "probability"]]
         for name, table in zip(PREDICTIONS, (inside, made.tests[number]), strict=True):

@@ -11,7 +11,7 @@ from made_runs import FOLD, FOLDS, IDS, LABELS, SLIDE, N, noisy, predictions, wr
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import Method, RunPredictions, blend, climb, cross_climb
-from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_test
+from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.tables import score_lines
 
@@ -130,7 +130,7 @@ def test_weights_of_a_fold_come_from_all_other_folds() -> None:
     for fold in range(FOLDS):
         inside = fold == FOLD
         np.testing.assert_array_equal(blended[inside], climb(LABELS[~inside], values[:, ~inside]) @ values[:, inside])
-    assert gain == paired_test(LABELS, values.mean(axis=0))(blended)
+    assert gain == paired_difference(LABELS, blended, values.mean(axis=0))
 
 
 def test_climb_starts_with_the_best_and_adds_what_helps_more_than_once() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_runs import FOLD, FOLDS, LABELS, SLIDE, SLIDE_MAP, by_slide, fold_table, noisy, write_blended_run, write_run
+from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
@@ -22,9 +23,9 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
 from pcam_kaggle.scoring.blend import RunPredictions, blend
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
-from pcam_kaggle.scoring.intervals import Clusters, interval, paired_test, unit_of
+from pcam_kaggle.scoring.intervals import Clusters, interval, paired_difference, unit_of
 from pcam_kaggle.scoring.results import BlendMetrics
-from pcam_kaggle.scoring.tables import describe_difference
+from pcam_kaggle.scoring.tables import conclusions, describe_difference
 
 RUNS = ("a", "b")
 
@@ -53,7 +54,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def comparison(work: Path, baseline: str | None = None) -> tuple[dict[str, ComparedRun], Comparison]:
-    made = compare_runs(Workspace(work, work / "store"), [], baseline, None)
+    made = compare_runs(Workspace(work, work / "store"), [], baseline)
     return {run.name: run for run in made.runs}, made
 
 
@@ -75,15 +76,14 @@ def blended(work: Path, *options: str) -> BlendMetrics:
 def test_differences_are_the_paired_ones(scheme: str, clusters: Clusters, tmp_path: Path) -> None:
     write_runs(tmp_path, scheme)
     by_name, made = comparison(tmp_path, "a")
-    assert made.baseline is by_name["a"]
+    assert made.reference is by_name["a"]
     run = by_name["b"]
-    ours, theirs = (each.oof["probability"].to_numpy() for each in (run, made.baseline))
+    ours, theirs = (each.oof["probability"].to_numpy() for each in (run, made.reference))
     assert run.metrics.pooled == interval(LABELS, ours, clusters)
-    pooled = paired_test(LABELS, theirs, clusters)(ours)
-    assert run.pooled == pooled.model_copy(update={"corrected_p": pooled.p})
+    assert run.pooled == paired_difference(LABELS, ours, theirs, clusters)
     for number, fold in enumerate(run.folds):
         inside = number == FOLD
-        assert fold == paired_test(LABELS[inside], theirs[inside], clusters.part(inside))(ours[inside])
+        assert fold == paired_difference(LABELS[inside], ours[inside], theirs[inside], clusters.part(inside))
         assert fold.units == (6 if scheme.startswith("slides") else 240)
     if scheme.startswith("slides"):
         patches = interval(LABELS, ours)
@@ -91,20 +91,81 @@ def test_differences_are_the_paired_ones(scheme: str, clusters: Clusters, tmp_pa
 
 
 def test_sentences_name_the_better_run(runs: Path) -> None:
-    by_name, made = comparison(runs.parent)
-    assert made.baseline is by_name["best"]
+    by_name, made = comparison(runs.parent, "best")
     worse, twin = by_name["worse"].pooled, by_name["twin"].pooled
-    assert (worse.corrected_p, twin.corrected_p) == (pytest.approx(2 * worse.p), twin.p)
     numbers = f"by {-worse.value:.4f} [{-worse.high:.4f}, {-worse.low:.4f}], p < 0.0001 (unit: patch)."
-    alike = f"({twin.text('+.4f')}, p = {twin.p:.2g}; unit: patch)."
+    alike = f"({twin.text('+.4f')}, p = {twin.corrected_p:.2g}; unit: patch)."
     for name, sentence in {
         "worse": f"best is better than worse {numbers}",
         "twin": f"twin compared with best: no significant difference {alike}",
         "elsewhere": "elsewhere: not paired: folds or labels differ from those of best.",
     }.items():
-        assert describe_difference(by_name[name], made.baseline) == sentence
+        assert describe_difference(by_name[name], made.reference) == sentence
+    assert made.best == []
     by_name, made = comparison(runs.parent, "worse")
-    assert describe_difference(by_name["best"], made.baseline).startswith("best is better than worse by ")
+    assert describe_difference(by_name["best"], made.reference).startswith("best is better than worse by ")
+
+
+def test_without_a_baseline_one_sentence_lists_the_runs_that_may_be_the_best(runs: Path) -> None:
+    by_name, made = comparison(runs.parent)
+    assert (made.reference, made.best) == (by_name["best"], ["best", "twin"])
+    sentence, *others = conclusions(made)
+    assert sentence.startswith(
+        "With 95 % confidence, the best of best, twin, worse is best or twin; worse is significantly worse"
+    )
+    assert [each.partition(":")[0] for each in others] == ["elsewhere", "fewer"]
+    # Three pairs are tested here, two with a baseline that was named.
+    _, named = comparison(runs.parent, "best")
+    wide, narrow = (each.runs[0].pooled or each.runs[-1].pooled for each in (made, named))
+    assert wide.high - wide.low > narrow.high - narrow.low
+
+
+def on_folds(made: RunPredictions, *folds: int) -> RunPredictions:
+    """Return `made` without the predictions of other `folds`."""
+    return replace(made, oof=made.oof[made.oof["fold"].isin(folds)])
+
+
+@pytest.mark.parametrize(
+    ("folds", "arguments", "expected", "notes"),
+    [
+        # Named runs are compared on their common folds, all others on the folds that most have.
+        ({"a": [0], "b": [0, 2]}, ["a", "b"], [0], []),
+        ({"a": [0, 1, 2], "b": [0, 2]}, ["a", "b"], [0, 2], []),
+        ({"a": [0], "b": [0, 2], "c": [2, 0]}, [], [0], []),
+        ({"a": [1], "b": [0, 2], "c": [2, 0]}, [], [0, 2], ["a: unfinished: folds 0, 2 lack predictions"]),
+        ({"a": [0, 1, 2], "b": [0]}, [], [0, 1, 2], ["b: unfinished: folds 1, 2 lack predictions"]),
+        ({"a": [0, 1, 2], "b": [0, 1]}, ["--folds", "0"], [0], []),
+        ({"a": [0, 1, 2], "b": [1]}, ["--folds", "0"], [0], ["b: unfinished: folds 0 lack predictions"]),
+    ],
+)
+def test_runs_with_some_folds_are_compared_on_those(
+    folds: dict, arguments: list, expected: list, notes: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (name, predicted) in enumerate(folds.items()):
+        write_run(tmp_path, on_folds(noisy(name, 1.0, seed), *predicted))
+    read = json.loads(compared(tmp_path, capsys, *arguments))
+    assert [f"{row['run']}: {row['note']}" for row in read["runs"] if row["pooled"] is None] == notes
+    part = np.isin(FOLD, expected)
+    for row in [row for row in read["runs"] if row["pooled"]]:
+        made = noisy(row["run"], 1.0, [*folds].index(row["run"])).oof
+        assert row["pooled"] == pytest.approx(roc_auc_score(LABELS[part], made["probability"][part]))
+        assert [int(key[5:]) for key in row if re.fullmatch(r"fold_\d", key)] == expected
+    assert f"Folds {', '.join(map(str, expected))}." in compared(tmp_path, capsys, *arguments, form="text")
+
+
+def test_runs_without_a_common_fold_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate(RUNS):
+        write_run(tmp_path, on_folds(noisy(name, 1.0, seed), seed))
+    assert main(["compare", *RUNS, "--work", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: no fold is predicted in all of these runs: a has 0, b has 1\n"
+
+
+def test_named_runs_are_blended_on_their_common_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, (name, folds) in enumerate({"a": (0, 1, 2), "b": (0, 2)}.items()):
+        write_run(tmp_path, on_folds(noisy(name, 1.0, seed), *folds))
+    metrics = blended(tmp_path)
+    assert (metrics.folds, metrics.missing_folds) == ([0, 2], [1])
+    assert "missing: folds 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -122,7 +183,7 @@ def test_every_format_holds_the_same_numbers_and_names_the_unit(
     metrics = blended(tmp_path)
     assert (metrics.scheme, metrics.pooled.unit, metrics.ranked.unit) == (f"{scheme}_3_42", unit, unit)
     assert f"(unit: {unit})" in capsys.readouterr().out
-    # The blend is the baseline, which is the default as it is best, and then an experiment's run.
+    # The reference is the blend, which is best, and then an experiment's run.
     for arguments in ([], ["--baseline", "a"]):
         read = json.loads(compared(tmp_path, capsys, *arguments))
         assert read["unit"] == unit
@@ -136,12 +197,12 @@ def test_every_format_holds_the_same_numbers_and_names_the_unit(
         assert "n_splits" not in table
         for form in ("text", "md"):
             printed = compared(tmp_path, capsys, *arguments, form=form)
-            assert f"95 % intervals and p (unit: {unit}) are from" in printed
+            assert f"95 % intervals and p (unit: {unit}), are from" in printed
             assert all(f"{value:.4f}" in printed for value in pooled)
-    assert json.loads(compared(tmp_path, capsys))["runs"][0]["note"] == "the baseline"
+    assert json.loads(compared(tmp_path, capsys))["runs"][0]["note"] == "the highest AUC"
     write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"95 % intervals and p (unit: {unit}) are from" in page
+    assert f"95 % intervals and p (unit: {unit}), are from" in page
     assert (f"AUC of a by {unit}" in page) == (unit != "patch")
 
 
@@ -151,20 +212,23 @@ def edit(run: Run, name: str, **values: object) -> None:
 
 
 def edit_oof(run: Run, column: str, value: object) -> None:
-    """Write another value in the last three rows of oof.csv, which metrics.json then describes."""
+    """Write another value in the last three rows of a blend's oof.csv, which metrics.json then describes."""
+    run.config_file.unlink()
     table = run.oof()
     write_csv(run.folder / "oof.csv", table.assign(**{column: table[column].where(table.index < 717, value)}))
     edit(run, "metrics.json", oof_sha256=file_sha256(run.folder / "oof.csv"))
 
 
+# A run without a config is a blend, whose own predictions are compared.
 DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "unfinished": (lambda run: (run.fold(1).folder / "predictions.json").unlink(), "unfinished: folds 1 lack predictions"),
-    "unblended": (lambda run: (run.folder / "metrics.json").unlink(), "not blended"),
-    "partial": (lambda run: edit(run, "metrics.json", missing_folds=[2]), "blended without some of its folds"),
-    "old": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", scheme="")), "blended by an earlier version"),
-    "truncated": (lambda run: (run.folder / "oof.csv").write_text("id,label\n"), "oof.csv: has changed since it was blended"),
+    "changed": (lambda run: (run.fold(1).folder / "oof.csv").write_text("id,label\n"), "oof.csv: missing or changed since"),
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (lambda run: edit(run, "fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
+    "unblended": (lambda run: (run.config_file.unlink(), (run.folder / "metrics.json").unlink()), "not blended"),
+    "partial": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", missing_folds=[3])), "folds 3 lack"),
+    "old": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", scheme="")), "blended by an earlier version"),
+    "truncated": (lambda run: (run.config_file.unlink(), (run.folder / "oof.csv").write_text("id\n")), "oof.csv: has changed"),
     "not-finite": (lambda run: edit_oof(run, "probability", np.inf), "oof.csv: holds a number that is not finite"),
     "label-2": (lambda run: edit_oof(run, "label", 2), "is not 0 or 1, of id p0717"),
 }
@@ -183,11 +247,11 @@ def test_a_damaged_run_is_listed_with_its_reason(runs: Path, capsys: pytest.Capt
 
 
 def test_a_baseline_that_cannot_be_scored_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(runs.parent, noisy("unblended", 1, 5))
+    write_run(runs.parent, on_folds(noisy("untrained", 1, 5)))
     for arguments, message in (
-        (["--baseline", "unblended"], "--baseline unblended: not blended"),
+        (["--baseline", "untrained"], "--baseline untrained: unfinished: no fold is predicted"),
         (["--baseline", "unheard"], "not unheard"),
-        (["unblended"], "none of 1 runs can be scored: unblended: not blended"),
+        (["untrained"], "none of 1 runs can be scored: untrained: unfinished: no fold is predicted"),
     ):
         assert main(["compare", "--work", str(runs.parent), *arguments]) == 2
         err = capsys.readouterr().err
@@ -256,7 +320,7 @@ def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFi
     write_csv(tmp_path / "map.csv", SLIDE_MAP[5:])
     assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
     printed = compared(tmp_path, capsys, "--slides", str(tmp_path / "map.csv"), form="text")
-    assert "(unit: slide) are from" in printed
+    assert "(unit: slide), are from" in printed
     assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
 
 
@@ -273,7 +337,7 @@ def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: p
     for key in ("pooled_low", "difference_low", "difference_high", "p", "difference_0_high", "p_0"):
         assert row[key] is None
     assert row["undefined_pooled"] == row["undefined_difference"] == row["undefined_difference_0"] == reason
-    assert f"interval and p n/a ({reason}; unit: patch)" in read["words"][0]
+    assert f"differences n/a: {reason}" in read["words"][0]
     assert pd.read_csv(io.StringIO(compared(tmp_path, capsys, form="csv")))["p"].isna().all()
     printed = compared(tmp_path, capsys, form="text")
     assert f"n/a ({reason})" in printed

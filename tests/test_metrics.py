@@ -7,8 +7,18 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from pcam_kaggle.scoring.intervals import Clusters, concordant_pairs, interval, paired_test
-from pcam_kaggle.scoring.metrics import auc, holm, rank_within
+from pcam_kaggle.scoring.intervals import (
+    Clusters,
+    JointAucs,
+    concordant_pairs,
+    interval,
+    joint_aucs,
+    not_worse,
+    paired_difference,
+    pairs_to_test,
+    simultaneous_differences,
+)
+from pcam_kaggle.scoring.metrics import auc, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate
 
 # From pROC 1.18 in R: roc(direction = "<"), var, cov, ci.auc and roc.test(method = "delong", paired = TRUE).
@@ -30,7 +40,7 @@ def test_delong_matches_proc() -> None:
         assert made.low == pytest.approx(area - stats.norm.ppf(0.975) * variance**0.5, abs=1e-12)
         assert made.high == 1
     assert interval(LABELS, -A).low == 0
-    difference = paired_test(LABELS, B)(A)
+    difference = paired_difference(LABELS, A, B)
     assert difference.low == pytest.approx(-0.234800964489847, abs=1e-12)
     assert difference.high == pytest.approx(0.224699954388837, abs=1e-12)
     assert difference.error == pytest.approx((sum(variances) - 2 * covariance) ** 0.5, abs=1e-12)
@@ -59,7 +69,7 @@ def test_ranks_within_folds_ignore_their_scales() -> None:
 USES: dict[str, Callable[[np.ndarray, np.ndarray], object]] = {
     "auc": auc,
     "interval": interval,
-    "paired_test": lambda labels, scores: paired_test(labels, A)(scores),
+    "paired_difference": lambda labels, scores: paired_difference(labels, scores, A),
     "concordant_pairs": lambda labels, scores: concordant_pairs(labels, np.arange(20) % 3, scores),
     "interval over slides": lambda labels, scores: interval(labels, scores, by_slide(np.arange(20) % 3)),
 }
@@ -104,7 +114,7 @@ def is_undefined(made: Estimate, reason: str) -> bool:
 def test_a_class_with_one_member_has_no_variance() -> None:
     for kind, label in (("positive", 1), ("negative", 0)):
         labels = np.where(np.arange(20) == 7, label, 1 - label)
-        difference = paired_test(labels, B)(A)
+        difference = paired_difference(labels, A, B)
         assert is_undefined(interval(labels, A), f"a single {kind} patch")
         assert is_undefined(difference, f"a single {kind} patch")
         assert difference.value == auc(labels, A) - auc(labels, B)
@@ -116,10 +126,10 @@ def test_an_estimated_variance_of_zero_is_undefined() -> None:
     for scores in (up, -up, level):
         assert is_undefined(interval(labels, scores), "an estimated variance of zero")
     for scores in (-up, level):
-        assert is_undefined(paired_test(labels, scores)(up), "an estimated variance of zero")
+        assert is_undefined(paired_difference(labels, up, scores), "an estimated variance of zero")
     # Equal rankings.
-    assert is_zero(paired_test(labels, 2 * up)(up))
-    assert is_zero(paired_test(LABELS, A)(A))
+    assert is_zero(paired_difference(labels, up, 2 * up))
+    assert is_zero(paired_difference(LABELS, A, A))
 
 
 def test_rounding_errors_are_not_taken_for_variance() -> None:
@@ -129,7 +139,7 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
         labels = np.tile([0, 1, 0, 1, 1, 0, 0], 7)
         slides = np.repeat(np.arange(7), 7)
         first, second = (np.tile(rng.integers(0, 5, 7), 7).astype(float) for _ in range(2))
-        made = paired_test(labels, second, by_slide(slides))(first)
+        made = paired_difference(labels, first, second, by_slide(slides))
         assert is_zero(made) if auc(labels, first) == auc(labels, second) else made.undefined
 
 
@@ -146,7 +156,7 @@ def test_rounding_errors_are_not_taken_for_variance() -> None:
 def test_slides_that_cannot_be_drawn_have_no_interval(slides: np.ndarray, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.scoring.intervals.MAX_CLUSTERS", 9)
     assert is_undefined(interval(LABELS, A, by_slide(slides)), reason)
-    made = paired_test(LABELS, B, by_slide(slides))(A)
+    made = paired_difference(LABELS, A, B, by_slide(slides))
     assert is_undefined(made, reason)
     assert made.value == pytest.approx(auc(LABELS, A) - auc(LABELS, B), abs=1e-12)
     assert (made.unit, made.units) == ("slide", len(np.unique(slides)))
@@ -159,10 +169,12 @@ def test_the_bootstrap_matches_drawing_slides() -> None:
     labels = (rng.random(1800) < rng.beta(1, 1.5, 60)[slides]).astype(int)
     first, second = (labels + rng.normal(size=1800) + rng.normal(size=60)[slides] for _ in range(2))
 
-    over_patches, over_slides = (paired_test(labels, second, each)(first) for each in (Clusters(), by_slide(slides)))
+    over_patches, over_slides = (paired_difference(labels, first, second, each) for each in (Clusters(), by_slide(slides)))
     assert over_slides.value == pytest.approx(over_patches.value, abs=1e-12)
     assert over_slides.error > 1.5 * over_patches.error
-    assert paired_test(labels, second, by_slide(np.arange(1800)))(first).error == pytest.approx(over_patches.error, rel=0.1)
+    assert paired_difference(labels, first, second, by_slide(np.arange(1800))).error == pytest.approx(
+        over_patches.error, rel=0.1
+    )
     assert over_slides.high - over_slides.value == pytest.approx(stats.t(59).ppf(0.975) * over_slides.error)
     assert over_slides.p == pytest.approx(2 * stats.t(59).sf(abs(over_slides.value) / over_slides.error))
     # Drawn slide by slide, the slow way.
@@ -189,16 +201,47 @@ def test_a_draw_of_whole_slides_needs_no_sorting() -> None:
     assert counts @ pairs @ counts / (positives * negatives) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_paired_test_accepts_any_codes() -> None:
+def test_a_paired_difference_accepts_any_codes() -> None:
     slides = np.arange(20) % 5
-    made = paired_test(LABELS, B, by_slide(10 * slides + 3))(A)
-    assert made == paired_test(LABELS, B, by_slide(slides))(A)
-    assert paired_test(LABELS, B, Clusters("stain group", slides))(A) == made.model_copy(update={"unit": "stain group"})
+    made = paired_difference(LABELS, A, B, by_slide(10 * slides + 3))
+    assert made == paired_difference(LABELS, A, B, by_slide(slides))
+    assert paired_difference(LABELS, A, B, Clusters("stain group", slides)) == made.model_copy(update={"unit": "stain group"})
 
 
-def test_holm_ignores_undefined_p_values() -> None:
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    p = np.array([0.01, np.nan, 0.04, 0.03, np.nan, 0.005])
-    np.testing.assert_allclose(holm(p), [0.03, np.nan, 0.06, 0.06, np.nan, 0.02])
-    assert np.isnan(holm(np.array([np.nan]))).all()
-    assert holm(np.array([])).shape == (0,)
+@pytest.mark.parametrize("df", [np.inf, 12])
+def test_simultaneous_intervals_of_independent_runs_are_those_of_tukey_and_dunnett(df: float) -> None:
+    areas = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    joint = JointAucs(areas, 0.1 * np.eye(5), df, "slide", 13, "")
+    # From published tables of Dunnett's two-sided test, for four runs and a baseline.
+    expected = {"all pairs": stats.studentized_range.ppf(0.95, 5, df) / 2**0.5, "baseline": {np.inf: 2.44, 12: 2.81}[df]}
+    for family, critical in expected.items():
+        pairs = pairs_to_test(5, family)
+        assert len(pairs) == {"all pairs": 10, "baseline": 4}[family]
+        for (run, other), made in zip(pairs, simultaneous_differences(joint, pairs), strict=True):
+            assert made.value == pytest.approx(areas[run] - areas[other])
+            assert made.error == pytest.approx(0.1 * 2**0.5)
+            assert made.high - made.value == pytest.approx(critical * made.error, rel=0.01)
+            assert made.p <= made.corrected_p <= min(1, len(pairs) * made.p)
+    made = simultaneous_differences(joint, pairs_to_test(5, "all pairs"))[1]
+    assert made.corrected_p == pytest.approx(stats.studentized_range.sf(2.0, 5, df), abs=0.005)
+
+
+def test_a_pair_is_tested_with_the_covariance_of_its_runs() -> None:
+    joint = joint_aucs(LABELS, np.stack([A, B, A + B, 2 * A]))
+    for pair, made in zip(pairs := pairs_to_test(4, "all pairs"), simultaneous_differences(joint, pairs), strict=True):
+        scores = [(A, B, A + B, A)[index] for index in pair]
+        alone = paired_difference(LABELS, *scores)
+        assert (made.value, made.p, made.error) == pytest.approx((alone.value, alone.p, alone.error), abs=1e-12)
+        assert is_zero(made) == (pair == (3, 0))
+
+
+def test_a_run_is_not_the_best_if_any_other_is_significantly_better() -> None:
+    # The first has the highest AUC and a large error, so that only the second is known to be better than the third.
+    joint = JointAucs(np.array([0.91, 0.9, 0.8]), np.diag([0.2, 0.01, 0.01]), np.inf, "patch", 100, "")
+    pairs = pairs_to_test(3, "all pairs")
+    differences = simultaneous_differences(joint, pairs)
+    assert [made.is_significant for made in differences] == [False, False, True]
+    assert not_worse(3, pairs, differences) == [0, 1]
+    # The order of a pair does not matter.
+    turned = simultaneous_differences(joint, swapped := [(other, run) for run, other in pairs])
+    assert not_worse(3, swapped, turned) == [0, 1]

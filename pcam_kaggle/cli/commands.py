@@ -118,7 +118,7 @@ def _comparison(options: argparse.Namespace) -> tuple[Workspace, Comparison]:
     found = runs_workspace(real)
     if found != real and (found.root / "runs").is_dir():
         log.warning("%s: has no runs; these are the synthetic demo's, in %s", real.root, found.root)
-    return found, compare_runs(found, options.runs, options.baseline, options.slides)
+    return found, compare_runs(found, options.runs, options.baseline, options.slides, options.folds)
 
 
 def _run_config(options: argparse.Namespace) -> None:

@@ -86,7 +86,8 @@ SEEDS = Option("--seeds", type=_seeds, default=1, metavar="3", help="train and b
 HOURS = Option("--hours", type=_hours, help="time limit; unfinished folds are left out [none]")
 METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend [mean]")
 RUNS = Option("runs", nargs="*", help="names of runs [all]")
-BASELINE = Option("--baseline", help="run to compare the others with [the best]")
+BASELINE = Option("--baseline", help="run to compare the others with [compare all with each other]")
+COMPARED_FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to compare [all, or those that the runs share]")
 SLIDES = Option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
 FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="what to print [text]")
 TITLE = Option("--title", default="", help="title of the notebook, which names it [that of kernel-metadata.json]")
@@ -145,7 +146,7 @@ SESSION = (
 COMMANDS = (
     Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
     Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
-    Command("train", "train a model per fold, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
+    Command("train", "train a model per fold, predict with it, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
     Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS)),
     Command(
         "blend", "blend folds of an experiment or of several runs, print the OOF AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)
@@ -153,9 +154,13 @@ COMMANDS = (
     Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
     Command("pipeline", "run every stage from prepare to submission", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
     Command("probe", "run every stage with a logistic regression on pretrained features, into runs/<name>-probe/", PROBE),
-    Command("compare", "compare runs: AUC per fold, paired differences, differing settings", (RUNS, BASELINE, SLIDES, FORMAT)),
+    Command(
+        "compare",
+        "compare runs: AUC per fold, paired differences, differing settings",
+        (RUNS, COMPARED_FOLDS, BASELINE, SLIDES, FORMAT),
+    ),
     Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
-    Command("report", "write an HTML report of runs, into reports/", (RUNS, BASELINE, SLIDES)),
+    Command("report", "write an HTML report of runs, into reports/", (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),

@@ -1,80 +1,110 @@
 """Comparison of runs: reads them and the groups that are resampled, for `scoring`."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.config import upgraded
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.compare import ComparedRun, Comparison, compare, find_baseline
-from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.blend import score
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison, choose_folds, compare, find_reference, restrict
+from pcam_kaggle.scoring.intervals import Clusters, family_of, unit_of
 from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import render_comparison, score_lines
 
 log = logging.getLogger(__name__)
 
+# The groups (id, wsi) to resample, None to resample patches, and their unit.
+Groups = tuple[pd.DataFrame | None, Unit]
 
-def compare_runs(workspace: Workspace, names: list[str], baseline: str | None, slides: Path | None) -> Comparison:
-    """Compare the runs `names` of `workspace`, all for none, with a baseline, by default the one with the highest pooled AUC.
 
-    The slides of the map `slides` (id, wsi) are resampled in place of the groups of the baseline's folds. Raises UserError if a
-    name is unknown or no run can be scored, or as in `resampled_groups`.
+def compare_runs(
+    workspace: Workspace,
+    names: list[str],
+    baseline: str | None = None,
+    slides: Path | None = None,
+    folds: tuple[int, ...] | None = None,
+) -> Comparison:
+    """Compare the runs `names` of `workspace`, all for none, with a baseline, or with the one of the highest pooled AUC.
+
+    Out-of-fold predictions are compared, of `folds`, by default those of `choose_folds`. The slides of the map `slides` (id,
+    wsi) are resampled in place of the groups of each run's folds. Raises UserError if a name is unknown, no run can be scored,
+    or the runs that are named have no fold in common.
     """
-    runs = workspace.root / "runs"
-    found = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    root = workspace.root / "runs"
+    found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     unknown = [name for name in (*names, baseline) if name and name not in found]
     if unknown or not found:
-        raise UserError(f"{runs}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
-    compared = [read_run(Run(runs / name)) for name in found if not names or name in (*names, baseline)]
-    base = find_baseline(compared, baseline)
-    table, unit = resampled_groups(base.scheme, base.scored()[0], workspace.folds, slides)
-    return compare(compared, base, table, unit)
+        raise UserError(f"{root}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
+    compared = [read_run(Run(root / name)) for name in found if not names or name in (*names, baseline)]
+    chosen = set(folds) if folds else choose_folds(compared, bool(names))
+    groups: dict[str, Groups] = {}
+    for run in compared:
+        with _problem_of(run):
+            restrict(run, chosen)
+            if run.oof is not None and not run.problem:
+                key = run.folds_sha256
+                groups[key] = groups.get(key) or resampled_groups(run.scheme, run.oof, workspace.folds, slides)
+                run.metrics = score(run.oof, Clusters.of(run.oof["id"], *groups[key]))
+    reference = find_reference(compared, baseline)
+    return compare(compared, reference, family_of(baseline), *groups[reference.folds_sha256])
 
 
 def read_run(run: Run) -> ComparedRun:
-    """Return `run` as one of a comparison, or why it can't be scored: unfinished, not blended, or damaged."""
+    """Return `run` with the folds that it has predicted, or why it can't be scored: not predicted, not blended, or damaged."""
     compared = ComparedRun(run.name)
-    try:
-        compared.problem = _read(run, compared)
-    except (UserError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        compared.problem = f"damaged: {' '.join(str(error).split())}"
+    with _problem_of(compared):
+        (_read_experiment if run.is_experiment else _read_blend)(run, compared)
     return compared
 
 
-def _read(run: Run, compared: ComparedRun) -> str:
-    """Fill in what can be read of `run`; return why it can't be scored, or ""."""
-    if run.is_experiment:
-        made = run.made_from()
-        compared.config, compared.scheme = upgraded(made.config), made.folds
-        unfinished = [str(fold.number) for fold in run.folds() if not fold.has_predictions]
-        if unfinished:
-            return f"unfinished: folds {', '.join(unfinished)} lack predictions"
-        folds = [fold.metrics() for fold in run.folds()]
-        compared.costs = {
-            "minutes": round(sum(fold.seconds for fold in folds) / 60, 1),
-            "parameters": folds[0].parameters,
-            "images_per_second": float(np.median([fold.images_per_second for fold in folds])),
-        }
+@contextlib.contextmanager
+def _problem_of(compared: ComparedRun) -> Iterator[None]:
+    """Note an error as the problem of `compared`, which must not keep other runs from being compared."""
+    try:
+        yield
+    except (UserError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        kind = "" if isinstance(error, UserError) else "damaged: "
+        compared.problem = compared.problem or kind + " ".join(str(error).split())
+
+
+def _read_experiment(run: Run, compared: ComparedRun) -> None:
+    made = run.made_from()
+    compared.config, compared.scheme, compared.folds_sha256 = made.config, made.folds, made.folds_sha256
+    predicted, compared.n_splits = run.predicted_folds(), len(run.folds())
+    if not predicted:
+        compared.problem = "unfinished: no fold is predicted"
+        return
+    metrics = [run.fold(number).metrics() for number in predicted]
+    compared.oof = run.predictions(predicted).oof
+    compared.costs = {
+        "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
+        "parameters": metrics[0].parameters,
+        "images_per_second": float(np.median([fold.images_per_second for fold in metrics])),
+    }
+
+
+def _read_blend(run: Run, compared: ComparedRun) -> None:
     if not run.has_score:
-        return "not blended: run `python -m pcam_kaggle blend`"
-    compared.metrics, compared.oof = run.blend_metrics(), run.oof()
-    if compared.metrics.missing_folds:
-        return "blended without some of its folds: run `python -m pcam_kaggle blend`"
-    compared.scheme = compared.scheme or compared.metrics.scheme
-    if not compared.scheme:
-        return "blended by an earlier version: run `python -m pcam_kaggle blend`"
-    unit_of(compared.scheme)
-    return ""
+        compared.problem = "not blended: run `python -m pcam_kaggle blend`"
+        return
+    metrics = run.blend_metrics()
+    if not metrics.scheme:
+        compared.problem = "blended by an earlier version: run `python -m pcam_kaggle blend`"
+        return
+    compared.oof, compared.scheme, compared.folds_sha256 = run.oof(), metrics.scheme, metrics.folds_sha256
+    compared.n_splits = compared.oof["fold"].nunique() + len(metrics.missing_folds)
 
 
-def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> tuple[pd.DataFrame | None, Unit]:
-    """Return the groups (id, wsi) to resample for the patches of `oof` (id, fold), None to resample patches, and their unit.
+def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> Groups:
+    """Return the groups to resample for the patches of `oof` (id, fold).
 
     They are those of the fold file of `scheme` in `folder`, or of the slide map `slides` (id, wsi). Raises UserError if the
     file is missing or has other folds than `oof`, or if the map has none of the patches.
@@ -112,4 +142,4 @@ def print_result(workspace: Workspace, names: list[str]) -> None:
     metrics = scored[0].blend_metrics()
     print("\n".join([f"{scored[0].name}:", *(f"  {line}" for line in score_lines(metrics))]))
     if not metrics.missing_folds and sum(path.is_dir() for path in (workspace.root / "runs").iterdir()) > 1:
-        print(render_comparison(compare_runs(workspace, [], scored[0].name, None), "text"), end="")
+        print(render_comparison(compare_runs(workspace, [], scored[0].name), "text"), end="")

@@ -1,7 +1,7 @@
 """The stages: each one works on a job, and skips what is up to date. The whole pipeline runs all of them in order."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING
@@ -63,17 +63,16 @@ def run_folds(job: Job) -> bool:
 
 
 def run_train(job: Job) -> bool:
-    """Train what is not finished, until the budget leaves a run unfinished; return whether anything was done.
+    """Train and predict what is not finished, until the budget leaves a run unfinished; return whether anything was done.
 
-    A run of a blend is predicted before the next one is trained, so that the budget covers its predictions.
+    A run is predicted before the next one is trained, so that the budget covers its predictions.
     """
     done = []
     for spec, run in zip(job.plan.runs, job.runs, strict=True):
         done.append(_train(job, spec))
         if not all(run.fold(number).is_trained for number in job.folds):
             break
-        if job.plan.is_blend:
-            done.append(_predict(job, spec))
+        done.append(_predict(job, spec))
     return any(done)
 
 
@@ -112,16 +111,23 @@ def _predict(job: Job, spec: RunSpec) -> bool:
 @_once
 def run_blend(job: Job) -> bool:
     """Blend the folds of the runs and print the OOF table; return whether anything was done."""
-    chosen, blended = job.selection.folds, [Run(job.workspace.run(name)) for name in job.selection.runs] or job.runs
+    blended = [Run(job.workspace.run(name)) for name in job.selection.runs] or job.runs
+    chosen = job.selection.folds or _common_folds(blended)
     members = [run.predictions(chosen) for run in blended]
     for run in job.runs if job.plan.is_blend and not job.selection.runs else ():
         # A run may have all folds where the blend lacks some, and is then complete by itself.
-        has_all = all(fold.has_predictions for fold in run.folds())
+        has_all = len(run.predicted_folds()) == len(run.folds())
         _blend(job, [run.predictions(None if has_all else chosen)], "mean", run)
     metrics, new = _blend(job, members, job.method, job.run)
     for line in score_lines(metrics):
         log.info("  %s", line)
     return _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
+
+
+def _common_folds(runs: Sequence[Run]) -> list[int] | None:
+    """Return the folds that all of `runs` have predicted, None for all folds or if there is no common one."""
+    common = set.intersection(*(set(run.predicted_folds()) for run in runs))
+    return sorted(common) if common and any(len(common) < len(run.folds()) for run in runs) else None
 
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:

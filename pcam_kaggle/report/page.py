@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML file: conclusions, table, figures, and the worst mistakes of the baseline."""
+"""A comparison as one self-contained HTML file: conclusions, table, figures, and the worst mistakes of one run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from pcam_kaggle.runs.submissions import KAGGLE_SCORES, read_submissions
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_caption, evaluation_table
+from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_sentences, evaluation_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -44,24 +44,23 @@ class Section:
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
     """Write `comparison` to the HTML file `target`; a section whose input is missing gives the reason instead."""
-    baseline, shown = comparison.baseline, display_table(comparison)
-    oof, _ = baseline.scored()
+    reference, shown = comparison.reference, display_table(comparison)
+    oof, _ = reference.scored()
     by_name = {run.name: run for run in comparison.runs}
     runs = [by_name[name] for name in shown["run"]]
     scored = [(run, run.scored()[0]) for run in runs if not run.problem]
     sections = [
-        *_predictions(scored, baseline.name, oof),
+        *_predictions(scored, reference.name, oof),
         _learning(runs, workspace),
         _slide_aucs(scored, comparison, workspace),
         _held_out(workspace),
-        _mistakes(baseline, oof, workspace),
-        _correlation(scored, baseline),
+        _mistakes(reference, oof, workspace),
+        _correlation(scored, reference),
         _leaderboard(workspace),
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        heading=f"Run {baseline.name}" if len(runs) == 1 else f"Runs compared with {baseline.name}",
-        baseline=baseline.name,
+        heading=f"Run {reference.name}" if len(runs) == 1 else f"Runs compared with {reference.name}",
         about=f"{len(oof):,} patches, {oof['label'].mean():.1%} with tumour, in {oof['fold'].nunique()} folds",
         caption=caption(comparison),
         sentences=conclusions(comparison),
@@ -73,7 +72,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
 
 
 def _predictions(scored: Scored, name: str, oof: pd.DataFrame) -> list[Section]:
-    """Return the figures of each run's predictions; curves have those of the baseline `name` beside runs paired with it."""
+    """Return the figures of each run's predictions; curves have those of the reference `name` beside runs paired with it."""
     drawn = [(run.name, table, (name, oof) if run.pooled else None) for run, table in scored]
     reliability = [figures.reliability(run.name, table) for run, table in scored]
     histograms = [figures.histogram(run.name, table) for run, table in scored]
@@ -116,7 +115,7 @@ def _held_out(workspace: Workspace) -> Section:
         except UserError as error:
             captions.append(_left_out(error))
         else:
-            captions.append(f"{folder.name}: {evaluation_caption(result)}")
+            captions.append(f"{folder.name}: {' '.join(evaluation_sentences(result))}")
             tables[f"Scores on {folder.name}"] = evaluation_table(result)
     none = "Not available: no run was evaluated on held-out slides (`python -m pcam_kaggle evaluate`)."
     return Section("evaluations", "Held-out slides", " ".join(captions) or none, tables=tables)
@@ -140,9 +139,9 @@ def _mistakes(base: ComparedRun, oof: pd.DataFrame, workspace: Workspace) -> Sec
     return section
 
 
-def _correlation(scored: Scored, baseline: ComparedRun) -> Section:
+def _correlation(scored: Scored, reference: ComparedRun) -> Section:
     section = Section("correlation", "Correlation between runs", "A blend gains most from runs that are accurate and differ.")
-    paired = {run.name: oof["probability"] for run, oof in scored if run is baseline or run.pooled}
+    paired = {run.name: oof["probability"] for run, oof in scored if run is reference or run.pooled}
     if len(paired) > 1:
         section.plots = [figures.correlation([*paired], np.stack([*paired.values()]))]
     else:

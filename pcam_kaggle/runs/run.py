@@ -79,6 +79,10 @@ class Run:
         """Return all folds of the config; raises UserError if the config is missing or does not tell their number."""
         return [self.fold(number) for number in range(Config(n_splits=self.made_from().config["n_splits"]).n_splits)]
 
+    def predicted_folds(self) -> list[int]:
+        """Return the numbers of the folds that have predictions; raises UserError as `folds` does."""
+        return [fold.number for fold in self.folds() if fold.has_predictions]
+
     def logs(self) -> dict[int, pd.DataFrame]:
         """Return the training logs by fold number; a blend has none, and damaged ones are left out with a warning."""
         logs = {}

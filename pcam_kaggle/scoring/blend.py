@@ -1,16 +1,16 @@
 """Blending: the predictions of the folds of an experiment, or of several experiments, are averaged by id and scored."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_test
+from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, rank_within
-from pcam_kaggle.scoring.results import BlendMetrics, Difference
+from pcam_kaggle.scoring.results import BlendMetrics, Difference, OofScore
 
 Method = Literal["mean", "rank", "climb"]
 CLIMB_STEPS = 50
@@ -77,24 +77,25 @@ def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PA
         scheme=first.scheme,
         folds_sha256=first.folds_sha256,
         missing_folds=first.missing,
-        **score(result, clusters),
+        **dict(score(result, clusters)),
     )
     return Blend(result, pd.DataFrame({"id": first.tests[0]["id"], "probability": weights @ test}), metrics)
 
 
-def score(oof: pd.DataFrame, clusters: Clusters = PATCHES) -> dict[str, Any]:
-    """Return the fields of `BlendMetrics` that score `oof` (id, label, fold, probability): per fold, pooled, and ranked."""
+def score(oof: pd.DataFrame, clusters: Clusters = PATCHES) -> OofScore:
+    """Return the score of `oof` (id, label, fold, probability): per fold, pooled, and ranked; intervals resample `clusters`."""
     folds, labels, values = (oof[column].to_numpy() for column in ("fold", "label", "probability"))
-    per_fold = [auc(labels[folds == fold], values[folds == fold]) for fold in np.unique(folds)]
-    return {
-        "folds": np.unique(folds).tolist(),
-        "patches": [int((folds == fold).sum()) for fold in np.unique(folds)],
-        "fold_auc": per_fold,
-        "mean": float(np.mean(per_fold)),
-        "sd": float(np.std(per_fold, ddof=1)) if len(per_fold) > 1 else None,
-        "pooled": interval(labels, values, clusters),
-        "ranked": interval(labels, rank_within(folds, values), clusters),
-    }
+    numbers = np.unique(folds)
+    per_fold = [auc(labels[folds == fold], values[folds == fold]) for fold in numbers]
+    return OofScore(
+        folds=numbers.tolist(),
+        patches=[int((folds == fold).sum()) for fold in numbers],
+        fold_auc=per_fold,
+        mean=float(np.mean(per_fold)),
+        sd=float(np.std(per_fold, ddof=1)) if len(per_fold) > 1 else None,
+        pooled=interval(labels, values, clusters),
+        ranked=interval(labels, rank_within(folds, values), clusters),
+    )
 
 
 def climb(labels: Labels, values: Floats) -> Floats:
@@ -127,7 +128,7 @@ def cross_climb(
     for fold in np.unique(folds):
         inside = folds == fold
         blended[inside] = climb(labels[~inside], values[:, ~inside]) @ values[:, inside]
-    return blended, paired_test(labels, values.mean(axis=0), clusters)(blended)
+    return blended, paired_difference(labels, blended, values.mean(axis=0), clusters)
 
 
 def _check(members: list[RunPredictions]) -> None:

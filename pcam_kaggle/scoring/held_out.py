@@ -7,10 +7,17 @@ import pandas as pd
 from pydantic import computed_field
 
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.scoring.compare import corrected_for_number
-from pcam_kaggle.scoring.intervals import Clusters, interval, paired_test
+from pcam_kaggle.scoring.intervals import (
+    Clusters,
+    family_of,
+    interval,
+    joint_aucs,
+    not_worse,
+    pairs_to_test,
+    simultaneous_differences,
+)
 from pcam_kaggle.scoring.metrics import Floats, auc, calibration_error, rank_within
-from pcam_kaggle.scoring.results import Difference, Estimate, Unit
+from pcam_kaggle.scoring.results import Difference, Estimate, Family, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,8 @@ class RunScore(Record):
 class EvaluationResult(Record):
     """The scores of several runs on a held-out set called `name`, `result.json` of an evaluation.
 
-    `patches_sha256` is the hash of the set's ids, labels and pixels; the other runs are compared with `baseline`.
+    `patches_sha256` is the hash of the set's ids, labels and pixels. Differences are to `baseline`, which was named, or has the
+    highest AUC; those of `family` are tested together. `best` are the runs that may be the best if no baseline was named.
     """
 
     name: str
@@ -77,6 +85,8 @@ class EvaluationResult(Record):
     positives: int
     unit: Unit
     baseline: str
+    family: Family = "holm"
+    best: list[str] = []
     runs: list[RunScore]
 
 
@@ -101,10 +111,13 @@ def score_runs(
     models = {ensemble.name: ensemble.models(tables) for ensemble in ensembles}
     means = {run: np.mean([*folds.values()], axis=0) for run, folds in models.items()}
     estimates = {run: interval(labels, mean, clusters) for run, mean in means.items()}
-    base = baseline or max(estimates, key=lambda run: estimates[run].value)
-    test = paired_test(labels, means[base], clusters)
-    others = [run for run in means if run != base]
-    differences = dict(zip(others, corrected_for_number([test(means[run]) for run in others]), strict=True))
+    best_first = sorted(means, key=lambda run: estimates[run].value, reverse=True)
+    base, family = baseline or best_first[0], family_of(baseline)
+    compared = [base, *(run for run in best_first if run != base)]
+    pairs = pairs_to_test(len(compared), family)
+    tested = simultaneous_differences(joint_aucs(labels, np.stack([means[run] for run in compared]), clusters), pairs)
+    differences = dict(zip(compared[1:], tested, strict=False))
+    may_be_best = not_worse(len(compared), pairs, tested) if family == "all pairs" else []
     runs = [
         RunScore(
             run=ensemble.name,
@@ -123,6 +136,8 @@ def score_runs(
         positives=int(labels.sum()),
         unit=clusters.unit,
         baseline=base,
+        family=family,
+        best=[compared[index] for index in may_be_best],
         runs=runs,
     )
 

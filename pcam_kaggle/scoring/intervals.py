@@ -1,11 +1,14 @@
-"""Confidence intervals and paired tests of AUCs: DeLong's for independent patches, the cluster bootstrap for others.
+"""Confidence intervals and simultaneous paired tests of AUCs: DeLong's for independent patches, or the cluster bootstrap.
 
 A cluster is a slide or a stain group, whose patches are not independent. Whole clusters are drawn with replacement (Field &
 Welsh 2007), 2,000 times with a fixed seed, so that all runs are compared on the same draws. An interval is the value plus and
-minus the SD over draws times the quantile of Student's t with (clusters - 1) degrees of freedom.
+minus its standard error times the quantile of Student's t with (clusters - 1) degrees of freedom, of the normal distribution
+for patches. Differences that are tested together have intervals that hold simultaneously: the quantile is that of their largest
+|t| (Hothorn, Bretz & Westfall 2008), whose distribution is drawn from the covariance matrix of all AUCs.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -17,13 +20,15 @@ from scipy import stats
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, placements, positive_mask
-from pcam_kaggle.scoring.results import Difference, Estimate, Unit
+from pcam_kaggle.scoring.results import LEVEL, ROUNDING, Difference, Estimate, Family, Unit
 
-DRAWS = 2000
+DRAWS, DRAWS_OF_LARGEST = 2000, 100_000
 # A matrix of clusters x clusters takes 0.2 GB at this size.
 MAX_CLUSTERS = 5_000
 UNITS: dict[str, Unit] = {"stratified": "patch", "slides": "slide", "stain": "stain group"}
 Codes = NDArray[np.integer]
+# Indices of two runs, the first of which is compared with the second.
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,67 +63,128 @@ def unit_of(scheme: str) -> Unit:
     return UNITS[kind]
 
 
+@dataclass(frozen=True, slots=True)
+class JointAucs:
+    """The `areas` (k,) of k runs on the same patches, with the covariance DDᵀ of their estimates, D being `deviations` (k, r).
+
+    An AUC divided by its standard error has `df` degrees of freedom, infinitely many for patches; it is of `units` units.
+    Where `undefined` gives the reason, there is no covariance.
+    """
+
+    areas: Floats
+    deviations: Floats
+    df: float
+    unit: Unit
+    units: int
+    undefined: str
+
+    def error(self, run: int) -> float:
+        """Return the standard error of the AUC of `run`, NaN where it is undefined."""
+        return np.nan if self.undefined else float(np.linalg.norm(self.deviations[run]))
+
+    def error_of_difference(self, pair: Pair) -> float:
+        """Return the standard error of the difference of a pair of AUCs, NaN where it is undefined."""
+        # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
+        return np.nan if self.undefined else float(np.linalg.norm(self.deviations[pair[0]] - self.deviations[pair[1]]))
+
+
+def joint_aucs(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> JointAucs:
+    """Return the AUCs of `scores` (k, n) with their covariance; raises ValueError as `auc` does.
+
+    DeLong's is undefined where a class has a single member, as in R's pROC. That over clusters is undefined for more than 5,000
+    of them, and where fewer than two have positives, or negatives: that class would be the same in every draw.
+    """
+    return _delong(labels, scores) if clusters.codes is None else _bootstrap(labels, scores, clusters.codes, clusters.unit)
+
+
 def interval(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> Estimate:
     """Return the AUC of `scores` (n,) with its 95 % interval, clipped to [0, 1].
 
-    DeLong's interval is undefined where a class has a single member, as in R's pROC, and where the estimated variance is zero
-    (perfect separation, or all scores tied), where pROC warns that an interval of zero width is misleading. That over clusters
-    is undefined for more than 5,000 of them, and where fewer than two have positives, or negatives: that class would be the
-    same in every draw. Raises ValueError as `auc` does.
+    It is undefined as in `joint_aucs`, and where the estimated variance is zero (perfect separation, or all scores tied), where
+    pROC warns that an interval of zero width is misleading. Raises ValueError as `auc` does.
     """
-    if clusters.codes is None:
-        of_positives, of_negatives = placements(labels, np.stack([scores]))
-        error, undefined = _delong_error(of_positives, of_negatives)
-        return Estimate.from_error(float(of_positives.mean(axis=1)[0]), error, stats.norm(), "patch", len(labels), undefined)
-    codes, count, too_many = _encode(clusters.codes, clusters.unit)
-    if too_many:
-        value, error, undefined = auc(labels, scores), np.nan, too_many
-    else:
-        value, error, undefined = _bootstrap(labels, codes, concordant_pairs(labels, codes, scores), clusters.unit)
-    return Estimate.from_error(value, error, stats.t(count - 1), clusters.unit, count, undefined)
+    joint = joint_aucs(labels, np.stack([scores]), clusters)
+    critical = float(stats.t(joint.df).ppf((1 + LEVEL) / 2))
+    return Estimate.from_error(float(joint.areas[0]), joint.error(0), critical, joint.unit, joint.units, joint.undefined)
 
 
-def paired_test(labels: Labels, baseline: Floats, clusters: Clusters = PATCHES) -> Callable[[Floats], Difference]:
-    """Return the function that computes AUC(scores) - AUC(baseline), both (n,) on the same patches, with interval and p.
+def paired_difference(labels: Labels, scores: Floats, baseline: Floats, clusters: Clusters = PATCHES) -> Difference:
+    """Return AUC(scores) - AUC(baseline), both (n,) on the same patches, with interval and p.
 
     These are undefined as in `interval`, unless both the difference and its estimated variance are zero. Raises ValueError as
     `auc` does.
     """
-    if clusters.codes is None:
-        return lambda scores: _delong_difference(labels, scores, baseline)
-    codes, count, too_many = _encode(clusters.codes, clusters.unit)
-    pairs = None if too_many else concordant_pairs(labels, codes, baseline)
-
-    def difference(scores: Floats) -> Difference:
-        if pairs is None:
-            value, error, undefined = auc(labels, scores) - auc(labels, baseline), np.nan, too_many
-        else:
-            change = concordant_pairs(labels, codes, scores) - pairs
-            value, error, undefined = _bootstrap(labels, codes, change, clusters.unit)
-        return Difference.from_error(value, error, stats.t(count - 1), clusters.unit, count, undefined)
-
-    return difference
+    return simultaneous_differences(joint_aucs(labels, np.stack([scores, baseline]), clusters), [(0, 1)])[0]
 
 
-def _delong_difference(labels: Labels, first: Floats, second: Floats) -> Difference:
-    of_positives, of_negatives = placements(labels, np.stack([first, second]))
-    areas = of_positives.mean(axis=1)
-    # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
-    error, undefined = _delong_error(of_positives[:1] - of_positives[1:], of_negatives[:1] - of_negatives[1:])
-    return Difference.from_error(float(areas[0] - areas[1]), error, stats.norm(), "patch", len(labels), undefined)
+def family_of(baseline: str | None) -> Family:
+    """Return which differences are tested together where the baseline was named, or else chosen by its AUC."""
+    return "baseline" if baseline else "all pairs"
 
 
-def _delong_error(of_positives: Floats, of_negatives: Floats) -> tuple[float, str]:
-    """Return the standard error of an AUC or a difference (DeLong et al. 1988), NaN and the reason for a class of one patch.
+def pairs_to_test(count: int, family: Family) -> list[Pair]:
+    """Return the pairs among `count` runs that are tested together: all with the first one, followed by any others.
 
-    It is computed from `placements`, (1, positives) and (1, negatives), by midranks (Sun & Xu 2014, algorithm 2).
+    A first run that was named beforehand makes the family `baseline` (Dunnett 1955). One that was chosen by its AUC may be any
+    run, so that `all pairs` are tested.
     """
-    variance = 0.0
+    pairs = [(later, earlier) for earlier, later in itertools.combinations(range(count), 2)]
+    return pairs if family == "all pairs" else pairs[: max(0, count - 1)]
+
+
+def not_worse(count: int, pairs: Sequence[Pair], differences: Sequence[Difference]) -> list[int]:
+    """Return which of `count` runs may be the best: those not significantly worse than another one in any of `pairs`.
+
+    The best run is among them with a confidence of at least 95 % (Hsu 1981). Since `differences` are those of all pairs, a run
+    that is as good as all others is left out in at most 5 % of cases, too.
+    """
+    worse = {pair[made.value > 0] for pair, made in zip(pairs, differences, strict=True) if made.is_significant}
+    return [run for run in range(count) if run not in worse]
+
+
+def simultaneous_differences(joint: JointAucs, pairs: Sequence[Pair]) -> list[Difference]:
+    """Return the difference of the AUCs of each of `pairs`, with intervals and corrected p-values that hold for all at once."""
+    errors = [joint.error_of_difference(pair) for pair in pairs]
+    tested = [(pair, error) for pair, error in zip(pairs, errors, strict=True) if error >= ROUNDING]
+    marginal, count, largest = stats.t(joint.df), max(1, len(tested)), _largest_statistics(joint, tested)
+    # Between that of a single test and Bonferroni's, which are equal for one.
+    bounds = marginal.ppf([(1 + LEVEL) / 2, 1 - (1 - LEVEL) / (2 * count)])
+    critical = float(np.clip(np.quantile(largest, LEVEL), *bounds))
+    found = []
+    for (run, other), error in zip(pairs, errors, strict=True):
+        value = float(joint.areas[run] - joint.areas[other])
+        made = Difference.from_error(value, error, critical, joint.unit, joint.units, joint.undefined)
+        if error >= ROUNDING:
+            p = float(2 * marginal.sf(abs(value) / error))
+            as_large = (1 + np.count_nonzero(largest >= abs(value) / error)) / (1 + len(largest))
+            corrected = float(np.clip(as_large, p, min(1.0, count * p)))
+            made = made.model_copy(update={"error": error, "p": p, "corrected_p": corrected})
+        found.append(made)
+    return found
+
+
+def _largest_statistics(joint: JointAucs, tested: Sequence[tuple[Pair, float]]) -> Floats:
+    """Return draws of the largest |t| of pairs with their standard errors, where all runs are equal; zeros for no pair."""
+    rng, largest = np.random.default_rng(0), np.zeros(DRAWS_OF_LARGEST)
+    if tested:
+        values, vectors = np.linalg.eigh(joint.deviations @ joint.deviations.T)
+        normal = (vectors * np.sqrt(values.clip(min=0))) @ rng.standard_normal((len(values), DRAWS_OF_LARGEST))
+        if np.isfinite(joint.df):
+            normal /= np.sqrt(rng.chisquare(joint.df, DRAWS_OF_LARGEST) / joint.df)
+        for (run, other), error in tested:
+            np.maximum(largest, np.abs(normal[run] - normal[other]) / error, out=largest)
+    return largest
+
+
+def _delong(labels: Labels, scores: Floats) -> JointAucs:
+    """Return the AUCs with DeLong's covariance (DeLong et al. 1988), by midranks (Sun & Xu 2014, algorithm 2)."""
+    of_positives, of_negatives = placements(labels, scores)
+    parts, undefined = [], ""
     for kind, components in (("positive", of_positives), ("negative", of_negatives)):
-        if components.shape[1] == 1:
-            return np.nan, f"a single {kind} patch"
-        variance += float(np.cov(components)) / components.shape[1]
-    return float(np.sqrt(variance)), ""
+        count = components.shape[1]
+        undefined = undefined or (f"a single {kind} patch" if count == 1 else "")
+        parts.append((components - components.mean(axis=1, keepdims=True)) / np.sqrt(count * max(1, count - 1)))
+    return JointAucs(of_positives.mean(axis=1), np.concatenate(parts, axis=1), np.inf, "patch", len(labels), undefined)
 
 
 def concordant_pairs(labels: Labels, clusters: Codes, scores: Floats) -> Floats:
@@ -145,26 +211,25 @@ def concordant_pairs(labels: Labels, clusters: Codes, scores: Floats) -> Floats:
     return pairs
 
 
-def _encode(codes: Codes, unit: Unit) -> tuple[Codes, int, str]:
-    """Return `codes` (n,) as numbers from 0, how many there are, and the reason why they are too many, or ""."""
-    found, numbers = np.unique(codes, return_inverse=True)
-    reason = f"{len(found):,} {unit}s, more than the {MAX_CLUSTERS:,} that can be drawn"
-    return numbers, len(found), reason if len(found) > MAX_CLUSTERS else ""
-
-
-def _bootstrap(labels: Labels, clusters: Codes, pairs: Floats, unit: Unit) -> tuple[float, float, str]:
-    """Return the sum of `pairs` (clusters, clusters) as a fraction of all pairs, its SD over draws, or the reason for none."""
-    negatives, positives = (np.bincount(clusters[labels == k], minlength=len(pairs)).astype(np.float64) for k in (0, 1))
-    value = float(pairs.sum() / (positives.sum() * negatives.sum()))
+def _bootstrap(labels: Labels, scores: Floats, codes: Codes, unit: Unit) -> JointAucs:
+    """Return the AUCs with their covariance over draws of the clusters with these `codes` (n,)."""
+    areas = np.array([auc(labels, row) for row in scores])
+    found, clusters = np.unique(codes, return_inverse=True)
+    count = len(found)
+    undefined = f"{count:,} {unit}s, more than the {MAX_CLUSTERS:,} that can be drawn" if count > MAX_CLUSTERS else ""
+    negatives, positives = (np.bincount(clusters[labels == k], minlength=count).astype(np.float64) for k in (0, 1))
     for kind, per_cluster in (("positive", positives), ("negative", negatives)):
         if np.count_nonzero(per_cluster) < 2:
-            return value, np.nan, f"a single {unit} with {kind} patches"
-    draws = _draws(len(pairs)).astype(np.float64)
+            undefined = undefined or f"a single {unit} with {kind} patches"
+    if undefined:
+        return JointAucs(areas, np.empty((len(scores), 0)), count - 1, unit, count, undefined)
+    draws = _draws(count).astype(np.float64)
     total = (draws @ positives) * (draws @ negatives)
     # With at least two clusters of each class, most draws have both classes.
     draws, total = draws[total > 0], total[total > 0]
-    drawn = ((draws @ pairs) * draws).sum(axis=1) / total
-    return value, float(drawn.std(ddof=1)), ""
+    drawn = np.stack([((draws @ concordant_pairs(labels, clusters, row)) * draws).sum(axis=1) / total for row in scores])
+    deviations = (drawn - drawn.mean(axis=1, keepdims=True)) / np.sqrt(len(total) - 1)
+    return JointAucs(areas, deviations, count - 1, unit, count, "")
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""ROC AUC from midranks, ranks within groups, calibration, and Holm's correction."""
+"""ROC AUC from midranks, ranks within groups, and calibration."""
 
 import numpy as np
 import pandas as pd
@@ -55,14 +55,6 @@ def rank_within(groups: NDArray[np.integer], scores: Floats) -> Floats:
         inside = groups == group
         ranks[inside] = rankdata(scores[inside], nan_policy="raise") / inside.sum()
     return ranks
-
-
-def holm(p: Floats) -> Floats:
-    """Return the p-values (k,) with the correction of Holm 1979; NaN, an undefined test, stays NaN and does not count."""
-    corrected = np.full(len(p), np.nan)
-    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
-    return corrected
 
 
 def calibration_bins(labels: Labels, probabilities: Floats) -> pd.DataFrame:

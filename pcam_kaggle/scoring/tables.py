@@ -1,6 +1,7 @@
 """Results as text, Markdown, CSV or JSON: the score of a blend, a comparison of runs, and scores on a held-out set."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,15 @@ import pandas as pd
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.results import BlendMetrics, Estimate
+from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Family
 
-SIGNIFICANCE = 0.05
+FAMILIES: dict[Family, str] = {
+    "holm": "p is corrected for the number of runs (Holm)",
+    "baseline": "intervals and p hold for all differences to the baseline at once (Dunnett)",
+    "all pairs": "intervals and p hold for all pairs of runs at once",
+}
+
+REFERENCES: dict[Family, str] = {"baseline": "the baseline", "all pairs": "the highest AUC"}
 
 
 def score_lines(metrics: BlendMetrics) -> list[str]:
@@ -32,39 +39,59 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
     return lines
 
 
-def describe_difference(run: ComparedRun, baseline: ComparedRun) -> str:
-    """Return one sentence on the pooled difference of `run` to `baseline`, with its interval, p and unit."""
+def describe_difference(run: ComparedRun, reference: ComparedRun) -> str:
+    """Return one sentence on the pooled difference of `run` to `reference`, with its interval, p and unit."""
     if run.pooled is None:
         return f"{run.name}: {run.problem or run.unpaired_reason}."
     difference, unit = run.pooled, f"unit: {run.pooled.unit}"
     if difference.corrected_p is None or difference.low is None or difference.high is None:
         reason = f"interval and p n/a ({difference.undefined}; {unit})"
-        return f"{run.name} compared with {baseline.name}: {difference.value:+.4f}, {reason}."
+        return f"{run.name} compared with {reference.name}: {difference.value:+.4f}, {reason}."
     p = "p < 0.0001" if difference.corrected_p < 1e-4 else f"p = {difference.corrected_p:.2g}"
-    if difference.corrected_p < SIGNIFICANCE and difference.low * difference.high > 0:
-        better, worse = (run, baseline) if difference.value > 0 else (baseline, run)
+    if difference.is_significant:
+        better, worse = (run, reference) if difference.value > 0 else (reference, run)
         low, high = sorted([abs(difference.low), abs(difference.high)])
         numbers = f"{abs(difference.value):.4f} [{low:.4f}, {high:.4f}], {p} ({unit})"
         return f"{better.name} is better than {worse.name} by {numbers}."
     numbers = f"{difference.text('+.4f')}, {p}; {unit}"
-    return f"{run.name} compared with {baseline.name}: no significant difference ({numbers})."
+    return f"{run.name} compared with {reference.name}: no significant difference ({numbers})."
+
+
+def describe_best(best: list[str], differences: Mapping[str, Difference], reference: str) -> str:
+    """Return one sentence on which runs may be the best, of `reference` and those with `differences` to it, tested together."""
+    worse = [name for name in differences if name not in best]
+    verb = "is" if len(worse) == 1 else "are"
+    others = f"; {', '.join(worse)} {verb} significantly worse than another run" if worse else ""
+    unit = next(f"unit: {made.unit}" for made in differences.values())
+    reasons = dict.fromkeys(f"; differences n/a: {made.undefined}" for made in differences.values() if made.undefined)
+    compared = ", ".join([reference, *differences])
+    return f"With 95 % confidence, the best of {compared} is {' or '.join(best)}{others} ({unit}{''.join(reasons)})."
 
 
 def caption(comparison: Comparison) -> str:
     """Return how differences, their intervals and p-values are computed."""
     unit, groups = comparison.unit, comparison.groups
-    test = "DeLong's paired test" if groups is None else f"a paired bootstrap over {unit}s"
+    test = "DeLong's covariance" if groups is None else f"a bootstrap over {unit}s"
+    folds, reference = ", ".join(map(str, comparison.folds)), comparison.reference.name
     text = (
-        f"Differences with 95 % intervals and p (unit: {unit}) are from {test}; p is corrected for the number of runs (Holm)."
+        f"Folds {folds}. Differences to {reference}, with 95 % intervals and p (unit: {unit}), are from {test}; "
+        f"{FAMILIES[comparison.family]}."
     )
-    missing = 0 if groups is None else int((~comparison.baseline.scored()[0]["id"].isin(groups["id"])).sum())
+    missing = 0 if groups is None else int((~comparison.reference.scored()[0]["id"].isin(groups["id"])).sum())
     return f"{text} Each of {missing:,} patches that the slide map lacks counts as a {unit}." if missing else text
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return a sentence for each run but the baseline, and each pair with one config on stratified and on grouped folds."""
-    runs, baseline = comparison.runs, comparison.baseline
-    sentences = [describe_difference(run, baseline) for run in runs if run is not baseline]
+    """Return sentences: which runs may be the best, or each difference to the baseline; runs without one; and pairs of runs.
+
+    Such a pair has one config, on stratified and on grouped folds.
+    """
+    runs, reference = comparison.runs, comparison.reference
+    differences = {run.name: run.pooled for run in runs if run.pooled}
+    shown = runs if comparison.family == "baseline" else [run for run in runs if run.name not in differences]
+    sentences = [describe_difference(run, reference) for run in shown if run is not reference]
+    if comparison.best and differences:
+        sentences.insert(0, describe_best(comparison.best, differences, reference.name))
     configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
     scored = [run for run in runs if run.scheme and not run.problem]
     stratified = [run for run in scored if unit_of(run.scheme) == "patch"]
@@ -101,19 +128,19 @@ def _row(run: ComparedRun, comparison: Comparison, differing: list[str]) -> dict
     row: dict[str, Any] = {"run": run.name}
     if not run.problem:
         _, metrics = run.scored()
-        row |= {f"fold_{k}": value for k, value in enumerate(metrics.fold_auc)}
+        row |= {f"fold_{k}": value for k, value in zip(metrics.folds, metrics.fold_auc, strict=True)}
         row |= {"mean": metrics.mean, "sd": metrics.sd}
         row |= _columns("pooled", metrics.pooled) | _columns("ranked", metrics.ranked)
         row["interval_unit"] = metrics.pooled.unit
     if run.pooled:
         row |= _columns("difference", run.pooled) | {"p": run.pooled.corrected_p}
-        for k, fold in enumerate(run.folds):
+        for k, fold in zip(comparison.folds, run.folds, strict=True):
             row |= _columns(f"difference_{k}", fold) | {f"p_{k}": fold.p}
-    is_baseline = run is comparison.baseline
-    if run.pooled or is_baseline:
+    is_reference = run is comparison.reference
+    if run.pooled or is_reference:
         row["unit"] = comparison.unit
     row |= run.costs | {"differs": len(differing)} | {key: run.config.get(key) for key in differing}
-    row["note"] = run.problem or run.unpaired_reason or ("the baseline" if is_baseline else "")
+    row["note"] = run.problem or run.unpaired_reason or (REFERENCES[comparison.family] if is_reference else "")
     return row
 
 
@@ -129,10 +156,16 @@ def render_comparison(comparison: Comparison, form: str) -> str:
         return rows.to_csv(index=False)
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
-        return _json({"unit": comparison.unit, "runs": records, "words": sentences})
+        found = {
+            "unit": comparison.unit,
+            "family": comparison.family,
+            "reference": comparison.reference.name,
+            "best": comparison.best,
+        }
+        return _json({**found, "runs": records, "words": sentences})
     by_fold = pd.DataFrame(
-        {f"difference to {comparison.baseline.name}": run.name}
-        | {f"fold {k}": fold.text("+.4f") for k, fold in enumerate(run.folds)}
+        {f"difference to {comparison.reference.name}": run.name}
+        | {f"fold {k}": fold.text("+.4f") for k, fold in zip(comparison.folds, run.folds, strict=True)}
         for run in comparison.runs
         if run.pooled
     )
@@ -186,14 +219,16 @@ def evaluation_table(result: EvaluationResult) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def evaluation_caption(result: EvaluationResult) -> str:
-    """Return what the columns of `evaluation_table` are."""
-    test = "DeLong's interval and paired test" if result.unit == "patch" else "bootstrap over slides"
-    return (
+def evaluation_sentences(result: EvaluationResult) -> list[str]:
+    """Return what the columns of `evaluation_table` are, and which runs may be the best, unless a baseline was named."""
+    test = "DeLong" if result.unit == "patch" else "bootstrap over slides"
+    caption = (
         f"{result.patches:,} patches, {result.positives / result.patches:.1%} with tumour. Single model: mean ± SD over the "
         f"models of the folds. OOF: mean over folds; drop: OOF minus single model. Intervals: 95 % ({test}, unit: "
-        f"{result.unit}); p is corrected for the number of runs (Holm)."
+        f"{result.unit}); {FAMILIES[result.family]}."
     )
+    differences = {run.run: run.difference for run in result.runs if run.difference}
+    return [caption, describe_best(result.best, differences, result.baseline)] if result.best and differences else [caption]
 
 
 def render_evaluation(result: EvaluationResult, form: str) -> str:
@@ -205,7 +240,7 @@ def render_evaluation(result: EvaluationResult, form: str) -> str:
         shared = {key: content[key] for key in ("name", "patches", "positives", "unit", "baseline")}
         rows = [shared | {key: value for key, value in run.items() if value is not None} for run in content["runs"]]
         return pd.json_normalize(rows).to_csv(index=False)
-    return f"{result.name}:\n\n" + _render_tables([evaluation_table(result)], [evaluation_caption(result)], form)
+    return f"{result.name}:\n\n" + _render_tables([evaluation_table(result)], evaluation_sentences(result), form)
 
 
 def _render_tables(tables: list[pd.DataFrame], sentences: list[str], form: str) -> str:
