@@ -133,7 +133,7 @@ def test_results_of_other_patches_are_not_replaced(evaluate: Command, others: Ot
     assert evaluate("bottleneck", "--name", "swapped").status == 0
 
 
-def test_wrong_options_are_one_line(evaluate: Command, pcam: Command, tmp_path: Path) -> None:
+def test_wrong_options_are_one_line(evaluate: Command, pcam: Command, finished_run: Path, tmp_path: Path) -> None:
     assert pcam("train", "--folds", "1", "--set", "seed=7", "--name", "part").status == 0
     slides, named = tmp_path / "slides.csv", Others(tmp_path / "named", [f"patient_{number}" for number in range(12)])
     slides.write_text("id,wsi\nother,s0\n")
@@ -148,6 +148,7 @@ def test_wrong_options_are_one_line(evaluate: Command, pcam: Command, tmp_path: 
         (["bottleneck", *named.options], "--ids names"),
     ):
         assert printed in refused(evaluate(*arguments))
+    (finished_run / "runs/part/fold_1/predictions.json").unlink()
     found = result(evaluate, "bottleneck", "part", "--folds", "1")
     assert [[*run["fold_auc"]] for run in found["runs"]] == [["1"], ["1"]]
     # A run without out-of-fold predictions has no drop.

@@ -25,7 +25,7 @@ from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.submissions import record_score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.metrics import calibration_error
-from pcam_kaggle.scoring.results import BlendMetrics, Estimate
+from pcam_kaggle.scoring.results import Estimate, OofScore
 
 FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
@@ -49,7 +49,7 @@ def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory)
     patches = ["--patches", str(data.patches("test")), "--labels", str(root / "labels.csv"), "--name", "others"]
     assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches]) == 0
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
-    (work / "runs" / "broken" / "oof.csv").write_text("id,<b>label</b>\n")
+    (work / "runs" / "broken" / "fold_0" / "oof.csv").write_text("id,<b>label</b>\n")
     record_score(work / "submissions", "other", 0.7, 0.6)
     return root
 
@@ -99,7 +99,7 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("</tr>")]
     assert any(row.startswith("half unfinished: folds 1, 2 lack predictions") for row in rows)
-    assert any(re.match(r"broken damaged: \S*oof\.csv: has changed since it was blended", row) for row in rows)
+    assert any(re.match(r"broken \S*fold_0/oof\.csv: missing or changed since it was predicted", row) for row in rows)
 
 
 def test_missing_inputs_are_reported(workspace: Workspace) -> None:
@@ -127,8 +127,10 @@ def test_names_are_escaped_and_a_blend_has_no_grad_cam(tmp_path: Path) -> None:
     oof = pd.DataFrame({"id": list("abcd"), "label": [0, 1, 0, 1], "fold": [0, 0, 1, 1], "probability": [0.1, 0.9, 0.6, 0.4]})
     area = Estimate(value=0.5, low=0.0, high=1.0)
     scores = {"fold_auc": [1.0, 0.0], "mean": 0.5, "sd": 0.7, "pooled": area, "ranked": area}
-    run = ComparedRun('<script>"&', metrics=BlendMetrics(members={}, method="mean", folds_sha256="", **scores), oof=oof)
-    write_report(Comparison([run], run, "patch"), Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
+    run = ComparedRun('<script>"&', metrics=OofScore(folds=[0, 1], **scores), oof=oof)
+    write_report(
+        Comparison([run], run, "patch", None, "baseline", []), Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html"
+    )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<script>") == 1
     assert any('<script>"&' in text for text in alternatives(page))

@@ -111,10 +111,10 @@ def _predict(job: Job, spec: RunSpec) -> bool:
 @_once
 def run_blend(job: Job) -> bool:
     """Blend the folds of the runs and print the OOF table; return whether anything was done."""
-    blended = [Run(job.workspace.run(name)) for name in job.selection.runs] or job.runs
-    chosen = job.selection.folds or _common_folds(blended)
-    members = [run.predictions(chosen) for run in blended]
-    for run in job.runs if job.plan.is_blend and not job.selection.runs else ():
+    named = [Run(job.workspace.run(name)) for name in job.selection.runs]
+    chosen = job.selection.folds or _common_folds(named)
+    members = [run.predictions(chosen) for run in named or job.runs]
+    for run in job.runs if job.plan.is_blend and not named else ():
         # A run may have all folds where the blend lacks some, and is then complete by itself.
         has_all = len(run.predicted_folds()) == len(run.folds())
         _blend(job, [run.predictions(None if has_all else chosen)], "mean", run)
@@ -125,9 +125,10 @@ def run_blend(job: Job) -> bool:
 
 
 def _common_folds(runs: Sequence[Run]) -> list[int] | None:
-    """Return the folds that all of `runs` have predicted, None for all folds or if there is no common one."""
-    common = set.intersection(*(set(run.predicted_folds()) for run in runs))
-    return sorted(common) if common and any(len(common) < len(run.folds()) for run in runs) else None
+    """Return the folds that all of `runs` have predicted, None for no run or if they have none in common."""
+    predicted = [set(run.predicted_folds()) for run in runs]
+    common = set.intersection(*predicted) if predicted else set()
+    return sorted(common) or None
 
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
