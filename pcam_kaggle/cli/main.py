@@ -14,6 +14,8 @@ from pcam_kaggle.core.logs import configure_logging
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments`, by default those of the process; return 0, 2 after an error or 130 if interrupted."""
+    # Help texts, too, have characters that not every encoding has.
+    configure_logging()
     options = parser().parse_args(arguments)
     options.work = options.work or os.environ.get("PCAM_WORK")
     configure_logging(options.verbose - options.quiet)
