@@ -175,8 +175,13 @@ def test_a_folder_holds_one_config_that_names_a_model_and_one_file_of_weights(tm
     for name in ("pytorch_model.bin", "model.safetensors"):
         (tmp_path / name).touch()
         assert weights_file("resnet10t", str(tmp_path)) == tmp_path / name
-    (tmp_path / "other.safetensors").touch()
-    with pytest.raises(UserError, match=r"holds model.safetensors, other.safetensors; name one of them"):
+    # A repository may hold another model beside it.
+    for name in ("slide_encoder.pth", "other.safetensors"):
+        (tmp_path / name).touch()
+        assert weights_file("resnet10t", str(tmp_path)) == tmp_path / "model.safetensors"
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds other.safetensors, slide_encoder.pth; set weights to the path of one"):
         weights_file("resnet10t", str(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """The command line: environment variables set before torch is imported, choice of the data, and error messages."""
 
+import io
 import os
 import re
 import shlex
@@ -160,14 +161,30 @@ def test_debug_prints_what_an_error_was_raised_from(
 
 
 def test_a_long_list_goes_to_a_file(monkeypatch: pytest.MonkeyPatch, cli: Command, tmp_path: Path) -> None:
-    items = [f"item {number}" for number in range(6)]
+    items = [f"item {number}" for number in range(5)] + ["\udcff"]
     monkeypatch.setitem(commands.COMMANDS, "compare", raising(UserError("too many", items)))
     file = tmp_path / "error-details.txt"
     assert cli("compare") == (2, "", f"error: too many; all 6 are listed in {file}\n")
-    assert file.read_text().splitlines() == items
+    assert file.read_text().splitlines() == [*items[:5], r"\udcff"]
     file.unlink()
     file.mkdir()
     assert cli("compare").err.startswith("error: too many; the list of all 6 can't be written: ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_characters_that_the_terminal_lacks_are_replaced(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["pipeline", "--help"])
+    print("mean ± SD of /data/\udcff …", flush=True)
+    shown = sys.stdout.buffer.getvalue().decode(encoding).splitlines()
+    assert shown[-1] == "mean ± SD of /data/? …".encode(encoding, "replace").decode(encoding)
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(commands.COMMANDS, "compare", lambda _: "/data/\udcff/labels.csv".encode())
+    line = r"error: the name of a file or folder is not valid UTF-8: '/data/\udcff'; rename it"
+    assert cli("compare") == (2, "", f"{line}\n")
 
 
 @pytest.mark.parametrize("folder", ["/a folder/x", "/it's mine", '/a "b"'])

@@ -1,12 +1,14 @@
 """timm's models by name, without a network."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,16 +98,132 @@ def test_one_tensor_that_does_not_fit_is_an_error(name: str, tensor: torch.Tenso
 
 
 def test_a_file_of_another_model_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
-    file = save({f"encoder.{name}": value for name, value in random_state("resnet18").items()}, tmp_path / "other.pth")
+    file = save({f"{name}.other": value for name, value in random_state("resnet18").items()}, tmp_path / "other.pth")
     status, _, err = pcam("pipeline", "--set", "model=timm:resnet18", "--set", f"weights={file}")
     assert status == 2
     [line] = err.splitlines()
-    assert line.startswith(f"error: {file}: does not fit timm:resnet18; tensors without a place in the model: 122 (encoder.")
+    assert line.startswith(
+        f"error: {file}: does not fit timm:resnet18; tensors without a place in the model: 120 (conv1.weight.other, "
+    )
     assert "of the model not filled: 100 (conv1.weight, bn1.weight, " in line
     assert "no name is the same" in line
     assert not (tmp_path / "work" / "runs").exists()
     details = (tmp_path / "work" / "error-details.txt").read_text().splitlines()
     assert "of the model not filled: layer4.1.bn2.running_var" in details
+
+
+SMALL_STATE = random_state("resnet10t")
+
+
+def named(prefix: str, offset: float = 0) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value + offset for name, value in SMALL_STATE.items()}
+
+
+HEAD = {"head.weight": torch.zeros(3)}
+STEPS = {"epoch": np.int64(3), "losses": np.arange(3.0), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+WRAPPED = {
+    "backbone": (named("backbone.") | HEAD, ["head.weight"]),
+    "lightning": ({"state_dict": named("model.encoder."), "hyper_parameters": {"lr": np.float64(0.1)}}, []),
+    "dict": ({"net": named(""), **STEPS}, ["optimizer.state.0.exp_avg"]),
+    "dino": (
+        {"student": named("module.backbone.", 1), "teacher": named("backbone.") | HEAD},
+        ["student."],
+    ),
+    "dinov2": (named("student.backbone.", 1) | named("teacher.backbone."), ["student.backbone."]),
+    "moco": ({"state_dict": named("module.encoder_q.") | named("module.encoder_k.", 1)}, ["encoder_k."]),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_model_within_another_is_found(kind: str, tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
+    content, left_out = WRAPPED[kind]
+    loaded = create_timm(Config(model="timm:resnet10t", weights=save(content, tmp_path / "weights.pth"))).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in SMALL_STATE.items() if not name.startswith("fc."))
+    assert ("left out" in package_log.text) == bool(left_out)
+    assert all(name in package_log.text.partition("left out: ")[2] for name in left_out)
+
+
+def sharded(folder: Path) -> Path:
+    """Save `SMALL_STATE` as two files and their index, as transformers does."""
+    names = list(SMALL_STATE)
+    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for shard, held in shards.items():
+        save_file({name: SMALL_STATE[name] for name in held}, folder / shard)
+    places = {name: shard for shard, held in shards.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder / "model-00002-of-00002.safetensors"
+
+
+def test_the_files_of_an_index_are_joined(tmp_path: Path) -> None:
+    shard = sharded(tmp_path)
+    config = Config(model="timm:resnet10t", weights=str(tmp_path))
+    loaded = create_timm(config).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in SMALL_STATE.items() if not name.startswith("fc."))
+    before = weights_sha256(config)
+    save_file({"changed": torch.zeros(1)}, shard)
+    assert weights_sha256(config) != before
+    shard.unlink()
+    with pytest.raises(UserError, match=f"index.json: {shard.name} must be beside it; download"):
+        create_timm(config)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json: .*'weight_map'\); download it again"):
+        create_timm(config)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: is Git LFS's pointer.*git lfs pull"):
+        create(replace(RESNET, weights=str(file)))
+
+
+# Names of transformers, as it saves its models.
+NAMES = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "norm.": "layernorm.",
+}
+NAMES |= {"blocks.": "encoder.layer.", "attn.proj": "attention.output.dense", "pos_embed": "embeddings.position_embeddings"}
+VIT_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+DINO_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out", "reg_token": "embeddings.register_tokens"}
+DINO_NAMES |= {f"ls{k}.gamma": f"layer_scale{k}.lambda1" for k in (1, 2)}
+SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": 6.0, "init_values": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "names", "more"),
+    [
+        ("vit_tiny_patch16_224", {}, VIT_NAMES, ["pooler.dense.weight"]),
+        ("vit_small_patch14_reg4_dinov2", SWIGLU, DINO_NAMES, ["embeddings.mask_token"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "vit."])
+def test_transformers_vit_and_dinov2_are_read(
+    model: str, arguments: dict[str, Any], names: dict[str, str], more: list[str], prefix: str, tmp_path: Path
+) -> None:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56, "patch_size": 14} | arguments
+    config = Config(model=f"timm:{model}", model_args=json.dumps(small))
+    state = {key: torch.rand_like(value) for key, value in create_timm(config).state_dict().items() if "head" not in key}
+    theirs = dict.fromkeys(more, torch.zeros(1))
+    for name, value in state.items():
+        renamed = name
+        for ours, other in (NAMES | names).items():
+            renamed = renamed.replace(ours, other)
+        parts = [renamed.replace("attn.qkv", f"attention.attention.{part}") for part in ("query", "key", "value")]
+        theirs |= dict(zip(parts, value.chunk(3), strict=True)) if "qkv" in name else {renamed: value}
+    if "embeddings.mask_token" in theirs:
+        # With registers, only the class token's position is stored beside those of the patches.
+        positions = theirs["embeddings.position_embeddings"]
+        theirs["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+    save_file({f"{prefix}{name}": value.contiguous() for name, value in theirs.items()}, tmp_path / "model.safetensors")
+    loaded = create_timm(replace(config, weights=str(tmp_path))).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 class Unpickled:
@@ -118,12 +236,14 @@ class Unpickled:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fc": Unpickled()}, "cannot be read as weights"),
+        ({"fc": Unpickled()}, r"cannot be read as weights \(reading .*pathlib.* could run code\)"),
         (nn.Linear(2, 2), "cannot be read as weights"),
         ([torch.zeros(2)], "cannot be read as weights"),
         ({}, "must be a state_dict of tensors, but holds nothing"),
-        (torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(), "of tensors, but holds state, param_groups"),
-        ({"net": {"conv1.weight": torch.zeros(2)}, "epoch": 3}, "of tensors, but holds net, epoch"),
+        (torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(), "of tensors, but holds param_groups"),
+        ({"first": SMALL_STATE, "second": SMALL_STATE}, r"holds several models \(first.\*, second.\*\); save one"),
+        ({"net": {**SMALL_STATE, "mask": torch.zeros(1)}}, r"net.\* does not fit .*without a place in the model: 1 \(mask\)"),
+        ({"swin.embeddings.patch_embeddings.projection.weight": torch.zeros(1)}, "format of transformers, only ViT and DINOv2"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(content: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +251,7 @@ def test_what_is_no_checkpoint_is_one_line(content: Any, message: str, tmp_path:
     for suffix, expected in ((".pth", message), (".safetensors", "cannot be read as weights")):
         file = save(content, tmp_path / f"weights{suffix}")
         with pytest.raises(UserError, match=f"^{re.escape(file)}: .*{expected}") as caught:
-            create(replace(RESNET, weights=file))
+            create(Config(model="timm:resnet10t", weights=file))
         assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -153,6 +273,7 @@ def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: 
     ("fields", "message"),
     [
         ({"model": "timm:mobilenetv5_300m_enc"}, "mobilenetv5_300m_enc: it has no classifier"),
+        ({"model": "timm:hf-hub:owner/name"}, "run `hf download owner/name --local-dir FOLDER` and set weights=FOLDER"),
         ({"model": "timm:esnet18"}, "no such model; it has .*resnet18"),
         ({"resize": 112, "model_args": '{"img_size": 96}'}, "resize=112 and img_size=96 contradict each other"),
         ({"weights": "none.pth"}, "no such file"),

@@ -14,12 +14,14 @@ from pcam_kaggle.core.logs import configure_logging
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments`, by default those of the process; return 0, 2 after an error or 130 if interrupted."""
+    # Help texts, too, have characters that not every encoding has.
+    configure_logging()
     options = parser().parse_args(arguments)
     options.work = options.work or os.environ.get("PCAM_WORK")
     configure_logging(options.verbose - options.quiet)
     try:
         _run(options)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         if options.debug or os.environ.get("PCAM_DEBUG", "0") not in ("", "0"):
             # What the error was raised from is shown, too.
             error.__suppress_context__ = False
@@ -43,11 +45,15 @@ def _run(options: argparse.Namespace) -> None:
     COMMANDS[options.command](options)
 
 
-def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
+def _message(error: UserError | OSError | UnicodeEncodeError, options: argparse.Namespace) -> str:
     """Return `error` in one line; write the full list behind it to a file if the message shows only a part."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; --debug shows where it was raised"
+    if isinstance(error, UnicodeEncodeError):
+        # UTF-8 lacks only what stands for the bytes of a name that is none.
+        name = ascii(error.object[max(0, error.start - 40) : error.end])
+        return f"the name of a file or folder is not valid UTF-8: {name}; rename it"
     if len(error.details) <= EXAMPLES:
         return str(error)
     from pcam_kaggle.core.files import write
@@ -55,7 +61,7 @@ def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
 
     file = find_workspace(options.work).root / "error-details.txt"
     try:
-        write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode()))
+        write(file, lambda out: out.write("".join(f"{line}\n" for line in error.details).encode(errors="backslashreplace")))
     except UserError as reason:
         return f"{error}; the list of all {len(error.details):,} can't be written: {reason}"
     return f"{error}; all {len(error.details):,} are listed in {file}"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import TextIOWrapper
 from typing import TypeVar
 
 LOGGER = logging.getLogger("pcam_kaggle")
@@ -43,9 +44,13 @@ class ConsoleHandler(logging.Handler):
 def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
     """Print the package's log records; a second call replaces the settings of the first.
 
+    Characters that standard output's encoding lacks are replaced from then on, also those of `print`.
     A negative `verbosity` is for warnings only, 0 for progress too, a positive one for debug lines, with time, rank and fold.
     `bar_position` is the line of this process's progress bars among those of other processes on the terminal.
     """
+    # Standard error does so by default, and a notebook's streams take any character.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if console := _console():
         LOGGER.removeHandler(console)
     LOGGER.addHandler(ConsoleHandler(verbosity, bar_position))

@@ -3,9 +3,12 @@
 import json
 import logging
 import math
+import re
+from collections import Counter, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 HEAD_STD = 0.01
 # Arguments that are classes, which JSON can only name.
 LAYER_ARGUMENTS = ("mlp_layer", "norm_layer", "attn_layer")
+# Of self-supervised training, the network that is used afterwards: DINO's and MoCo's.
+PREFERRED = ("teacher.", "encoder_q.")
 
 Tensors = Mapping[str, Tensor]
 
@@ -33,6 +38,10 @@ def create_timm(config: Config, weights: bool = True) -> Any:
     Raises UserError if timm has no such model, weights are missing or do not fit, or the model has no classifier.
     """
     timm, name = import_timm(), config.model.removeprefix("timm:")
+    source, _, repository = name.partition(":")
+    if source in ("hf-hub", "hf_hub"):
+        download = f"run `hf download {repository} --local-dir FOLDER` and set weights=FOLDER instead"
+        raise UserError(f"model={config.model}: models are not downloaded from Hugging Face; {download}")
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise UserError(f"model={config.model}: timm has no such model" + (f"; it has {similar}" if similar else ""))
@@ -54,18 +63,32 @@ def create_timm(config: Config, weights: bool = True) -> Any:
 
 def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay: dict[str, Any]) -> Any:
     file = weights_file(name, weights)
-    tensors = read_weights(file, name) if file else {}
-    source: dict[str, Any] = {}
-    if file and is_wheel_file(file, name):
-        source = {"state_dict": tensors}
-    elif file:
-        # timm copies tensors that it is given, so it reads the file itself; names and shapes are enough to explain an error.
-        source = {"file": str(file), "custom_load": False}
-        tensors = {key: value.to("meta") for key, value in tensors.items()}
+    tensors: Tensors = read_weights(file, name) if file else {}
     message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
     try:
+        model = _filled(create, overlay, tensors, message)
+    except UserError:
+        wrapper = _wrapper(tensors, create(pretrained_cfg_overlay=overlay).state_dict(), file) if tensors else ""
+        if not wrapper:
+            raise
+        inside = {key.removeprefix(wrapper): value for key, value in tensors.items() if key.startswith(wrapper)}
+        model = _filled(create, overlay, inside, f"{file}: {wrapper}* does not fit timm:{name}")
+        if others := [key for key in tensors if not key.startswith(wrapper)]:
+            log.warning("weights=%s: only the tensors %s* are used; left out: %s", file, wrapper, examples(others))
+    # The EMA is a deep copy of the model and would copy the file's tensors with it.
+    model.pretrained_cfg.pop("state_dict", None)
+    if file and not is_wheel_file(file, name) and not {"mean", "std"} <= overlay.keys():
+        means = ", ".join(f"{key} {model.pretrained_cfg[key]}" for key in ("mean", "std"))
+        log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
+    return model
+
+
+def _filled(create: Callable[..., Any], overlay: dict[str, Any], tensors: Tensors, message: str) -> Any:
+    """Return the model completely filled with `tensors`, or without any with timm's own; `message` begins a UserError."""
+    source = {"state_dict": _Shared(tensors)} if tensors else {}
+    try:
         with _complete_loading(message, tensors):
-            model = create(pretrained=True, pretrained_cfg_overlay=overlay | source)
+            return create(pretrained=True, pretrained_cfg_overlay=overlay | source)
     except UserError:
         raise
     except Exception:
@@ -73,12 +96,31 @@ def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay:
         if tensors and (advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict())):
             raise UserError(f"{message}{advised}") from None
         raise
-    # The EMA is a deep copy of the model and would copy the file's tensors with it.
-    model.pretrained_cfg.pop("state_dict", None)
-    if "file" in source and not {"mean", "std"} <= overlay.keys():
-        means = ", ".join(f"{key} {model.pretrained_cfg[key]}" for key in ("mean", "std"))
-        log.warning("weights=%s: does not say which mean and std it expects; timm's for %s: %s", file, name, means)
-    return model
+
+
+class _Shared(UserDict[str, Tensor]):
+    """Tensors that timm's deep copy of a configuration shares, since they may take gigabytes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
+        return dict(self.data)
+
+
+def _wrapper(tensors: Tensors, model: Tensors, file: Path | None) -> str:
+    """Return the prefix, such as `backbone.`, under which `tensors` have most of the model's names; empty if there is none.
+
+    Raises UserError if several prefixes have equally many, and none is one of `PREFERRED`.
+    """
+    ends = {name: [0, *(dot.end() for dot in re.finditer(r"\.", name))] for name in tensors}
+    counts = Counter(name[:end] for name in tensors for end in ends[name] if name[end:] in model)
+    most = max(counts.values(), default=0)
+    # Fewer are a coincidence: many models have a norm and a head.
+    best = [prefix for prefix, count in counts.items() if count == most > len(model) / 2]
+    best = [prefix for prefix in best if prefix.startswith(PREFERRED)] or best
+    if len(best) > 1:
+        raise UserError(
+            f"{file}: holds several models ({', '.join(f'{prefix}*' for prefix in best)}); save one as a state_dict"
+        )
+    return best[0] if best else ""
 
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:
@@ -90,6 +132,8 @@ def classifier_prefixes(model: Any) -> tuple[str, ...]:
 def advice(weights: Tensors, model: Tensors) -> str:
     """Return as text what to set in `model_args` so that `weights` fit the tensors of `model`."""
     if not weights.keys() & model.keys():
+        if any("embeddings." in name or "embedder." in name for name in weights):
+            return "; of the format of transformers, only ViT and DINOv2 are read: use the weights that timm has of this model"
         return "; no name is the same, so they are another model's"
     built = _transformer_arguments(model)
     differing = {key: value for key, value in _transformer_arguments(weights).items() if built.get(key) != value}

@@ -38,7 +38,7 @@ def process_group() -> Iterator[None]:
     import torch
 
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    with Path(os.devnull).open("w") as null, redirect_stdout(null) if rank() else nullcontext():
+    with Path(os.devnull).open("w", errors="replace") as null, redirect_stdout(null) if rank() else nullcontext():
         yield
     torch.distributed.destroy_process_group()
 
