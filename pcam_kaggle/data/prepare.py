@@ -19,7 +19,17 @@ from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.data.listing import Ids, Problem, Row, Split, listing_problems, raise_problems, read_row, read_split
+from pcam_kaggle.data.listing import (
+    Ids,
+    Problem,
+    Row,
+    Split,
+    listing_problems,
+    raise_problems,
+    read_row,
+    read_split,
+    warn_of_unlisted,
+)
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
 from pcam_kaggle.data.tables import read_labels, read_sample
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE
@@ -41,9 +51,10 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
     the content. The ID scheme is by default what dataset.json declares, or `sha1`. With `skip_damaged`, damaged train patches
-    are listed in `skipped.csv`. Hidden files are ignored. Returns the manifest, and whether the store was written.
+    are listed in `skipped.csv`. Hidden files are ignored, and those that are not listed, with a warning. Returns the manifest,
+    and whether the store was written.
 
-    Patches that are damaged, missing or unlabelled are a UserError that lists all of them; the old store is then unchanged.
+    Patches that are damaged or missing are a UserError that lists all of them; the old store is then unchanged.
     """
     ids = ids or (Declaration.read(data.declaration).ids if data.declaration.is_file() else "sha1")
     labels = read_labels(data.labels)
@@ -51,19 +62,20 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     splits = [read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")]
     signature = _signature(data, splits, ids, skip_damaged)
     with locked(store):
-        existing = complete_manifest(store)
-        if existing and existing.signature == signature:
-            return existing, False
-        with building(store, is_store) as folder:
-            manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
-            manifest.write(folder / "manifest.json")
-    return manifest, True
+        manifest = existing = complete_manifest(store)
+        if manifest is None or manifest.signature != signature:
+            with building(store, is_store) as folder:
+                manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
+                manifest.write(folder / "manifest.json")
+    for split in splits:
+        warn_of_unlisted(split)
+    return manifest, manifest is not existing
 
 
 def _build(
     data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, skip_damaged: bool, signature: str
 ) -> StoreManifest:
-    listed = [problem for split in splits for problem in (*listing_problems(split, ids), *split.unlisted)]
+    listed = [problem for split in splits for problem in listing_problems(split, ids)]
     # Before the files are read, which takes minutes.
     _raise_fatal(data, splits, listed, skip_damaged)
     rows = [row for split in splits for row in split.rows]
