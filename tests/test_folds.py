@@ -9,7 +9,7 @@ import pytest
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256
 from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, load_folds, make_folds, read_groups
-from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, "stratified")
 SLIDES = Scheme(5, "slides")
@@ -47,6 +47,16 @@ def test_labels_are_spread_evenly_by_seed(labels: pd.DataFrame) -> None:
     other = Scheme(5, "stratified", seed=43)
     assert not table.equals(draw_folds(labels, other, None))
     assert PLAIN.name != other.name
+
+
+def test_a_subset_is_stratified_and_independent_of_the_order_of_rows(labels: pd.DataFrame, tmp_path: Path) -> None:
+    drawn = []
+    for number in range(2):
+        labels.sample(frac=1, random_state=number).to_csv(tmp_path / "labels.csv", index=False)
+        drawn.append(draw_subset(read_labels(tmp_path / "labels.csv"), 100))
+    pd.testing.assert_frame_equal(*drawn)
+    assert (len(drawn[0]), drawn[0]["label"].sum()) == (100, round(labels["label"].mean() * 100))
+    assert drawn[0]["id"].is_monotonic_increasing
 
 
 def test_no_slide_lies_in_two_folds(labels: pd.DataFrame, slides: pd.DataFrame) -> None:

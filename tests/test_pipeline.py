@@ -188,10 +188,29 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command) -> Non
     assert warning in pcam("pipeline", "--groups", "none", "--name", "by_label").out
 
 
+def test_subsets_and_the_whole_set_lie_side_by_side(data: Data, pcam: Command, finished_run: Path) -> None:
+    before = {folder: contents(finished_run / folder) for folder in ("store", "runs/bottleneck")}
+    assert pcam("pipeline", "--subset", "18").status == 0
+    assert {folder: contents(finished_run / folder) for folder in before} == before
+    for arguments in ([], ["--subset", "18"], ["--set", "subset=18"]):
+        outcome = pcam("pipeline", *arguments)
+        assert outcome.out.splitlines()[-1].startswith("nothing to do")
+    table = pd.read_csv(finished_run / "folds" / "stratified_3_42_subset18.csv")
+    assert PatchStore(finished_run / "store-subset18").ids("train").tolist() == table["id"].tolist()
+    assert (len(table), table["label"].sum()) == (18, pd.read_csv(data.labels)["label"].sum() / 2)
+    for arguments in (["pipeline", "--name", "bottleneck"], ["blend", "bottleneck", "bottleneck-subset18", "--name", "both"]):
+        outcome = pcam(*arguments, "--subset", "18")
+        assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+        assert "other folds" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
         (["train"], "prepare"),
+        (["prepare", "--subset", "36"], "fewer than the 36 train patches"),
+        (["prepare", "--subset", "1"], "enough for both labels"),
+        (["prepare", "--subset", "-1"], "subset=-1: must be in [0, "),
         (["prepare", "--name", "../up"], "../up"),
         (["pipeline", "--folds", "0,7"], "7"),
         (["folds", "--set", "groups=slides"], "--slides"),

@@ -108,6 +108,7 @@ JOB = (
     SET,
     Option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
     Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
+    Option("--subset", metavar="5000", help="use a sample of the train patches; short for --set subset= [all]"),
 )
 PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)
 BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")

@@ -52,7 +52,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders that the pipeline writes: patch store, folds, runs, evaluations and submissions."""
+    """The folders that the pipeline writes: patch stores, folds, runs, evaluations and submissions."""
 
     root: Path
     store: Path
@@ -61,6 +61,10 @@ class Workspace:
     def folds(self) -> Path:
         """Fold files and their manifests."""
         return self.root / "folds"
+
+    def store_of(self, subset: int) -> Path:
+        """Return the folder of the patch store with `subset` train patches (0 for all), beside that of all patches."""
+        return self.store.with_name(f"{self.store.name}-subset{subset}") if subset else self.store
 
     def run(self, name: str) -> Path:
         """Return the folder of the run `name`."""

@@ -16,7 +16,7 @@ from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides
 
 UNMAPPED = "unmapped"
 STAIN_GROUPS = 50
@@ -24,16 +24,17 @@ STAIN_GROUPS = 50
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How folds are drawn."""
+    """How folds are drawn, of `subset` train patches, 0 for all."""
 
     n_splits: int
     kind: Literal["stratified", "slides", "stain"]
     seed: int = 42
+    subset: int = 0
 
     @property
     def name(self) -> str:
-        """Stem of the fold file, for example `slides_5_42`."""
-        return f"{self.kind}_{self.n_splits}_{self.seed}"
+        """Stem of the fold file, for example `slides_5_42`, or `slides_5_42_subset5000`."""
+        return f"{self.kind}_{self.n_splits}_{self.seed}" + (f"_subset{self.subset}" if self.subset else "")
 
 
 class FoldsManifest(Record):
@@ -66,15 +67,15 @@ def fold_inputs(
 
     The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed once from the patch store.
     """
-    labels, kind = read_labels(data.labels), config.groups
+    labels, kind = draw_subset(read_labels(data.labels), config.subset), config.groups
     if kind in ("none", "stain") and slides:
         raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
     if kind == "stain":
-        return labels, Scheme(config.n_splits, "stain"), _stain_map(workspace)
+        return labels, Scheme(config.n_splits, "stain", subset=config.subset), _stain_map(workspace, config.subset)
     path = None if kind == "none" else slides or data.slides()
     if kind == "slides" and path is None:
         raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
-    scheme = Scheme(config.n_splits, "slides" if path else "stratified")
+    scheme = Scheme(config.n_splits, "slides" if path else "stratified", subset=config.subset)
     return labels, scheme, read_slides(path) if path else None
 
 
@@ -93,8 +94,8 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
     return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
 
 
-def _stain_map(workspace: Workspace) -> pd.DataFrame:
-    store = PatchStore(workspace.store)
+def _stain_map(workspace: Workspace, subset: int) -> pd.DataFrame:
+    store = PatchStore(workspace.store_of(subset))
     file = workspace.folds / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
         groups = stain_groups(store)

@@ -4,8 +4,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,11 @@ class Split:
     rows: list[Row]
     tifs: list[os.DirEntry[str]]
     unlisted: list[str]
+
+    def only(self, ids: Collection[str]) -> "Split":
+        """Return the split without the patches, and their files, that are not in `ids`."""
+        tifs = [entry for entry in self.tifs if _stem(entry.name) in ids]
+        return replace(self, rows=[row for row in self.rows if row.id in ids], tifs=tifs)
 
     @property
     def missing(self) -> list[str]:

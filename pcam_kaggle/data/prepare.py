@@ -31,7 +31,7 @@ from pcam_kaggle.data.listing import (
     warn_of_unlisted,
 )
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
-from pcam_kaggle.data.tables import read_labels, read_sample
+from pcam_kaggle.data.tables import draw_subset, read_labels, read_sample
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,10 @@ class Declaration(Record):
     ids: Ids = "sha1"
 
 
-def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[StoreManifest, bool]:
-    """Pack all patches of `data` into the folder `store`, unless it already holds the store of the same files.
+def prepare(
+    data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False, subset: int = 0
+) -> tuple[StoreManifest, bool]:
+    """Pack the patches of `data`, of train only a `subset` unless 0, into the folder `store`, unless it holds them already.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
     the content. The ID scheme is by default what dataset.json declares, or `sha1`. With `skip_damaged`, damaged train patches
@@ -59,7 +61,9 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool 
     ids = ids or (Declaration.read(data.declaration).ids if data.declaration.is_file() else "sha1")
     labels = read_labels(data.labels)
     listed = {"train": labels["id"].tolist(), "test": read_sample(data.sample)["id"].tolist()}
-    splits = [read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")]
+    train, test = (read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test"))
+    labels = draw_subset(labels, subset)
+    splits = [train.only(set(labels["id"])), test]
     signature = _signature(data, splits, ids, skip_damaged)
     with locked(store):
         manifest = existing = complete_manifest(store)

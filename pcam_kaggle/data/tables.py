@@ -15,6 +15,7 @@ from pcam_kaggle.core.paths import PLAIN_NAME
 
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
 MAX_CELL = 60
+SUBSET_SEED = 42
 
 
 def read_labels(path: Path) -> pd.DataFrame:
@@ -32,6 +33,19 @@ def read_labels(path: Path) -> pd.DataFrame:
     if label.nunique() < 2:
         raise UserError(f"{path}: needs labels of both kinds, 0 and 1")
     return _by_id(table[["id"]].assign(label=label.astype(np.int8)))
+
+
+def draw_subset(labels: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return a sample of `count` rows of `labels` (id, label; sorted by id), stratified by label; all rows for 0.
+
+    The same labels give the same sample. Raises UserError if it would hold all rows, or one label only.
+    """
+    if not count:
+        return labels
+    drawn = labels.groupby("label").sample(frac=min(1, count / len(labels)), random_state=SUBSET_SEED)
+    if len(drawn) == len(labels) or drawn["label"].nunique() < 2:
+        raise UserError(f"subset={count}: choose fewer than the {len(labels):,} train patches, and enough for both labels")
+    return _by_id(drawn)
 
 
 def read_sample(path: Path) -> pd.DataFrame:

@@ -86,9 +86,14 @@ class Job:
         """The runs to train."""
         return [Run(self.workspace.run(spec.name)) for spec in self.plan.runs]
 
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the packed patches."""
+        return self.workspace.store_of(self.config.subset)
+
     def store(self) -> PatchStore:
         """Return the packed patches."""
-        return PatchStore(self.workspace.store)
+        return PatchStore(self.store_folder)
 
     def labels(self) -> pd.DataFrame:
         """Return the labels of the packed train patches, columns id and label."""
