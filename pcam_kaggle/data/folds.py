@@ -16,7 +16,7 @@ from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides, read_text
 
 UNMAPPED = "unmapped"
 STAIN_GROUPS = 50
@@ -169,7 +169,7 @@ def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     if manifest.slides_sha256 != _slides_sha256(slides):
         raise UserError(f"{file}: belongs to another slide map; {advice}")
     if manifest.csv_sha256 == file_sha256(file):
-        table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
+        table = read_text(file).astype({"label": np.int64, "fold": np.int64})
         if manifest == _manifest(table, scheme, slides):
             return Folds(table[["id", "label", "fold"]], manifest)
     raise UserError(f"{file}: it or its manifest has changed since it was drawn; {advice}")
@@ -177,7 +177,7 @@ def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
 
 def read_groups(file: Path) -> pd.DataFrame | None:
     """Return the mapped slides (id, wsi) that the fold file was drawn with; None if it has no slides or does not exist."""
-    table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else pd.DataFrame()
+    table = read_text(file) if file.is_file() else pd.DataFrame()
     if "group" not in table:
         return None
     return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})

@@ -18,6 +18,11 @@ MAX_CELL = 60
 SUBSET_SEED = 42
 
 
+def read_text(path: Path) -> pd.DataFrame:
+    """Return the CSV file in UTF-8 at `path`, each cell as its text: pandas would change ids such as NA, 007 or 1e5."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
+
+
 def read_labels(path: Path) -> pd.DataFrame:
     """Return the labels in `path`, of both kinds: columns id (text) and label (int8, 0 or 1), sorted by id."""
     table = _read(path, ["id", "label"])
@@ -97,7 +102,7 @@ def labels_sha256(labels: pd.DataFrame) -> str:
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     """Return `columns`, of which `id` is the first, of the CSV file at `path` as text."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
+        table = read_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
