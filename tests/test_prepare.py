@@ -230,14 +230,20 @@ def test_a_store_of_an_earlier_version_is_read_and_kept(data: Data, pcam: Comman
 
 
 def test_equal_pixels_under_two_ids_are_reported(data: Data, pcam: Command) -> None:
-    tifs = sorted(data.patches("train").glob("*.tif"))[:3]
-    for number, tif in enumerate((*tifs, tifs[0])):
-        split = "test" if number == 3 else "train"
-        shutil.copy(tif, data.patches(split) / f"copy_{number}.tif")
-        add_row(data.table(split), f"copy_{number}")
-    outcome = pcam("prepare", "--ids", "names")
-    pairs = ", ".join(f"{tif.stem} = copy_{number}" for number, tif in enumerate(tifs))
-    assert outcome.err.splitlines() == [f"warning: patches with the pixels of another one: 7 ({pairs})"]
+    labels = read_labels(data.labels)
+    same, *others = labels["id"][labels["label"] == 0][:3]
+    other = labels["id"][labels["label"] == 1].iloc[0]
+    # The added rows have the label 0.
+    copies = {"copy_0": same, "copy_1": same, "copy_2": other, "copy_3": others[0], "test_0": others[1], "test_1": other}
+    for name, source in copies.items():
+        split = "test" if name.startswith("test") else "train"
+        shutil.copy(data.patches("train") / f"{source}.tif", data.patches(split) / f"{name}.tif")
+        add_row(data.table(split), name)
+    in_both = sorted([f"{others[1]} = test_0", min(other, "copy_2") + " = test_1"])
+    found = [(" but with another label", 3, f"{other} = copy_2"), (" in train and in test", 5, ", ".join(in_both))]
+    found.append(("", 5, ", ".join(sorted([f"{same} = copy_0", f"{others[0]} = copy_3"]))))
+    lines = [f"warning: patches with the pixels of another one{kind}: {count} ({pairs})" for kind, count, pairs in found]
+    assert pcam("prepare", "--ids", "names").err.splitlines() == lines
 
 
 def each(change: Callable[[Path], object]) -> Mistake:

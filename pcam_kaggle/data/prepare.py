@@ -98,7 +98,7 @@ def _build(
     index = pd.DataFrame({"id": [row.id for row in rows], "split": kinds})
     write_csv(folder / "index.csv", index)
     index["pixels"] = [digest for digest, _ in read]
-    _warn_of_equal_pixels(index)
+    _warn_of_equal_pixels(index, labels)
     hashes = {
         split: sha256("\n".join(patches["id"] + " " + patches["pixels"]).encode()) for split, patches in index.groupby("split")
     }
@@ -122,12 +122,21 @@ def _raise_fatal(data: Data, splits: list[Split], problems: list[Problem], skip_
     raise_problems(data.root, splits, fatal, f"fix them{skip}")
 
 
-def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
-    used = index[index["split"] != "skipped"].drop_duplicates("id")
+def _warn_of_equal_pixels(index: pd.DataFrame, labels: pd.DataFrame) -> None:
+    used = index[index["split"] != "skipped"].drop_duplicates("id").merge(labels, "left", "id")
     equal = used[used["pixels"].duplicated(keep=False)]
-    if len(equal):
-        pairs = [" = ".join(group.iloc[:2]) for _, group in equal.groupby("pixels", sort=False)["id"]]
-        log.warning("patches with the pixels of another one: %s (%s)", f"{len(equal):,}", examples(pairs))
+    by_label, by_split = (equal.groupby("pixels")[column].transform("nunique") > 1 for column in ("label", "split"))
+    kinds = (
+        (" but with another label", "label", by_label),
+        (" in train and in test", "split", by_split),
+        ("", "id", ~by_label & ~by_split),
+    )
+    for kind, column, is_kind in kinds:
+        # The first two of each group that differ in the column.
+        differing = equal[is_kind].drop_duplicates(["pixels", column]).groupby("pixels", sort=False)["id"]
+        pairs = [" = ".join(ids[:2]) for _, ids in differing]
+        if pairs:
+            log.warning("patches with the pixels of another one%s: %s (%s)", kind, f"{is_kind.sum():,}", examples(pairs))
 
 
 def _signature(data: Data, splits: list[Split], ids: Ids, skip_damaged: bool) -> str:
