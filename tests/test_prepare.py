@@ -344,6 +344,20 @@ def test_five_of_many_damaged_patches_are_shown_and_all_are_listed(data: Data, t
     assert [line.split(":")[0] for line in caught.value.details] == [f"train/{tif.name}" for tif in tifs]
 
 
+@pytest.mark.parametrize("name", ["train_labels.csv", "sample_submission.csv", "patch_id_wsi.csv", "train"])
+def test_what_is_still_packed_is_named(name: str, data: Data, pcam: Command) -> None:
+    if (data.root / name).exists():
+        (data.root / name).rename(data.root / "other")
+    (data.root / f"{name}.zip").touch()
+    outcome = pcam("pipeline")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.endswith(f"; unpack {name}.zip\n")
+    for option in ("--data", "--slides"):
+        outcome = pcam("folds", option, str(data.root / f"{name}.zip"))
+        assert outcome.status == 2
+        assert f"; unpack {name}.zip" in outcome.err
+
+
 WRONG_TABLES = {
     "space": ("id, label\na, 1", r"no column label, .*'id', ' label'; .*id,label"),
     "semicolon": ("id;label\na;1", r"'id;label'; .*id,label, with commas"),
@@ -355,6 +369,7 @@ WRONG_TABLES = {
     "no label": ("id,label\na,\nb,0", "1 of 2"),
     "long label": ("id,label\na," + "x" * 10**6 + "\nb,0", "1 of 2"),
     "long id": ('id,label\n"' + "x\n" * 10**6 + '",1\nb,0', "1 of 2"),
+    "brackets": ("id,label\na (1),1\nb,0", r"'a \(1\)'.*letters, digits, points, dashes and underscores only"),
     "bytes": ("id,label\n\udcff,1", "not a CSV file in UTF-8"),
 }
 

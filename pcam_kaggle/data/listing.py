@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import EXAMPLES, UserError, examples
+from pcam_kaggle.core.paths import unpack
 from pcam_kaggle.data.tif import Damaged, read_patch
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,7 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
         with os.scandir(folder) as entries:
             visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
-        archive = folder.with_suffix(".zip")
-        unpack = f"; unpack {archive.name}" if archive.is_file() else ""
-        raise UserError(f"{folder}: no such folder; it must hold the TIFs of {name}{unpack}") from None
+        raise UserError(f"{folder}: no such folder; it must hold the TIFs of {name}{unpack(folder)}") from None
     tifs = [entry for entry in visible if entry.name.lower().endswith(TIF)]
     others = [entry for entry in visible if not entry.name.lower().endswith(TIF)]
     files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
