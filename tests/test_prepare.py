@@ -1,8 +1,10 @@
 """The store contains the exact pixels of the files, and an unusable file is named in a one-line error."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -400,6 +402,15 @@ def test_what_is_wrong_with_a_table_is_one_short_line_and_all_faults_are_listed(
     assert "\n" not in str(caught.value)
     if name in MANY_FAULTS:
         assert [line.strip("'")[:40] for line in caught.value.details] == MANY
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "^/dev/shm: .*make room there"), (errno.EMFILE, "ulimit -n")])
+def test_why_no_processes_can_be_started_is_said(
+    code: int, message: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.data.prepare.ProcessPoolExecutor", Mock(side_effect=OSError(code, "reason")))
+    with pytest.raises(UserError, match=message):
+        prepare(data, tmp_path / "store")
 
 
 def test_a_missing_sample_submission_says_how_to_get_one(data: Data) -> None:
