@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -171,6 +172,9 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
     except BrokenProcessPool:
         raise UserError(f"{data.root}: a process that read it was killed, perhaps for lack of memory; run it again") from None
     except OSError as error:
+        # If not all processes could be started, the first ones would wait for work, and this process for them.
+        for process in multiprocessing.active_children():
+            process.terminate()
         place, advice = error.filename or target.parent.parent, ADVICE.get(error.errno or 0, "fix that and run it again")
         raise UserError(f"{place}: {error.strerror}, while the store was written; {advice}") from None
     return read
