@@ -41,7 +41,10 @@ def test_precisions_of_devices(kind: str, units: object, given: str, chosen: str
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find_device", lambda: kind)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    threads = [2]
+    # The limit of a container, on a machine of 64 cores.
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    threads = [64]
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     device.configure_torch()
     assert (threads[-1], torch.backends.cudnn.benchmark) == (left, kind == "cuda")

@@ -30,6 +30,8 @@ class Config:
     """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""
     n_splits: Annotated[int, Field(ge=2, le=100)] = 5
     """Number of folds."""
+    subset: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Train patches to use, a fixed sample stratified by label, for a first try; 0 for all."""
 
     model: str = "cnn"
     """`cnn` for the model of this package, or `timm:NAME` for any classifier of timm."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.process import tune_malloc
+from pcam_kaggle.core.process import tune_malloc, usable_cpus
 from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 
@@ -93,8 +93,10 @@ def find_backend(run: Run, config: Config) -> Backend:
 
 
 def configure_torch() -> None:
-    """Let malloc keep freed memory; where a GPU computes, use one thread and let cuDNN time its algorithms."""
+    """Let malloc keep freed memory, use no more threads than CPUs; for a GPU one, and let cuDNN time its algorithms."""
     tune_malloc()
+    if torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
     if find_device() == "cuda":
         # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes.
         torch.set_num_threads(1)
