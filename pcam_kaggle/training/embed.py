@@ -36,8 +36,8 @@ CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
-# For train and test, the features of the patches: float16 (n, features), memory-mapped, in the order of `store.ids`.
-Features = dict[str, NDArray[np.float16]]
+# For train and test, the features of the patches: float32 (n, features), memory-mapped, in the order of `store.ids`.
+Features = dict[str, NDArray[np.float32]]
 
 
 class Chunk(NamedTuple):
@@ -98,10 +98,9 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
             if budget.left() <= 0:
                 return
             features = mean_features(model, store, rows[chunk.start : chunk.stop], config, backend)
-            # False if one is not a number, too.
-            if not (np.abs(features) <= np.finfo(np.float16).max).all():
-                raise UserError(f"{config.model}: a feature is no 16-bit number; use precision=fp32, another pool or model")
-            write(chunk.file, partial(np.save, arr=features.astype(np.float16)))
+            if not np.isfinite(features).all():
+                raise UserError(f"{config.model}: a feature is not finite; use precision=fp32, another pool or model")
+            write(chunk.file, partial(np.save, arr=features))
 
 
 def mean_features(
