@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -24,7 +25,7 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, configure_torch, device_name, memory_errors
+from pcam_kaggle.training.device import Backend, DeviceMemoryError, configure_torch, device_name, memory_errors
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, rank, world_size
 from pcam_kaggle.training.engine import predict_logits, train_epoch
 from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
@@ -178,7 +179,7 @@ def _finish_epoch(
 ) -> EpochRow:
     config, train, epoch = task.config, data.train, len(rows) + 1
     start = time.perf_counter()
-    logits = predict_logits(learner.ema, task.store, data.valid_rows, config, learner.backend, 1, "validate")[0]
+    logits = _validation_logits(task, data, learner)
     if not logits.isfinite().all():
         raise UserError(f"fold {train.fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
     valid_auc, valid_seconds = auc(data.valid_labels, logits.double().numpy()), time.perf_counter() - start
@@ -193,6 +194,19 @@ def _finish_epoch(
     )
     learner.save(task.run.fold(train.fold), [*rows, row])
     return row
+
+
+def _validation_logits(task: Task, data: FoldData, learner: Learner) -> Tensor:
+    predict = partial(predict_logits, learner.ema, task.store, data.valid_rows, task.config, learner.backend, 1, "validate")
+    try:
+        return predict()[0]
+    except DeviceMemoryError:
+        if learner.replay is None:
+            raise
+    log.warning("fold %d: eager steps from now on, because validation needs the memory of the CUDA graph", data.train.fold)
+    learner.replay = None
+    torch.cuda.empty_cache()
+    return predict()[0]
 
 
 def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[EpochRow]) -> None:
