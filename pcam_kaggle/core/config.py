@@ -99,7 +99,7 @@ class Config:
     chroma_blur: Annotated[Number, Field(ge=0, le=5)] = 0.0
     """Gaussian blur of the colour differences in prediction, as its standard deviation in pixels; training reads them sharp."""
     norm: Literal["train", "test"] = "test"
-    """Batch norm statistics in prediction: those of training, or those of the patches that are predicted, without labels."""
+    """Batch norm statistics in prediction: those of training, or those of the patches to predict, which must be of one kind."""
 
     @model_validator(mode="wrap")
     @classmethod
