@@ -28,6 +28,7 @@ from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import tune_malloc
 from pcam_kaggle.data.store import PatchStore
+from pcam_kaggle.data.tables import read_text
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import choose_backend, configure_torch
@@ -58,7 +59,7 @@ class Source:
 
     def train_labels(self) -> pd.DataFrame:
         """Return four fifths of the labelled ids, the share that one of five folds trains on."""
-        labels = pd.read_csv(self.data.labels, dtype={"id": str})
+        labels = read_text(self.data.labels).astype({"label": np.int64})
         return labels[: len(labels) * 4 // 5]
 
 
@@ -107,7 +108,7 @@ def loop_training(given: Source, name: str, **settings: Any) -> None:
 def loop_pipeline(given: Source, name: str, epochs: int, n_splits: int, **settings: Any) -> None:
     """Train, predict and average all folds by the loop, as a single-file kernel would; report the OOF AUC."""
     peer = Peer(given.data, experiment(name).config, **settings)
-    labels, sample = (pd.read_csv(table, dtype={"id": str}) for table in (given.data.labels, given.data.sample))
+    labels, sample = (read_text(table).astype({"label": np.float64}) for table in (given.data.labels, given.data.sample))
     ids, targets = labels["id"].to_numpy(object), labels["label"].to_numpy(np.float32)
     oof, test = np.zeros(len(labels)), np.zeros(len(sample))
     for train, valid in StratifiedKFold(n_splits, shuffle=True, random_state=42).split(ids, targets):

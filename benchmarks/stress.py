@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 
 import cv2
 import numpy as np
-import pandas as pd
 
 from benchmarks.mutations import mutated
 from benchmarks.synthetic import make
@@ -34,6 +33,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import PART
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.data.demo import make_demo
+from pcam_kaggle.data.tables import read_text
 from pcam_kaggle.pipeline.stages import STAGES
 from pcam_kaggle.runs.import_run import import_runs
 
@@ -121,7 +121,7 @@ def same_labels(now: Path, _: Path) -> bool:
     """Return whether the folds have the ids and labels that another CSV reader finds in the table."""
     with (now / "data/train_labels.csv").open(encoding="utf-8-sig", newline="") as file:
         listed = {row["id"].strip(): float(row["label"]) for row in csv.DictReader(file)}
-    folds = pd.read_csv(next((now / "work/folds").glob("*_2_42.csv")), dtype={"id": str})
+    folds = read_text(next((now / "work/folds").glob("*_2_42.csv")))
     return listed == dict(zip(folds["id"], folds["label"].astype(float), strict=True))
 
 

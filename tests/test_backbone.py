@@ -107,6 +107,14 @@ def test_a_folder_gives_timms_own_features(tmp_path: Path) -> None:
     torch.testing.assert_close(again(images), expected, atol=1e-5, rtol=0)
 
 
+def test_a_folder_may_be_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_folder(tmp_path / "encoder")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = config_of("weights=~/encoder")
+    assert config.model == f"timm:{ENCODER}"
+    assert weights_file(ENCODER, config.weights) == tmp_path / "encoder/model.safetensors"
+
+
 def test_what_is_assigned_precedes_the_folder(tmp_path: Path) -> None:
     hub_folder(tmp_path)
     config = config_of(f"weights={tmp_path}", "resize=112", 'model_args={"drop_path_rate": 0.1}')

@@ -17,10 +17,10 @@ from conftest import Outcome
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.cli.parser import COMMANDS as PARSED
-from pcam_kaggle.cli.parser import METHODS
+from pcam_kaggle.cli.parser import METHODS, parser
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
-from pcam_kaggle.core.paths import Data
+from pcam_kaggle.core.paths import Data, find_data, find_workspace
 from pcam_kaggle.core.process import ENVIRONMENT
 from pcam_kaggle.scoring.blend import Method
 
@@ -233,3 +233,16 @@ def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["kaggle", "push", "-e", "quick"])
     assert re.fullmatch(r"error: `kaggle push` is now `kaggle run --detach`; .*\n", capsys.readouterr().err)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    here = Path("/home/me/here")
+    assert find_workspace("~/here").root == here
+    with pytest.raises(UserError, match="/home/me/here/train_labels"):
+        find_data("~/here", Path())
+    paths = ["--patches", "~/here", "--labels", "~/here", "--slides", "~/here"]
+    options = parser().parse_args(["evaluate", "run", *paths])
+    assert (options.patches, options.labels, options.slides) == (here, here, here)
+    for command in ("compare", "report", "pipeline"):
+        assert parser().parse_args([command, "--slides", "~/here"]).slides == here

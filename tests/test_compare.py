@@ -150,7 +150,7 @@ def test_runs_with_some_folds_are_compared_on_those(
         made = noisy(row["run"], 1.0, [*folds].index(row["run"])).oof
         assert row["pooled"] == pytest.approx(roc_auc_score(LABELS[part], made["probability"][part]))
         assert [int(key[5:]) for key in row if re.fullmatch(r"fold_\d", key)] == expected
-    assert f"Folds {', '.join(map(str, expected))}." in compared(tmp_path, capsys, *arguments, form="text")
+    assert f"Folds: {', '.join(map(str, expected))}." in compared(tmp_path, capsys, *arguments, form="text")
 
 
 def test_runs_without_a_common_fold_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def test_a_rendered_config_fits_its_width_and_a_blend_shows_its_folds_alone() ->
     assert sum("timm:tf_efficientnet_lite0  " in line for line in lines) == 1
     lines = render_config(experiment("blend"), 110).splitlines()
     assert lines[1].startswith("blend of bottleneck, pretrained")
-    assert fields_in(lines) == ["field", "groups", "n_splits"]
+    assert fields_in(lines) == ["field", "groups", "n_splits", "subset"]
 
 
 def test_an_unknown_experiment_and_changes_or_seeds_of_a_blend_are_refused() -> None:
@@ -166,8 +166,9 @@ def test_members_of_an_experiment_share_its_folds() -> None:
 
 def test_the_baseline_is_frozen() -> None:
     pinned = (
-        "groups=auto n_splits=5 model=cnn model_args= weights= side=96 resize=0 pool=default freeze=0 grad_checkpointing=False "
-        "body=plain symmetry=none n_blocks=4 width=32 max_width=512 head=flatten hidden=256 dropout=0.5 stain_jitter=0.05 "
+        "groups=auto n_splits=5 subset=0 model=cnn model_args= weights= side=96 resize=0 pool=default freeze=0 "
+        "grad_checkpointing=False body=plain symmetry=none n_blocks=4 width=32 max_width=512 head=flatten hidden=256 "
+        "dropout=0.5 stain_jitter=0.05 "
         "color_jitter=0.1 epochs=10 batch_size=64 probe=False optimizer=adamw lr=0.002 layer_decay=1.0 average_epochs=3.0 "
         "teacher= precision=auto seed=42 tta=8 tta_shift=0 chroma_blur=0.0 norm=train"
     )

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pcam_kaggle.core.experiments import EXPERIMENTS
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.timm_model import classifier_prefixes
 from pcam_kaggle.training import device, gpus
 from pcam_kaggle.training.device import Backend
 
@@ -41,7 +42,10 @@ def test_precisions_of_devices(kind: str, units: object, given: str, chosen: str
 def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find_device", lambda: kind)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    threads = [2]
+    # The limit of a container, on a machine of 64 cores.
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    threads = [64]
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     device.configure_torch()
     assert (threads[-1], torch.backends.cudnn.benchmark) == (left, kind == "cuda")
@@ -77,12 +81,14 @@ def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
     assert int(nice) - os.nice(0) <= 5
 
 
-def test_logits_are_as_fine_in_bf16_as_their_patches_differ() -> None:
+@pytest.mark.parametrize("model", ["cnn", *(f"timm:{name}" for name in ("resnet10t", "efficientvit_m0", "crossvit_9_240"))])
+def test_logits_are_as_fine_in_bf16_as_their_patches_differ(model: str) -> None:
     torch.manual_seed(0)
-    config = EXPERIMENTS["bottleneck"].config
-    net = create(config).eval()
-    torch.nn.init.normal_(net.head[-1].weight)
+    net = create(Config(model=model)).eval()
+    last = [net.head[-1]] if model == "cnn" else [net.net.get_submodule(name[:-1]) for name in classifier_prefixes(net.net)]
+    for layer in last:
+        torch.nn.init.normal_(layer.weight)
     with torch.inference_mode(), Backend("cpu", "bf16", "channels_last").autocast():
-        logits = net(torch.rand(64, 3, config.side, config.side))
+        logits = net(torch.rand(64, 3, 96, 96))
     assert logits.dtype == torch.float32
     assert len(logits.unique()) == 64

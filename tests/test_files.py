@@ -1,5 +1,6 @@
 """Files and folders are replaced atomically, foreign files are left alone, and writers wait for one another."""
 
+import errno
 import os
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,6 +38,20 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
     assert order == ["first out", "second in"]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_warned_of_once(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.core.files.FileLock.acquire", Mock(side_effect=error))
+    for _ in range(2):
+        with locked(tmp_path / "store"):
+            (tmp_path / "store").touch()
+    assert package_log.messages == [f"{tmp_path}: its file system has no locks; don't let two processes write there"]
+    monkeypatch.setattr("pcam_kaggle.core.files.FileLock.acquire", Mock(side_effect=PermissionError(errno.EPERM, "")))
+    with pytest.raises(PermissionError), locked(tmp_path / "store"):
+        pass
+
+
 RUN = "runs/bottleneck"
 WRITES_IN = {"folds": "folds", "train": RUN, "predict": RUN, "blend": RUN, "submission": "submissions", "scores": "submissions"}
 
@@ -49,6 +65,9 @@ def test_every_writer_holds_the_lock(
     stages = ["prepare", *WRITES_IN]
     for before in stages[: stages.index(stage)]:
         assert pcam(before).status == 0
+    # `train` has predicted, too.
+    for record in work.glob(f"{RUN}/fold_*/predictions.json") if stage == "predict" else ():
+        record.unlink()
 
     def call() -> Outcome:
         if stage != "scores":
@@ -108,6 +127,7 @@ def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> Non
 PACK_SLOWLY = """
 import sys, time
 from pathlib import Path
+from unittest.mock import Mock
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data import prepare as patches
 def slow(*arguments):

@@ -9,7 +9,7 @@ import pytest
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256
 from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, load_folds, make_folds, read_groups
-from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, "stratified")
 SLIDES = Scheme(5, "slides")
@@ -47,6 +47,16 @@ def test_labels_are_spread_evenly_by_seed(labels: pd.DataFrame) -> None:
     other = Scheme(5, "stratified", seed=43)
     assert not table.equals(draw_folds(labels, other, None))
     assert PLAIN.name != other.name
+
+
+def test_a_subset_is_stratified_and_independent_of_the_order_of_rows(labels: pd.DataFrame, tmp_path: Path) -> None:
+    drawn = []
+    for number in range(2):
+        labels.sample(frac=1, random_state=number).to_csv(tmp_path / "labels.csv", index=False)
+        drawn.append(draw_subset(read_labels(tmp_path / "labels.csv"), 100))
+    pd.testing.assert_frame_equal(*drawn)
+    assert (len(drawn[0]), drawn[0]["label"].sum()) == (100, round(labels["label"].mean() * 100))
+    assert drawn[0]["id"].is_monotonic_increasing
 
 
 def test_no_slide_lies_in_two_folds(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
@@ -140,6 +150,14 @@ def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, slides: pd.DataFra
     pd.testing.assert_frame_equal(made.table, kept.table, check_dtype=False)
     with pytest.raises(UserError, match="belongs to another slide map"):
         load_folds(labels, scheme, other, tmp_path)
+
+
+def test_a_slide_that_makes_folds_unequal_is_named(
+    labels: pd.DataFrame, slides: pd.DataFrame, package_log: pytest.LogCaptureFixture
+) -> None:
+    for count, is_warned in ((390, False), (900, True)):
+        draw_folds(labels, SLIDES, slides.assign(wsi=np.where(slides.index < count, "big", slides["wsi"])))
+        assert any("group big has 9" in message for message in package_log.messages) == is_warned
 
 
 def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame) -> None:

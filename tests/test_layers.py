@@ -55,6 +55,13 @@ def test_the_list_is_short_and_names_every_sub_package() -> None:
     assert {path.parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"} == ARROWS.keys() - {"kernel"}
 
 
+def test_tables_of_ids_are_read_as_text_by_one_function() -> None:
+    others = {path: path.read_text(encoding="utf-8") for path in (PACKAGE.parent / "benchmarks").glob("*.py")}
+    readers = sorted(str(path) for path, source in (SOURCES | others).items() if "read_csv(" in source)
+    # A log has no ids.
+    assert readers == ["data/tables.py", "runs/fold.py"]
+
+
 def test_only_runs_spells_the_names_of_files_in_a_run_folder() -> None:
     literals = ('/ f"fold_', *(f'"{name}"' for name in RUN_FILES))
     others = {path: source for path, source in SOURCES.items() if path.parts[0] != "runs"}

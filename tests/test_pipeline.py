@@ -188,10 +188,55 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command) -> Non
     assert warning in pcam("pipeline", "--groups", "none", "--name", "by_label").out
 
 
+def test_subsets_and_the_whole_set_lie_side_by_side(data: Data, pcam: Command, finished_run: Path) -> None:
+    before = {folder: contents(finished_run / folder) for folder in ("store", "runs/bottleneck")}
+    assert pcam("pipeline", "--subset", "18").status == 0
+    assert {folder: contents(finished_run / folder) for folder in before} == before
+    for arguments in ([], ["--subset", "18"], ["--set", "subset=18"]):
+        outcome = pcam("pipeline", *arguments)
+        assert outcome.out.splitlines()[-1].startswith("nothing to do")
+    table = pd.read_csv(finished_run / "folds" / "stratified_3_42_subset18.csv")
+    assert PatchStore(finished_run / "store-subset18").ids("train").tolist() == table["id"].tolist()
+    assert (len(table), table["label"].sum()) == (18, pd.read_csv(data.labels)["label"].sum() / 2)
+    for arguments in (["pipeline", "--name", "bottleneck"], ["blend", "bottleneck", "bottleneck-subset18", "--name", "both"]):
+        outcome = pcam(*arguments, "--subset", "18")
+        assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+        assert "other folds" in outcome.err
+
+
+def test_ids_and_slides_that_look_like_something_else_survive_every_table(
+    data: Data, pcam: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = ["NA", "null", "None", "nan", "1e5", "007", "True"]
+    for split in ("train", "test"):
+        rows = data.table(split).read_text().splitlines()
+        for number, name in enumerate(odd, 1):
+            old, label = rows[number].split(",")
+            (data.patches(split) / f"{old}.tif").rename(data.patches(split) / f"{name}.tif")
+            rows[number] = f"{name},{label}"
+        data.table(split).write_text("\n".join(rows))
+    ids = [[row.split(",")[0] for row in data.table(split).read_text().splitlines()] for split in ("train", "test")]
+    (data.root / "patch_id_wsi.csv").write_text("id,wsi\n" + "".join(f"{n},{odd[k % 7]}\n" for k, n in enumerate(ids[0][1:])))
+    (data.patches("train") / "NA.tif").write_bytes(b"II*")
+    for command in (["pipeline", "--ids", "names", "--skip-damaged"], ["blend", "bottleneck", "--name", "other"]):
+        assert pcam(*command).status == 0
+    run = Run(tmp_path / "work" / "runs" / "bottleneck")
+    assert sorted(run.oof()["id"]) == sorted({*ids[0]} - {"id", "NA"})
+    assert (tmp_path / "work/store/skipped.csv").read_text().splitlines()[1].startswith("NA,")
+    submission = (tmp_path / "work/submissions/bottleneck.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in submission] == ids[1]
+    assert main(["compare", "--work", str(tmp_path / "work"), "--slides", str(data.slides())]) == 0
+    printed = capsys.readouterr()
+    assert ("unit: slide" in printed.out, "not paired" in printed.out, printed.err) == (True, False, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
         (["train"], "prepare"),
+        (["prepare", "--subset", "36"], "fewer than the 36 train patches"),
+        (["prepare", "--subset", "1"], "enough for both labels"),
+        (["prepare", "--subset", "-1"], "subset=-1: must be in [0, "),
         (["prepare", "--name", "../up"], "../up"),
         (["pipeline", "--folds", "0,7"], "7"),
         (["folds", "--set", "groups=slides"], "--slides"),

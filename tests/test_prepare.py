@@ -1,8 +1,10 @@
 """The store contains the exact pixels of the files, and an unusable file is named in a one-line error."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -62,7 +64,6 @@ FAULTS: dict[str, Fault] = {
     "cut short": lambda _, tif: tif.write_bytes(tif.read_bytes()[: tif.stat().st_size // 2]),
     "removed": lambda _, tif: tif.unlink(),
     "too narrow": lambda _, tif: write_tif(tif, BLACK[:, 1:]),
-    "added": lambda _, tif: write_tif(tif.with_stem(sha1(BLACK)), BLACK),
     "repeated": lambda data, tif: add_row(data.labels, tif.stem),
     "repeated with a space": lambda data, tif: add_row(data.labels, f"{tif.stem} "),
     "climbing id": lambda data, _: add_row(data.labels, "../escape"),
@@ -70,7 +71,7 @@ FAULTS: dict[str, Fault] = {
     "one class": lambda data, _: edit(data.labels, lambda rows: rows.assign(label="0")),
 }
 # What the error names, if it is not the id of the first train patch.
-NAMED = {"added": sha1(BLACK), "climbing id": "../escape", "unknown test id": "ab" * 20, "one class": "train_labels.csv"}
+NAMED = {"climbing id": "../escape", "unknown test id": "ab" * 20, "one class": "train_labels.csv"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -107,16 +108,15 @@ def test_how_a_file_keeps_its_pixels_and_spells_its_extension_makes_no_differenc
 def test_faults_of_the_listing_and_then_of_the_pixels_are_listed_at_once(data: Data, pcam: Command) -> None:
     tifs = sorted(data.patches("train").glob("*.tif"))
     tifs[0].unlink()
-    added = tifs[0].with_stem(sha1(BLACK))
-    write_tif(added, BLACK)
+    second = Path(shutil.copy(tifs[3], tifs[3].with_suffix(".tiff")))
     for tif in tifs[1:3]:
         tif.write_bytes(b"II*")
-    for names in ((tifs[0].stem, added.stem), (tifs[1].stem, tifs[2].stem)):
+    for names in ((tifs[0].stem, second.name), (tifs[1].stem, tifs[2].stem)):
         outcome = pcam("prepare")
         assert (outcome.status, outcome.err.count("\n")) == (2, 1)
         assert "patches that can't be used: 2; fix them, or skip those of train with --skip-damaged: " in outcome.err
         assert all(name in outcome.err for name in names)
-        added.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)
         edit(data.labels, lambda table: table[table["id"] != tifs[0].stem])
 
 
@@ -188,6 +188,17 @@ def test_hidden_files_are_ignored(data: Data, store: PatchStore, tmp_path: Path)
     assert prepare(data, tmp_path / "new")[0] == store.manifest
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_files_that_are_not_listed_are_ignored_with_one_warning(split: str, data: Data, pcam: Command, tmp_path: Path) -> None:
+    edit(data.table(split), lambda rows: rows[:5])
+    listed, total = sorted(pd.read_csv(data.table(split))["id"]), len([*data.patches(split).iterdir()])
+    for _ in range(2):
+        outcome = pcam("prepare")
+        assert (outcome.status, outcome.err.count("\n")) == (0, 1)
+        assert f"warning: {data.patches(split)}: ignored {total - 5} TIFs that {data.table(split).name} does" in outcome.err
+    assert PatchStore(tmp_path / "work" / "store").ids(split).tolist() == listed
+
+
 def test_ids_in_both_sets_are_reported(data: Data, pcam: Command) -> None:
     assert "warning" not in pcam("prepare").err
     tif = first_tif(data)
@@ -221,14 +232,20 @@ def test_a_store_of_an_earlier_version_is_read_and_kept(data: Data, pcam: Comman
 
 
 def test_equal_pixels_under_two_ids_are_reported(data: Data, pcam: Command) -> None:
-    tifs = sorted(data.patches("train").glob("*.tif"))[:3]
-    for number, tif in enumerate((*tifs, tifs[0])):
-        split = "test" if number == 3 else "train"
-        shutil.copy(tif, data.patches(split) / f"copy_{number}.tif")
-        add_row(data.table(split), f"copy_{number}")
-    outcome = pcam("prepare", "--ids", "names")
-    pairs = ", ".join(f"{tif.stem} = copy_{number}" for number, tif in enumerate(tifs))
-    assert outcome.err.splitlines() == [f"warning: patches with the pixels of another one: 7 ({pairs})"]
+    labels = read_labels(data.labels)
+    same, *others = labels["id"][labels["label"] == 0][:3]
+    other = labels["id"][labels["label"] == 1].iloc[0]
+    # The added rows have the label 0.
+    copies = {"copy_0": same, "copy_1": same, "copy_2": other, "copy_3": others[0], "test_0": others[1], "test_1": other}
+    for name, source in copies.items():
+        split = "test" if name.startswith("test") else "train"
+        shutil.copy(data.patches("train") / f"{source}.tif", data.patches(split) / f"{name}.tif")
+        add_row(data.table(split), name)
+    in_both = sorted([f"{others[1]} = test_0", min(other, "copy_2") + " = test_1"])
+    found = [(" but with another label", 3, f"{other} = copy_2"), (" in train and in test", 5, ", ".join(in_both))]
+    found.append(("", 5, ", ".join(sorted([f"{same} = copy_0", f"{others[0]} = copy_3"]))))
+    lines = [f"warning: patches with the pixels of another one{kind}: {count} ({pairs})" for kind, count, pairs in found]
+    assert pcam("prepare", "--ids", "names").err.splitlines() == lines
 
 
 def each(change: Callable[[Path], object]) -> Mistake:
@@ -286,10 +303,6 @@ SKIPPED = {
     "capital ids": (ids(lambda names: names.str.upper()), SAME + "its id is no SHA-1 in lower case"),
     "other ids": (other_kind_of_ids, SAME + "its id is no SHA-1 .*--ids names"),
     "half copied": (half_copied, "of .* patches have the same problem: missing, though listed in"),
-    "half listed": (
-        lambda data, split: edit(data.table(split), lambda rows: rows.iloc[: len(rows) // 7]),
-        "of .* patches have the same problem: not listed in",
-    ),
 }
 MISTAKES = {
     **SKIPPED,
@@ -333,6 +346,20 @@ def test_five_of_many_damaged_patches_are_shown_and_all_are_listed(data: Data, t
     assert [line.split(":")[0] for line in caught.value.details] == [f"train/{tif.name}" for tif in tifs]
 
 
+@pytest.mark.parametrize("name", ["train_labels.csv", "sample_submission.csv", "patch_id_wsi.csv", "train"])
+def test_what_is_still_packed_is_named(name: str, data: Data, pcam: Command) -> None:
+    if (data.root / name).exists():
+        (data.root / name).rename(data.root / "other")
+    (data.root / f"{name}.zip").touch()
+    outcome = pcam("pipeline")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.endswith(f"; unpack {name}.zip\n")
+    for option in ("--data", "--slides"):
+        outcome = pcam("folds", option, str(data.root / f"{name}.zip"))
+        assert outcome.status == 2
+        assert f"; unpack {name}.zip" in outcome.err
+
+
 WRONG_TABLES = {
     "space": ("id, label\na, 1", r"no column label, .*'id', ' label'; .*id,label"),
     "semicolon": ("id;label\na;1", r"'id;label'; .*id,label, with commas"),
@@ -344,6 +371,7 @@ WRONG_TABLES = {
     "no label": ("id,label\na,\nb,0", "1 of 2"),
     "long label": ("id,label\na," + "x" * 10**6 + "\nb,0", "1 of 2"),
     "long id": ('id,label\n"' + "x\n" * 10**6 + '",1\nb,0', "1 of 2"),
+    "brackets": ("id,label\na (1),1\nb,0", r"'a \(1\)'.*letters, digits, points, dashes and underscores only"),
     "bytes": ("id,label\n\udcff,1", "not a CSV file in UTF-8"),
 }
 
@@ -374,6 +402,15 @@ def test_what_is_wrong_with_a_table_is_one_short_line_and_all_faults_are_listed(
     assert "\n" not in str(caught.value)
     if name in MANY_FAULTS:
         assert [line.strip("'")[:40] for line in caught.value.details] == MANY
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "^/dev/shm: .*make room there"), (errno.EMFILE, "ulimit -n")])
+def test_why_no_processes_can_be_started_is_said(
+    code: int, message: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcam_kaggle.data.prepare.ProcessPoolExecutor", Mock(side_effect=OSError(code, "reason")))
+    with pytest.raises(UserError, match=message):
+        prepare(data, tmp_path / "store")
 
 
 def test_a_missing_sample_submission_says_how_to_get_one(data: Data) -> None:

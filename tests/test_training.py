@@ -250,6 +250,23 @@ def test_the_forecast_counts_the_folds_that_fit(monkeypatch: pytest.MonkeyPatch)
         assert f", {fit} of them will" in Forecast(dict(enumerate(left)), 2.0, 90, 30).summary(hour.left())
 
 
+@pytest.mark.parametrize(("before", "seconds"), [([], 50.0), ([device.device_name("cpu")], 50.0), (["Tesla T4"], 0.0)])
+def test_the_forecast_is_of_this_sessions_device(
+    before: list[str], seconds: float, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 1.0, "valid_auc": 0.5, "images_per_second": 1.0}
+    task.run.fold(0).write_log([{**row, "seconds": 50.0, "valid_seconds": 5.0}])
+    for name in before:
+        task.run.add_environment(Environment(device=name, backend=CPU.record()))
+    seen: list[float] = []
+    forecast = Forecast.seconds_to_stop
+    monkeypatch.setattr(Forecast, "seconds_to_stop", lambda self, fold: seen.append(self.epoch_seconds) or forecast(self, fold))
+    trained = ({**row, "epoch": epoch, "seconds": epoch, "valid_seconds": 0.1} for epoch in (3, 2, 4))
+    monkeypatch.setattr(training, "train_fold", lambda *_: trained)
+    training._train_segments(task, CPU, 1, budget.ENDLESS, [gpus.Segment(0, 1, 5)])
+    assert seen == [seconds, 3, 3, 4]
+
+
 @pytest.mark.parametrize("broken", ["best.pt", "log.csv"])
 def test_an_interruption_between_two_files_is_repaired(broken: str, task: Task) -> None:
     task = changed(task, epochs=1)
@@ -280,9 +297,10 @@ def test_tensorboard_sees_the_log(task: Task) -> None:
         np.testing.assert_allclose(points, log[["epoch", name]], rtol=1e-6)
 
 
-def test_the_learning_rate_rises_once_and_falls_once() -> None:
-    config = replace(Config(), epochs=10, lr=1.0)
-    rates = np.array([learning_rate(config, progress) for progress in np.linspace(0, 10, 501)])
+@pytest.mark.parametrize("epochs", [1, 2, 10])
+def test_the_learning_rate_rises_once_and_falls_once(epochs: int) -> None:
+    config = replace(Config(), epochs=epochs, lr=1.0)
+    rates = np.array([learning_rate(config, progress) for progress in np.linspace(0, epochs, 501)])
     top = int(rates.argmax())
     assert (np.diff(rates[: top + 1]) >= 0).all()
     assert (np.diff(rates[top:]) <= 0).all()

@@ -38,16 +38,16 @@ def _run_stage(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
-    """Return the job of `options`; `changes` to the config precede theirs, `suffix` ends the run's name if none is given."""
+    """Return the job of `options`; `changes` to the config precede theirs, the run's default name includes `suffix`."""
     runs = tuple(options.members)
     if runs and options.seeds > 1:
         raise UserError(f"--seeds {options.seeds}: trains runs, so it can't be combined with runs to blend")
     data, workspace, is_demo = _folders(options)
     chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
-    changes = [*changes, *options.set, *([f"groups={options.groups}"] if options.groups else [])]
-    name = options.name or "-".join(runs) or (suffix and f"{chosen}{suffix}")
+    short = [f"{field}={value}" for field in ("groups", "subset") if (value := getattr(options, field))]
     selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs)
-    chosen_plan = plan(chosen, with_folder_settings(changes), name, options.seeds)
+    name, changes = options.name or "-".join(runs), with_folder_settings([*changes, *options.set, *short])
+    chosen_plan = plan(chosen, changes, name, options.seeds, suffix)
     job = Job(chosen_plan, data, workspace, selection, options.method, time_limit(options.hours), is_demo)
     if is_demo:
         reason = "" if options.demo else ", since no data of the competition was found"
@@ -67,7 +67,7 @@ def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
         # Runs are blended without the data that they were trained on.
         found = runs_workspace(workspace)
         return demo_data, found, found == demo
-    given = [" ".join(pair) for pair in _given(options) if pair[0] in ("-e", "--set", "--groups", "--slides")]
+    given = [" ".join(pair) for pair in _given(options) if pair[0] in ("-e", "--set", "--groups", "--subset", "--slides")]
     if given and not options.demo:
         advice = "name its folder with --data (make: DATA=), or add --demo (make: ARGS=--demo) for the synthetic demo"
         raise UserError(f"{given[0]}: no data of the competition found; {advice}")
@@ -84,6 +84,7 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
         ("--seeds", options.seeds if options.seeds > 1 else None),
         ("--slides", options.slides),
         ("--groups", options.groups),
+        ("--subset", options.subset),
         ("--folds", ",".join(map(str, options.folds or ()))),
         *(("--set", assignment) for assignment in options.set),
     ]

@@ -4,10 +4,10 @@ import argparse
 import math
 import re
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
+from pcam_kaggle.core.paths import user_path
 
 METHODS = ("mean", "rank", "climb")
 # Former commands of `kaggle`.
@@ -88,7 +88,7 @@ METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend 
 RUNS = Option("runs", nargs="*", help="names of runs [all]")
 BASELINE = Option("--baseline", help="run to compare the others with [compare all with each other]")
 COMPARED_FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to compare [all, or those that the runs share]")
-SLIDES = Option("--slides", type=Path, help="CSV of id,wsi [the groups of the fold file]")
+SLIDES = Option("--slides", type=user_path, help="CSV of id,wsi [the groups of the fold file]")
 FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="what to print [text]")
 TITLE = Option("--title", default="", help="title of the notebook, which names it [that of kernel-metadata.json]")
 LOG = Option("--log", action="store_true", help="print the session's log, as it is written if it is running")
@@ -107,17 +107,18 @@ JOB = (
     EXPERIMENT,
     Option("--name", help="name of the run and of its submission [the experiment's]"),
     SET,
-    Option("--slides", type=Path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
+    Option("--slides", type=user_path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
     Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
+    Option("--subset", metavar="5000", help="use a sample of the train patches; short for --set subset= [all]"),
 )
 PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)
 BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")
 HELD_OUT = (
     Option("runs", nargs="+", help="runs to evaluate"),
-    Option("--patches", type=Path, required=True, help="folder of <id>.tif"),
-    Option("--labels", type=Path, required=True, help="CSV of id,label"),
+    Option("--patches", type=user_path, required=True, help="folder of <id>.tif"),
+    Option("--labels", type=user_path, required=True, help="CSV of id,label"),
     Option("--ids", choices=["sha1", "names"], default="sha1", help="ID scheme [sha1]"),
-    Option("--slides", type=Path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
+    Option("--slides", type=user_path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
     Option("--name", help="name of the held-out set [that of the folder that holds the labels]"),
 )
 # What `commands` reads of a command that lacks the option.

@@ -30,6 +30,8 @@ class Config:
     """Patches that share a fold: those of a slide (auto: if a slide map is found), or those of similar stain."""
     n_splits: Annotated[int, Field(ge=2, le=100)] = 5
     """Number of folds."""
+    subset: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Train patches to use, a fixed sample stratified by label, for a first try; 0 for all."""
 
     model: str = "cnn"
     """`cnn` for the model of this package, or `timm:NAME` for any classifier of timm."""
@@ -97,7 +99,7 @@ class Config:
     chroma_blur: Annotated[Number, Field(ge=0, le=5)] = 0.0
     """Gaussian blur of the colour differences in prediction, as its standard deviation in pixels; training reads them sharp."""
     norm: Literal["train", "test"] = "test"
-    """Batch norm statistics in prediction: those of training, or those of the patches that are predicted, without labels."""
+    """Batch norm statistics in prediction: those of training, or those of the patches to predict, which must be of one kind."""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -103,18 +103,19 @@ def experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seeds: int = 1) -> Plan:
+def plan(experiment_name: str, changes: Sequence[str] = (), name: str = "", seeds: int = 1, suffix: str = "") -> Plan:
     """Return the runs that an experiment with `changes` (`key=value`) to its config trains; those of a blend are its members.
 
     Several `seeds`, counted from that of the config, are trained as `<name>-seed<number>` and blended as `<name>-seeds<count>`.
-    The default of `name` is the experiment's.
+    The default of `name` is the experiment's, `suffix`, and `-subset<count>` if the config uses a subset.
 
     Raises:
         UserError: An experiment, field or `name` is not valid, or changes or seeds are given for a blend.
     """
-    chosen, name = experiment(experiment_name), name or experiment_name
-    check_name(name)
+    chosen = experiment(experiment_name)
     config, members = chosen.changed(changes), ", ".join(chosen.members)
+    name = name or experiment_name + suffix + (f"-subset{config.subset}" if config.subset else "")
+    check_name(name)
     if members and seeds > 1:
         raise UserError(f"--seeds {seeds}: {experiment_name} is a blend; use -e with one of {members}")
     if name in chosen.members:

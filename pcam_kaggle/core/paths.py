@@ -11,6 +11,7 @@ COMPETITION = "histopathologic-cancer-detection"
 # Another folder only where a kernel is tested outside of Kaggle.
 KAGGLE_ROOT = Path(os.environ.get("PCAM_KAGGLE", "/kaggle"))
 DEMO_SUFFIX = "-not-for-kaggle"
+ALLOWED = "letters, digits, points, dashes and underscores"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SLIDE_MAPS = ("patch_id_wsi_full.csv", "patch_id_wsi.csv")
 MOUNTS = ("*", "datasets/*/*", "notebooks/*/*", "models/*/*")
@@ -46,13 +47,14 @@ class Data:
         return {"train": self.labels, "test": self.sample}[split]
 
     def slides(self) -> Path | None:
-        """Return the slide map beside the labels, columns id and wsi; None if there is none."""
-        return next((self.root / name for name in SLIDE_MAPS if (self.root / name).is_file()), None)
+        """Return the slide map beside the labels, columns id and wsi, which may still be packed; None if there is none."""
+        files = (self.root / name for name in SLIDE_MAPS)
+        return next((file for file in files if file.is_file() or unpack(file)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The folders that the pipeline writes: patch store, folds, runs, evaluations and submissions."""
+    """The folders that the pipeline writes: patch stores, folds, runs, evaluations and submissions."""
 
     root: Path
     store: Path
@@ -61,6 +63,10 @@ class Workspace:
     def folds(self) -> Path:
         """Fold files and their manifests."""
         return self.root / "folds"
+
+    def store_of(self, subset: int) -> Path:
+        """Return the folder of the patch store with `subset` train patches (0 for all), beside that of all patches."""
+        return self.store.with_name(f"{self.store.name}-subset{subset}") if subset else self.store
 
     def run(self, name: str) -> Path:
         """Return the folder of the run `name`."""
@@ -80,15 +86,27 @@ class Workspace:
 def check_name(name: str, where: str = "") -> None:
     """Raise UserError, whose message starts with `where`, unless `name` can be the name of a file or a folder."""
     if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{where}{name!r} is not a plain file name; use letters, digits, points, dashes and underscores")
+        raise UserError(f"{where}{name!r} is not a plain file name; use {ALLOWED}")
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a user wrote, as an option or a variable, with `~` expanded."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111, unlike Path.expanduser it leaves an unknown user's ~ alone
+
+
+def unpack(path: Path) -> str:
+    """Return the advice to unpack the archive that is there in place of `path`, or that `path` itself is; "" if none is."""
+    archives = [file for file in (path, path.with_name(f"{path.name}.zip")) if file.suffix == ".zip" and file.is_file()]
+    return f"; unpack {archives[0].name}" if archives else ""
 
 
 def find_data(given: str | None, work: Path, kaggle: Path = KAGGLE_ROOT) -> Data | None:
     """Return the data `given` or raise UserError, by default those in Kaggle's mounts or `data/` under `work`, if any."""
     if given:
-        data = Data(_home(given))
+        data = Data(user_path(given))
         if not data.labels.is_file():
-            raise UserError(f"{data.labels}: no such file; DATA must be a folder in the competition's layout")
+            advice = unpack(data.root) or unpack(data.labels) or "; DATA must be a folder in the competition's layout"
+            raise UserError(f"{data.labels}: no such file{advice}")
         return data
     parents = (kaggle / "input" / "competitions", kaggle / "input", work / "data")
     found = (Data(parent / COMPETITION) for parent in parents)
@@ -122,12 +140,8 @@ def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:
     if not work and (kaggle / "working").is_dir():
         # The temporary folder is not saved with the session's output.
         return Workspace(kaggle / "working", kaggle / "temp" / "store")
-    root = _home(work or ".")
+    root = user_path(work or ".")
     return Workspace(root, root / "store")
-
-
-def _home(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # noqa: PTH111, unlike Path.expanduser it leaves an unknown user's ~ alone
 
 
 def demo_workspace(workspace: Workspace) -> Workspace:

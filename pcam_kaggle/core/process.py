@@ -27,6 +27,14 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, by its affinity and by the limit of its control group."""
+    # Imported here, since it is not needed for --help.
+    import joblib
+
+    return joblib.cpu_count()
+
+
 def tune_malloc() -> None:
     """Make glibc's malloc keep freed memory; page faults otherwise take a sixth of a training step's time on a CPU."""
     for parameter, value in MALLOC_OPTIONS.items():

@@ -1,5 +1,6 @@
 """Cross-validation folds: drawn once, written to a file, and rejected if they no longer belong to the labels."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,9 @@ from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import labels_sha256, read_labels, read_slides
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides, read_text
+
+log = logging.getLogger(__name__)
 
 UNMAPPED = "unmapped"
 STAIN_GROUPS = 50
@@ -24,16 +27,17 @@ STAIN_GROUPS = 50
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How folds are drawn."""
+    """How folds are drawn, of `subset` train patches, 0 for all."""
 
     n_splits: int
     kind: Literal["stratified", "slides", "stain"]
     seed: int = 42
+    subset: int = 0
 
     @property
     def name(self) -> str:
-        """Stem of the fold file, for example `slides_5_42`."""
-        return f"{self.kind}_{self.n_splits}_{self.seed}"
+        """Stem of the fold file, for example `slides_5_42`, or `slides_5_42_subset5000`."""
+        return f"{self.kind}_{self.n_splits}_{self.seed}" + (f"_subset{self.subset}" if self.subset else "")
 
 
 class FoldsManifest(Record):
@@ -66,15 +70,15 @@ def fold_inputs(
 
     The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed once from the patch store.
     """
-    labels, kind = read_labels(data.labels), config.groups
+    labels, kind = draw_subset(read_labels(data.labels), config.subset), config.groups
     if kind in ("none", "stain") and slides:
         raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
     if kind == "stain":
-        return labels, Scheme(config.n_splits, "stain"), _stain_map(workspace)
+        return labels, Scheme(config.n_splits, "stain", subset=config.subset), _stain_map(workspace, config.subset)
     path = None if kind == "none" else slides or data.slides()
     if kind == "slides" and path is None:
         raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
-    scheme = Scheme(config.n_splits, "slides" if path else "stratified")
+    scheme = Scheme(config.n_splits, "slides" if path else "stratified", subset=config.subset)
     return labels, scheme, read_slides(path) if path else None
 
 
@@ -93,8 +97,8 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
     return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
 
 
-def _stain_map(workspace: Workspace) -> pd.DataFrame:
-    store = PatchStore(workspace.store)
+def _stain_map(workspace: Workspace, subset: int) -> pd.DataFrame:
+    store = PatchStore(workspace.store_of(subset))
     file = workspace.folds / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
         groups = stain_groups(store)
@@ -125,6 +129,10 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
             )
         if groups.nunique() < scheme.n_splits:
             raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
+        largest = groups.value_counts()
+        if largest.iloc[0] * scheme.n_splits > 2 * len(table):
+            size = f"{largest.index[0]} has {largest.iloc[0]:,} of {len(table):,} patches"
+            log.warning("folds: very unequal, since group %s, all in one fold; --set groups=none splits it", size)
         splitter = StratifiedGroupKFold(scheme.n_splits, shuffle=True, random_state=scheme.seed)
         table["group"] = groups
     if table["label"].value_counts().min() < scheme.n_splits:
@@ -168,7 +176,7 @@ def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     if manifest.slides_sha256 != _slides_sha256(slides):
         raise UserError(f"{file}: belongs to another slide map; {advice}")
     if manifest.csv_sha256 == file_sha256(file):
-        table = pd.read_csv(file, dtype={"id": str, "group": str}, keep_default_na=False)
+        table = read_text(file).astype({"label": np.int64, "fold": np.int64})
         if manifest == _manifest(table, scheme, slides):
             return Folds(table[["id", "label", "fold"]], manifest)
     raise UserError(f"{file}: it or its manifest has changed since it was drawn; {advice}")
@@ -176,7 +184,7 @@ def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
 
 def read_groups(file: Path) -> pd.DataFrame | None:
     """Return the mapped slides (id, wsi) that the fold file was drawn with; None if it has no slides or does not exist."""
-    table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.is_file() else pd.DataFrame()
+    table = read_text(file) if file.is_file() else pd.DataFrame()
     if "group" not in table:
         return None
     return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})

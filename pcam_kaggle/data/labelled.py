@@ -1,6 +1,5 @@
 """A held-out set: labelled patches beside the competition's, read, checked and held in memory."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +10,9 @@ from numpy.typing import NDArray
 
 from pcam_kaggle.core.files import csv_bytes, sha256
 from pcam_kaggle.core.logs import progress
-from pcam_kaggle.data.listing import Ids, listing_problems, raise_problems, read_row, read_split
+from pcam_kaggle.data.listing import Ids, listing_problems, raise_problems, read_row, read_split, warn_of_unlisted
 from pcam_kaggle.data.tables import read_labels
 from pcam_kaggle.data.tif import SHAPE
-
-log = logging.getLogger(__name__)
 
 
 class Patches(Protocol):
@@ -58,7 +55,6 @@ def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatc
     rows = zip(split.rows, pixels, strict=True)
     read = [read_row(folder, row, ids, target) for row, target in progress(rows, "read", len(table))]
     raise_problems(folder, [split], [problem for _, problem in read if problem])
-    if split.unlisted:
-        log.warning("%s: %s TIFs that %s does not list are ignored", folder, f"{len(split.unlisted):,}", labels.name)
+    warn_of_unlisted(split)
     digests = [digest for digest, _ in read]
     return LabelledPatches(table.assign(label=table["label"].astype(np.int64), pixels=digests), pixels)

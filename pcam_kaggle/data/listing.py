@@ -1,10 +1,11 @@
 """The files of a split, matched by id with the table that lists its patches, and the problems found in them."""
 
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import EXAMPLES, UserError, examples
+from pcam_kaggle.core.paths import unpack
 from pcam_kaggle.data.tif import Damaged, read_patch
+
+log = logging.getLogger(__name__)
 
 # The ID scheme: an id is the SHA-1 of its patch's RGB bytes, or any plain file name.
 Ids = Literal["sha1", "names"]
@@ -44,27 +48,28 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the patches in its table, sorted by id, and the TIFs of its folder, sorted by name, without hidden ones."""
+    """One split: the patches in its table, sorted by id, and the TIFs of its folder, sorted by name, without hidden ones.
+
+    `tifs` are those of the patches, `unlisted` the names of the others.
+    """
 
     name: str
     folder: Path
     table: Path
     rows: list[Row]
     tifs: list[os.DirEntry[str]]
+    unlisted: list[str]
+
+    def only(self, ids: Collection[str]) -> "Split":
+        """Return the split without the patches, and their files, that are not in `ids`."""
+        tifs = [entry for entry in self.tifs if _stem(entry.name) in ids]
+        return replace(self, rows=[row for row in self.rows if row.id in ids], tifs=tifs)
 
     @property
     def missing(self) -> list[str]:
         """The ids that have no file."""
         names = {entry.name for entry in self.tifs}
         return [row.id for row in self.rows if row.file not in names]
-
-    @property
-    def unlisted(self) -> list[Problem]:
-        """The files that the table does not list, and second ones of an id."""
-        listed = {row.file for row in self.rows}
-        reason = f"not listed in {self.table.name}, or a second file of an id"
-        unlisted = [entry.name for entry in self.tifs if entry.name not in listed]
-        return [Problem(self.name, _stem(name), name, reason, "add the row or remove the file") for name in unlisted]
 
 
 def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
@@ -76,32 +81,39 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
         with os.scandir(folder) as entries:
             visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
-        archive = folder.with_suffix(".zip")
-        unpack = f"; unpack {archive.name}" if archive.is_file() else ""
-        raise UserError(f"{folder}: no such folder; it must hold the TIFs of {name}{unpack}") from None
+        raise UserError(f"{folder}: no such folder; it must hold the TIFs of {name}{unpack(folder)}") from None
     tifs = [entry for entry in visible if entry.name.lower().endswith(TIF)]
     others = [entry for entry in visible if not entry.name.lower().endswith(TIF)]
     files = {_stem(entry.name): entry.name for entry in reversed(tifs)}
-    split = Split(name, folder, table, [Row(name, each, files.get(each, f"{each}.tif")) for each in sorted(ids)], tifs)
+    rows, listed = [Row(name, each, files.get(each, f"{each}.tif")) for each in sorted(ids)], set(ids)
+    unlisted = [entry.name for entry in tifs if _stem(entry.name) not in listed]
+    split = Split(name, folder, table, rows, [entry for entry in tifs if _stem(entry.name) in listed], unlisted)
     if 2 * len(split.missing) > len(ids):
-        _explain_missing(split, others)
+        _explain_missing(split, tifs, others)
     return split
 
 
-def _explain_missing(split: Split, others: list[os.DirEntry[str]]) -> None:
-    """Raise UserError if the folder of `split` shows why most of its files are missing."""
+def warn_of_unlisted(split: Split) -> None:
+    """Log a warning if the folder of `split` holds TIFs that its table does not list, which are not read."""
+    if split.unlisted:
+        names = f"{len(split.unlisted):,} TIFs that {split.table.name} does not list ({examples(split.unlisted)})"
+        log.warning("%s: ignored %s", split.folder, names)
+
+
+def _explain_missing(split: Split, tifs: list[os.DirEntry[str]], others: list[os.DirEntry[str]]) -> None:
+    """Raise UserError if the TIFs and the other entries in the folder of `split` show why most of its files are missing."""
     nested = [entry.name for entry in others if entry.is_dir() and any(map(_is_image, Path(entry).iterdir()))]
     if nested:
         found = f"{split.folder}: its patches are in {len(nested):,} subfolders ({examples(nested)})"
         raise UserError(f"{found}; move them into {split.name} itself", nested)
     images = [entry.name for entry in others if _is_image(entry)]
-    if len(images) > len(split.tifs):
+    if len(images) > len(tifs):
         raise UserError(
-            f"{split.folder}: holds {len(images):,} PNG or JPEG files ({examples(images)}) and {len(split.tifs):,} TIFs; take "
+            f"{split.folder}: holds {len(images):,} PNG or JPEG files ({examples(images)}) and {len(tifs):,} TIFs; take "
             "the original TIFs, since another format may change pixels; convert a set of your own and use --ids names",
             images,
         )
-    if not split.tifs:
+    if not tifs:
         names = [entry.name for entry in others]
         other = f" but {len(names):,} other entries ({examples(names)})" if names else ""
         found = f"{split.folder}: holds no TIF{other}; copy the patches that {split.table.name} lists into it"
@@ -109,9 +121,10 @@ def _explain_missing(split: Split, others: list[os.DirEntry[str]]) -> None:
 
 
 def listing_problems(split: Split, ids: Ids) -> list[Problem]:
-    """Return the listed patches of `split` that have no file, or no SHA-1 for an id."""
-    found = []
-    missing = set(split.missing)
+    """Return the listed patches of `split` that have no file or a second one, or no SHA-1 for an id."""
+    missing, files = set(split.missing), {row.file for row in split.rows}
+    second = [entry.name for entry in split.tifs if entry.name not in files]
+    found = [Problem(split.name, _stem(name), name, "a second file of its id", "remove one of them") for name in second]
     for row in split.rows:
         if ids == "sha1" and not SHA1.fullmatch(row.id):
             found.append(Problem(*row, "its id is no SHA-1 in lower case", "use --ids names for other ids"))

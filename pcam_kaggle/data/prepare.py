@@ -1,6 +1,8 @@
 """Packs the competition's TIFs into the patch store: every patch is read once, checked, and stored by id."""
 
+import errno
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 
@@ -17,17 +18,28 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.core.process import end_with_parent
+from pcam_kaggle.core.process import end_with_parent, usable_cpus
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.data.listing import Ids, Problem, Row, Split, listing_problems, raise_problems, read_row, read_split
+from pcam_kaggle.data.listing import (
+    Ids,
+    Problem,
+    Row,
+    Split,
+    listing_problems,
+    raise_problems,
+    read_row,
+    read_split,
+    warn_of_unlisted,
+)
 from pcam_kaggle.data.store import StoreManifest, complete_manifest, is_store
-from pcam_kaggle.data.tables import read_labels, read_sample
+from pcam_kaggle.data.tables import draw_subset, read_labels, read_sample
 from pcam_kaggle.data.tif import PATCH_BYTES, SHAPE
 
 log = logging.getLogger(__name__)
 
 # Patches that a process packs at a time; they fit into its cache.
 CHUNK = 64
+ADVICE = {errno.ENOSPC: "make room there", errno.EMFILE: "allow more, for example with `ulimit -n 1024`"}
 
 
 class Declaration(Record):
@@ -36,34 +48,40 @@ class Declaration(Record):
     ids: Ids = "sha1"
 
 
-def prepare(data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False) -> tuple[StoreManifest, bool]:
-    """Pack all patches of `data` into the folder `store`, unless it already holds the store of the same files.
+def prepare(
+    data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False, subset: int = 0
+) -> tuple[StoreManifest, bool]:
+    """Pack the patches of `data`, of train only a `subset` unless 0, into the folder `store`, unless it holds them already.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
     the content. The ID scheme is by default what dataset.json declares, or `sha1`. With `skip_damaged`, damaged train patches
-    are listed in `skipped.csv`. Hidden files are ignored. Returns the manifest, and whether the store was written.
+    are listed in `skipped.csv`. Hidden files are ignored, and those that are not listed, with a warning. Returns the manifest,
+    and whether the store was written.
 
-    Patches that are damaged, missing or unlabelled are a UserError that lists all of them; the old store is then unchanged.
+    Patches that are damaged or missing are a UserError that lists all of them; the old store is then unchanged.
     """
     ids = ids or (Declaration.read(data.declaration).ids if data.declaration.is_file() else "sha1")
     labels = read_labels(data.labels)
     listed = {"train": labels["id"].tolist(), "test": read_sample(data.sample)["id"].tolist()}
-    splits = [read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test")]
+    train, test = (read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test"))
+    labels = draw_subset(labels, subset)
+    splits = [train.only(set(labels["id"])), test]
     signature = _signature(data, splits, ids, skip_damaged)
     with locked(store):
-        existing = complete_manifest(store)
-        if existing and existing.signature == signature:
-            return existing, False
-        with building(store, is_store) as folder:
-            manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
-            manifest.write(folder / "manifest.json")
-    return manifest, True
+        manifest = existing = complete_manifest(store)
+        if manifest is None or manifest.signature != signature:
+            with building(store, is_store) as folder:
+                manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
+                manifest.write(folder / "manifest.json")
+    for split in splits:
+        warn_of_unlisted(split)
+    return manifest, manifest is not existing
 
 
 def _build(
     data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, skip_damaged: bool, signature: str
 ) -> StoreManifest:
-    listed = [problem for split in splits for problem in (*listing_problems(split, ids), *split.unlisted)]
+    listed = [problem for split in splits for problem in listing_problems(split, ids)]
     # Before the files are read, which takes minutes.
     _raise_fatal(data, splits, listed, skip_damaged)
     rows = [row for split in splits for row in split.rows]
@@ -82,7 +100,7 @@ def _build(
     index = pd.DataFrame({"id": [row.id for row in rows], "split": kinds})
     write_csv(folder / "index.csv", index)
     index["pixels"] = [digest for digest, _ in read]
-    _warn_of_equal_pixels(index)
+    _warn_of_equal_pixels(index, labels)
     hashes = {
         split: sha256("\n".join(patches["id"] + " " + patches["pixels"]).encode()) for split, patches in index.groupby("split")
     }
@@ -106,12 +124,21 @@ def _raise_fatal(data: Data, splits: list[Split], problems: list[Problem], skip_
     raise_problems(data.root, splits, fatal, f"fix them{skip}")
 
 
-def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
-    used = index[index["split"] != "skipped"].drop_duplicates("id")
+def _warn_of_equal_pixels(index: pd.DataFrame, labels: pd.DataFrame) -> None:
+    used = index[index["split"] != "skipped"].drop_duplicates("id").merge(labels, "left", "id")
     equal = used[used["pixels"].duplicated(keep=False)]
-    if len(equal):
-        pairs = [" = ".join(group.iloc[:2]) for _, group in equal.groupby("pixels", sort=False)["id"]]
-        log.warning("patches with the pixels of another one: %s (%s)", f"{len(equal):,}", examples(pairs))
+    by_label, by_split = (equal.groupby("pixels")[column].transform("nunique") > 1 for column in ("label", "split"))
+    kinds = (
+        (" but with another label", "label", by_label),
+        (" in train and in test", "split", by_split),
+        ("", "id", ~by_label & ~by_split),
+    )
+    for kind, column, is_kind in kinds:
+        # The first two of each group that differ in the column.
+        differing = equal[is_kind].drop_duplicates(["pixels", column]).groupby("pixels", sort=False)["id"]
+        pairs = [" = ".join(ids[:2]) for _, ids in differing]
+        if pairs:
+            log.warning("patches with the pixels of another one%s: %s (%s)", kind, f"{is_kind.sum():,}", examples(pairs))
 
 
 def _signature(data: Data, splits: list[Split], ids: Ids, skip_damaged: bool) -> str:
@@ -135,7 +162,7 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
     starts = range(0, len(rows), CHUNK)
     read: list[tuple[str, Problem | None]] = []
     try:
-        with ProcessPoolExecutor(min(joblib.cpu_count(), len(starts)), initializer=_follow_parent) as pool:
+        with _pool(min(usable_cpus(), len(starts))) as pool:
             offsets = [header + start * PATCH_BYTES for start in starts]
             chunks = pool.map(partial(_pack_chunk, data, target, ids), [rows[n : n + CHUNK] for n in starts], offsets)
             for chunk in progress(chunks, "prepare", len(starts)):
@@ -145,8 +172,22 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
     except BrokenProcessPool:
         raise UserError(f"{data.root}: a process that read it was killed, perhaps for lack of memory; run it again") from None
     except OSError as error:
-        raise UserError(f"{target.parent.parent}: {error.strerror}, while the store was written; make room for it") from None
+        # If not all processes could be started, the first ones would wait for work, and this process for them.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        place, advice = error.filename or target.parent.parent, ADVICE.get(error.errno or 0, "fix that and run it again")
+        raise UserError(f"{place}: {error.strerror}, while the store was written; {advice}") from None
     return read
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    try:
+        return ProcessPoolExecutor(processes, initializer=_follow_parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            # Its semaphores are files there.
+            error.filename = "/dev/shm"  # noqa: S108
+        raise
 
 
 def _follow_parent() -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json
 from pcam_kaggle.core.records import Record
+from pcam_kaggle.data.tables import read_text
 
 
 class StoreManifest(Record):
@@ -64,7 +65,7 @@ class PatchStore:
         # First: if the folder is replaced between the reads, `images` notices.
         self.folder, self._file = folder, _identity(folder / "patches.npy")
         self.manifest = StoreManifest.read(folder / "manifest.json")
-        index = pd.read_csv(folder / "index.csv", dtype=str, keep_default_na=False)
+        index = read_text(folder / "index.csv")
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
         }

@@ -11,10 +11,16 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import csv_bytes, sha256
-from pcam_kaggle.core.paths import PLAIN_NAME
+from pcam_kaggle.core.paths import ALLOWED, PLAIN_NAME, unpack
 
 IMAGE_SUFFIX = re.compile(r"\.(tiff?|png|jpe?g)$", re.IGNORECASE)
 MAX_CELL = 60
+SUBSET_SEED = 42
+
+
+def read_text(path: Path) -> pd.DataFrame:
+    """Return the CSV file in UTF-8 at `path`, each cell as its text: pandas would change ids such as NA, 007 or 1e5."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
 
 
 def read_labels(path: Path) -> pd.DataFrame:
@@ -34,11 +40,25 @@ def read_labels(path: Path) -> pd.DataFrame:
     return _by_id(table[["id"]].assign(label=label.astype(np.int8)))
 
 
+def draw_subset(labels: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return a sample of `count` rows of `labels` (id, label; sorted by id), stratified by label; all rows for 0.
+
+    The same labels give the same sample. Raises UserError if it would hold all rows, or one label only.
+    """
+    if not count:
+        return labels
+    drawn = labels.groupby("label").sample(frac=min(1, count / len(labels)), random_state=SUBSET_SEED)
+    if len(drawn) == len(labels) or drawn["label"].nunique() < 2:
+        raise UserError(f"subset={count}: choose fewer than the {len(labels):,} train patches, and enough for both labels")
+    return _by_id(drawn)
+
+
 def read_sample(path: Path) -> pd.DataFrame:
     """Return the ids of the sample submission in `path`: one column, id (text), in the order of the file."""
     if not path.is_file():
-        advice = "take the competition's, or write the line id,label and then a line ID,0 for each ID.tif"
-        raise UserError(f"{path}: no such file; {advice} in {path.parent / 'test'}")
+        folder = path.parent / "test"
+        write = f"; take the competition's, or write the line id,label and then a line ID,0 for each ID.tif in {folder}"
+        raise UserError(f"{path}: no such file{unpack(path) or write}")
     return _read(path, ["id", "label"])[["id"]]
 
 
@@ -83,11 +103,11 @@ def labels_sha256(labels: pd.DataFrame) -> str:
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     """Return `columns`, of which `id` is the first, of the CSV file at `path` as text."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", compression=None)
+        table = read_text(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{unpack(path)}") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({' '.join(str(error).split())[:200]}){unpack(path)}") from None
     if missing := [column for column in columns if column not in table]:
         found = examples(list(map(_short, table.columns)))
         raise UserError(
@@ -103,8 +123,8 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     if invalid := [text for text in table["id"] if not PLAIN_NAME.fullmatch(text) or IMAGE_SUFFIX.search(text)]:
         raise UserError(
             f"{path}: {len(invalid):,} of {len(table):,} ids are not plain file names "
-            f"({examples(list(map(_short, invalid)))}); write each without folder and extension, as abc for train/abc.tif, or "
-            "drop its row",
+            f"({examples(list(map(_short, invalid)))}); write each without folder and extension, as abc for train/abc.tif, "
+            f"with {ALLOWED} only, or drop its row",
             list(map(repr, invalid)),
         )
     if repeated := table.loc[table["id"].duplicated(), "id"].drop_duplicates().tolist():

@@ -32,18 +32,23 @@ class Backbone(nn.Module):
         self.normalize = Normalize(mean, std)
         self.net = net
         self.frozen: frozenset[str] = frozenset()
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d) and module.groups > 1:
-                module.forward = partial(_full_precision, module.forward)  # type: ignore[method-assign]
+        classifiers = classifier_prefixes(net)
+        for name, module in net.named_modules():
+            if f"{name}." in classifiers:
+                module.forward = partial(_in_fp32, module.forward)
+            elif isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.forward = partial(_in_fp32_on_cpu, module.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images `x`."""
-        return self.net(self._input(x)).squeeze(1)
+        return self.net(self.normalize(enlarge(x, self.resize))).squeeze(1)
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the classifier reads of images `x`, shape (n, features)."""
-        net: Any = self.net
-        return net.forward_head(net.forward_features(self._input(x)), pre_logits=True)
+        read: list[Tensor] = []
+        with self.classifier().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])):
+            self(x)
+        return read[0]
 
     def classifier(self) -> nn.Linear:
         """Return the layer that turns `features` into a logit; raises UserError unless it is a single linear layer."""
@@ -84,9 +89,6 @@ class Backbone(nn.Module):
     def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
         trained = {name: [parameter.requires_grad for parameter in each.parameters()] for name, each in self.named_modules()}
         return [(name, self.get_submodule(name)) for name, flags in trained.items() if name and flags and not any(flags)]
-
-    def _input(self, x: Tensor) -> Tensor:
-        return self.normalize(enlarge(x, self.resize))
 
 
 class GeM(nn.Module):
@@ -134,9 +136,12 @@ def copy_trained(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(value): value for value in shared})
 
 
-def _full_precision(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run `forward` in fp32 on a CPU, where the bf16 gradient of a depthwise convolution is up to ten times slower."""
-    if x.device.type != "cpu":
-        return forward(x)
-    with torch.autocast("cpu", enabled=False):
-        return forward(x.float()).to(x.dtype)
+def _in_fp32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # With the 8 bits of bf16, about a hundred patches would share each logit.
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.float())
+
+
+def _in_fp32_on_cpu(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # On a CPU, the bf16 gradient of a depthwise convolution is up to ten times slower.
+    return _in_fp32(forward, x).to(x.dtype) if x.device.type == "cpu" else forward(x)

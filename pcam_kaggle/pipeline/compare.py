@@ -53,6 +53,7 @@ def compare_runs(
                 key = run.folds_sha256
                 groups[key] = groups.get(key) or resampled_groups(run.scheme, run.oof, workspace.folds, slides)
                 run.metrics = score(run.oof, Clusters.of(run.oof["id"], *groups[key]))
+                run.costs = _costs(Run(root / run.name), run.metrics.folds) if run.config else {}
     reference = find_reference(compared, baseline)
     return compare(compared, reference, family_of(baseline), *groups[reference.folds_sha256])
 
@@ -82,9 +83,12 @@ def _read_experiment(run: Run, compared: ComparedRun) -> None:
     if not predicted:
         compared.problem = "unfinished: no fold is predicted"
         return
-    metrics = [run.fold(number).metrics() for number in predicted]
     compared.oof = run.predictions(predicted).oof
-    compared.costs = {
+
+
+def _costs(run: Run, folds: list[int]) -> dict[str, float | None]:
+    metrics = [run.fold(number).metrics() for number in folds]
+    return {
         "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
         "parameters": metrics[0].parameters,
         "images_per_second": float(np.median([fold.images_per_second for fold in metrics])),

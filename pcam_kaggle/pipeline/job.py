@@ -10,7 +10,7 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
-from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -59,7 +59,7 @@ class Job:
         for name in selection.runs:
             check_name(name)
         if selection.slides and not selection.slides.is_file():
-            raise UserError(f"--slides {selection.slides}: no such file")
+            raise UserError(f"--slides {selection.slides}: no such file{unpack(selection.slides)}")
         # The folds of runs that are given are theirs, not this config's.
         unknown = [fold for fold in selection.folds or () if not (selection.runs or 0 <= fold < self.config.n_splits)]
         if unknown:
@@ -86,9 +86,14 @@ class Job:
         """The runs to train."""
         return [Run(self.workspace.run(spec.name)) for spec in self.plan.runs]
 
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the packed patches."""
+        return self.workspace.store_of(self.config.subset)
+
     def store(self) -> PatchStore:
         """Return the packed patches."""
-        return PatchStore(self.workspace.store)
+        return PatchStore(self.store_folder)
 
     def labels(self) -> pd.DataFrame:
         """Return the labels of the packed train patches, columns id and label."""

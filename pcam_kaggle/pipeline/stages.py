@@ -38,9 +38,10 @@ def _once(stage: Stage) -> Stage:
 @_once
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
-    made, new = prepare(job.data, job.workspace.store, job.selection.ids, job.selection.skip_damaged)
-    skipped = f", {made.skipped} skipped, see {job.workspace.store / 'skipped.csv'}" if made.skipped else ""
-    _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {job.workspace.store}{skipped}", new)
+    folder, selection = job.store_folder, job.selection
+    made, new = prepare(job.data, folder, selection.ids, selection.skip_damaged, job.config.subset)
+    skipped = f", {made.skipped} skipped, see {folder / 'skipped.csv'}" if made.skipped else ""
+    _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}{skipped}", new)
     if made.in_both:
         log.warning("ids in both train and test: %s (%s)", f"{len(made.in_both):,}", examples(made.in_both))
     return new

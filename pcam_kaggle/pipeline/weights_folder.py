@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import read_json
-from pcam_kaggle.core.paths import attached_folder
+from pcam_kaggle.core.paths import attached_folder, user_path
 
 # Arguments that this package passes itself, or that a config has a field for.
 OWN_ARGUMENTS = ("num_classes", "in_chans", "drop_rate", "img_size")
@@ -57,4 +57,4 @@ def _folder(weights: str) -> Path | None:
     """Return the folder that `weights` names, perhaps a dataset or model attached to a kernel; None if it is no folder."""
     if weights in ("", "wheel", "pretrained"):
         return None
-    return Path(weights) if Path(weights).is_dir() else attached_folder(weights)
+    return user_path(weights) if user_path(weights).is_dir() else attached_folder(weights)

@@ -132,7 +132,8 @@ def _mistakes(base: ComparedRun, oof: pd.DataFrame, workspace: Workspace) -> Sec
     try:
         if not base.config:
             raise UserError(f"{base.name} is a blend, which has no model of its own")
-        section.mistakes = explained_mistakes(oof, base.config, Run(workspace.run(base.name)), PatchStore(workspace.store))
+        store = PatchStore(workspace.store_of(base.config["subset"]))
+        section.mistakes = explained_mistakes(oof, base.config, Run(workspace.run(base.name)), store)
     except (UserError, OSError, RuntimeError) as error:
         # An old checkpoint, or a model without feature maps, must not prevent the rest of the report.
         section.text = _left_out(error)

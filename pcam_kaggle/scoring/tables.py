@@ -74,7 +74,7 @@ def caption(comparison: Comparison) -> str:
     test = "DeLong's covariance" if groups is None else f"a bootstrap over {unit}s"
     folds, reference = ", ".join(map(str, comparison.folds)), comparison.reference.name
     text = (
-        f"Folds {folds}. Differences to {reference}, with 95 % intervals and p (unit: {unit}), are from {test}; "
+        f"Folds: {folds}. Differences to {reference}, with 95 % intervals and p (unit: {unit}), are from {test}; "
         f"{FAMILIES[comparison.family]}."
     )
     missing = 0 if groups is None else int((~comparison.reference.scored()[0]["id"].isin(groups["id"])).sum())
@@ -179,8 +179,8 @@ def display_table(comparison: Comparison) -> pd.DataFrame:
     shown = pd.DataFrame({"run": rows["run"]})
     for column in [column for column in rows if column.startswith("fold_")]:
         shown[column.replace("_", " ")] = _formatted(rows[column], ".4f")
-    deviation = _formatted(rows["mean"], ".4f") + " ± " + _formatted(rows["sd"], ".4f")
-    shown["mean ± SD"] = deviation.where(rows["mean"].notna(), "")
+    deviation = " ± " + _formatted(rows["sd"], ".4f")
+    shown["mean ± SD"] = _formatted(rows["mean"], ".4f") + deviation.where(rows["sd"].notna(), "")
     shown["pooled"] = ["" if run.problem else run.scored()[1].pooled.text() for run in ordered]
     shown["ranked"] = _formatted(rows["ranked"], ".4f")
     shown["interval unit"] = rows["interval_unit"].fillna("")

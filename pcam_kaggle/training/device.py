@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.process import tune_malloc
+from pcam_kaggle.core.process import tune_malloc, usable_cpus
 from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Runs of earlier versions may have recorded the second.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+# Parts of messages; torch has an exception class for the memory of NVIDIA's GPUs only.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,23 @@ def find_backend(run: Run, config: Config) -> Backend:
 
 
 def configure_torch() -> None:
-    """Let malloc keep freed memory; where a GPU computes, use one thread and let cuDNN time its algorithms."""
+    """Let malloc keep freed memory, use no more threads than CPUs; for a GPU one, and let cuDNN time its algorithms."""
     tune_malloc()
+    if torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
     if find_device() == "cuda":
         # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes.
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
+
+
+class DeviceMemoryError(UserError):
+    """The device's memory does not suffice."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether `error` is for lack of memory, on a device of any kind."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
@@ -106,10 +119,9 @@ def memory_errors(setting: str) -> Iterator[None]:
     """Raise UserError if the block does not fit into the device's memory with `setting`, or a loader process was killed."""
     try:
         yield
-    except RuntimeError as error:
-        # torch has an exception class for a GPU's memory only.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{setting}: too large for the device's memory; use a smaller one") from None
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(f"{setting}: too large for the device's memory; use a smaller one") from None
         if "DataLoader worker (pid" in str(error):
             raise UserError("a loader process was killed, perhaps for lack of memory; run the same command again") from None
         raise

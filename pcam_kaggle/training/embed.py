@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -36,8 +36,8 @@ CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
-# For train and test, the features of the patches: float16 (n, features), memory-mapped, in the order of `store.ids`.
-Features = dict[str, NDArray[np.float16]]
+# For train and test, the features of the patches: float32 (n, features), memory-mapped, in the order of `store.ids`.
+Features = dict[str, NDArray[np.float32]]
 
 
 class Chunk(NamedTuple):
@@ -88,7 +88,8 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
 
 
 def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: Budget, assigned: list[Chunk]) -> None:
-    model = backend.place(factory.create(config)).eval()
+    with device.memory_errors(f"model={config.model}"):
+        model = backend.place(factory.create(config)).eval()
     for split, chunks in itertools.groupby(assigned, key=lambda chunk: chunk.split):
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
@@ -98,10 +99,9 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
             if budget.left() <= 0:
                 return
             features = mean_features(model, store, rows[chunk.start : chunk.stop], config, backend)
-            # False if one is not a number, too.
-            if not (np.abs(features) <= np.finfo(np.float16).max).all():
-                raise UserError(f"{config.model}: a feature is no 16-bit number; use precision=fp32, another pool or model")
-            write(chunk.file, partial(np.save, arr=features.astype(np.float16)))
+            if not np.isfinite(features).all():
+                raise UserError(f"{config.model}: a feature is not finite; use precision=fp32, another pool or model")
+            write(chunk.file, partial(np.save, arr=features))
 
 
 def mean_features(
@@ -109,13 +109,16 @@ def mean_features(
 ) -> NDArray[np.float32]:
     """Return the features (n, features) of the patches in `rows` (n,) under `model`, a `Backbone`, means over views."""
     assert isinstance(model, backbone.Backbone)
-    parts = []
+
+    def embed_parts(parts: list[engine.Rows]) -> list[Tensor]:
+        views = (engine.net_views(patches, part, config, backend, config.tta) for part in parts)
+        return [torch.stack([model.features(view).float() for view in each]).mean(0).cpu() for each in views]
+
+    features = []
     with torch.inference_mode(), backend.autocast():
         for start in range(0, len(rows), engine.PREDICT_BATCH):
-            images = engine.net_input(patches.images(rows[start : start + engine.PREDICT_BATCH]), config, backend)
-            views = tta.views(images, config.tta, config.tta_shift)
-            parts.append(torch.stack([model.features(view).float() for view in views]).mean(0).cpu())
-    return torch.cat(parts).numpy()
+            features += engine.in_parts(embed_parts, rows[start : start + engine.PREDICT_BATCH], config)
+    return torch.cat(features).numpy()
 
 
 def _key(config: Config, store: PatchStore, backend: Backend) -> str:

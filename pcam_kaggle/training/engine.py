@@ -1,7 +1,11 @@
 """The loops over batches: a train epoch, a prediction pass and the adaptation of batch norms."""
 
+import itertools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +19,21 @@ from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.models.folded import fold_norms
 from pcam_kaggle.training import tta
 from pcam_kaggle.training.augment import center_crop
-from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.device import Backend, is_out_of_memory, memory_errors
 from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.schedule import ema_weight, learning_rate
 
+log = logging.getLogger(__name__)
+
 LOSSES_SHOWN, LOSSES_READ_TOGETHER = 5, 25
-# Patches that are predicted together, and those that the statistics of batch norms are estimated from, at most.
-PREDICT_BATCH, NORM_PATCHES = 256, 8192
+# Patches that are predicted together where memory suffices; by config the fewer ones that fit where it does not.
+PREDICT_BATCH = 256
+_fitting: dict[Config, int] = {}
+# Patches that the statistics of batch norms are estimated from, and those that are normalised together, at most.
+NORM_PATCHES, NORM_BATCH = 8192, 256
+
+Rows = NDArray[np.int64]
+Computed = TypeVar("Computed")
 
 
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
@@ -51,36 +63,126 @@ def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
         )
 
 
-def adapt_norms(net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend) -> None:
+def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Config) -> Computed:
+    """Return `compute` of `rows` (n,) in parts that fit into memory: of PREDICT_BATCH, halved as long as they do not.
+
+    Raises UserError if a single patch does not fit.
+    """
+    first = _fitting.get(config, PREDICT_BATCH)
+    with memory_errors(f"model={config.model}"):
+        while True:
+            size = min(_fitting.get(config, PREDICT_BATCH), len(rows))
+            try:
+                computed = compute(np.array_split(rows, math.ceil(len(rows) / size)))
+                break
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    # Whoever frees memory may try again.
+                    _fitting.pop(config, None)
+                    raise
+                _fitting[config] = size // 2
+            # Here the error no longer refers to tensors.
+            torch.cuda.empty_cache()
+    if size < min(first, len(rows)):
+        log.warning("model=%s: predicts %d patches at a time, because more do not fit into memory", config.model, size)
+    return computed
+
+
+class _ReachedError(Exception):
+    """A part of a batch has reached a batch norm before the other parts."""
+
+
+def adapt_norms(net: nn.Module, patches: Patches, rows: Rows, config: Config, backend: Backend) -> None:
     """Replace the statistics of the batch norms of `net`, if any, by those of the patches to predict (Schneider et al. 2020).
 
-    They are means over batches drawn from the patches in `rows` (n,) with a fixed seed; the order of `rows` does not matter.
+    They are means over batches of NORM_BATCH patches, drawn from those in `rows` (n,) with a fixed seed and normalised by their
+    own statistics. Neither the order of `rows` nor the patches that are predicted together matter.
     """
     net.eval()
-    norms = [module.train() for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
     drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]
+
+    def statistics(parts: list[Rows]) -> dict[nn.BatchNorm2d, Tensor]:
+        return _batch_statistics(lambda part: net(net_input(patches.images(part), config, backend)), norms, parts)
+
     with torch.inference_mode(), backend.autocast():
-        for count, batch in enumerate(np.array_split(drawn, math.ceil(len(drawn) / PREDICT_BATCH)), 1):
-            for norm in norms:
-                norm.momentum = 1 / count
-            net(net_input(patches.images(batch), config, backend))
+        batches = np.array_split(drawn, math.ceil(len(drawn) / NORM_BATCH))
+        found = [in_parts(statistics, batch, config) for batch in batches]
+        for norm in found[0]:
+            _set_statistics(norm, *torch.stack([each[norm] for each in found]).mean(0))
+    net.eval()
+
+
+def _batch_statistics(
+    forward: Callable[[Rows], object], norms: list[nn.BatchNorm2d], parts: list[Rows]
+) -> dict[nn.BatchNorm2d, Tensor]:
+    """Return mean and unbiased variance, (2, features), for each of `norms`, of a batch that is normalised by its own.
+
+    A pass over a part ends at the first norm that other parts have yet to reach. The last one to reach it passes it with the
+    statistics of all, so a batch in one part takes one pass, and in several parts about as many passes as norms for each.
+    """
+    found: dict[nn.BatchNorm2d, Tensor] = {}
+    moments: list[tuple[int, Tensor]] = []
+    for norm in norms:
+        norm.train().momentum = 1.0
+
+    def reach(norm: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        if norm in found:
+            return output
+        statistics = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
+        moments.append((inputs[0].numel() // norm.num_features, statistics))
+        if len(moments) < len(parts):
+            raise _ReachedError
+        if len(parts) > 1:
+            n = statistics.new_tensor([count for count, _ in moments])[:, None]
+            means, variances = torch.stack([each for _, each in moments], 1)
+            mean = (n * means).sum(0) / n.sum()
+            squares = ((n - 1) * variances + n * (means - mean) ** 2).sum(0)
+            statistics = torch.stack([mean, squares / (n.sum() - 1)])
+            _set_statistics(norm, mean, squares / n.sum())
+            output = norm.eval().forward(inputs[0])
+        moments.clear()
+        found[norm] = statistics
+        return output
+
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_hook(reach))
+        for part in itertools.cycle(parts):
+            with suppress(_ReachedError):
+                forward(part)
+                break
+    return found
+
+
+def _set_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    norm.get_buffer("running_mean").copy_(mean)
+    norm.get_buffer("running_var").copy_(variance)
 
 
 def predict_logits(
-    net: nn.Module, patches: Patches, rows: NDArray[np.int64], config: Config, backend: Backend, n_views: int, description: str
+    net: nn.Module, patches: Patches, rows: Rows, config: Config, backend: Backend, n_views: int, description: str
 ) -> Tensor:
     """Return logits of `n_views` (1, 4 or 8) views of `rows` (n,), float32 (n_views, n) on the CPU; `net` is in eval mode."""
     net = fold_norms(net)
+
+    def predict(parts: list[Rows]) -> list[Tensor]:
+        views = (net_views(patches, part, config, backend, n_views) for part in parts)
+        return [torch.stack([net(view).float() for view in each]) for each in views]
+
     logits = []
     with torch.inference_mode(), backend.autocast():
         for start in progress(range(0, len(rows), PREDICT_BATCH), description):
-            images = net_input(patches.images(rows[start : start + PREDICT_BATCH]), config, backend)
-            views = tta.views(images, n_views, config.tta_shift)
-            logits.append(torch.stack([net(view).float() for view in views]))
+            logits += in_parts(predict, rows[start : start + PREDICT_BATCH], config)
         # At the end, since it waits for the GPU, which computes a batch while the next one is read.
         return torch.cat(logits, dim=1).cpu()
+
+
+def net_views(patches: Patches, rows: Rows, config: Config, backend: Backend, n_views: int) -> list[Tensor]:
+    """Return `n_views` views of the patches in `rows` (n,), each as `net_input` returns it."""
+    return tta.views(net_input(patches.images(rows), config, backend), n_views, config.tta_shift)
 
 
 def net_input(patches: NDArray[np.uint8], config: Config, backend: Backend) -> Tensor:

@@ -18,7 +18,7 @@ from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.device import Backend, memory_errors
 from pcam_kaggle.training.distributed import average_gradients
 from pcam_kaggle.training.optim import create_optimizer, load_optimizer
 from pcam_kaggle.training.schedule import MovingAverage
@@ -139,7 +139,8 @@ def load_best(fold: Fold, config: Config, backend: Backend) -> nn.Module:
     net = create(config, weights=is_frozen)
     with reading(fold.best_checkpoint, checkpoint.ANEW):
         _load(net, content["net"])
-    return backend.place(net).eval()
+    with memory_errors(f"model={config.model}"):
+        return backend.place(net).eval()
 
 
 def _load(net: nn.Module, state: dict[str, Tensor]) -> None:

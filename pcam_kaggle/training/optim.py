@@ -35,7 +35,9 @@ def create_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return the optimizer of `config`, which a CUDA graph may capture; its groups have `lr` (a tensor) and `lr_scale`."""
     groups, device = parameter_groups(net, config.layer_decay), next(net.parameters()).device
     if config.optimizer == "muon":
-        groups = [part for group in groups for part in _split_matrices(group)]
+        # Tables of positions, biases and tokens have other names, or do not decay.
+        weights = {id(p) for name, p in net.named_parameters() if "weight" in name.rpartition(".")[2]}
+        groups = [part for group in groups for part in _split_matrices(group, weights)]
     for group in groups:
         group["lr"] = torch.tensor(config.lr * group["lr_scale"], device=device)
     if config.optimizer == "muon":
@@ -76,15 +78,17 @@ def parameter_groups(net: nn.Module, layer_decay: float = 1.0) -> Groups:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Return whether Muon updates `parameter`, not Adam: no vector, position, depthwise filter or very narrow matrix."""
+    """Return whether Muon can update `parameter`: no vector, position, depthwise filter or very narrow matrix."""
     if parameter.ndim < 2 or 1 in parameter.shape[:2]:
         return False
     short, long = sorted(_sides(parameter))
     return short >= LEAST_ROWS and long <= MOST_ELONGATED * short
 
 
-def _split_matrices(group: dict[str, Any]) -> Groups:
-    split = {muon: [p for p in group["params"] if is_matrix(p) == muon] for muon in (True, False)}
+def _split_matrices(group: dict[str, Any], weights: set[int]) -> Groups:
+    split: dict[bool, list[Tensor]] = {True: [], False: []}
+    for p in group["params"]:
+        split[group["weight_decay"] > 0 and id(p) in weights and is_matrix(p)].append(p)
     return [{**group, "params": params, "is_muon": muon} for muon, params in split.items() if params]
 
 
@@ -143,10 +147,10 @@ class Muon(torch.optim.Optimizer):
         self._steps.add_(keep)
         self._mean.lerp_(gradients, (1 - first) * keep)
         self._square.lerp_(gradients.square(), (1 - second) * keep)
-        # Before the first step that is kept, both are zero.
-        corrections = [(1 - beta**self._steps).clamp(min=EPS) for beta in BETAS]
-        root = (self._square / corrections[1]).sqrt_().add_(EPS)
-        directions = self._mean.lerp(gradients, 1 - first).div_(root).div_(corrections[0])
+        # Zero before the first step that is kept.
+        root = (self._square / (1 - second**self._steps).clamp(min=EPS)).sqrt_().add_(EPS)
+        # Nesterov momentum has the weights of the next step's mean, with this gradient in the place of the next.
+        directions = self._mean.lerp(gradients, 1 - first).div_(root).div_(1 - first ** (self._steps + 1))
         return list(torch._foreach_mul(_split(directions, self._others), steps))
 
 

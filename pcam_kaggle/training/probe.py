@@ -59,16 +59,17 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
     ids = pd.Index(task.store.ids("train"))
     x, labels = features["train"][ids.get_indexer(train["id"])], train["label"].to_numpy()
     penalty = choose_penalty(x, labels, train["fold"].to_numpy())
-    weight, bias = fit(x, labels, [penalty])[0]
+    # Rounded as in the checkpoint.
+    weight, bias = (np.float32(part) for part in fit(x, labels, [penalty])[0])
 
-    def logits(x: NDArray[np.float16]) -> NDArray[np.float64]:
+    def logits(x: NDArray[np.float32]) -> NDArray[np.float64]:
         return x.astype(np.float64) @ weight + bias
 
     valid_logits = logits(features["train"][ids.get_indexer(valid["id"])])
     valid_auc = auc(valid["label"].to_numpy(), valid_logits)
     # The classifier, the only part that is not frozen, has a matrix and a vector.
     state = {
-        name: torch.tensor(weight if tensor.ndim > 1 else bias).float().reshape(tensor.shape)
+        name: torch.tensor(weight if tensor.ndim > 1 else bias).reshape(tensor.shape)
         for name, tensor in trained_state(net).items()
     }
     checkpoint.save(fold.best_checkpoint, {"net": state, "epoch": 0, "valid_auc": valid_auc})
@@ -91,7 +92,7 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
     log.info("fold %d: penalty %.2g, valid AUC %.4f", number, penalty, valid_auc)
 
 
-def choose_penalty(features: NDArray[np.float16], labels: NDArray[np.int64], folds: NDArray[np.int64]) -> float:
+def choose_penalty(features: NDArray[np.float32], labels: NDArray[np.int64], folds: NDArray[np.int64]) -> float:
     """Return the penalty with the highest mean AUC over `folds` (n,), each predicted by a fit on the others' patches."""
     rng = np.random.default_rng(0)
     areas = []
@@ -104,7 +105,7 @@ def choose_penalty(features: NDArray[np.float16], labels: NDArray[np.int64], fol
 
 
 def fit(
-    features: NDArray[np.float16], labels: NDArray[np.int64], penalties: Iterable[float]
+    features: NDArray[np.float32], labels: NDArray[np.int64], penalties: Iterable[float]
 ) -> list[tuple[NDArray[np.float64], float]]:
     """Fit a logistic regression of `labels` (n,), 0 or 1, on standardised `features` (n, features).
 

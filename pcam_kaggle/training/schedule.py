@@ -10,15 +10,16 @@ from pcam_kaggle.models.backbone import trained_state
 
 # The weight of the newest weights after t steps is at least EMA_START / (EMA_START + t), to forget the initial ones.
 EMA_START = 9
-# The learning rate at the end, relative to the peak.
+# The rise takes so many epochs, at most half of them; the learning rate at the end is relative to the peak.
 WARMUP_EPOCHS, FINAL_LR = 1.0, 0.01
 
 
 def learning_rate(config: Config, progress: float) -> float:
     """Return the learning rate after `progress` epochs: a linear rise, then half a cosine (Loshchilov & Hutter 2017)."""
-    if progress < WARMUP_EPOCHS:
-        return config.lr * progress / WARMUP_EPOCHS
-    part = min(1.0, (progress - WARMUP_EPOCHS) / max(1e-9, config.epochs - WARMUP_EPOCHS))
+    warmup = min(WARMUP_EPOCHS, config.epochs / 2)
+    if progress < warmup:
+        return config.lr * progress / warmup
+    part = min(1.0, (progress - warmup) / (config.epochs - warmup))
     return config.lr * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * part)) / 2)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -24,7 +25,7 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, configure_torch, memory_errors
+from pcam_kaggle.training.device import Backend, DeviceMemoryError, configure_torch, device_name, memory_errors
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, rank, world_size
 from pcam_kaggle.training.engine import predict_logits, train_epoch
 from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
@@ -65,7 +66,7 @@ def _open(task: Task, folds: list[int]) -> Backend:
 
 def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, segments: list[Segment]) -> None:
     """Train `segments` in order, while `budget` has time for another epoch and the predictions of these folds."""
-    forecast, is_logged = _forecast(task, segments), False
+    forecast, session = _forecast(task, backend, segments), list[EpochRow]()
     left = forecast.epochs_left
     for segment in segments:
         number, fold = segment.fold, task.run.fold(segment.fold)
@@ -84,23 +85,25 @@ def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, 
                 if row is None:
                     break
                 left[number] -= 1
-                forecast.epoch_seconds = max(forecast.epoch_seconds, row["seconds"])
-                forecast.valid_seconds = max(forecast.valid_seconds, row["valid_seconds"])
+                session.append(row)
+                forecast.epoch_seconds = max(each["seconds"] for each in session)
+                forecast.valid_seconds = max(each["valid_seconds"] for each in session)
                 log.info(
                     f"fold {number}, epoch {row['epoch']:>2} of {task.config.epochs}: loss {row['train_loss']:.4f}, "
                     f"valid AUC {row['valid_auc']:.4f}, {row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s"
                 )
-                if not is_logged and budget.left() < math.inf:
+                if len(session) == 1 and budget.left() < math.inf:
                     log.info("train: %s", forecast.summary(budget.left()))
-                is_logged = True
             if segment.until == task.config.epochs:
                 # Writes metrics.json.
                 next(rows, None)
 
 
-def _forecast(task: Task, segments: list[Segment]) -> Forecast:
+def _forecast(task: Task, backend: Backend, segments: list[Segment]) -> Forecast:
+    # A log does not tell which session's device an epoch was trained on.
+    is_one_device = {entry.device for entry in task.run.environments()} <= {device_name(backend.kind)}
     logs = pd.concat([task.run.fold(segment.fold).log() for segment in segments])
-    seconds, valid_seconds = logs[["seconds", "valid_seconds"]].max().fillna(0.0)
+    seconds, valid_seconds = logs[["seconds", "valid_seconds"]].max().fillna(0.0) * is_one_device
     passes = task.config.tta + (task.config.norm == "test")
     validations = passes * (1 + len(task.store.ids("test")) * task.config.n_splits / len(task.store.ids("train")))
     epochs_left = {segment.fold: segment.until - segment.start for segment in segments}
@@ -176,7 +179,7 @@ def _finish_epoch(
 ) -> EpochRow:
     config, train, epoch = task.config, data.train, len(rows) + 1
     start = time.perf_counter()
-    logits = predict_logits(learner.ema, task.store, data.valid_rows, config, learner.backend, 1, "validate")[0]
+    logits = _validation_logits(task, data, learner)
     if not logits.isfinite().all():
         raise UserError(f"fold {train.fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
     valid_auc, valid_seconds = auc(data.valid_labels, logits.double().numpy()), time.perf_counter() - start
@@ -191,6 +194,19 @@ def _finish_epoch(
     )
     learner.save(task.run.fold(train.fold), [*rows, row])
     return row
+
+
+def _validation_logits(task: Task, data: FoldData, learner: Learner) -> Tensor:
+    predict = partial(predict_logits, learner.ema, task.store, data.valid_rows, task.config, learner.backend, 1, "validate")
+    try:
+        return predict()[0]
+    except DeviceMemoryError:
+        if learner.replay is None:
+            raise
+    log.warning("fold %d: eager steps from now on, because validation needs the memory of the CUDA graph", data.train.fold)
+    learner.replay = None
+    torch.cuda.empty_cache()
+    return predict()[0]
 
 
 def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[EpochRow]) -> None:

@@ -1,0 +1,119 @@
+"""A lack of memory in prediction: fewer patches at a time give the same probabilities, and none at all is one error."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.models.factory import create
+from pcam_kaggle.training import engine
+from pcam_kaggle.training import train as training
+from pcam_kaggle.training.device import Backend
+from pcam_kaggle.training.embed import mean_features
+from pcam_kaggle.training.learner import Learner
+from pcam_kaggle.training.predict import predict_probabilities
+from pcam_kaggle.training.task import Task
+from pcam_kaggle.training.train import train_fold
+
+CPU = Backend("cpu", "fp32", "channels_last")
+ROWS = np.arange(60)
+PIXELS = np.random.default_rng(0).integers(np.arange(60).reshape(-1, 1, 1, 1), 256, (60, 96, 96, 3), np.uint8)
+LACKS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
+    MemoryError(),
+]
+Limit = Callable[..., None]
+
+
+class Patches:
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return PIXELS[rows]
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
+    """Return a function that leaves memory for so many patches at a time, and raises `error` if there are more."""
+    images = Backend.images
+    monkeypatch.setattr(engine, "_fitting", {})
+
+    def set_limit(most: int, error: Exception = LACKS[0]) -> None:
+        def limited(self: Backend, patches: Tensor) -> Tensor:
+            if len(patches) > most:
+                raise error
+            return images(self, patches)
+
+        monkeypatch.setattr(Backend, "images", limited)
+
+    return set_limit
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetry": "d4"}, {"model": "timm:resnet10t"}], ids=str)
+def test_fewer_patches_at_a_time_have_the_same_probabilities(
+    fields: dict[str, Any], limit: Limit, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    config = Config(**({"width": 16, "max_width": 32, "n_blocks": 2, **fields}), side=32, tta=1, norm="test")
+    monkeypatch.setattr(engine, "NORM_BATCH", 32)
+    net = create(config)
+    expected = predict_probabilities(net, Patches(), ROWS, config, CPU, "")
+    assert expected.std() > 1e-3
+    state = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
+    # The statistics are of two batches of 30 patches.
+    for most, size in ((15, 15), (4, 3)):
+        limit(most)
+        for _ in range(2):
+            found = predict_probabilities(net, Patches(), ROWS, config, CPU, "")
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+        for name, value in state.items():
+            torch.testing.assert_close(net.state_dict()[name], value, atol=1e-5, rtol=1e-3)
+        (warning,) = (line for line in package_log.messages if "at a time" in line)
+        assert f"predicts {size} patches" in warning
+        package_log.clear()
+
+
+@pytest.mark.parametrize("error", LACKS, ids=repr)
+def test_memory_for_no_patch_is_one_error_that_names_the_model(error: Exception, limit: Limit, tiny: Config) -> None:
+    probed = Config(model="timm:resnet10t", side=64)
+    limit(0, error)
+    with pytest.raises(UserError, match=r"^model=cnn: too large for the device's memory; use a smaller one$"):
+        predict_probabilities(create(tiny), Patches(), ROWS, tiny, CPU, "")
+    with pytest.raises(UserError, match=r"^model=timm:resnet10t: too large for the device's memory"):
+        mean_features(create(probed).eval(), Patches(), ROWS, probed, CPU)
+
+
+def test_another_error_is_raised_as_it_is(limit: Limit, tiny: Config) -> None:
+    limit(0, RuntimeError("a shape is wrong"))
+    with pytest.raises(RuntimeError, match=r"^a shape is wrong$"):
+        predict_probabilities(create(tiny), Patches(), ROWS, tiny, CPU, "")
+
+
+def test_validation_drops_the_graph_before_it_fails(
+    task: Task, limit: Limit, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    learners: list[Learner] = []
+    # A stand-in for a graph, which leaves no memory for a patch of validation.
+    monkeypatch.setattr(training, "fastest_step", lambda learner: learners.append(learner) or learner.compute)
+    images = Backend.images
+
+    def limited(self: Backend, patches: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled() and learners[0].replay:
+            raise LACKS[0]
+        return images(self, patches)
+
+    monkeypatch.setattr(Backend, "images", limited)
+    assert len([*train_fold(task, 0, CPU)]) == task.config.epochs
+    assert [line for line in package_log.messages if "CUDA graph" in line] == [
+        "fold 0: eager steps from now on, because validation needs the memory of the CUDA graph"
+    ]
+    limit(0)
+    with pytest.raises(UserError, match=r"^model=cnn: too large"):
+        training._validation_logits(task, training.FoldData(task, 0), learners[0])
