@@ -17,8 +17,11 @@ from typing import Any
 import psutil
 import torch
 
+from pcam_kaggle.core.process import usable_cpus
+
 log = logging.getLogger(__name__)
 
+# Read by OpenMP when torch is imported, and set by --threads.
 FIXED = "OMP_NUM_THREADS"
 # Seconds between two readings, and the fraction of a core that the small programs of any machine take together.
 INTERVAL, NOISE = 1.0, 0.15
@@ -60,9 +63,10 @@ class FreeCores:
         self._others, self._clock, self._set_threads = others, clock, set_threads
         self._time, self._seconds = clock(), others()
         self._wanted = [most] * READINGS
+        set_threads(most)
 
     def follow(self) -> None:
-        """Read the load, if the last reading is old enough, and change the number of threads if the change has lasted."""
+        """Read the load, if the last reading is old enough, and change the number of threads if the load has lasted."""
         elapsed = self._clock() - self._time
         if elapsed < INTERVAL:
             return
@@ -73,19 +77,17 @@ class FreeCores:
             self.threads = self._wanted[0]
             self._set_threads(self.threads)
             log.info(
-                f"threads: {self.threads} of {self.most}, since other programs are busy on {busy:.1f} cores; from here on, results "
-                f"are not bit-identical to those of {self.most} threads (--threads fixes the number)"
+                f"threads: {self.threads} of {self.most}, since other programs are busy on {busy:.1f} cores; from here on, "
+                "results are not bit-identical to those of another number (--threads fixes it)"
             )
 
 
 @cache
-def _free_cores() -> FreeCores | None:
-    if FIXED in os.environ or torch.cuda.is_available():
-        return None
-    return FreeCores(torch.get_num_threads())
+def _free_cores() -> FreeCores:
+    return FreeCores(min(torch.get_num_threads(), usable_cpus()))
 
 
 def follow_free_cores() -> None:
-    """Let the number of threads follow the free cores, unless it is fixed or a GPU computes; call it before each batch."""
-    if cores := _free_cores():
-        cores.follow()
+    """Let the number of threads follow the free cores; call it before each batch. It stays if it is fixed, or for a GPU."""
+    if FIXED not in os.environ and not torch.cuda.is_available():
+        _free_cores().follow()
