@@ -132,10 +132,22 @@ def on_folds(made: RunPredictions, *folds: int) -> RunPredictions:
         ({"a": [0], "b": [0, 2]}, ["a", "b"], [0], []),
         ({"a": [0, 1, 2], "b": [0, 2]}, ["a", "b"], [0, 2], []),
         ({"a": [0], "b": [0, 2], "c": [2, 0]}, [], [0], []),
-        ({"a": [1], "b": [0, 2], "c": [2, 0]}, [], [0, 2], ["a: unfinished: folds 0, 2 lack predictions"]),
-        ({"a": [0, 1, 2], "b": [0]}, [], [0, 1, 2], ["b: unfinished: folds 1, 2 lack predictions"]),
+        (
+            {"a": [1], "b": [0, 2], "c": [2, 0]},
+            [],
+            [0, 2],
+            ["a: unfinished: folds 0, 2 lack predictions (--folds chooses others)"],
+        ),
+        ({"a": [0, 1, 2], "b": [0]}, [], [0, 1, 2], ["b: unfinished: folds 1, 2 lack predictions (--folds chooses others)"]),
+        ({"a": [0], "b": [0], "c": [1]}, [], [0], ["c: unfinished: folds 0 lack predictions (--folds chooses others)"]),
         ({"a": [0, 1, 2], "b": [0, 1]}, ["--folds", "0"], [0], []),
-        ({"a": [0, 1, 2], "b": [1]}, ["--folds", "0"], [0], ["b: unfinished: folds 0 lack predictions"]),
+        ({"a": [0, 1, 2], "b": [0, 1]}, ["--folds", "0", "--baseline", "b"], [0], []),
+        (
+            {"a": [0, 1, 2], "b": [1]},
+            ["--folds", "0"],
+            [0],
+            ["b: unfinished: folds 0 lack predictions (--folds chooses others)"],
+        ),
     ],
 )
 def test_runs_with_some_folds_are_compared_on_those(
@@ -151,13 +163,42 @@ def test_runs_with_some_folds_are_compared_on_those(
         assert row["pooled"] == pytest.approx(roc_auc_score(LABELS[part], made["probability"][part]))
         assert [int(key[5:]) for key in row if re.fullmatch(r"fold_\d", key)] == expected
     assert f"Folds: {', '.join(map(str, expected))}." in compared(tmp_path, capsys, *arguments, form="text")
+    for key in ["", *(f"_{fold}" for fold in expected)]:
+        for row in [row for row in read["runs"] if row.get(f"difference{key}")]:
+            low, high = row[f"difference{key}_low"], row[f"difference{key}_high"]
+            assert (row[f"p{key}"] < 0.05) == (low * high > 0)
 
 
 def test_runs_without_a_common_fold_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, name in enumerate(RUNS):
         write_run(tmp_path, on_folds(noisy(name, 1.0, seed), seed))
-    assert main(["compare", *RUNS, "--work", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: no fold is predicted in all of these runs: a has 0, b has 1\n"
+    for command in ("compare", "report", "blend"):
+        assert main([command, *RUNS, "--work", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == "error: no fold is predicted in all of these runs: a has 0, b has 1\n"
+    assert main(["compare", "--folds", "0,7", "--work", str(tmp_path)]) == 2
+    assert "a: has folds 0 to 2, b: has folds 0 to 2" in capsys.readouterr().err
+
+
+def test_numbers_of_other_folds_are_not_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, (name, folds) in enumerate({"a": (0, 1), "b": (0, 1)}.items()):
+        write_run(tmp_path, on_folds(noisy(name, 4.0, seed), *folds))
+    # Better, and complete, but on folds of its own.
+    write_run(tmp_path, replace(noisy("c", 0.1, 3), folds_sha256="other"))
+    for arguments in ([], ["a", "b", "c"]):
+        read = json.loads(compared(tmp_path, capsys, *arguments))
+        assert (read["reference"], {row["run"]: row["fold_1"] is not None for row in read["runs"]}) == (
+            "a" if read["runs"][1]["run"] == "a" else "b",
+            {"a": True, "b": True, "c": True},
+        )
+        assert read["words"][0].startswith("With 95 % confidence, the best of ")
+
+
+def test_only_the_predictions_that_are_compared_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path, noisy(name, 1.0, seed)) for seed, name in enumerate(RUNS)]
+    expected = compared(tmp_path, capsys, "--folds", "0")
+    (runs[1].fold(2).folder / "oof.csv").write_text("id\n")
+    (runs[0].fold(0).folder / "test.csv").unlink()
+    assert compared(tmp_path, capsys, "--folds", "0") == expected
 
 
 def test_named_runs_are_blended_on_their_common_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,12 +238,12 @@ def test_every_format_holds_the_same_numbers_and_names_the_unit(
         assert "n_splits" not in table
         for form in ("text", "md"):
             printed = compared(tmp_path, capsys, *arguments, form=form)
-            assert f"95 % intervals and p (unit: {unit}), are from" in printed
+            assert f"95 % intervals (unit: {unit}) are from" in printed
             assert all(f"{value:.4f}" in printed for value in pooled)
     assert json.loads(compared(tmp_path, capsys))["runs"][0]["note"] == "the highest AUC"
     write_report(comparison(tmp_path)[1], Workspace(tmp_path, tmp_path / "store"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"95 % intervals and p (unit: {unit}), are from" in page
+    assert f"95 % intervals (unit: {unit}) are from" in page
     assert (f"AUC of a by {unit}" in page) == (unit != "patch")
 
 
@@ -226,7 +267,10 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     "garbled": (lambda run: run.config_file.write_text("{"), "config.json: Invalid JSON"),
     "null": (lambda run: edit(run, "fold_0/metrics.json", seconds=None), "fold_0/metrics.json: seconds: "),
     "unblended": (lambda run: (run.config_file.unlink(), (run.folder / "metrics.json").unlink()), "not blended"),
-    "partial": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", missing_folds=[3])), "folds 3 lack"),
+    "partial": (
+        lambda run: (run.config_file.unlink(), edit(run, "metrics.json", folds=[0, 1], missing_folds=[2])),
+        "folds 2 lack",
+    ),
     "old": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", scheme="")), "blended by an earlier version"),
     "truncated": (lambda run: (run.config_file.unlink(), (run.folder / "oof.csv").write_text("id\n")), "oof.csv: has changed"),
     "not-finite": (lambda run: edit_oof(run, "probability", np.inf), "oof.csv: holds a number that is not finite"),
@@ -320,7 +364,7 @@ def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFi
     write_csv(tmp_path / "map.csv", SLIDE_MAP[5:])
     assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
     printed = compared(tmp_path, capsys, "--slides", str(tmp_path / "map.csv"), form="text")
-    assert "(unit: slide), are from" in printed
+    assert "(unit: slide) are from" in printed
     assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
 
 

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def _run_stage(options: argparse.Namespace) -> None:
-    job, order = _job(options), [*STAGES]
+    # `train` has predicted, too.
+    job, order = _job(options), [name for name in STAGES if (options.command, name) != ("train", "predict")]
     run_stage(job, options.command)
     if options.command != order[-1]:
         following = order[order.index(options.command) + 1]

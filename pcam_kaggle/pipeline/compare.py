@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
-from pcam_kaggle.scoring.compare import ComparedRun, Comparison, choose_folds, compare, find_reference, restrict
+from pcam_kaggle.scoring.compare import ComparedRun, Comparison, choose_folds, compare, find_reference, lacks
 from pcam_kaggle.scoring.intervals import Clusters, family_of, unit_of
 from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import render_comparison, score_lines
@@ -44,13 +44,17 @@ def compare_runs(
     if unknown or not found:
         raise UserError(f"{root}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
     compared = [read_run(Run(root / name)) for name in found if not names or name in (*names, baseline)]
-    chosen = set(folds) if folds else choose_folds(compared, bool(names))
+    chosen: dict[str, Sequence[int]] = {}
     groups: dict[str, Groups] = {}
     for run in compared:
+        # The folds of another fold file are others, whatever their numbers.
+        key = run.folds_sha256
+        if key not in chosen:
+            chosen[key] = folds or choose_folds([each for each in compared if each.folds_sha256 == key], bool(names))
         with _problem_of(run):
-            restrict(run, chosen)
-            if run.oof is not None and not run.problem:
-                key = run.folds_sha256
+            run.problem = run.problem or lacks(run, chosen[key])
+            if not run.problem:
+                run.oof = _oof(Run(root / run.name), chosen[key])
                 groups[key] = groups.get(key) or resampled_groups(run.scheme, run.oof, workspace.folds, slides)
                 run.metrics = score(run.oof, Clusters.of(run.oof["id"], *groups[key]))
                 run.costs = _costs(Run(root / run.name), run.metrics.folds) if run.config else {}
@@ -79,20 +83,9 @@ def _problem_of(compared: ComparedRun) -> Iterator[None]:
 def _read_experiment(run: Run, compared: ComparedRun) -> None:
     made = run.made_from()
     compared.config, compared.scheme, compared.folds_sha256 = made.config, made.folds, made.folds_sha256
-    predicted, compared.n_splits = run.predicted_folds(), len(run.folds())
-    if not predicted:
+    compared.predicted, compared.n_splits = run.predicted_folds(), len(run.folds())
+    if not compared.predicted:
         compared.problem = "unfinished: no fold is predicted"
-        return
-    compared.oof = run.predictions(predicted).oof
-
-
-def _costs(run: Run, folds: list[int]) -> dict[str, float | None]:
-    metrics = [run.fold(number).metrics() for number in folds]
-    return {
-        "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
-        "parameters": metrics[0].parameters,
-        "images_per_second": float(np.median([fold.images_per_second for fold in metrics])),
-    }
 
 
 def _read_blend(run: Run, compared: ComparedRun) -> None:
@@ -103,8 +96,25 @@ def _read_blend(run: Run, compared: ComparedRun) -> None:
     if not metrics.scheme:
         compared.problem = "blended by an earlier version: run `python -m pcam_kaggle blend`"
         return
-    compared.oof, compared.scheme, compared.folds_sha256 = run.oof(), metrics.scheme, metrics.folds_sha256
-    compared.n_splits = compared.oof["fold"].nunique() + len(metrics.missing_folds)
+    compared.scheme, compared.folds_sha256 = metrics.scheme, metrics.folds_sha256
+    # Files of earlier versions lack the numbers, since no fold was missing.
+    compared.predicted = metrics.folds or [*range(len(metrics.fold_auc))]
+    compared.n_splits = len(compared.predicted) + len(metrics.missing_folds)
+
+
+def _oof(run: Run, folds: Sequence[int]) -> pd.DataFrame:
+    table = pd.concat([run.fold(fold).oof() for fold in folds]) if run.is_experiment else run.oof()
+    chosen = table.loc[table["fold"].isin(folds), ["id", "label", "fold", "probability"]]
+    return chosen.sort_values("id", ignore_index=True)
+
+
+def _costs(run: Run, folds: list[int]) -> dict[str, float | None]:
+    metrics = [run.fold(number).metrics() for number in folds]
+    return {
+        "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
+        "parameters": metrics[0].parameters,
+        "images_per_second": float(np.median([fold.images_per_second for fold in metrics])),
+    }
 
 
 def resampled_groups(scheme: str, oof: pd.DataFrame, folder: Path, slides: Path | None) -> Groups:

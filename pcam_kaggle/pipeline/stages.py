@@ -1,7 +1,7 @@
 """The stages: each one works on a job, and skips what is up to date. The whole pipeline runs all of them in order."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from pcam_kaggle.pipeline.job import Job, run_rehearsal
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import write_ledger, write_submission
 from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
+from pcam_kaggle.scoring.compare import common_folds
 from pcam_kaggle.scoring.intervals import Clusters
 from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import score_lines
@@ -71,9 +72,11 @@ def run_train(job: Job) -> bool:
     done = []
     for spec, run in zip(job.plan.runs, job.runs, strict=True):
         done.append(_train(job, spec))
-        if not all(run.fold(number).is_trained for number in job.folds):
+        trained = [number for number in job.folds if run.fold(number).is_trained]
+        if trained:
+            done.append(_predict(job, spec, trained))
+        if trained != job.folds:
             break
-        done.append(_predict(job, spec))
     return any(done)
 
 
@@ -91,13 +94,13 @@ def _train(job: Job, spec: RunSpec) -> bool:
 
 def run_predict(job: Job) -> bool:
     """Predict what is missing or out of date; return whether anything was done."""
-    done = [_predict(job, spec) for spec in job.plan.runs]
+    done = [_predict(job, spec, job.folds) for spec in job.plan.runs]
     return any(done)
 
 
-def _predict(job: Job, spec: RunSpec) -> bool:
+def _predict(job: Job, spec: RunSpec, numbers: list[int]) -> bool:
     task = _task(job, spec)
-    folds = [task.run.fold(number) for number in job.folds]
+    folds = [task.run.fold(number) for number in numbers]
     for fold in folds:
         if not fold.is_trained:
             raise UserError(f"{fold.folder}: training is not finished; run `python -m pcam_kaggle train` first")
@@ -106,14 +109,14 @@ def _predict(job: Job, spec: RunSpec) -> bool:
         from pcam_kaggle.training.predict import predict
 
         predict(task, todo)
-    return _report(f"predict: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
+    return _report(f"predict: folds {', '.join(map(str, numbers))} of {task.run.folder}", bool(todo))
 
 
 @_once
 def run_blend(job: Job) -> bool:
     """Blend the folds of the runs and print the OOF table; return whether anything was done."""
     named = [Run(job.workspace.run(name)) for name in job.selection.runs]
-    chosen = job.selection.folds or _common_folds(named)
+    chosen = job.selection.folds or common_folds({run.name: run.predicted_folds() for run in named}) or None
     members = [run.predictions(chosen) for run in named or job.runs]
     for run in job.runs if job.plan.is_blend and not named else ():
         # A run may have all folds where the blend lacks some, and is then complete by itself.
@@ -123,13 +126,6 @@ def run_blend(job: Job) -> bool:
     for line in score_lines(metrics):
         log.info("  %s", line)
     return _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
-
-
-def _common_folds(runs: Sequence[Run]) -> list[int] | None:
-    """Return the folds that all of `runs` have predicted, None for no run or if they have none in common."""
-    predicted = [set(run.predicted_folds()) for run in runs]
-    common = set.intersection(*predicted) if predicted else set()
-    return sorted(common) or None
 
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
@@ -178,7 +174,7 @@ def run_stage(job: Job, name: str) -> None:
 def run_all(job: Job) -> None:
     """Run every stage, in every process that torchrun has started.
 
-    Folds that the job's selection leaves to be trained end it after the predictions; those that the budget left unfinished are
+    Folds that the job's selection leaves to be trained end it before the blend; those that the budget left unfinished are
     missing from the blend and from the submission, whose name lists the others. Without a finished fold there is none.
     """
     _make_demo(job)
@@ -187,7 +183,6 @@ def run_all(job: Job) -> None:
     part = restrict_to_trained(job)
     if part is None:
         return
-    done.append(run_predict(part))
     store = part.store()
     missing = [n for n in range(job.config.n_splits) if not all(run.fold(n).is_predicted(store) for run in part.runs)]
     if missing and job.selection.folds is not None:

@@ -60,7 +60,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        heading=f"Run {reference.name}" if len(runs) == 1 else f"Runs compared with {reference.name}",
+        heading=f"Run {reference.name}" if len(runs) == 1 else f"{len(runs)} runs compared",
         about=f"{len(oof):,} patches, {oof['label'].mean():.1%} with tumour, in {oof['fold'].nunique()} folds",
         caption=caption(comparison),
         sentences=conclusions(comparison),

@@ -111,17 +111,23 @@ class Fold:
         paths = [self.folder / name for name in PREDICTIONS]
         return [path.name for path in paths if not path.exists() or file_sha256(path) != hashes.get(path.name)]
 
+    def oof(self) -> pd.DataFrame:
+        """Return the OOF predictions (id, label, fold, probability), sorted by id; or raise UserError."""
+        return check_oof(self.folder / "oof.csv", self._predicted("oof.csv").assign(fold=self.number))
+
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the OOF (id, label, fold, probability) and test predictions (id, probability), sorted by id; or UserError."""
+        """Return the OOF predictions and those of the test set (id, probability), sorted by id; or raise UserError."""
+        return self.oof(), self._predicted("test.csv").sort_values("id", ignore_index=True)
+
+    def _predicted(self, name: str) -> pd.DataFrame:
         folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
         if not self.has_predictions:
             raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")
         if best.exists() and file_sha256(best) != self.predictions_record().sources.best_sha256:
             raise UserError(f"{folder}: trained again since it was predicted; {advice}")
-        for name in self.changed_predictions():
+        if name in self.changed_predictions():
             raise UserError(f"{folder / name}: missing or changed since it was predicted; {advice}")
-        oof, test = (read_numbers(folder / name, columns) for name, columns in PREDICTIONS.items())
-        return check_oof(folder / "oof.csv", oof.assign(fold=self.number)), test.sort_values("id", ignore_index=True)
+        return read_numbers(folder / name, PREDICTIONS[name])
 
     def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore, images_per_second: float) -> None:
         """Write the predictions `oof` (id, label, probability) and `test` (id, probability) and their sources."""

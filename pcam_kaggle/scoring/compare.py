@@ -1,6 +1,7 @@
 """Paired comparison of runs: differences of AUC per fold and pooled, with simultaneous intervals and p-values."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.scoring.intervals import Clusters, joint_aucs, not_worse, pairs_to_test, simultaneous_differences
+from pcam_kaggle.scoring.intervals import Clusters, compare_aucs, joint_aucs
 from pcam_kaggle.scoring.results import Difference, Family, OofScore, Unit
 
 
@@ -16,9 +17,9 @@ from pcam_kaggle.scoring.results import Difference, Family, OofScore, Unit
 class ComparedRun:
     """One run of a comparison.
 
-    `problem` is the reason why it cannot be scored, or "". `oof` (id, label, fold, probability; sorted by id) has the folds of
-    the `n_splits` that it has predicted, and later those that are compared; `metrics` are their score. `config` has the fields
-    of its config, none for a blend; `costs` are the training time in `minutes`, `parameters`, and training `images_per_second`.
+    `problem` is the reason why it cannot be scored, or "". Of its `n_splits` folds it has `predicted` some; `oof` (id, label,
+    fold, probability; sorted by id) has those that are compared, and `metrics` are their score. `config` has the fields of its
+    config, none for a blend; `costs` are the training time in `minutes`, `parameters`, and training `images_per_second`.
     `unpaired_reason` is why it is not paired with the reference, or ""; `folds` and `pooled` are its differences to it.
     """
 
@@ -30,19 +31,11 @@ class ComparedRun:
     scheme: str = ""
     folds_sha256: str = ""
     n_splits: int = 0
+    predicted: list[int] = field(default_factory=list)
     oof: pd.DataFrame | None = None
     unpaired_reason: str = ""
     folds: list[Difference] = field(default_factory=list)
     pooled: Difference | None = None
-
-    def predicted(self) -> set[int]:
-        """Return the numbers of the folds in `oof`."""
-        return set() if self.oof is None else set(self.oof["fold"])
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all folds are predicted."""
-        return len(self.predicted()) == self.n_splits
 
     def scored(self) -> tuple[pd.DataFrame, OofScore]:
         """Return `oof` and `metrics` of a run without a problem."""
@@ -72,36 +65,43 @@ class Comparison:
         return self.reference.scored()[1].folds
 
 
-def choose_folds(runs: Sequence[ComparedRun], are_named: bool) -> set[int] | None:
-    """Return the folds to compare, None for all folds of each run: of runs that are named, the folds that all of them have.
+def choose_folds(runs: Sequence[ComparedRun], are_named: bool) -> list[int]:
+    """Return the folds on which to compare `runs`, of one fold file: of runs that are named, those that all of them have.
 
-    Of other runs it is all folds if any run has them, and else the folds that most runs have. Raises UserError if named runs
-    have no fold in common.
+    Of other runs it is all folds if any run has them. Else it is the fold that most runs have, and what these have in common
+    beside it. Raises UserError if named runs have no fold in common.
     """
-    found = [run for run in runs if not run.problem]
-    complete = [run.is_complete for run in found]
-    if not found or (all(complete) if are_named else any(complete)):
-        return None
-    if are_named:
-        common = set.intersection(*(run.predicted() for run in found))
-        if not common:
-            folds = [f"{run.name} has {', '.join(map(str, sorted(run.predicted())))}" for run in found]
-            raise UserError(f"no fold is predicted in all of these runs: {examples(folds)}", folds)
-        return common
-    counts = pd.Series([fold for run in found for fold in run.predicted()]).value_counts()
-    return set(counts.index[counts == counts.max()])
+    found = [run for run in runs if run.predicted]
+    if are_named or not found:
+        return common_folds({run.name: run.predicted for run in found})
+    if complete := [run for run in found if len(run.predicted) == run.n_splits]:
+        return complete[0].predicted
+    most_frequent = pd.Series([fold for run in found for fold in run.predicted]).mode()[0]
+    return common_folds({run.name: run.predicted for run in found if most_frequent in run.predicted})
 
 
-def restrict(run: ComparedRun, folds: set[int] | None) -> None:
-    """Leave the predictions of `folds`, None for all folds, in `run`; one that lacks some of them gets a problem."""
-    if lacking := sorted((set(range(run.n_splits)) if folds is None else folds) - run.predicted()):
-        run.problem = run.problem or f"unfinished: folds {', '.join(map(str, lacking))} lack predictions"
-    elif run.oof is not None and folds is not None:
-        run.oof = run.oof[run.oof["fold"].isin(folds)].reset_index(drop=True)
+def common_folds(predicted: Mapping[str, Sequence[int]]) -> list[int]:
+    """Return the folds that all runs have `predicted`, sorted; raises UserError if there are runs, but no such fold."""
+    common = set.intersection(*map(set, predicted.values())) if predicted else set()
+    if predicted and not common:
+        folds = [f"{name} has {', '.join(map(str, numbers))}" for name, numbers in predicted.items()]
+        raise UserError(f"no fold is predicted in all of these runs: {examples(folds)}", folds)
+    return sorted(common)
+
+
+def lacks(run: ComparedRun, folds: Sequence[int]) -> str:
+    """Return which of `folds` the run lacks, as its problem, or ""."""
+    if any(fold >= run.n_splits for fold in folds):
+        return f"has folds 0 to {run.n_splits - 1}"
+    lacking = [str(fold) for fold in folds if fold not in run.predicted]
+    return f"unfinished: folds {', '.join(lacking)} lack predictions (--folds chooses others)" if lacking else ""
 
 
 def find_reference(runs: Sequence[ComparedRun], name: str | None) -> ComparedRun:
-    """Return the run called `name`, or the one with the highest pooled AUC for None; raises UserError if it has no score."""
+    """Return the run called `name`, for None that of the highest pooled AUC on the folds that most runs were drawn on.
+
+    Raises UserError if it has no score.
+    """
     if name:
         named = next(run for run in runs if run.name == name)
         if named.problem:
@@ -111,7 +111,8 @@ def find_reference(runs: Sequence[ComparedRun], name: str | None) -> ComparedRun
     if not scored:
         problems = [f"{run.name}: {run.problem}" for run in runs]
         raise UserError(f"none of {len(problems)} runs can be scored: {examples(problems)}", problems)
-    return max(scored, key=_pooled_auc)
+    on_same_folds = Counter(run.folds_sha256 for run in scored)
+    return max(scored, key=lambda run: (on_same_folds[run.folds_sha256], _pooled_auc(run)))
 
 
 def compare(
@@ -129,15 +130,14 @@ def compare(
     scores = np.stack([run.scored()[0]["probability"].to_numpy() for run in paired])
     oof, _ = reference.scored()
     labels, folds = oof["label"].to_numpy(), oof["fold"].to_numpy()
-    clusters, pairs = Clusters.of(oof["id"], groups, unit), pairs_to_test(len(paired), family)
-    *per_fold, pooled = [
-        simultaneous_differences(joint_aucs(labels[part], scores[:, part], clusters.part(part)), pairs)
-        for part in (*(folds == number for number in np.unique(folds)), np.full(len(folds), True))
+    clusters, parts = Clusters.of(oof["id"], groups, unit), [folds == number for number in np.unique(folds)]
+    compared = [
+        compare_aucs(joint_aucs(labels[part], scores[:, part], clusters.part(part)), family)
+        for part in (*parts, np.full(len(folds), True))
     ]
     for place, run in enumerate(paired[1:]):
-        run.folds, run.pooled = [differences[place] for differences in per_fold], pooled[place]
-    may_be_best = not_worse(len(paired), pairs, pooled) if family == "all pairs" else []
-    return Comparison(runs, reference, unit, groups, family, [paired[index].name for index in may_be_best])
+        *run.folds, run.pooled = [differences[place] for differences, _ in compared]
+    return Comparison(runs, reference, unit, groups, family, [paired[index].name for index in compared[-1][1]])
 
 
 def _pooled_auc(run: ComparedRun) -> float:

@@ -7,15 +7,7 @@ import pandas as pd
 from pydantic import computed_field
 
 from pcam_kaggle.core.records import Record
-from pcam_kaggle.scoring.intervals import (
-    Clusters,
-    family_of,
-    interval,
-    joint_aucs,
-    not_worse,
-    pairs_to_test,
-    simultaneous_differences,
-)
+from pcam_kaggle.scoring.intervals import Clusters, compare_aucs, family_of, interval, joint_aucs
 from pcam_kaggle.scoring.metrics import Floats, auc, calibration_error, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate, Family, Unit
 
@@ -114,10 +106,8 @@ def score_runs(
     best_first = sorted(means, key=lambda run: estimates[run].value, reverse=True)
     base, family = baseline or best_first[0], family_of(baseline)
     compared = [base, *(run for run in best_first if run != base)]
-    pairs = pairs_to_test(len(compared), family)
-    tested = simultaneous_differences(joint_aucs(labels, np.stack([means[run] for run in compared]), clusters), pairs)
-    differences = dict(zip(compared[1:], tested, strict=False))
-    may_be_best = not_worse(len(compared), pairs, tested) if family == "all pairs" else []
+    tested, may_be_best = compare_aucs(joint_aucs(labels, np.stack([means[run] for run in compared]), clusters), family)
+    differences = dict(zip(compared[1:], tested, strict=True))
     runs = [
         RunScore(
             run=ensemble.name,

@@ -78,10 +78,6 @@ class JointAucs:
     units: int
     undefined: str
 
-    def error(self, run: int) -> float:
-        """Return the standard error of the AUC of `run`, NaN where it is undefined."""
-        return np.nan if self.undefined else float(np.linalg.norm(self.deviations[run]))
-
     def error_of_difference(self, pair: Pair) -> float:
         """Return the standard error of the difference of a pair of AUCs, NaN where it is undefined."""
         # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
@@ -105,7 +101,8 @@ def interval(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> Es
     """
     joint = joint_aucs(labels, np.stack([scores]), clusters)
     critical = float(stats.t(joint.df).ppf((1 + LEVEL) / 2))
-    return Estimate.from_error(float(joint.areas[0]), joint.error(0), critical, joint.unit, joint.units, joint.undefined)
+    error = np.nan if joint.undefined else float(np.linalg.norm(joint.deviations[0]))
+    return Estimate.from_error(float(joint.areas[0]), error, critical, joint.unit, joint.units, joint.undefined)
 
 
 def paired_difference(labels: Labels, scores: Floats, baseline: Floats, clusters: Clusters = PATCHES) -> Difference:
@@ -122,6 +119,17 @@ def family_of(baseline: str | None) -> Family:
     return "baseline" if baseline else "all pairs"
 
 
+def compare_aucs(joint: JointAucs, family: Family) -> tuple[list[Difference], list[int]]:
+    """Return the differences of all other runs to the first one, and which runs may be the best, none beside a baseline.
+
+    The differences of `family` are tested together.
+    """
+    count = len(joint.areas)
+    pairs = pairs_to_test(count, family)
+    differences = simultaneous_differences(joint, pairs)
+    return differences[: count - 1], not_worse(count, pairs, differences) if family == "all pairs" else []
+
+
 def pairs_to_test(count: int, family: Family) -> list[Pair]:
     """Return the pairs among `count` runs that are tested together: all with the first one, followed by any others.
 
@@ -129,7 +137,7 @@ def pairs_to_test(count: int, family: Family) -> list[Pair]:
     run, so that `all pairs` are tested.
     """
     pairs = [(later, earlier) for earlier, later in itertools.combinations(range(count), 2)]
-    return pairs if family == "all pairs" else pairs[: max(0, count - 1)]
+    return pairs if family == "all pairs" else pairs[: count - 1]
 
 
 def not_worse(count: int, pairs: Sequence[Pair], differences: Sequence[Difference]) -> list[int]:

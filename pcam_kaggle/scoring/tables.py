@@ -13,7 +13,7 @@ from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Family
 
 FAMILIES: dict[Family, str] = {
-    "holm": "p is corrected for the number of runs (Holm)",
+    "holm": "p-values are corrected for their number (Holm)",
     "baseline": "intervals and p hold for all differences to the baseline at once (Dunnett)",
     "all pairs": "intervals and p hold for all pairs of runs at once",
 }
@@ -65,18 +65,17 @@ def describe_best(best: list[str], differences: Mapping[str, Difference], refere
     unit = next(f"unit: {made.unit}" for made in differences.values())
     reasons = dict.fromkeys(f"; differences n/a: {made.undefined}" for made in differences.values() if made.undefined)
     compared = ", ".join([reference, *differences])
-    return f"With 95 % confidence, the best of {compared} is {' or '.join(best)}{others} ({unit}{''.join(reasons)})."
+    likely = " or ".join(filter(None, [", ".join(best[:-1]), best[-1]]))
+    return f"With 95 % confidence, the best of {compared} is {likely}{others} ({unit}{''.join(reasons)})."
 
 
 def caption(comparison: Comparison) -> str:
     """Return how differences, their intervals and p-values are computed."""
     unit, groups = comparison.unit, comparison.groups
     test = "DeLong's covariance" if groups is None else f"a bootstrap over {unit}s"
-    folds, reference = ", ".join(map(str, comparison.folds)), comparison.reference.name
-    text = (
-        f"Folds: {folds}. Differences to {reference}, with 95 % intervals and p (unit: {unit}), are from {test}; "
-        f"{FAMILIES[comparison.family]}."
-    )
+    text = f"Folds: {', '.join(map(str, comparison.folds))}. 95 % intervals (unit: {unit}) are from {test}."
+    if any(run.pooled for run in comparison.runs):
+        text += f" Differences are to {comparison.reference.name}; their {FAMILIES[comparison.family]}."
     missing = 0 if groups is None else int((~comparison.reference.scored()[0]["id"].isin(groups["id"])).sum())
     return f"{text} Each of {missing:,} patches that the slide map lacks counts as a {unit}." if missing else text
 
@@ -135,7 +134,7 @@ def _row(run: ComparedRun, comparison: Comparison, differing: list[str]) -> dict
     if run.pooled:
         row |= _columns("difference", run.pooled) | {"p": run.pooled.corrected_p}
         for k, fold in zip(comparison.folds, run.folds, strict=True):
-            row |= _columns(f"difference_{k}", fold) | {f"p_{k}": fold.p}
+            row |= _columns(f"difference_{k}", fold) | {f"p_{k}": fold.corrected_p}
     is_reference = run is comparison.reference
     if run.pooled or is_reference:
         row["unit"] = comparison.unit
@@ -225,9 +224,11 @@ def evaluation_sentences(result: EvaluationResult) -> list[str]:
     caption = (
         f"{result.patches:,} patches, {result.positives / result.patches:.1%} with tumour. Single model: mean ± SD over the "
         f"models of the folds. OOF: mean over folds; drop: OOF minus single model. Intervals: 95 % ({test}, unit: "
-        f"{result.unit}); {FAMILIES[result.family]}."
+        f"{result.unit})."
     )
     differences = {run.run: run.difference for run in result.runs if run.difference}
+    if differences:
+        caption += f" Differences are to {result.baseline}; their {FAMILIES[result.family]}."
     return [caption, describe_best(result.best, differences, result.baseline)] if result.best and differences else [caption]
 
 
@@ -237,7 +238,7 @@ def render_evaluation(result: EvaluationResult, form: str) -> str:
     if form == "json":
         return _json(content)
     if form == "csv":
-        shared = {key: content[key] for key in ("name", "patches", "positives", "unit", "baseline")}
+        shared = {key: content[key] for key in ("name", "patches", "positives", "unit", "baseline", "family")}
         rows = [shared | {key: value for key, value in run.items() if value is not None} for run in content["runs"]]
         return pd.json_normalize(rows).to_csv(index=False)
     return f"{result.name}:\n\n" + _render_tables([evaluation_table(result)], evaluation_sentences(result), form)
