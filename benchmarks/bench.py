@@ -7,23 +7,28 @@ speed of a shared machine changes. `--quick` checks that the benchmark runs: one
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, comparison, markdown, provenance, replace_block
+import numpy as np
+
+from benchmarks.results import RESULTS, comparison, markdown, provenance, replace_block, spread
 from benchmarks.synthetic import make
 from benchmarks.turns import Bench, Turn
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import Data, find_data, find_workspace
-from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS
+from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS, usable_cpus
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.training.device import find_device, native_precision
+from pcam_kaggle.training.threads import FIXED
 
 NET = "bottleneck"
 # Without it albumentations asks the network for its newest version during the measurement.
@@ -54,6 +59,30 @@ def training(bench: Bench) -> str:
         values = bench.rounds(turns if is_on_gpu else turns | loops(bench, "loop_training", name=net))
         tables.append(f"`{net}`, ours on {values.pop('backend')[0]}:\n\n{comparison('images/s', values)}")
     return "\n\n".join(tables)
+
+
+def contention(bench: Bench) -> str:
+    """Training speed beside busy programs, with threads that follow the free cores, and with a thread per core."""
+
+    def beside(niceness: list[int], threads: int | None) -> dict[str, Any]:
+        line = [sys.executable, "-c", "while True: pass"]
+        environment = ENVIRONMENT | ({FIXED: str(threads)} if threads else {})
+        with ExitStack() as stack:
+            for nice in niceness:
+                program = stack.enter_context(subprocess.Popen(["nice", "-n", str(nice), *line]))
+                stack.callback(program.kill)
+            return {"rate": bench.turn("training", environment, name=NET)["rate"]}
+
+    loads = {"nothing": [], "one program at nice 0": [0], "one at nice 5": [5], "two at nice 0": [0, 0]}
+    kinds = {"threads follow": None, "a thread per core": usable_cpus()}
+    turns = {(load, kind): partial(beside, loads[load], kinds[kind]) for load in loads for kind in kinds}
+    values = bench.rounds(turns)
+    free = values["nothing", "threads follow"]
+    lines = []
+    for load in loads:
+        each = [values[load, kind] for kind in kinds]
+        lines.append((load, *(spread(rates, ",.0f") for rates in each), spread(list(np.divide(each[0], free)), ".2f")))
+    return markdown(("beside", *(f"{kind}, images/s" for kind in kinds), "threads follow, of the free machine"), lines)
 
 
 def pipeline(bench: Bench) -> str:
@@ -90,7 +119,7 @@ def full(bench: Bench) -> str:
     return markdown(("stage", "seconds", "GB"), lines)
 
 
-DEFAULT = {"pipeline": pipeline, "training": training}
+DEFAULT = {"pipeline": pipeline, "training": training, "contention": contention}
 SECTIONS: dict[str, Callable[[Bench], str]] = {**DEFAULT, "full": full, "gpu": training}
 
 

@@ -35,9 +35,9 @@ class Bench:
             raise UserError(f"{measure} {arguments}: {lines[-1]}")
         return json.loads(ended.stdout)
 
-    def rounds(self, turns: Mapping[str, Turn]) -> dict[str, list[Any]]:
+    def rounds(self, turns: Mapping[Any, Turn]) -> dict[Any, list[Any]]:
         """Return the values of all `turns` in each round; the value `rate` of a turn is stored under the turn's name."""
-        values: dict[str, list[Any]] = {}
+        values: dict[Any, list[Any]] = {}
         for _ in range(1 if self.quick else ROUNDS):
             for name, turn in turns.items():
                 for key, value in turn().items():

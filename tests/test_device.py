@@ -12,7 +12,7 @@ import torch
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.timm_model import classifier_prefixes
-from pcam_kaggle.training import device, gpus
+from pcam_kaggle.training import device, gpus, threads
 from pcam_kaggle.training.device import Backend
 
 
@@ -45,10 +45,14 @@ def test_the_cores_belong_to_the_loader_where_a_gpu_computes(kind: str, left: in
     # The limit of a container, on a machine of 64 cores.
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    threads = [64]
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(threads, "FreeCores", lambda most: SimpleNamespace(follow=lambda: numbers.append(most)))
+    threads._free_cores.cache_clear()
     device.configure_torch()
-    assert (threads[-1], torch.backends.cudnn.benchmark) == (left, kind == "cuda")
+    threads._free_cores.cache_clear()
+    assert (numbers[-1], torch.backends.cudnn.benchmark) == (left, kind == "cuda")
 
 
 # Three batches per process are in flight, and one is read.

@@ -18,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     options = parser().parse_args(arguments)
     options.work = options.work or os.environ.get("PCAM_WORK")
+    if options.threads:
+        # OpenMP reads it when torch is imported.
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
     configure_logging(options.verbose - options.quiet)
     try:
         _run(options)

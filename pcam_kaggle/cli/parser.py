@@ -56,7 +56,7 @@ def _folds(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, text.split(",")))))
 
 
-def _seeds(text: str) -> int:
+def _count(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 100):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 100")
     return int(text)
@@ -71,6 +71,7 @@ def _hours(text: str) -> float:
 
 COMMON = (
     Option("--work", help="folder to write in [PCAM_WORK, or the current one]"),
+    Option("--threads", type=_count, help="number of threads of a CPU [OMP_NUM_THREADS, or the free cores]"),
     Option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]"),
     (
         Option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold"),
@@ -82,7 +83,7 @@ SET = Option("--set", action="append", default=[], metavar="key=value", help="ch
 IDS = Option("--ids", choices=["sha1", "names"], help="ID scheme [sha1, or as dataset.json says]")
 SKIP_DAMAGED = Option("--skip-damaged", action="store_true", help="skip damaged train patches")
 FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
-SEEDS = Option("--seeds", type=_seeds, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
+SEEDS = Option("--seeds", type=_count, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
 HOURS = Option("--hours", type=_hours, help="time limit; unfinished folds are left out [none]")
 METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend [mean]")
 RUNS = Option("runs", nargs="*", help="names of runs [all]")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.process import tune_malloc, usable_cpus
+from pcam_kaggle.core.process import tune_malloc
 from pcam_kaggle.runs.records import BackendRecord
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.training.threads import follow_free_cores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Runs of earlier versions may have recorded the second.
@@ -95,10 +96,9 @@ def find_backend(run: Run, config: Config) -> Backend:
 
 
 def configure_torch() -> None:
-    """Let malloc keep freed memory, use no more threads than CPUs; for a GPU one, and let cuDNN time its algorithms."""
+    """Let malloc keep freed memory, and threads follow the free cores; for a GPU use one, and let cuDNN time its algorithms."""
     tune_malloc()
-    if torch.get_num_threads() > usable_cpus():
-        torch.set_num_threads(usable_cpus())
+    follow_free_cores()
     if find_device() == "cuda":
         # Each copy of a batch would wake a thread per core, which spins on the cores of the loader processes.
         torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from pcam_kaggle.training.augment import center_crop
 from pcam_kaggle.training.device import Backend, is_out_of_memory, memory_errors
 from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.schedule import ema_weight, learning_rate
+from pcam_kaggle.training.threads import follow_free_cores
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: i
     losses = torch.zeros(steps, device=learner.loss.device)
     for step in progress(range(steps), f"epoch {epoch + 1}"):
         patches, targets = next(source)
+        follow_free_cores()
         lr = learning_rate(config, epoch + (step + 1) / steps)
         learner.load(patches, targets, lr, ema_weight(config, steps, epoch * steps + step))
         learner.step()
@@ -68,6 +70,7 @@ def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Conf
 
     Raises UserError if a single patch does not fit.
     """
+    follow_free_cores()
     first = _fitting.get(config, PREDICT_BATCH)
     with memory_errors(f"model={config.model}"):
         while True:

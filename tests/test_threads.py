@@ -1,0 +1,89 @@
+"""Threads follow the free cores: fewer beside other programs, all again without them, and a fixed number if it is set."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pcam_kaggle.training import threads
+from pcam_kaggle.training.threads import FreeCores, follow_free_cores, others_seconds
+
+
+class Machine:
+    """A clock, and other programs that are busy on `load` cores; `numbers` are the numbers of threads so far."""
+
+    def __init__(self) -> None:
+        self.time, self.seconds, self.numbers = 0.0, 0.0, []
+
+    def run(self, cores: FreeCores, seconds: int, load: float) -> list[int]:
+        """Take four steps per second beside `load`; return the numbers of threads that were set."""
+        self.numbers.clear()
+        for _ in range(4 * seconds):
+            self.time += 0.25
+            self.seconds += 0.25 * load
+            cores.follow()
+        return self.numbers.copy()
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+def free_cores(machine: Machine, most: int) -> FreeCores:
+    made = FreeCores(most, lambda: machine.seconds, lambda: machine.time, machine.numbers.append)
+    assert machine.numbers == [most]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("most", "load", "expected"), [(2, 1.0, 1), (2, 0.3, 1), (2, 2.0, 1), (8, 1.0, 7), (8, 2.7, 5), (8, 20.0, 1)]
+)
+def test_threads_fall_beside_other_programs_and_recover(machine: Machine, most: int, load: float, expected: int) -> None:
+    cores = free_cores(machine, most)
+    assert machine.run(cores, 60, 0.1) == []
+    assert machine.run(cores, 10, load) == [expected]
+    assert machine.run(cores, 10, 0.0) == [most]
+
+
+def test_a_short_load_changes_nothing(machine: Machine) -> None:
+    cores = free_cores(machine, 4)
+    for _ in range(10):
+        assert machine.run(cores, 1, 3.0) == machine.run(cores, 2, 0.0) == []
+
+
+def test_one_thread_stays_one(machine: Machine) -> None:
+    assert machine.run(free_cores(machine, 1), 10, 3.0) == []
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Run a busy program that is not a child of this process's own pool, on one of its cores."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
+        yield
+        program.kill()
+
+
+def spent(seconds: float) -> float:
+    """Return the cores that others were busy on while this process computed for `seconds` of its CPU time."""
+    before, start = others_seconds(), os.times()
+    while os.times().user - start.user < seconds:
+        pass
+    return (others_seconds() - before) / (os.times().elapsed - start.elapsed)
+
+
+@pytest.mark.slow
+def test_other_programs_are_counted_and_this_one_is_not(busy: None) -> None:
+    assert 0.2 < spent(2.0) < len(os.sched_getaffinity(0)) - 0.2
+
+
+def test_a_fixed_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_free_cores", lambda: pytest.fail("reads the load"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    follow_free_cores()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    follow_free_cores()
