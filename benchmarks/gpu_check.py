@@ -34,7 +34,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.logs import configure_logging
-from pcam_kaggle.core.paths import Data
+from pcam_kaggle.core.paths import Data, find_data
 from pcam_kaggle.core.process import ENVIRONMENT
 from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.data.prepare import prepare
@@ -93,7 +93,7 @@ def model(source: Source, name: str, changes: tuple[str, ...] = (), loaders: tup
     rows = data.rows[: engine.PREDICT_BATCH]
     engine.predict_logits(learner.ema.eval(), data.store, rows, config, learner.backend, 1, "validate")
     yield {"validated": len(rows)}
-    for learner.replay, workers in itertools.product(dict.fromkeys((replay, None)), (0, *loaders)):
+    for workers, learner.replay in itertools.product((0, *loaders), dict.fromkeys((replay, None))):
         stream = batches(data, 0, workers) if workers else resident(learner, data)
         rate = images_per_second(learner, stream, config, source.seconds)
         with torch.profiler.profile() as profile:
@@ -175,10 +175,12 @@ def one_rank(source: Source) -> Iterator[Row]:
 
 # What yields the rows of each stage, and its time limit in seconds on a GPU.
 STAGES: dict[str, tuple[Callable[[Source], Iterator[Row]], int]] = {
-    "bottleneck": (partial(model, name="bottleneck", loaders=(1, 4, 16)), 90),
-    **{name: (partial(model, name=name), 45) for name in ("plain", "bottleneck_d4", "lite0", "pretrained", "vit")},
+    **{
+        name: (partial(model, name=name), 45) for name in ("bottleneck", "plain", "bottleneck_d4", "lite0", "pretrained", "vit")
+    },
     "fp16": (partial(model, name="bottleneck", changes=("precision=fp16",)), 45),
-    **{work.__name__: (work, 60) for work in (auc, resume, processes, one_rank)},
+    "loaders": (partial(model, name="bottleneck", loaders=(1, 4, 16)), 90),
+    **{work.__name__: (work, 90) for work in (auc, resume, processes, one_rank)},
 }
 
 
@@ -240,18 +242,19 @@ def main() -> int:
         run(given.stages[0], given.within, given.out)
         return 0
     if given.pack:
-        copy_patches(Data(Path(os.environ.get("PCAM_DATA", "data"))), Data(given.pack), ".tif", ".webp")
+        data = find_data(os.environ.get("PCAM_DATA"), Path())
+        copy_patches(data or parser.error("set PCAM_DATA"), Data(given.pack), ".tif", ".webp")
         return 0
     if not (given.stand_in or (given.patches and torch.cuda.is_available())):
         parser.error("needs a GPU and --patches; --stand-in needs neither")
     # Two stages at a time where each has a core.
     os.environ.update(ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if given.stand_in else {}))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ThreadPoolExecutor(1 + given.stand_in) as pool:
-        work, packed = Path(folder), Data(given.patches or Path(folder) / "packed")
+        work, packed = Path(folder), given.patches or Path(folder) / "packed"
         if given.stand_in:
             make(Data(work / "drawn"), 1000)
-            copy_patches(Data(work / "drawn"), packed, ".tif", ".webp")
-        copy_patches(packed, Data(work / "data"), ".webp", ".tif")
+            copy_patches(Data(work / "drawn"), Data(packed), ".tif", ".webp")
+        copy_patches(find_data(str(packed), work), Data(work / "data"), ".webp", ".tif")
         # It checks that each id is the SHA-1 of the pixels.
         prepare(Data(work / "data"), work / "store")
         note(given.out, **versions())
