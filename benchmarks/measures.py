@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from benchmarks.loop import Peer
 from benchmarks.synthetic import SIZES
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
@@ -35,7 +35,7 @@ from pcam_kaggle.training.device import choose_backend, configure_torch
 from pcam_kaggle.training.engine import train_epoch
 from pcam_kaggle.training.gpus import loader_processes
 from pcam_kaggle.training.learner import Learner
-from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
+from pcam_kaggle.training.loader import Batch, TrainBatches, batch_bytes, batches
 
 # Steps before the clock starts.
 WARM_UP = 8
@@ -65,28 +65,38 @@ class Source:
 
 def training(given: Source, name: str) -> None:
     """Report our images/s, the backend, and the limit: images/s of the same steps on one batch in memory."""
-    config, labels, store = experiment(name).config, given.train_labels(), PatchStore(given.store)
+    config = experiment(name).config
+    learner, source = new_learner(given, config)
+    learner.replay = fastest_step(learner)
+    limit = images_per_second(learner, resident(learner, source), config, given.seconds)
+    augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
+    rate = images_per_second(learner, augmented, config, given.seconds)
+    report({"rate": rate, "limit": limit, "backend": str(learner.backend)})
+
+
+def new_learner(given: Source, config: Config) -> tuple[Learner, TrainBatches]:
+    """Prepare this process; return a learner of `config` with random weights, and its train batches."""
+    labels, store = given.train_labels(), PatchStore(given.store)
     tune_malloc()
     configure_torch()
     backend = choose_backend(config.precision)
     rows, targets = store.rows("train", labels["id"].to_numpy()), labels["label"].to_numpy(np.float64)
     source = TrainBatches(store, rows, targets, replace(config, epochs=ENDLESS), 0)
-    net = backend.place(create(config, weights=False))
-    learner = Learner(net, config, backend, source.count)
-    learner.replay = fastest_step(learner)
+    return Learner(backend.place(create(config, weights=False)), config, backend, source.count), source
 
-    def images_per_second(stream: Iterator[tuple[torch.Tensor, ...]]) -> float:
-        train_epoch(learner, stream, WARM_UP, 0, config)
-        # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
-        pace = _rate(lambda: train_epoch(learner, stream, WARM_UP, 0, config), WARM_UP)
-        steps = math.ceil(given.seconds * pace)
-        return _rate(lambda: train_epoch(learner, stream, steps, 0, config), steps * config.batch_size)
 
-    images, image_labels = source[0]
-    resident = itertools.repeat((images.to(backend.kind), image_labels.to(backend.kind)))
-    augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
-    limit = images_per_second(resident)
-    report({"rate": images_per_second(augmented), "limit": limit, "backend": str(backend)})
+def resident(learner: Learner, source: TrainBatches) -> Iterator[Batch]:
+    """Yield the first batch of `source` for ever, in the memory of the device."""
+    return itertools.repeat(tuple(part.to(learner.backend.kind) for part in source[0]))
+
+
+def images_per_second(learner: Learner, stream: Iterator[Batch], config: Config, seconds: float) -> float:
+    """Return the speed of steps on the batches of `stream`, timed for about so many seconds."""
+    train_epoch(learner, stream, WARM_UP, 0, config)
+    # A second warm-up empties the queue that the loader filled during the first steps, and gives the pace.
+    pace = _rate(lambda: train_epoch(learner, stream, WARM_UP, 0, config), WARM_UP)
+    steps = math.ceil(seconds * pace)
+    return _rate(lambda: train_epoch(learner, stream, steps, 0, config), steps * config.batch_size)
 
 
 def loop_training(given: Source, name: str, **settings: Any) -> None:

@@ -188,3 +188,28 @@ def test_a_loaded_state_continues_in_the_optimizers_tensors(optimizer: str, memo
         assert all(group["fused"] and not group["capturable"] for group in loaded.param_groups)
     else:
         assert addresses == [tensor.data_ptr() for state in loaded.state.values() for tensor in state.values()]
+
+
+def walk(tensor: Tensor) -> list[int]:
+    """Return the strides that tell the order in memory: that of a dimension of size 1 may be any number."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def test_fused_adamw_finds_parameters_gradients_and_state_in_one_order_of_memory() -> None:
+    """Also depthwise weights, (channels, 1, k, k), which are in both memory formats; the state is from a contiguous model."""
+    import_timm()
+    config = Config(model="timm:lcnet_035")
+    made = create(config)
+    saved, nets = None, [made, copy.deepcopy(made).to(memory_format=torch.channels_last)]
+    assert any(p.ndim == 4 and p.shape[1] == 1 < p.shape[2] for p in nets[1].parameters())
+    for net in nets:
+        optimizer = create_optimizer(net, config)
+        if saved:
+            load_optimizer(optimizer, saved)
+        net(torch.rand(2, 3, 96, 96).to(memory_format=torch.channels_last)).sum().backward()
+        optimizer.step()
+        saved = optimizer.state_dict()
+    for p in nets[1].parameters():
+        state = [tensor for tensor in optimizer.state[p].values() if tensor.shape == p.shape]
+        assert len(state) == 2
+        assert all(walk(tensor) == walk(p) for tensor in (p.grad, *state))
