@@ -2,10 +2,13 @@
 
 import itertools
 import math
+import multiprocessing
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from pcam_kaggle.training.gpus import assign_epochs
+from pcam_kaggle.training.gpus import assign_epochs, run_on_gpus
 
 CASES = [
     (dict.fromkeys(range(5), 0), 32, 2),
@@ -49,3 +52,12 @@ def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int],
 def test_two_gpus_train_half_of_the_epochs_each() -> None:
     made = [[(part.fold, part.start, part.until) for part in gpu] for gpu in assign_epochs(dict.fromkeys(range(5), 0), 32, 2)]
     assert made == [[(0, 0, 32), (1, 0, 32), (2, 16, 32)], [(2, 0, 16), (3, 0, 32), (4, 0, 32)]]
+
+
+def _note_start_method(folder: Path, items: list[int]) -> None:
+    (folder / str(items[0])).write_text(multiprocessing.get_start_method())
+
+
+def test_loaders_of_a_gpus_process_start_as_those_of_this_process(tmp_path: Path) -> None:
+    run_on_gpus(partial(_note_start_method, tmp_path), [[0], [1]])
+    assert {file.read_text() for file in tmp_path.iterdir()} == {multiprocessing.get_start_method()}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,9 +84,9 @@ def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]
     if len(assignments) == 1:
         work(assignments[0])
         return
-    verbosity = logging_verbosity()
+    run = partial(_run_on_gpu, logging_verbosity(), multiprocessing.get_start_method(), work)
     with ProcessPoolExecutor(len(assignments), multiprocessing.get_context("spawn")) as pool:
-        ended = [pool.submit(_run_on_gpu, gpu, verbosity, work, items) for gpu, items in enumerate(assignments)]
+        ended = [pool.submit(run, gpu, items) for gpu, items in enumerate(assignments)]
     try:
         for each in ended:
             each.result()
@@ -94,7 +95,11 @@ def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]
         raise UserError(message) from None
 
 
-def _run_on_gpu(gpu: int, verbosity: int | None, work: Callable[[list[Item]], None], items: list[Item]) -> None:
+def _run_on_gpu(
+    verbosity: int | None, start_method: str, work: Callable[[list[Item]], None], gpu: int, items: list[Item]
+) -> None:
+    # Otherwise this process's loaders would be spawned, too, and import torch anew for each fold.
+    multiprocessing.set_start_method(start_method, force=True)
     if verbosity is not None:
         configure_logging(verbosity, bar_position=gpu)
     if torch.cuda.is_available():
