@@ -139,7 +139,7 @@ def test_what_can_only_be_memorised_is_not_known_out_of_fold(
 def assert_chance(run: Path) -> None:
     """Fail where the pooled OOF AUC of the run in folder `run`, three folds, is not 0.5 within its interval."""
     tables = [pd.read_csv(run / f"fold_{fold}" / "oof.csv").assign(fold=fold) for fold in range(3)]
-    pooled = score(pd.concat(tables))["pooled"]
+    pooled = score(pd.concat(tables)).pooled
     assert pooled.low < 0.5 < pooled.high
 
 
