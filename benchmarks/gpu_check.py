@@ -257,6 +257,7 @@ def main() -> int:
         copy_patches(find_data(str(packed), work), Data(work / "data"), ".webp", ".tif")
         # It checks that each id is the SHA-1 of the pixels.
         prepare(Data(work / "data"), work / "store")
+        given.out.mkdir(parents=True, exist_ok=True)
         note(given.out, **versions())
         ended = pool.map(partial(attempt, work, given.out, 4 if given.stand_in else 1), given.stages or STAGES)
         return 0 if all([*ended]) else 1
