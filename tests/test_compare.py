@@ -25,7 +25,7 @@ from pcam_kaggle.scoring.blend import RunPredictions, blend
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.intervals import Clusters, interval, paired_difference, unit_of
 from pcam_kaggle.scoring.results import BlendMetrics
-from pcam_kaggle.scoring.tables import conclusions, describe_difference
+from pcam_kaggle.scoring.tables import comparison_table, conclusions, describe_difference
 
 RUNS = ("a", "b")
 
@@ -114,6 +114,8 @@ def test_without_a_baseline_one_sentence_lists_the_runs_that_may_be_the_best(run
         "With 95 % confidence, the best of best, twin, worse is best or twin; worse is significantly worse"
     )
     assert [each.partition(":")[0] for each in others] == ["elsewhere", "fewer"]
+    row = comparison_table(made).set_index("run").loc["twin"]
+    assert row["p_0"] == by_name["twin"].folds[0].corrected_p > by_name["twin"].folds[0].p
     # Three pairs are tested here, two with a baseline that was named.
     _, named = comparison(runs.parent, "best")
     wide, narrow = (each.runs[0].pooled or each.runs[-1].pooled for each in (made, named))
@@ -199,6 +201,16 @@ def test_only_the_predictions_that_are_compared_are_read(tmp_path: Path, capsys:
     (runs[1].fold(2).folder / "oof.csv").write_text("id\n")
     (runs[0].fold(0).folder / "test.csv").unlink()
     assert compared(tmp_path, capsys, "--folds", "0") == expected
+
+
+def test_a_blend_is_compared_on_chosen_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [noisy(name, 1.0, seed) for seed, name in enumerate(RUNS)]
+    for made in members:
+        write_blended_run(tmp_path, made)
+    blended(tmp_path)
+    row = next(row for row in json.loads(compared(tmp_path, capsys, "--folds", "1"))["runs"] if row["run"] == "a-b")
+    mean = np.mean([made.oof["probability"] for made in members], axis=0)
+    assert row["pooled"] == pytest.approx(roc_auc_score(LABELS[FOLD == 1], mean[FOLD == 1]))
 
 
 def test_named_runs_are_blended_on_their_common_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def test_delong_matches_proc() -> None:
     assert difference.high == pytest.approx(0.224699954388837, abs=1e-12)
     assert difference.error == pytest.approx((sum(variances) - 2 * covariance) ** 0.5, abs=1e-12)
     assert difference.p == pytest.approx(2 * stats.norm.cdf(difference.value / difference.error), abs=1e-12)
+    # A single one needs no correction, and its p is not drawn.
+    assert difference.corrected_p == difference.p
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])

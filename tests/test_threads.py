@@ -1,10 +1,13 @@
 """Threads follow the free cores: fewer beside other programs, all again without them, and a fixed number if it is set."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -78,6 +81,20 @@ def spent(seconds: float) -> float:
 @pytest.mark.slow
 def test_other_programs_are_counted_and_this_one_is_not(busy: None) -> None:
     assert 0.2 < spent(2.0) < len(os.sched_getaffinity(0)) - 0.2
+
+
+def test_this_process_and_its_children_are_not_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def process(pid: int = 0) -> SimpleNamespace:
+        if pid == 2:
+            raise psutil.NoSuchProcess(pid)
+        used = SimpleNamespace(user=30.0, system=1.0, children_user=4.0)
+        return SimpleNamespace(cpu_affinity=lambda: [0, 2], cpu_times=lambda: used)
+
+    core = SimpleNamespace(user=100.0, nice=10.0, system=5.0, idle=1e6)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [core, SimpleNamespace(user=1e9), core])
+    monkeypatch.setattr(psutil, "Process", process)
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [SimpleNamespace(pid=pid) for pid in (1, 2)])
+    assert others_seconds() == 2 * 115 - 2 * 35
 
 
 def test_a_fixed_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
