@@ -44,7 +44,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 NEEDED = {"torch": "2.10", "timm": "1.0.26", "albumentations": "2.0.8", "opencv": "4.13", "numpy": "2.0.2"}
 NEEDED |= {"pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy": "1", "matplotlib": "3"}
-NEEDED |= {"pydantic": "2", "pillow": "10", "tqdm": "4", "joblib": "1", "filelock": "3"}
+NEEDED |= {"pydantic": "2", "pillow": "10", "tqdm": "4", "joblib": "1", "filelock": "3", "psutil": "5"}
 OPENCV = [f"opencv{contrib}-python{headless}" for contrib in ("", "-contrib") for headless in ("", "-headless")]
 
 

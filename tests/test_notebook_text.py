@@ -21,7 +21,14 @@ DISTRIBUTIONS = {"cv2": "opencv", "PIL": "pillow", "sklearn": "scikit-learn", "p
 # Names and versions of Kaggle's image.
 IMAGE = {"torch": "2.10.0+cu128", "timm": "1.0.26", "albumentations": "2.0.8", "opencv-python-headless": "4.13.0.92"}
 IMAGE |= {"numpy": "2.0.2", "pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy": "1.14.1", "pydantic": "2.12.3"}
-IMAGE |= {"matplotlib": "3.10.0", "pillow": "11.3.0", "tqdm": "4.67.1", "joblib": "1.5.2", "filelock": "3.20.0"}
+IMAGE |= {
+    "matplotlib": "3.10.0",
+    "pillow": "11.3.0",
+    "tqdm": "4.67.1",
+    "joblib": "1.5.2",
+    "filelock": "3.20.0",
+    "psutil": "5.9.5",
+}
 PINS = [(ROOT / name).read_text().splitlines() for name in ("requirements-kaggle.txt", "requirements-kaggle-next.txt")]
 Cells = dict[str, nbformat.NotebookNode]
 MonkeyPatch = pytest.MonkeyPatch
