@@ -9,7 +9,7 @@ VENV := .venv
 IMAGES := .venv-kaggle .venv-kaggle-next
 PCAM := $(VENV)/bin/python -m pcam_kaggle
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-# One torch thread per worker: two workers share the cores of a laptop.
+# One torch thread per worker: two workers share the cores of a laptop, and results are bit-identical for a fixed number only.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # One word for the shell, whatever spaces and quotes the value has.
 quoted = '$(subst ','\'',$(1))'
@@ -59,7 +59,7 @@ test-all: $(VENV)/dev.stamp ## run all tests; those on real patches run if PCAM_
 	@$(PYTEST) -m ''
 
 kernel-test: $(VENV)/dev.stamp $(IMAGES:%=%/image.stamp) ## run the notebook as Kaggle does, with the packages of two of its images
-	@PCAM_KAGGLE_PYTHON="$$(printf '%s/bin/python:' $(IMAGES))" $(VENV)/bin/python -m pytest tests/test_notebook_kernel.py
+	@OMP_NUM_THREADS=2 PCAM_KAGGLE_PYTHON="$$(printf '%s/bin/python:' $(IMAGES))" $(VENV)/bin/python -m pytest tests/test_notebook_kernel.py
 
 lint: $(VENV)/dev.stamp ## run ruff (check and format) and mypy
 	@$(VENV)/bin/ruff check .
@@ -68,13 +68,13 @@ lint: $(VENV)/dev.stamp ## run ruff (check and format) and mypy
 
 coverage: $(VENV)/dev.stamp ## run all tests in one process and report the branch coverage of pcam_kaggle
 	@$(VENV)/bin/coverage erase
-	@$(VENV)/bin/coverage run -m pytest -m ''
+	@OMP_NUM_THREADS=1 $(VENV)/bin/coverage run -m pytest -m ''
 	@$(VENV)/bin/coverage combine --quiet
 	@$(VENV)/bin/coverage report --skip-covered
 
 mutants: $(VENV)/dev.stamp ## change folds, blend, metrics, submission and tta in every small way; list the changes that no test sees
 	@rm -rf mutants
-	@$(VENV)/bin/mutmut run
+	@OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run
 	@$(VENV)/bin/mutmut results
 
 stress: $(VENV)/dev.stamp ## kill runs, which must resume bit-identically; damage input files, which must end in a one-line error
