@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import sys
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
@@ -56,9 +57,9 @@ def _folds(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, text.split(",")))))
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 100):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 100")
+def _count(text: str, most: int = 100) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
     return int(text)
 
 
@@ -71,7 +72,9 @@ def _hours(text: str) -> float:
 
 COMMON = (
     Option("--work", help="folder to write in [PCAM_WORK, or the current one]"),
-    Option("--threads", type=_count, help="number of threads of a CPU [OMP_NUM_THREADS, or the free cores]"),
+    Option(
+        "--threads", type=partial(_count, most=1024), help="number of threads of a CPU [OMP_NUM_THREADS, or the free cores]"
+    ),
     Option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]"),
     (
         Option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold"),
