@@ -81,7 +81,7 @@ stress: $(VENV)/dev.stamp ## kill runs, which must resume bit-identically; damag
 	@$(VENV)/bin/python -m benchmarks.stress $(or $(ARGS),kills)
 	@$(if $(ARGS),,$(VENV)/bin/python -m benchmarks.stress damages)
 
-bench: $(VENV)/run.stamp ## write benchmarks/RESULTS.md: speed compared with common implementations; ARGS=full for the full size
+bench: $(VENV)/dev.stamp ## write benchmarks/RESULTS.md: speed compared with common implementations; ARGS=SECTION for one table
 	@$(if $(DATA),PCAM_DATA=$(call quoted,$(DATA))) $(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
 scores: $(VENV)/run.stamp ## write benchmarks/SCORES.md from the records of all scores; ARGS=RUN records a run first

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import RESULTS, comparison, markdown, provenance, replace_block, spread
-from benchmarks.synthetic import make
 from benchmarks.turns import Bench, Turn
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
@@ -36,18 +35,15 @@ COMMON = {"NO_ALBUMENTATIONS_UPDATE": ENVIRONMENT["NO_ALBUMENTATIONS_UPDATE"]}
 # The allocator settings of our command line, as environment variables: freed memory is reused, in huge pages.
 TUNABLES = dict(zip(("trim_threshold", "top_pad", "mmap_max"), MALLOC_OPTIONS.values(), strict=True))
 TUNED = ENVIRONMENT | {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())}
-# The smallest possible net, so that the rest is what is measured.
-SMALLEST = ("n_blocks=1", "width=4", "side=32", "hidden=8", "epochs=1", "tta=1", "precision=fp32")
-STAGES = ("prepare", "folds", "train", "predict", "blend", "submission", "compare")
 
 
-def loops(bench: Bench, measure: str, **arguments: Any) -> dict[str, Turn]:
-    """Return the turns of the loop with default settings, and fully tuned: in bf16 if the processor has instructions for it."""
+def loops(bench: Bench, measure: str, peer: str = "loop", **arguments: Any) -> dict[str, Turn]:
+    """Return the turns of `peer` with default settings, and fully tuned: in bf16 if the processor has instructions for it."""
     default = {"precision": "fp32", "channels_last": False, "environment": COMMON}
     tuned = {"precision": native_precision("cpu"), "channels_last": True, "environment": TUNED}
     return {
-        "loop": partial(bench.turn, measure, **arguments, **default),
-        "loop, fully tuned": partial(bench.turn, measure, **arguments, **tuned),
+        peer: partial(bench.turn, measure, **arguments, **default),
+        f"{peer}, fully tuned": partial(bench.turn, measure, **arguments, **tuned),
     }
 
 
@@ -92,7 +88,7 @@ def pipeline(bench: Bench) -> str:
     def ours() -> dict[str, float]:
         changes = [part for change in ("epochs=1", "n_splits=2", "tta=1", "norm=train") for part in ("--set", change)]
         with tempfile.TemporaryDirectory() as folder:
-            seconds, _ = bench.command(Path(folder), "pipeline", "-e", NET, *changes)
+            seconds = bench.command(Path(folder), "pipeline", "-e", NET, *changes)
             aucs["ours"] = read_json(Path(folder) / "runs" / NET / "metrics.json")["pooled"]["value"]
         return {"rate": seconds}
 
@@ -106,25 +102,25 @@ def pipeline(bench: Bench) -> str:
     return f"{comparison('seconds', values)}\n\nOOF AUC: {', '.join(f'{name} {value:.4f}' for name, value in aucs.items())}."
 
 
-def full(bench: Bench) -> str:
-    """Seconds and peak memory of each stage at the competition's full size: 8 GB of patches and a store of the same size."""
-    with tempfile.TemporaryDirectory() as folder:
-        data, work = Data(Path(folder) / "data"), Path(folder) / "work"
-        make(data, 1000 if bench.quick else 1)
-        lines = []
-        for stage in STAGES:
-            changes = [part for change in SMALLEST for part in ("--set", change)] if stage != "compare" else []
-            seconds, peak = Bench(data.root, work).command(work, stage, *changes)
-            lines.append((stage, f"{seconds:.1f}", f"{peak / 1e9:.2f}"))
-    return markdown(("stage", "seconds", "GB"), lines)
+def prediction(bench: Bench) -> str:
+    """Prediction speed under eight views against ttach and against the limit, the model alone on one batch in memory."""
+    ours = partial(bench.turn, "prediction", ENVIRONMENT, name=NET)
+    return comparison("patches/s", bench.rounds({"ours": ours, **loops(bench, "ttach_prediction", "ttach", name=NET)}))
 
 
-DEFAULT = {"pipeline": pipeline, "training": training, "contention": contention}
-SECTIONS: dict[str, Callable[[Bench], str]] = {**DEFAULT, "full": full, "gpu": training}
+def preparation(bench: Bench) -> str:
+    """Speed of `prepare` against cv2 in two processes, which decodes, writes and flushes the pixels, but verifies nothing."""
+    kinds = {"ours": "ours", "`cv2.imread`, pixels written": "written", "`cv2.imread`, pixels written and flushed": "flushed"}
+    turns: dict[str, Turn] = {name: partial(bench.turn, "preparation", COMMON, kind=kind) for name, kind in kinds.items()}
+    return comparison("patches/s", bench.rounds(turns))
+
+
+CPU_SECTIONS = (preparation, prediction, pipeline, training, contention)
+SECTIONS: dict[str, Callable[[Bench], str]] = {**{section.__name__: section for section in CPU_SECTIONS}, "gpu": training}
 
 
 def main() -> None:
-    """Measure the sections that are named, or those of `DEFAULT`, and write their tables.
+    """Measure the sections that are named, or all of the CPU, and write their tables.
 
     Raises:
         UserError: There are no patches, or a section does not fit the device.
@@ -133,7 +129,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="one short round on the demo; writes nothing")
     given = parser.parse_args()
-    chosen = given.sections or list(DEFAULT)
+    chosen = given.sections or [section.__name__ for section in CPU_SECTIONS]
     if unknown := set(chosen) - SECTIONS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such section; choose from {', '.join(SECTIONS)}")
     if {name == "gpu" for name in chosen} != {find_device() == "cuda"}:

@@ -7,32 +7,38 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NoReturn
 
+import cv2
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from benchmarks.loop import Peer
+from benchmarks.loop import WORKERS, Patches, Peer
 from benchmarks.synthetic import SIZES
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.core.process import tune_malloc
+from pcam_kaggle.data.prepare import prepare
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_text
 from pcam_kaggle.models.factory import create
+from pcam_kaggle.training import tta
 from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import choose_backend, configure_torch
-from pcam_kaggle.training.engine import train_epoch
+from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.gpus import loader_processes
 from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.loader import Batch, TrainBatches, batch_bytes, batches
@@ -40,6 +46,8 @@ from pcam_kaggle.training.loader import Batch, TrainBatches, batch_bytes, batche
 # Steps before the clock starts.
 WARM_UP = 8
 ENDLESS = 1000
+# Patches and views of a prediction.
+PREDICTED, VIEWS = 1024, 8
 
 
 def report(values: dict[str, Any]) -> NoReturn:
@@ -131,6 +139,78 @@ def loop_pipeline(given: Source, name: str, epochs: int, n_splits: int, **settin
     report({"auc": float(roc_auc_score(targets, oof))})
 
 
+def prediction(given: Source, name: str) -> None:
+    """Report the patches/s of our prediction, and the limit: those of the model alone on one batch in memory."""
+    # ttach has no shifted views.
+    config, store = replace(experiment(name).config, tta_shift=0), PatchStore(given.store)
+    tune_malloc()
+    configure_torch()
+    backend = choose_backend(config.precision)
+    net = backend.place(create(config, weights=False)).eval()
+    rows = store.rows("train", store.ids("train")[:PREDICTED])
+    views = tta.views(backend.images(torch.from_numpy(store.images(rows[:PREDICT_BATCH]))), VIEWS, config.tta_shift)
+
+    def limit() -> None:
+        with torch.inference_mode(), backend.autocast():
+            for view in views:
+                net(view)
+
+    rate = _warm_rate(lambda: predict_logits(net, store, rows, config, backend, VIEWS, "predict"), len(rows))
+    report({"rate": rate, "limit": _warm_rate(limit, len(views[0]))})
+
+
+def ttach_prediction(given: Source, name: str, **settings: Any) -> None:
+    """Report the patches/s of ttach's wrapper under the same eight views, over TIFs read by cv2 in two loader processes."""
+    import ttach
+
+    peer = Peer(given.data, experiment(name).config, **settings)
+    patches = Patches(peer.data, "train", given.train_labels()["id"].to_numpy(object)[:PREDICTED], peer.config)
+    column = torch.nn.Sequential(peer.net().eval(), torch.nn.Unflatten(0, (-1, 1)))
+    wrapper = ttach.ClassificationTTAWrapper(column, ttach.aliases.d4_transform(), merge_mode="mean")
+    loader = torch.utils.data.DataLoader(patches, batch_size=64, num_workers=WORKERS, persistent_workers=True)
+
+    def run() -> None:
+        with torch.inference_mode(), peer.autocast():
+            for images in loader:
+                wrapper(peer.placed(images))
+
+    report({"rate": _warm_rate(run, len(patches))})
+
+
+def preparation(given: Source, kind: str) -> None:
+    """Report the patches/s of our `prepare` (kind `ours`), or of cv2, which writes the pixels, `flushed` to the disk."""
+    files = [file for split in ("train", "test") for file in sorted(given.data.patches(split).iterdir())]
+
+    def ours(target: Path) -> None:
+        prepare(given.data, target / "store")
+
+    def peer(target: Path) -> None:
+        halves = [(files[half::WORKERS], target / str(half), kind == "flushed") for half in range(WORKERS)]
+        with Pool(WORKERS) as pool:
+            pool.starmap(_decode, halves)
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as target:
+            (ours if kind == "ours" else peer)(Path(target))
+
+    report({"rate": _warm_rate(work, len(files))})
+
+
+def _decode(files: list[Path], target: Path, is_flushed: bool) -> None:
+    cv2.setNumThreads(0)
+    with target.open("wb") as out:
+        for file in files:
+            out.write(cv2.imread(str(file), cv2.IMREAD_COLOR_RGB).data)
+        if is_flushed:
+            os.fsync(out.fileno())
+
+
+def _warm_rate(work: Callable[[], object], count: int) -> float:
+    """Return the median of three rates of `work`, after a first call that is slower."""
+    work()
+    return float(np.median([_rate(work, count) for _ in range(3)]))
+
+
 def _rate(work: Callable[[], object], count: int) -> float:
     """Return `count` over the seconds that `work` takes."""
     start = time.perf_counter()
@@ -138,7 +218,9 @@ def _rate(work: Callable[[], object], count: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-MEASURES: dict[str, Callable[..., None]] = {work.__name__: work for work in (training, loop_training, loop_pipeline)}
+MEASURES: dict[str, Callable[..., None]] = {
+    work.__name__: work for work in (training, loop_training, loop_pipeline, prediction, ttach_prediction, preparation)
+}
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):

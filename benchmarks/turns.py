@@ -1,4 +1,4 @@
-"""Turns of measured processes in interleaved rounds, and the peak memory of a command."""
+"""Turns of measured processes in interleaved rounds."""
 
 import json
 import os
@@ -44,29 +44,9 @@ class Bench:
                     values.setdefault(name if key == "rate" else key, []).append(value)
         return values
 
-    def command(self, work: Path, *options: str) -> tuple[float, float]:
-        """Run our command line in the folder `work`; return its seconds and the peak bytes of its largest process.
-
-        Pages of mapped files, such as the store, are not counted: the system reclaims them when it needs memory.
-        """
+    def command(self, work: Path, *options: str) -> float:
+        """Run our command line in the folder `work`; return its seconds."""
         line = [sys.executable, "-m", "pcam_kaggle", *options, "--work", str(work)]
-        start, peak = time.perf_counter(), 0
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, env={**os.environ, "PCAM_DATA": str(self.data)}) as process:
-            while process.poll() is None:
-                peak = max(peak, _largest(process.pid))
-                time.sleep(0.02)
-        if process.returncode:
-            raise UserError(f"{' '.join(options)}: ended with status {process.returncode}")
-        return time.perf_counter() - start, peak
-
-
-def _largest(pid: int) -> int:
-    """Return the resident bytes that belong to no file, of `pid` or the largest of its descendants; 0 if it has ended."""
-    process = Path(f"/proc/{pid}")
-    try:
-        children = (process / f"task/{pid}/children").read_text().split()
-        lines = (process / "status").read_text().splitlines()
-    except OSError:
-        return 0
-    own = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-    return max(own, *map(_largest, map(int, children)), 0)
+        start = time.perf_counter()
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PCAM_DATA": str(self.data)})
+        return time.perf_counter() - start
