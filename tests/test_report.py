@@ -222,7 +222,11 @@ def test_captions_count_scores_and_name_the_best_epoch() -> None:
     assert plot.caption == "Submissions: 2 with a public score."
     assert "private" not in plot.svg
     log = pd.DataFrame({"epoch": [1.0, 2.0, 3.0], "train_loss": [0.5, 0.4, 0.3], "valid_auc": [0.8, 0.9, 0.85]})
-    assert "(0.9000) after epoch 2." in figures.learning("run", {0: log}).caption
+    for table, drawn in ((log.assign(valid_loss=np.nan), 1), (log.assign(valid_loss=[np.nan, 0.5, 0.4]), 2)):
+        plot = figures.learning("run", {0: table, 1: table})
+        assert "(0.9000) after epoch 2." in plot.caption
+        assert (figures.LOSSES in plot.caption) == (drawn == 2)
+        assert len(plot.figure.axes[1].lines) == 3 * drawn
 
 
 def darkness() -> nn.Module:

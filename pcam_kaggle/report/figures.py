@@ -37,6 +37,10 @@ STYLE: dict[Any, Any] = {
 }
 POINTS, MAX_NAMED_SLIDES = 200, 30
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
+LOSSES = (
+    "Compare the shapes of both losses, not their values: training is on augmented patches and, with a teacher, on its "
+    "probabilities; validation is of the EMA model."
+)
 
 Curve = Callable[[Labels, Floats], Floats]
 Reference = tuple[str, pd.DataFrame] | None
@@ -104,22 +108,32 @@ def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) 
 
 @mpl.rc_context(STYLE)
 def learning(name: str, logs: Mapping[int, pd.DataFrame]) -> Plot:
-    """Return validation AUC and training loss by epoch; `logs` has a table of epoch, train_loss, valid_auc for each fold."""
+    """Return validation AUC and losses by epoch; `logs` has a table of `LOG_COLUMNS` for each fold.
+
+    The validation loss is left out if all logs lack it.
+    """
     figure = Figure((WIDTH, HEIGHT + 0.5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    means = pd.concat(logs.values()).groupby("epoch")[["valid_auc", "train_loss"]].mean()
-    for ax, column, label in zip(axes, means, ("Validation AUC", "Training loss"), strict=True):
+    means = pd.concat(logs.values()).groupby("epoch").mean()
+    curves = {"valid_auc": (axes[0], PRIMARY, "-", ""), "train_loss": (axes[1], SECONDARY, "--", "training")}
+    has_valid_loss = "valid_loss" in means.dropna(axis=1, how="all")
+    if has_valid_loss:
+        curves["valid_loss"] = (axes[1], PRIMARY, "-", "validation")
+    for column, (ax, colour, style, word) in curves.items():
         for log in logs.values():
-            ax.plot(log["epoch"], log[column], color=PRIMARY, alpha=0.45, linewidth=1, marker=".", markersize=3)
-        ax.plot(means.index, means[column], color=PRIMARY, linewidth=2)
-        ax.set_ylabel(label)
-    axes[1].set_xlabel("Epoch")
+            ax.plot(log["epoch"], log[column], color=colour, alpha=0.45, linewidth=1, marker=".", markersize=3)
+        ax.plot(means.index, means[column], color=colour, linewidth=2, linestyle=style, label=word)
+    axes[0].set_ylabel("Validation AUC")
+    axes[1].set(xlabel="Epoch", ylabel="Loss")
+    axes[1].legend(loc="upper right")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     best = means["valid_auc"]
     caption = (
         f"{name}: {len(logs)} fold{'s' if len(logs) > 1 else ''} (thin) and their mean (bold). The mean validation AUC peaks "
         f"({best.max():.4f}) after epoch {best.idxmax():.0f}."
     )
+    if has_valid_loss:
+        caption += f" {LOSSES}"
     return Plot(figure, f"Learning curves of {name}", caption)
 
 

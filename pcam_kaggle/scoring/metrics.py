@@ -19,6 +19,12 @@ def auc(labels: Labels, scores: Floats) -> float:
     return float(placements(labels, np.stack([scores]))[0].mean(axis=1)[0])
 
 
+def cross_entropy(labels: Labels, logits: Floats) -> float:
+    """Return the mean binary cross-entropy of `logits` (n,) in nats; `labels` (n,) are 0 and 1."""
+    # NumPy's sum, unlike torch's, does not depend on the number of threads.
+    return float(np.logaddexp(0, np.where(labels == 1, -logits, logits)).mean())
+
+
 def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
     """Return the structural components of the AUC of each row of `scores` (k, n) (DeLong et al. 1988); ties count 1/2.
 
