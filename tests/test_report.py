@@ -17,6 +17,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.report import figures
@@ -26,12 +27,14 @@ from pcam_kaggle.runs.submissions import record_score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.metrics import calibration_error
 from pcam_kaggle.scoring.results import Estimate, OofScore
+from pcam_kaggle.scoring.tables import operating_table
 
 FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
     *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
     *("AUC of other by slide", "Correlation between runs", "Kaggle scores versus OOF AUC"),
 ]
+FOLDS = ["fold_0", "fold_1", "fold_2"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,13 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert "aria-sort" in page
-    assert "<h3>Scores on others</h3>" in page
+    for title in ("Scores on others", "Out of fold", "On others, by the mean of the models"):
+        assert f"<h3>{title}</h3>" in page
+    assert page.count("<td>99 % sensitivity</td>") == 4
+    evaluated = read_numbers(workspace.evaluations / "others" / "predictions" / "other.csv", ["label", *FOLDS])
+    row = operating_table({"other": (evaluated["label"].to_numpy(), evaluated[FOLDS].mean(axis=1).to_numpy())}).iloc[2, 2:]
+    cells = r"\s*".join(f"<td>{cell}</td>" for cell in row)
+    assert re.search(rf"other</th>\s*<td>95 % sensitivity</td>\s*{cells}", page[page.index("<h3>On others") :])
     assert "Left out" not in page
     assert "Not available" not in page
     body = page[page.index("<tbody>") : page.index("</tbody>")]
@@ -117,6 +126,7 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     apart = workspace.root / "map.csv"
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
+    assert "Not evaluated on others with the present models: bottleneck." in page
     for reason in ("no such checkpoint", "no submission has a score", "no slides with patches of both labels"):
         assert reason in page
     shutil.rmtree(workspace.store)
