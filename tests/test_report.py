@@ -4,6 +4,7 @@ import html
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,20 @@ def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
     assert "n/a: all predictions of a run are equal" in some.caption
     assert "probabilities: n/a;" in none.caption
     assert "nan" not in some.svg + none.svg
+
+
+@pytest.mark.parametrize("draw", [figures.roc, figures.precision_recall])
+def test_an_inset_has_the_corner_that_good_curves_enter(draw: Callable[..., figures.Plot]) -> None:
+    labels = np.arange(400) % 2
+    for noise, is_good in ((0.3, True), (5.0, False)):
+        values = labels + noise * np.random.default_rng(0).normal(size=400)
+        plot = draw("run", pd.DataFrame({"label": labels, "fold": 0, "probability": values}))
+        insets = plot.figure.axes[0].child_axes
+        assert [len(insets), "Inset" in plot.caption] == [is_good, is_good]
+        for inset in insets:
+            x, y = inset.lines[0].get_data()
+            inside = (np.abs(np.array(x) - np.mean(inset.get_xlim())) < 0.1) & (np.array(y) > inset.get_ylim()[0])
+            assert inside.sum() > 50
 
 
 def test_calibration_error_is_the_distance_from_the_diagonal() -> None:

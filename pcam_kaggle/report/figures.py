@@ -7,7 +7,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -36,6 +36,8 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
 POINTS, MAX_NAMED_SLIDES = 200, 30
+# Side of the corner that the inset of a curve enlarges.
+CORNER = 0.2
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 LOSSES = (
     "Compare the shapes of both losses, not their values: training is on augmented patches and, with a teacher, on its "
@@ -82,7 +84,7 @@ def roc(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
         false, true, _ = roc_curve(labels, scores)
         return np.concatenate([[0.0], np.interp(grid[1:], false, true)])
 
-    figure, text = _mean_and_range(grid, curve, ("False positive rate", "True positive rate"), oof, reference)
+    figure, text = _mean_and_range(grid, curve, ("False positive rate", "True positive rate"), oof, reference, corner=0)
     area = auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
     return Plot(figure, f"ROC curve of {name}", f"{name}: pooled AUC {area:.4f}.{text}")
 
@@ -100,7 +102,7 @@ def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) 
         precision, recall = precision[-2::-1], recall[-2::-1]
         return precision[np.searchsorted(recall, grid - 1e-12)]
 
-    figure, text = _mean_and_range(grid, curve, ("Recall", "Precision"), oof, reference)
+    figure, text = _mean_and_range(grid, curve, ("Recall", "Precision"), oof, reference, corner=1)
     average = average_precision_score(oof["label"], oof["probability"])
     caption = f"{name}: pooled average precision {average:.4f}, chance level {oof['label'].mean():.2f}.{text}"
     return Plot(figure, f"Precision-recall curve of {name}", caption)
@@ -238,9 +240,12 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
 
 
 def _mean_and_range(
-    grid: Floats, curve: Curve, axes: tuple[str, str], oof: pd.DataFrame, reference: Reference
+    grid: Floats, curve: Curve, axes: tuple[str, str], oof: pd.DataFrame, reference: Reference, corner: Literal[0, 1]
 ) -> tuple[Figure, str]:
-    """Return the figure of `curve` on `grid` over the folds of `oof`, and what its caption says about the reference."""
+    """Return the figure of `curve` on `grid` over the folds of `oof`, and what its caption says about reference and inset.
+
+    An inset enlarges the upper corner at x = `corner` if the mean enters it.
+    """
 
     def folds(table: pd.DataFrame) -> Floats:
         parts = (part for _, part in table.groupby("fold"))
@@ -248,12 +253,19 @@ def _mean_and_range(
 
     figure, ax = _panel()
     curves = folds(oof)
-    ax.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
-    ax.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
-    if reference:
-        ax.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
     ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    return figure, f" Grey and dashed: {reference[0]}." if reference else ""
+    drawn, text = [ax], f" Grey and dashed: {reference[0]}." if reference else ""
+    if (curves.mean(axis=0)[abs(grid - corner) <= CORNER] >= 1 - CORNER).any():
+        start = corner * (1 - CORNER)
+        inset = ax.inset_axes((0.36 - 0.22 * corner, 0.14, 0.6, 0.6), xlim=(start, start + CORNER), ylim=(1 - CORNER, 1))
+        ax.indicate_inset((start, 1 - CORNER, CORNER, CORNER), edgecolor=GREY)
+        drawn, text = [ax, inset], f"{text} Inset: the corner, enlarged."
+    for each in drawn:
+        each.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
+        each.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
+        if reference:
+            each.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
+    return figure, text
 
 
 def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
