@@ -34,6 +34,7 @@ FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
     *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
     *("AUC of other by slide", "Correlation between runs", "Kaggle scores versus OOF AUC"),
+    "OOF and test probabilities of other",
 ]
 FOLDS = ["fold_0", "fold_1", "fold_2"]
 
@@ -114,10 +115,12 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
 
 def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     (workspace.evaluations / "others" / "result.json").write_text("[]")
+    (workspace.root / "runs" / "bottleneck" / "fold_1" / "test.csv").unlink()
     page = made(workspace, "bottleneck")
     assert "needs two runs" in page
     assert "Scores on others" not in page
     assert "Left out: " in page
+    assert re.search(r"bottleneck: Left out: \S*fold_1/test\.csv: missing", page)
     (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
     shutil.rmtree(workspace.folds)
@@ -221,6 +224,14 @@ def test_an_inset_has_the_corner_that_good_curves_enter(draw: Callable[..., figu
             x, y = inset.lines[0].get_data()
             inside = (np.abs(np.array(x) - np.mean(inset.get_xlim())) < 0.1) & (np.array(y) > inset.get_ylim()[0])
             assert inside.sum() > 50
+
+
+@pytest.mark.parametrize(("shift", "distance"), [(0, "0.000"), (50, "0.050"), (250, "0.250")])
+def test_test_probabilities_are_said_to_differ_where_they_do(shift: int, distance: str) -> None:
+    ranks = np.arange(1, 1000)
+    plot = figures.oof_and_test("run", ranks / 2000, np.repeat(ranks + shift, 5) / 2000)
+    assert f"mean probability 0.250 out of fold, {0.25 + shift / 2000:.3f} on the test set; D = {distance}." in plot.caption
+    assert ("They differ" in plot.caption) == (shift == 250)
 
 
 def test_calibration_error_is_the_distance_from_the_diagonal() -> None:

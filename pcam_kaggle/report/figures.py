@@ -1,4 +1,4 @@
-"""Figures of runs: ROC, precision-recall and learning curves, histogram, calibration, AUC by slide, correlation, CV versus LB.
+"""Figures of runs: ROC, precision-recall and learning curves, histograms, calibration, AUC by slide, correlation, CV versus LB.
 
 Tables named `oof` have the columns id, label, fold and probability. A `reference` is the name and the OOF table of a baseline.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
+from scipy.stats import ks_2samp, rankdata
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_bins, calibration_error
@@ -38,6 +38,8 @@ STYLE: dict[Any, Any] = {
 POINTS, MAX_NAMED_SLIDES = 200, 30
 # Side of the corner that the inset of a curve enlarges.
 CORNER = 0.2
+# At some threshold, the fractions of positives then differ by more.
+DIFFERENT = 0.1
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 LOSSES = (
     "Compare the shapes of both losses, not their values: training is on augmented patches and, with a teacher, on its "
@@ -142,19 +144,24 @@ def learning(name: str, logs: Mapping[int, pd.DataFrame]) -> Plot:
 @mpl.rc_context(STYLE)
 def histogram(name: str, oof: pd.DataFrame) -> Plot:
     """Return the histogram of the OOF probabilities by label, with logarithmic counts."""
-    figure, ax = _panel()
-    edges = np.linspace(0, 1, 41)
-    for label, colour, style, word in ((0, PRIMARY, "-", "no tumour"), (1, SECONDARY, "--", "tumour")):
-        counts, _ = np.histogram(oof.loc[oof["label"] == label, "probability"], edges)
-        ax.stairs(counts, edges, color=colour, linewidth=1.5, linestyle=style, label=word)
-        ax.stairs(counts, edges, color=colour, fill=True, alpha=0.15)
-    ax.set_yscale("log")
-    ax.set(xlabel="OOF probability of tumour", ylabel="Patches", xlim=(0, 1), ylim=(0.7, None))
-    ax.legend(loc="upper center", ncols=2)
+    without, with_tumour = (oof.loc[oof["label"] == label, "probability"].to_numpy() for label in (0, 1))
+    figure = _histograms({"no tumour": (without, 1), "tumour": (with_tumour, 1)}, ("OOF probability of tumour", "Patches"))
     negatives = ((oof["label"] == 1) & (oof["probability"] < 0.5)).mean()
     positives = ((oof["label"] == 0) & (oof["probability"] >= 0.5)).mean()
     caption = f"{name}: at 0.5, {negatives:.1%} of all patches are false negatives and {positives:.1%} are false positives."
     return Plot(figure, f"Histogram of OOF probabilities of {name} by label", caption)
+
+
+@mpl.rc_context(STYLE)
+def oof_and_test(name: str, oof: Floats, test: Floats) -> Plot:
+    """Return the histograms of the probabilities `oof` (n,) and `test` (m,) as fractions; the caption says if they differ."""
+    parts = {"out of fold": (oof, len(oof)), "test": (test, len(test))}
+    figure = _histograms(parts, ("Probability of tumour", "Fraction of patches"))
+    distance = ks_2samp(oof, test, method="asymp").statistic
+    caption = f"{name}: mean probability {oof.mean():.3f} out of fold, {test.mean():.3f} on the test set; D = {distance:.3f}."
+    if distance > DIFFERENT:
+        caption += f" They differ: at some threshold, the shares of positives are {100 * distance:.0f} percentage points apart."
+    return Plot(figure, f"OOF and test probabilities of {name}", caption)
 
 
 @mpl.rc_context(STYLE)
@@ -266,6 +273,20 @@ def _mean_and_range(
         if reference:
             each.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
     return figure, text
+
+
+def _histograms(parts: Mapping[str, tuple[Floats, int]], axes: tuple[str, str]) -> Figure:
+    """Return the histograms of two arrays of probabilities, the counts of each divided by a number, on a logarithmic scale."""
+    figure, ax = _panel()
+    edges = np.linspace(0, 1, 41)
+    for (word, (values, divisor)), colour, style in zip(parts.items(), (PRIMARY, SECONDARY), ("-", "--"), strict=True):
+        heights = np.histogram(values, edges)[0] / divisor
+        ax.stairs(heights, edges, color=colour, linewidth=1.5, linestyle=style, label=word)
+        ax.stairs(heights, edges, color=colour, fill=True, alpha=0.15)
+    ax.set_yscale("log")
+    ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(0, 1), ylim=(0.7 / max(divisor for _, divisor in parts.values()), None))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
 
 
 def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

@@ -37,6 +37,11 @@ OPERATING_POINTS = (
     "95 % and 99 % sensitivity: the highest threshold that reaches it. All three are chosen on the patches of the same table, "
     "so they are optimistic. Thresholds of a blend by rank are ranks. n/a: no patch is positive."
 )
+TEST_SET = (
+    "Of a run with models, a test patch counts once for each of them. D is the largest difference between the cumulative "
+    f"distributions (Kolmogorov-Smirnov); over {figures.DIFFERENT}, the caption says that they differ. There is no p-value, "
+    "since patches of a slide are correlated. Sets with other fractions of tumour differ, too."
+)
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -66,6 +71,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     sections = [
         *_predictions(scored, reference.name, oof),
         _operating_points(scored, workspace),
+        _test_set(scored, workspace),
         _learning(runs, workspace),
         _slide_aucs(scored, comparison, workspace),
         _held_out(workspace),
@@ -120,6 +126,20 @@ def _held_out_mean(run: Run, evaluation: Evaluation, workspace: Workspace) -> tu
     members = {name: evaluation.current(Run(workspace.run(name))) for name in ensemble.weights}
     labels, mean, _ = ensemble_mean(ensemble, {name: table for name, table in members.items() if table is not None})
     return labels, mean
+
+
+def _test_set(scored: Scored, workspace: Workspace) -> Section:
+    section = Section("test", "OOF and test probabilities", TEST_SET)
+    for run, oof in scored:
+        stored = Run(workspace.run(run.name))
+        try:
+            tables = stored.predictions(run.scored()[1].folds).tests if stored.is_experiment else [stored.test()]
+        except UserError as error:
+            section.text += f" {run.name}: {_left_out(error)}"
+        else:
+            test = np.concatenate([table["probability"] for table in tables])
+            section.plots.append(figures.oof_and_test(run.name, oof["probability"].to_numpy(), test))
+    return section
 
 
 def _learning(runs: list[ComparedRun], workspace: Workspace) -> Section:
