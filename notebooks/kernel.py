@@ -212,8 +212,8 @@ if done:
 # %% curves-text [markdown]
 # ## Curves
 #
-# Learning curves: validation AUC and training loss of each fold (thin lines) and their mean (bold). ROC curve: mean and range
-# over folds, each on its validation patches.
+# Learning curves: validation AUC, training and validation loss of each fold (thin lines) and their mean (bold). ROC curve: mean
+# and range over folds, each on its validation patches.
 
 # %% curves
 if done:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, log_loss, precision_score, recall_score, roc_auc_score
 
 from pcam_kaggle.scoring.intervals import (
     Clusters,
@@ -18,8 +18,9 @@ from pcam_kaggle.scoring.intervals import (
     pairs_to_test,
     simultaneous_differences,
 )
-from pcam_kaggle.scoring.metrics import auc, rank_within
+from pcam_kaggle.scoring.metrics import auc, cross_entropy, operating_points, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate
+from pcam_kaggle.scoring.tables import operating_table
 
 # From pROC 1.18 in R: roc(direction = "<"), var, cov, ci.auc and roc.test(method = "delong", paired = TRUE).
 LABELS = np.array([0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0])
@@ -55,6 +56,47 @@ def test_auc_matches_scikit_learn_with_ties(levels: int) -> None:
     labels = rng.integers(0, 2, 500)
     scores = (rng.integers(0, levels, 500) + labels * levels // 3).astype(float)
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 16])
+@pytest.mark.parametrize("signal", [-0.3, 0.0, 0.6])
+def test_operating_points_match_scikit_learn_with_ties(decimals: int, signal: float) -> None:
+    rng = np.random.default_rng(decimals)
+    labels = np.repeat([0, 1], [130, 100])
+    probabilities = (rng.normal(0.4, 0.2, 230) + signal * labels).clip(0, 1).round(decimals)
+    points = operating_points(labels, probabilities)
+    for _, point in points.iterrows():
+        assigned = probabilities >= point["threshold"]
+        assert point[["TN", "FP", "FN", "TP"]].tolist() == confusion_matrix(labels, assigned).ravel().tolist()
+        assert point["sensitivity"] == pytest.approx(recall_score(labels, assigned))
+        assert point["specificity"] == pytest.approx(recall_score(labels, assigned, pos_label=0))
+        assert point["F1"] == pytest.approx(f1_score(labels, assigned))
+        assert point["PPV"] == pytest.approx(precision_score(labels, assigned, zero_division=np.nan), nan_ok=True)
+    thresholds = np.unique(probabilities)
+    sensitivity, specificity = (
+        np.array([recall_score(labels, probabilities >= each, pos_label=label) for each in thresholds]) for label in (1, 0)
+    )
+    assert points.loc["0.5", "threshold"] == 0.5
+    youden = points.loc["Youden", ["sensitivity", "specificity"]].sum()
+    assert youden == pytest.approx((sensitivity + specificity).max())
+    for percent in (95, 99):
+        # 95 and 99 of 100 positives are enough.
+        assert points.loc[f"{percent} % sensitivity", "threshold"] == thresholds[sensitivity >= percent / 100].max()
+
+
+@pytest.mark.parametrize("value", [0.3, 0.7])
+def test_operating_points_of_equal_probabilities_are_not_printed_as_nan(value: float) -> None:
+    labels = np.array([0, 1, 1, 0, 1])
+    table = operating_table({"run": (labels, np.full(5, value))}).set_index("operating point").drop(columns="run")
+    everything = ["1.0000", "0.0000", "0.6000", "0.7500", "3", "2", "0", "0"]
+    nothing = ["0.0000", "1.0000", "n/a", "0.0000", "0", "0", "2", "3"]
+    assert table.loc["0.5"].tolist() == ["0.5", *(everything if value > 0.5 else nothing)]
+    assert (table.iloc[1:] == [str(value), *everything]).all(axis=None)
+
+
+def test_cross_entropy_matches_scikit_learn_and_does_not_overflow() -> None:
+    assert cross_entropy(LABELS, A - 3) == pytest.approx(log_loss(LABELS, 1 / (1 + np.exp(3 - A))), abs=1e-12)
+    assert cross_entropy(np.array([0, 1], np.uint8), np.array([800.0, -800.0])) == 800
 
 
 def test_ranks_within_folds_ignore_their_scales() -> None:

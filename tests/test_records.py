@@ -96,8 +96,10 @@ def test_environments_of_earlier_versions_are_read(is_list: bool, tmp_path: Path
 def test_a_log_of_an_earlier_version_lacks_the_last_columns(tmp_path: Path) -> None:
     fold = Fold(tmp_path, 0)
     assert fold.log().columns.tolist() == LOG_COLUMNS
-    fold.write_log([{"epoch": 1, "train_loss": 0.5, "valid_auc": 0.75}])
+    row = {"epoch": 1, "train_loss": 0.5, "valid_auc": 0.75}
+    fold.write_log([row, {**row, "valid_loss": 0.25}])
     log = fold.log()
     assert log.columns.tolist() == LOG_COLUMNS
     assert log.iloc[0, :3].tolist() == [1, 0.5, 0.75]
     assert log.iloc[0, 3:].isna().all()
+    assert log["valid_loss"][1] == 0.25

@@ -4,6 +4,7 @@ import html
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.report import figures
@@ -26,12 +28,15 @@ from pcam_kaggle.runs.submissions import record_score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.metrics import calibration_error
 from pcam_kaggle.scoring.results import Estimate, OofScore
+from pcam_kaggle.scoring.tables import operating_table
 
 FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
     *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
     *("AUC of other by slide", "Correlation between runs", "Kaggle scores versus OOF AUC"),
+    "OOF and test probabilities of other",
 ]
+FOLDS = ["fold_0", "fold_1", "fold_2"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,13 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert "aria-sort" in page
-    assert "<h3>Scores on others</h3>" in page
+    for title in ("Scores on others", "Out of fold", "On others, by the mean of the models"):
+        assert f"<h3>{title}</h3>" in page
+    assert page.count("<td>99 % sensitivity</td>") == 4
+    evaluated = read_numbers(workspace.evaluations / "others" / "predictions" / "other.csv", ["label", *FOLDS])
+    row = operating_table({"other": (evaluated["label"].to_numpy(), evaluated[FOLDS].mean(axis=1).to_numpy())}).iloc[2, 2:]
+    cells = r"\s*".join(f"<td>{cell}</td>" for cell in row)
+    assert re.search(rf"other</th>\s*<td>95 % sensitivity</td>\s*{cells}", page[page.index("<h3>On others") :])
     assert "Left out" not in page
     assert "Not available" not in page
     body = page[page.index("<tbody>") : page.index("</tbody>")]
@@ -104,10 +115,12 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
 
 def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     (workspace.evaluations / "others" / "result.json").write_text("[]")
+    (workspace.root / "runs" / "bottleneck" / "fold_1" / "test.csv").unlink()
     page = made(workspace, "bottleneck")
     assert "needs two runs" in page
     assert "Scores on others" not in page
     assert "Left out: " in page
+    assert re.search(r"bottleneck: Left out: \S*fold_1/test\.csv: missing", page)
     (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
     shutil.rmtree(workspace.folds)
@@ -117,6 +130,7 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     apart = workspace.root / "map.csv"
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
+    assert "Not evaluated on others with the present models: bottleneck." in page
     for reason in ("no such checkpoint", "no submission has a score", "no slides with patches of both labels"):
         assert reason in page
     shutil.rmtree(workspace.store)
@@ -198,6 +212,28 @@ def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
     assert "nan" not in some.svg + none.svg
 
 
+@pytest.mark.parametrize("draw", [figures.roc, figures.precision_recall])
+def test_an_inset_has_the_corner_that_good_curves_enter(draw: Callable[..., figures.Plot]) -> None:
+    labels = np.arange(400) % 2
+    for noise, is_good in ((0.3, True), (5.0, False)):
+        values = labels + noise * np.random.default_rng(0).normal(size=400)
+        plot = draw("run", pd.DataFrame({"label": labels, "fold": 0, "probability": values}))
+        insets = plot.figure.axes[0].child_axes
+        assert [len(insets), "Inset" in plot.caption] == [is_good, is_good]
+        for inset in insets:
+            x, y = inset.lines[0].get_data()
+            inside = (np.abs(np.array(x) - np.mean(inset.get_xlim())) < 0.1) & (np.array(y) > inset.get_ylim()[0])
+            assert inside.sum() > 50
+
+
+@pytest.mark.parametrize(("shift", "distance"), [(0, "0.000"), (50, "0.050"), (250, "0.250")])
+def test_test_probabilities_are_said_to_differ_where_they_do(shift: int, distance: str) -> None:
+    ranks = np.arange(1, 1000)
+    plot = figures.oof_and_test("run", ranks / 2000, np.repeat(ranks + shift, 5) / 2000)
+    assert f"mean probability 0.250 out of fold, {0.25 + shift / 2000:.3f} on the test set; D = {distance}." in plot.caption
+    assert ("They differ" in plot.caption) == (shift == 250)
+
+
 def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
     probabilities = np.repeat([0.2, 0.8], 100)
     labels = np.concatenate([np.arange(100) < 20, np.arange(100) < 80]).astype(int)
@@ -222,7 +258,11 @@ def test_captions_count_scores_and_name_the_best_epoch() -> None:
     assert plot.caption == "Submissions: 2 with a public score."
     assert "private" not in plot.svg
     log = pd.DataFrame({"epoch": [1.0, 2.0, 3.0], "train_loss": [0.5, 0.4, 0.3], "valid_auc": [0.8, 0.9, 0.85]})
-    assert "(0.9000) after epoch 2." in figures.learning("run", {0: log}).caption
+    for table, drawn in ((log.assign(valid_loss=np.nan), 1), (log.assign(valid_loss=[np.nan, 0.5, 0.4]), 2)):
+        plot = figures.learning("run", {0: table, 1: table})
+        assert "(0.9000) after epoch 2." in plot.caption
+        assert (figures.LOSSES in plot.caption) == (drawn == 2)
+        assert len(plot.figure.axes[1].lines) == 3 * drawn
 
 
 def darkness() -> nn.Module:

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import log_loss
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -159,7 +160,7 @@ def test_a_resumed_run_is_bit_identical(optimizer: str, task: Task, monkeypatch:
     finish(stopped, 0)
     for name in ("best.pt", "last.pt"):
         assert_equal_nets(*(each.run.fold(0).folder / name for each in (whole, stopped)))
-    logs = [each.run.fold(0).log()[["epoch", "train_loss", "valid_auc"]] for each in (whole, stopped)]
+    logs = [each.run.fold(0).log()[["epoch", "train_loss", "valid_auc", "valid_loss"]] for each in (whole, stopped)]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
@@ -285,6 +286,8 @@ def test_best_reloaded_gives_the_stored_auc(task: Task) -> None:
     net = load_best(fold, task.config, CPU)
     logits = engine.predict_logits(net, task.store, data.valid_rows, task.config, CPU, 1, "test")[0].double().numpy()
     assert auc(data.valid_labels, logits) == fold.metrics().valid_auc == fold.log()["valid_auc"].max()
+    losses = fold.log().set_index("epoch")["valid_loss"]
+    assert losses[fold.metrics().epoch] == pytest.approx(log_loss(data.valid_labels, 1 / (1 + np.exp(-logits))), rel=1e-6)
 
 
 def test_tensorboard_sees_the_log(task: Task) -> None:
@@ -292,7 +295,7 @@ def test_tensorboard_sees_the_log(task: Task) -> None:
     folder = finish(task, 0)
     seen = events.EventAccumulator(str(folder / "events")).Reload()
     log = pd.read_csv(folder / "log.csv")
-    for name in ("valid_auc", "train_loss", "lr"):
+    for name in ("valid_auc", "valid_loss", "train_loss", "lr"):
         points = [(point.step, point.value) for point in seen.Scalars(name)]
         np.testing.assert_allclose(points, log[["epoch", name]], rtol=1e-6)
 

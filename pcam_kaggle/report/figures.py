@@ -1,4 +1,4 @@
-"""Figures of runs: ROC, precision-recall and learning curves, histogram, calibration, AUC by slide, correlation, CV versus LB.
+"""Figures of runs: ROC, precision-recall and learning curves, histograms, calibration, AUC by slide, correlation, CV versus LB.
 
 Tables named `oof` have the columns id, label, fold and probability. A `reference` is the name and the OOF table of a baseline.
 """
@@ -7,14 +7,14 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
+from scipy.stats import ks_2samp, rankdata
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_bins, calibration_error
@@ -36,7 +36,15 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
 POINTS, MAX_NAMED_SLIDES = 200, 30
+# Side of the corner that the inset of a curve enlarges.
+CORNER = 0.2
+# At some threshold, the fractions of positives then differ by more.
+DIFFERENT = 0.1
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
+LOSSES = (
+    "Compare the shapes of both losses, not their values: training is on augmented patches and, with a teacher, on its "
+    "probabilities; validation is of the EMA model."
+)
 
 Curve = Callable[[Labels, Floats], Floats]
 Reference = tuple[str, pd.DataFrame] | None
@@ -78,7 +86,7 @@ def roc(name: str, oof: pd.DataFrame, reference: Reference = None) -> Plot:
         false, true, _ = roc_curve(labels, scores)
         return np.concatenate([[0.0], np.interp(grid[1:], false, true)])
 
-    figure, text = _mean_and_range(grid, curve, ("False positive rate", "True positive rate"), oof, reference)
+    figure, text = _mean_and_range(grid, curve, ("False positive rate", "True positive rate"), oof, reference, corner=0)
     area = auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
     return Plot(figure, f"ROC curve of {name}", f"{name}: pooled AUC {area:.4f}.{text}")
 
@@ -96,7 +104,7 @@ def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) 
         precision, recall = precision[-2::-1], recall[-2::-1]
         return precision[np.searchsorted(recall, grid - 1e-12)]
 
-    figure, text = _mean_and_range(grid, curve, ("Recall", "Precision"), oof, reference)
+    figure, text = _mean_and_range(grid, curve, ("Recall", "Precision"), oof, reference, corner=1)
     average = average_precision_score(oof["label"], oof["probability"])
     caption = f"{name}: pooled average precision {average:.4f}, chance level {oof['label'].mean():.2f}.{text}"
     return Plot(figure, f"Precision-recall curve of {name}", caption)
@@ -104,41 +112,56 @@ def precision_recall(name: str, oof: pd.DataFrame, reference: Reference = None) 
 
 @mpl.rc_context(STYLE)
 def learning(name: str, logs: Mapping[int, pd.DataFrame]) -> Plot:
-    """Return validation AUC and training loss by epoch; `logs` has a table of epoch, train_loss, valid_auc for each fold."""
+    """Return validation AUC and losses by epoch; `logs` has a table of `LOG_COLUMNS` for each fold.
+
+    The validation loss is left out if all logs lack it.
+    """
     figure = Figure((WIDTH, HEIGHT + 0.5), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
-    means = pd.concat(logs.values()).groupby("epoch")[["valid_auc", "train_loss"]].mean()
-    for ax, column, label in zip(axes, means, ("Validation AUC", "Training loss"), strict=True):
+    means = pd.concat(logs.values()).groupby("epoch").mean()
+    curves = {"valid_auc": (axes[0], PRIMARY, "-", ""), "train_loss": (axes[1], SECONDARY, "--", "training")}
+    has_valid_loss = "valid_loss" in means.dropna(axis=1, how="all")
+    if has_valid_loss:
+        curves["valid_loss"] = (axes[1], PRIMARY, "-", "validation")
+    for column, (ax, colour, style, word) in curves.items():
         for log in logs.values():
-            ax.plot(log["epoch"], log[column], color=PRIMARY, alpha=0.45, linewidth=1, marker=".", markersize=3)
-        ax.plot(means.index, means[column], color=PRIMARY, linewidth=2)
-        ax.set_ylabel(label)
-    axes[1].set_xlabel("Epoch")
+            ax.plot(log["epoch"], log[column], color=colour, alpha=0.45, linewidth=1, marker=".", markersize=3)
+        ax.plot(means.index, means[column], color=colour, linewidth=2, linestyle=style, label=word)
+    axes[0].set_ylabel("Validation AUC")
+    axes[1].set(xlabel="Epoch", ylabel="Loss")
+    axes[1].legend(loc="upper right")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     best = means["valid_auc"]
     caption = (
         f"{name}: {len(logs)} fold{'s' if len(logs) > 1 else ''} (thin) and their mean (bold). The mean validation AUC peaks "
         f"({best.max():.4f}) after epoch {best.idxmax():.0f}."
     )
+    if has_valid_loss:
+        caption += f" {LOSSES}"
     return Plot(figure, f"Learning curves of {name}", caption)
 
 
 @mpl.rc_context(STYLE)
 def histogram(name: str, oof: pd.DataFrame) -> Plot:
     """Return the histogram of the OOF probabilities by label, with logarithmic counts."""
-    figure, ax = _panel()
-    edges = np.linspace(0, 1, 41)
-    for label, colour, style, word in ((0, PRIMARY, "-", "no tumour"), (1, SECONDARY, "--", "tumour")):
-        counts, _ = np.histogram(oof.loc[oof["label"] == label, "probability"], edges)
-        ax.stairs(counts, edges, color=colour, linewidth=1.5, linestyle=style, label=word)
-        ax.stairs(counts, edges, color=colour, fill=True, alpha=0.15)
-    ax.set_yscale("log")
-    ax.set(xlabel="OOF probability of tumour", ylabel="Patches", xlim=(0, 1), ylim=(0.7, None))
-    ax.legend(loc="upper center", ncols=2)
+    without, with_tumour = (oof.loc[oof["label"] == label, "probability"].to_numpy() for label in (0, 1))
+    figure = _histograms({"no tumour": (without, 1), "tumour": (with_tumour, 1)}, ("OOF probability of tumour", "Patches"))
     negatives = ((oof["label"] == 1) & (oof["probability"] < 0.5)).mean()
     positives = ((oof["label"] == 0) & (oof["probability"] >= 0.5)).mean()
     caption = f"{name}: at 0.5, {negatives:.1%} of all patches are false negatives and {positives:.1%} are false positives."
     return Plot(figure, f"Histogram of OOF probabilities of {name} by label", caption)
+
+
+@mpl.rc_context(STYLE)
+def oof_and_test(name: str, oof: Floats, test: Floats) -> Plot:
+    """Return the histograms of the probabilities `oof` (n,) and `test` (m,) as fractions; the caption says if they differ."""
+    parts = {"out of fold": (oof, len(oof)), "test": (test, len(test))}
+    figure = _histograms(parts, ("Probability of tumour", "Fraction of patches"))
+    distance = ks_2samp(oof, test, method="asymp").statistic
+    caption = f"{name}: mean probability {oof.mean():.3f} out of fold, {test.mean():.3f} on the test set; D = {distance:.3f}."
+    if distance > DIFFERENT:
+        caption += f" They differ: at some threshold, the shares of positives are {100 * distance:.0f} percentage points apart."
+    return Plot(figure, f"OOF and test probabilities of {name}", caption)
 
 
 @mpl.rc_context(STYLE)
@@ -224,9 +247,12 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
 
 
 def _mean_and_range(
-    grid: Floats, curve: Curve, axes: tuple[str, str], oof: pd.DataFrame, reference: Reference
+    grid: Floats, curve: Curve, axes: tuple[str, str], oof: pd.DataFrame, reference: Reference, corner: Literal[0, 1]
 ) -> tuple[Figure, str]:
-    """Return the figure of `curve` on `grid` over the folds of `oof`, and what its caption says about the reference."""
+    """Return the figure of `curve` on `grid` over the folds of `oof`, and what its caption says about reference and inset.
+
+    An inset enlarges the upper corner at x = `corner` if the mean enters it.
+    """
 
     def folds(table: pd.DataFrame) -> Floats:
         parts = (part for _, part in table.groupby("fold"))
@@ -234,12 +260,33 @@ def _mean_and_range(
 
     figure, ax = _panel()
     curves = folds(oof)
-    ax.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
-    ax.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
-    if reference:
-        ax.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
     ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    return figure, f" Grey and dashed: {reference[0]}." if reference else ""
+    drawn, text = [ax], f" Grey and dashed: {reference[0]}." if reference else ""
+    if (curves.mean(axis=0)[abs(grid - corner) <= CORNER] >= 1 - CORNER).any():
+        start = corner * (1 - CORNER)
+        inset = ax.inset_axes((0.36 - 0.22 * corner, 0.14, 0.6, 0.6), xlim=(start, start + CORNER), ylim=(1 - CORNER, 1))
+        ax.indicate_inset((start, 1 - CORNER, CORNER, CORNER), edgecolor=GREY)
+        drawn, text = [ax, inset], f"{text} Inset: the corner, enlarged."
+    for each in drawn:
+        each.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=PRIMARY, alpha=0.25, linewidth=0)
+        each.plot(grid, curves.mean(axis=0), color=PRIMARY, linewidth=1.5)
+        if reference:
+            each.plot(grid, folds(reference[1]).mean(axis=0), color=GREY, linewidth=1.5, linestyle="--")
+    return figure, text
+
+
+def _histograms(parts: Mapping[str, tuple[Floats, int]], axes: tuple[str, str]) -> Figure:
+    """Return the histograms of two arrays of probabilities, the counts of each divided by a number, on a logarithmic scale."""
+    figure, ax = _panel()
+    edges = np.linspace(0, 1, 41)
+    for (word, (values, divisor)), colour, style in zip(parts.items(), (PRIMARY, SECONDARY), ("-", "--"), strict=True):
+        heights = np.histogram(values, edges)[0] / divisor
+        ax.stairs(heights, edges, color=colour, linewidth=1.5, linestyle=style, label=word)
+        ax.stairs(heights, edges, color=colour, fill=True, alpha=0.15)
+    ax.set_yscale("log")
+    ax.set(xlabel=axes[0], ylabel=axes[1], xlim=(0, 1), ylim=(0.7 / max(divisor for _, divisor in parts.values()), None))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
 
 
 def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

@@ -20,9 +20,28 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import KAGGLE_SCORES, read_submissions
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
-from pcam_kaggle.scoring.held_out import EvaluationResult
+from pcam_kaggle.scoring.held_out import EvaluationResult, ensemble_mean
 from pcam_kaggle.scoring.intervals import unit_of
-from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_sentences, evaluation_table
+from pcam_kaggle.scoring.metrics import Floats, Labels
+from pcam_kaggle.scoring.tables import (
+    caption,
+    conclusions,
+    display_table,
+    evaluation_sentences,
+    evaluation_table,
+    operating_table,
+)
+
+OPERATING_POINTS = (
+    "A patch is positive if its probability is at least the threshold. Youden: the highest sensitivity + specificity - 1. "
+    "95 % and 99 % sensitivity: the highest threshold that reaches it. All three are chosen on the patches of the same table, "
+    "so they are optimistic. Thresholds of a blend by rank are ranks. n/a: no patch is positive."
+)
+TEST_SET = (
+    "Of a run with models, a test patch counts once for each of them. D is the largest difference between the cumulative "
+    f"distributions (Kolmogorov-Smirnov); over {figures.DIFFERENT}, the caption says that they differ. There is no p-value, "
+    "since patches of a slide are correlated. Sets with other fractions of tumour differ, too."
+)
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -51,6 +70,8 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     scored = [(run, run.scored()[0]) for run in runs if not run.problem]
     sections = [
         *_predictions(scored, reference.name, oof),
+        _operating_points(scored, workspace),
+        _test_set(scored, workspace),
         _learning(runs, workspace),
         _slide_aucs(scored, comparison, workspace),
         _held_out(workspace),
@@ -83,6 +104,42 @@ def _predictions(scored: Scored, name: str, oof: pd.DataFrame) -> list[Section]:
         Section("histogram", "OOF probabilities by label", "Errors are where the two distributions overlap.", histograms),
         Section("reliability", "Calibration", text, reliability),
     ]
+
+
+def _operating_points(scored: Scored, workspace: Workspace) -> Section:
+    section = Section("operating-points", "Operating points", OPERATING_POINTS)
+    pooled = {run.name: (oof["label"].to_numpy(), oof["probability"].to_numpy()) for run, oof in scored}
+    section.tables["Out of fold"] = operating_table(pooled)
+    stored = [Run(workspace.run(run.name)) for run, _ in scored]
+    for folder in sorted(workspace.evaluations.glob("*/")):
+        means = {run.name: _held_out_mean(run, Evaluation(folder), workspace) for run in stored}
+        means = {name: made for name, made in means.items() if len(made[0])}
+        if means:
+            section.tables[f"On {folder.name}, by the mean of the models"] = operating_table(means)
+        if lacking := [run.name for run in stored if run.name not in means]:
+            section.text += f" Not evaluated on {folder.name} with the present models: {', '.join(lacking)}."
+    return section
+
+
+def _held_out_mean(run: Run, evaluation: Evaluation, workspace: Workspace) -> tuple[Labels, Floats]:
+    ensemble = run.ensemble()
+    members = {name: evaluation.current(Run(workspace.run(name))) for name in ensemble.weights}
+    labels, mean, _ = ensemble_mean(ensemble, {name: table for name, table in members.items() if table is not None})
+    return labels, mean
+
+
+def _test_set(scored: Scored, workspace: Workspace) -> Section:
+    section = Section("test", "OOF and test probabilities", TEST_SET)
+    for run, oof in scored:
+        stored = Run(workspace.run(run.name))
+        try:
+            tables = stored.predictions(run.scored()[1].folds).tests if stored.is_experiment else [stored.test()]
+        except UserError as error:
+            section.text += f" {run.name}: {_left_out(error)}"
+        else:
+            test = np.concatenate([table["probability"] for table in tables])
+            section.plots.append(figures.oof_and_test(run.name, oof["probability"].to_numpy(), test))
+    return section
 
 
 def _learning(runs: list[ComparedRun], workspace: Workspace) -> Section:

@@ -14,7 +14,7 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import check_oof, read_numbers
 from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, PredictionsRecord, TeacherRecord
 
-LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"]
+LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "valid_loss", "seconds", "valid_seconds"]
 # The tables of predictions, and the columns of numbers in each.
 PREDICTIONS = {"oof.csv": ["label", "probability"], "test.csv": ["probability"]}
 # In the order in which an import copies them: the fold is older than its source until the last three are there.
@@ -79,7 +79,7 @@ class Fold:
             return pd.DataFrame(columns=LOG_COLUMNS, dtype=float)
         try:
             table = pd.read_csv(file)
-            # Logs of earlier versions lack some of the seconds.
+            # Logs of earlier versions lack some of the last columns.
             return table[LOG_COLUMNS[:3]].join(table.reindex(columns=LOG_COLUMNS[3:])).astype(float)
         except (KeyError, ValueError):
             raise UserError(f"{file}: not a training log; delete {self.folder} to train the fold again") from None

@@ -8,7 +8,7 @@ from pydantic import computed_field
 
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.scoring.intervals import Clusters, compare_aucs, family_of, interval, joint_aucs
-from pcam_kaggle.scoring.metrics import Floats, auc, calibration_error, rank_within
+from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_error, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate, Family, Unit
 
 
@@ -133,16 +133,22 @@ def score_runs(
 
 
 def ensemble_auc(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[float, int]:
-    """Return the AUC of the mean of the models of `ensemble`, and their number, from tables of id, label, `fold_<k>`.
+    """Return the AUC of the mean of the models of `ensemble`, and their number; NaN and 0 where `ensemble_mean` has none."""
+    labels, mean, models = ensemble_mean(ensemble, tables)
+    return (auc(labels, mean), models) if models else (float("nan"), 0)
 
-    It is NaN, of 0 models, unless all members have a table, of the same folds.
+
+def ensemble_mean(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[Labels, Floats, int]:
+    """Return labels and mean of the models of `ensemble`, both (n,), and their number, from tables of id, label, `fold_<k>`.
+
+    Both arrays are empty, of 0 models, unless all members have a table, of the same folds.
     """
     folds = {tuple(table.filter(like="fold_")) for table in tables.values()}
     if tables.keys() < ensemble.weights.keys() or len(folds) != 1:
-        return float("nan"), 0
+        return np.empty(0, int), np.empty(0), 0
     first = next(iter(tables.values()))
     models = ensemble.models({run: table.set_index("id").loc[first["id"]] for run, table in tables.items()})
-    return auc(first["label"].to_numpy(int), np.mean([*models.values()], axis=0)), len(models)
+    return first["label"].to_numpy(int), np.mean([*models.values()], axis=0), len(models)
 
 
 def _oof_auc(ensemble: Ensemble, oof: dict[str, dict[int, pd.DataFrame]]) -> dict[int, float]:

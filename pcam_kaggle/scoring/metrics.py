@@ -1,4 +1,4 @@
-"""ROC AUC from midranks, ranks within groups, and calibration."""
+"""ROC AUC from midranks, ranks within groups, cross-entropy, operating points, and calibration."""
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,12 @@ def auc(labels: Labels, scores: Floats) -> float:
         ValueError: A class is absent, one of `labels` (n,) is neither 0 nor 1, a score is NaN, or the shapes differ.
     """
     return float(placements(labels, np.stack([scores]))[0].mean(axis=1)[0])
+
+
+def cross_entropy(labels: Labels, logits: Floats) -> float:
+    """Return the mean binary cross-entropy of `logits` (n,) in nats; `labels` (n,) are 0 and 1."""
+    # NumPy's sum, unlike torch's, does not depend on the number of threads.
+    return float(np.logaddexp(0, np.where(labels == 1, -logits, logits)).mean())
 
 
 def placements(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
@@ -55,6 +61,28 @@ def rank_within(groups: NDArray[np.integer], scores: Floats) -> Floats:
         inside = groups == group
         ranks[inside] = rankdata(scores[inside], nan_policy="raise") / inside.sum()
     return ranks
+
+
+def operating_points(labels: Labels, probabilities: Floats) -> pd.DataFrame:
+    """Return the confusion matrix at four thresholds of `probabilities` (n,): a patch is positive from the threshold upwards.
+
+    The rows are 0.5, the maximum of Youden's index (sensitivity + specificity - 1), and sensitivities of 95 % and 99 %, each at
+    the highest of the probabilities that reaches it. The columns are threshold, sensitivity, specificity, PPV (NaN if no patch
+    is positive), F1, and the counts TP, FP, TN, FN. Raises ValueError as `auc` does, except for NaN in `probabilities`.
+    """
+    positive = positive_mask(labels, probabilities)
+    parts = np.sort(probabilities[positive]), np.sort(probabilities[~positive])
+    m, n = map(len, parts)
+    highest_first = np.unique(probabilities)[::-1]
+    tp, fp = (len(part) - np.searchsorted(part, highest_first) for part in parts)
+    # Integers, so that equal indices are equal.
+    reached = [tp * n - fp * m == (tp * n - fp * m).max(), tp / m >= 0.95, tp / m >= 0.99]
+    thresholds = np.array([0.5, *(highest_first[where.argmax()] for where in reached)])
+    tp, fp = (len(part) - np.searchsorted(part, thresholds) for part in parts)
+    ratios = {"sensitivity": tp / m, "specificity": (n - fp) / n, "PPV": tp / np.where(tp + fp, tp + fp, np.nan)}
+    counts = {"TP": tp, "FP": fp, "TN": n - fp, "FN": m - tp}
+    names = ["0.5", "Youden", "95 % sensitivity", "99 % sensitivity"]
+    return pd.DataFrame({"threshold": thresholds, **ratios, "F1": 2 * tp / (tp + fp + m), **counts}, names)
 
 
 def calibration_bins(labels: Labels, probabilities: Floats) -> pd.DataFrame:

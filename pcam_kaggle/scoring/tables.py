@@ -10,6 +10,7 @@ import pandas as pd
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
+from pcam_kaggle.scoring.metrics import Floats, Labels, operating_points
 from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Family
 
 FAMILIES: dict[Family, str] = {
@@ -232,6 +233,16 @@ def evaluation_sentences(result: EvaluationResult) -> list[str]:
     return [caption, describe_best(result.best, differences, result.baseline)] if result.best and differences else [caption]
 
 
+def operating_table(predicted: Mapping[str, tuple[Labels, Floats]]) -> pd.DataFrame:
+    """Return the operating points of each run as text, four rows each; `predicted` has labels and probabilities (n,) by run."""
+    tables = {run: operating_points(*made) for run, made in predicted.items()}
+    shown = pd.concat(tables, names=["run", "operating point"]).reset_index()
+    forms = {"threshold": ".6g"} | dict.fromkeys(["sensitivity", "specificity", "PPV", "F1"], ".4f")
+    for column in shown.columns[2:]:
+        shown[column] = [_number(value, forms.get(column, ",")) for value in shown[column]]
+    return shown
+
+
 def render_evaluation(result: EvaluationResult, form: str) -> str:
     """Return `result` as `text`, `md`, `csv` or `json`; only `csv` and `json` have full precision."""
     content = result.model_dump(mode="json")
@@ -262,7 +273,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None else f"{value:{form}}"
+    return "n/a" if value is None or np.isnan(value) else f"{value:{form}}"
 
 
 def _formatted(values: pd.Series, form: str) -> pd.Series:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,16 @@ CLIP_NORM = 1.0
 
 
 class EpochRow(TypedDict):
-    """A row of log.csv; `epoch` is from 1, `lr` that at its end, and `seconds` include `valid_seconds`."""
+    """A row of log.csv; `epoch` is from 1, `lr` that at its end, and `seconds` include `valid_seconds`.
+
+    `valid_auc` and `valid_loss` are those of the EMA; rows of earlier versions lack `valid_loss`.
+    """
 
     epoch: int
     lr: float
     train_loss: float
     valid_auc: float
+    valid_loss: NotRequired[float]
     seconds: float
     valid_seconds: float
     images_per_second: float

@@ -22,7 +22,7 @@ from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.metrics import auc
+from pcam_kaggle.scoring.metrics import auc, cross_entropy
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
 from pcam_kaggle.training.cuda_graph import fastest_step
 from pcam_kaggle.training.device import Backend, DeviceMemoryError, configure_torch, device_name, memory_errors
@@ -182,12 +182,14 @@ def _finish_epoch(
     logits = _validation_logits(task, data, learner)
     if not logits.isfinite().all():
         raise UserError(f"fold {train.fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
-    valid_auc, valid_seconds = auc(data.valid_labels, logits.double().numpy()), time.perf_counter() - start
+    values = logits.double().numpy()
+    valid_auc, valid_seconds = auc(data.valid_labels, values), time.perf_counter() - start
     row = EpochRow(
         epoch=epoch,
         lr=learning_rate(config, epoch),
         train_loss=loss,
         valid_auc=valid_auc,
+        valid_loss=cross_entropy(data.valid_labels, values),
         seconds=round(train_seconds + valid_seconds, 3),
         valid_seconds=round(valid_seconds, 3),
         images_per_second=round(train.steps * train.count * world_size() / train_seconds, 1),
