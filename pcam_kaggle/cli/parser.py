@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
+from pcam_kaggle.core.errors import program
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
 from pcam_kaggle.core.paths import user_path
 
@@ -179,7 +180,7 @@ COMMANDS = (
 
 def parser() -> Parser:
     """Return the parser of all commands; `command` of what it parses is the name of one, such as `kaggle run`."""
-    top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
+    top = Parser(prog=program(), description="From histopathologic patches to a scored submission.")
     top.set_defaults(**DEFAULTS)
     groups = {"": top.add_subparsers(required=True, metavar="command", parser_class=Parser)}
     for command in COMMANDS:
