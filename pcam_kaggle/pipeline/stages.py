@@ -195,7 +195,7 @@ def run_all(job: Job) -> None:
     if not any(done):
         log.info("nothing to do: %s is up to date", part.submission())
     elif part.demo:
-        log.info("next: `make data` or `%s kaggle download`; then run the command again, without --demo", program())
+        log.info("next: get the competition's data with make data, or %s kaggle download, and run it on them", program())
     else:
         log.info("next: compare %s with other runs, or submit %s to Kaggle", part.plan.name, part.submission())
 

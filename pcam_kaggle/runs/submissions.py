@@ -158,7 +158,7 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
     file = folder / f"{name}.csv"
     if not file.exists():
         others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
-        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
+        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'the command pipeline writes one'}")
     made = SubmissionRecord.read(file.with_suffix(".json"))
     if name.endswith(DEMO_SUFFIX):
         raise UserError(f"{file}: is the synthetic demo's, which is meaningless to Kaggle")
