@@ -12,7 +12,7 @@ from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
-from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
+from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
 from pcam_kaggle.kaggle.session import fetch, finish, is_complete, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -27,6 +27,8 @@ def _run_download(options: argparse.Namespace) -> None:
 
 
 def _run_notebook(_: argparse.Namespace) -> None:
+    if not CELLS.is_file():
+        raise UserError(f"{CELLS}: no such file; run the command in a clone of the repository")
     write(ROOT / NOTEBOOK, lambda file: file.write(notebook()))
     log.info("notebook: %s", ROOT / NOTEBOOK)
     log.info("next: make kaggle")

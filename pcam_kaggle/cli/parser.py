@@ -23,7 +23,7 @@ RENAMED = {
     "leaderboard": "scores",
     "ledger": "scores",
 }
-KAGGLE = "Kaggle: data, training in a session, submissions and scores"
+KAGGLE = "Kaggle: data, training in a session, submissions and scores; run, status, fetch, notebook need a clone"
 
 
 class Option:
@@ -108,7 +108,7 @@ SLIDES = Option("--slides", type=user_path, help="CSV of id,wsi: intervals resam
 FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="format of what is printed [text]")
 TITLE = Option("--title", default="", help="title of the notebook on Kaggle, which names it [that of kernel-metadata.json]")
 LOG = Option("--log", action="store_true", help="print the session's log, and follow it while it is running")
-SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission, without .csv [{DEFAULT}]")
+SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
 SCORES = (
     Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]"),
     Option("--public", type=float, help="its score on the public leaderboard"),
@@ -146,17 +146,17 @@ SESSION = (
     EXPERIMENT,
     SET,
     SEEDS,
-    Option("--hours", type=_hours, default=11.0, help="time limit of the session, at most 11.5 [11]"),
+    Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]"),
     Option(
         "--weights",
         default="",
         metavar="owner/name",
         help="dataset, or model as owner/name/framework/variation/version, to attach and use; with --internet also pretrained",
     ),
-    Option("--resume", action="store_true", help="resume from what the last session saved: train what is missing"),
+    Option("--resume", action="store_true", help="attach what the notebook has saved last, to train what is missing"),
     Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]"),
     Option("--internet", action="store_true", help="let the session use the internet"),
-    Option("--public", action="store_true", help="make the notebook public"),
+    Option("--public", action="store_true", help="let everyone see the notebook"),
     TITLE,
     (
         Option("--detach", action="store_true", help="return once the session is started"),
@@ -180,9 +180,9 @@ COMMANDS = (
     Command("config", "list all settings of an experiment: value, allowed values, meaning", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
-    Command("kaggle fetch", "download the runs of the notebook's last session into runs/", (TITLE,)),
-    Command("kaggle submit", "submit submissions/<name>.csv to Kaggle, with its out-of-fold AUC as description", (SUBMITTED,)),
-    Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the out-of-fold AUC", SCORES),
+    Command("kaggle fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
+    Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
+    Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
     Command("kaggle notebook", "write the notebook that runs on Kaggle, notebooks/pcam_submission.ipynb, in a clone"),
     Command("kaggle download", "download, verify and unpack the competition's data into data/"),
 )
