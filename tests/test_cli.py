@@ -248,11 +248,10 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
     assert [name for name in needed if "extra" not in name] == (ROOT / "requirements.txt").read_text().splitlines()
     files = {path.relative_to(source) for path in (source / "pcam_kaggle").rglob("*.*")}
     assert [path for path in files if not (target / path).exists()] == []
-    version = metadata.read_text().partition("\nVersion: ")[2].split()[0]
-    for option, shown in (("--help", "usage: pcam "), ("--version", f"pcam_kaggle {version}\n")):
+    for option, shown in (("--help", "usage: pcam "), ("--version", metadata.read_text().split("\nVersion: ")[1].split()[0])):
         line = [target / "bin" / "pcam", option]
         command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True)
-        assert command.stdout.startswith(shown)
+        assert shown in command.stdout
 
 
 def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ COMMANDS = (
     Command("pipeline", "run all stages, from prepare to submission; skips what is up to date and resumes", PIPELINE),
     Command("probe", "run all stages with a logistic regression on a pretrained model's features", PROBE),
     Command("compare", "compare runs by out-of-fold AUC, with intervals of their differences", (*COMPARED, FORMAT)),
-    Command("evaluate", "score runs on labelled patches of other slides", (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE)),
+    Command("evaluate", "score runs on labelled patches of held-out slides", (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE)),
     Command(
         "report", "write an HTML report of runs with figures and the patches that are worst predicted", (*COMPARED, DEVICE)
     ),
@@ -190,7 +190,7 @@ COMMANDS = (
 EXAMPLES = {
     "train": "-e quick --folds 0,2 --hours 2",
     "blend": "bottleneck plain --method climb",
-    "submission": "--name bottleneck-plain",
+    "import": "other --oof oof.csv --test test.csv",
     "pipeline": "-e quick --subset 5000 --set epochs=3 --name first",
     "probe": "--set weights=~/encoder --name encoder",
     "compare": "bottleneck plain --baseline plain",
