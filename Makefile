@@ -43,13 +43,13 @@ compare: $(VENV)/run.stamp ## compare all runs, out of fold
 report: $(VENV)/run.stamp ## write an HTML report of all runs to reports/
 	@$(PCAM) report $(ARGS)
 
-kaggle: $(VENV)/dev.stamp ## train EXPERIMENT on Kaggle: push, follow, download, compare; ARGS=--submit for its scores
+kaggle: $(VENV)/client.stamp ## train EXPERIMENT on Kaggle: push, follow, download, compare; ARGS=--submit for its scores
 	@$(PCAM) kaggle run $(if $(EXPERIMENT),-e $(call quoted,$(EXPERIMENT))) $(ARGS)
 
-notebook: $(VENV)/dev.stamp ## write notebooks/pcam_submission.ipynb, the package as one notebook
+notebook: $(VENV)/run.stamp ## write notebooks/pcam_submission.ipynb, the package as one notebook
 	@$(PCAM) kaggle notebook
 
-data: $(VENV)/dev.stamp ## download, verify and unpack the competition's data with Kaggle's client
+data: $(VENV)/client.stamp ## download, verify and unpack the competition's data with Kaggle's client
 	@$(PCAM) kaggle download
 
 test: $(VENV)/dev.stamp ## run all tests but the slow ones, on two cores in under three minutes
@@ -96,7 +96,12 @@ $(VENV)/run.stamp: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt $(VENV)/run.stamp
+$(VENV)/client.stamp: requirements-client.txt $(VENV)/run.stamp
+	@echo "installing requirements-client.txt into $(VENV)"
+	@$(PIP) -r requirements-client.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt requirements-pretrained.txt requirements-client.txt $(VENV)/run.stamp
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

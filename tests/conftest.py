@@ -262,6 +262,6 @@ def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
     # In a context of its own: a test that undoes its patches does not undo this.
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG"):
+        for name in ("PCAM_DATA", "PCAM_WORK", "PCAM_DEBUG", "PCAM_DEVICE", "PCAM_WORKERS"):
             patch.delenv(name, raising=False)
         yield

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import pytest
 from conftest import Outcome
@@ -17,7 +17,7 @@ from conftest import Outcome
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.cli.parser import COMMANDS as PARSED
-from pcam_kaggle.cli.parser import METHODS, parser
+from pcam_kaggle.cli.parser import COMMON, EXAMPLES, METHODS, parser
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import Data, find_data, find_workspace
@@ -57,6 +57,30 @@ def test_choices_are_those_that_the_blend_knows() -> None:
 
 def test_every_command_that_is_parsed_is_carried_out() -> None:
     assert [command.name for command in PARSED] == list(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("command", PARSED, ids=lambda command: command.name)
+def test_the_help_of_a_command_explains_all_of_it(command: NamedTuple) -> None:
+    groups = [each if isinstance(each, tuple) else (each,) for each in (*command.options, *COMMON)]
+    texts = {option.flags: option.settings.get("help", "") for group in groups for option in group}
+    assert [what for what, text in (texts | {"purpose": command.purpose}).items() if len(text.split()) < 3] == []
+    parser().parse_args(shlex.split(f"{command.name} {EXAMPLES.get(command.name, '')}"))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*command.name.split(), "--help"])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_device_and_workers_reach_the_processes_of_the_gpus(kind: str, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PCAM_DEVICE", "PCAM_WORKERS", "CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+    monkeypatch.setitem(commands.COMMANDS, "train", lambda _: print(*(os.environ[name] for name in names), sep=","))
+    assert cli("train", "--device", kind, "--workers", "3") == (0, f"{kind},3,{'' if kind == 'cpu' else '0'}\n", "")
+
+
+def test_messages_name_the_program_as_it_was_started(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for started, name in (("/bin/pcam", "pcam"), ("/a/pcam_kaggle/__main__.py", "python -m pcam_kaggle")):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert f"`{name} config` lists all" in cli("config", "--set", "xyzzy=1").err
 
 
 @pytest.fixture
@@ -215,18 +239,19 @@ def test_the_package_installs_with_its_dependencies_and_its_command(tmp_path: Pa
     source, target = tmp_path / "source", tmp_path / "target"
     # setuptools leaves its intermediate files in the folder that it builds.
     shutil.copytree(ROOT / "pcam_kaggle", source / "pcam_kaggle", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-pretrained.txt"):
-        shutil.copy(ROOT / name, source)
+    for path in (*(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")), *ROOT.glob("requirements*.txt")):
+        shutil.copy(path, source)
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, source]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     metadata = next(target.glob("pcam_kaggle-*.dist-info")) / "METADATA"
     needed = [line.partition(": ")[2] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
     assert [name for name in needed if "extra" not in name] == (ROOT / "requirements.txt").read_text().splitlines()
-    modules = {path.name for path in (source / "pcam_kaggle").iterdir()}
-    assert modules <= {path.name for path in (target / "pcam_kaggle").iterdir()}
-    line = [target / "bin" / "pcam", "--help"]
-    command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True)
-    assert "prepare" in command.stdout
+    files = {path.relative_to(source) for path in (source / "pcam_kaggle").rglob("*.*")}
+    assert [path for path in files if not (target / path).exists()] == []
+    for option, shown in (("--help", "usage: pcam "), ("--version", metadata.read_text().split("\nVersion: ")[1].split()[0])):
+        line = [target / "bin" / "pcam", option]
+        command = subprocess.run(line, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True)
+        assert shown in command.stdout
 
 
 def test_an_old_command_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.timm_model import classifier_prefixes
 from pcam_kaggle.training import device, gpus, threads
@@ -36,6 +38,23 @@ def test_precisions_of_devices(kind: str, units: object, given: str, chosen: str
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : fpu {units}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: units)
     assert device.choose_backend(given) == Backend(kind, chosen, "channels_last")
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus_found", "found"),
+    [
+        *(("", "", "cpu"), ("", "cuda", "cuda"), ("", "mps", "mps"), ("", "cuda mps", "cuda"), ("cpu", "cuda mps", "cpu")),
+        *(("mps", "cuda mps", "mps"), ("cuda", "mps", "one of mps, cpu"), ("gpu", "cuda", "one of cuda, cpu")),
+    ],
+)
+def test_the_device_that_is_used(given: str, gpus_found: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(backend, "is_available", lambda kind=kind: kind in gpus_found)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
+    monkeypatch.setenv("PCAM_DEVICE", given)
+    refused = pytest.raises(UserError, match=rf"^--device {given}: torch [^\n]* {found}$")
+    with refused if "one of" in found else nullcontext():
+        assert device.find_device() == found
 
 
 @pytest.mark.parametrize(("kind", "left"), [("cpu", 2), ("cuda", 1)])
@@ -73,6 +92,8 @@ def test_loaders_share_the_cores_and_the_memory_of_the_processes_that_train(
     monkeypatch.setattr(gpus.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1000))
     monkeypatch.setattr(gpus, "SHARED_MEMORY", Path.cwd())
     assert gpus.loader_processes(folds, 1000) == loaders
+    monkeypatch.setenv("PCAM_WORKERS", "1")
+    assert gpus.loader_processes(folds, 1000) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no scheduling classes")

@@ -62,6 +62,10 @@ def test_tables_of_ids_are_read_as_text_by_one_function() -> None:
     assert readers == ["data/tables.py", "runs/fold.py"]
 
 
+def test_one_function_names_the_program_in_messages() -> None:
+    assert [str(path) for path, source in SOURCES.items() if "python -m pcam" in source] == ["__main__.py", "core/errors.py"]
+
+
 def test_only_runs_spells_the_names_of_files_in_a_run_folder() -> None:
     literals = ('/ f"fold_', *(f'"{name}"' for name in RUN_FILES))
     others = {path: source for path, source in SOURCES.items() if path.parts[0] != "runs"}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pcam_kaggle.cli.config_table import render_config
 from pcam_kaggle.cli.kaggle_commands import KAGGLE_COMMANDS
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment, plan
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
@@ -31,7 +31,7 @@ def _run_stage(options: argparse.Namespace) -> None:
         following = order[order.index(options.command) + 1]
         given = [word for pair in _given(options) for word in pair if (pair[0], following) != ("--folds", "submission")]
         demo = ["--demo"] if options.demo else []
-        log.info("next: python -m pcam_kaggle %s", shlex.join([following, *demo, *given]))
+        log.info("next: %s %s", program(), shlex.join([following, *demo, *given]))
     elif job.demo:
         log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
     else:

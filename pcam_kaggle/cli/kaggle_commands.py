@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Callable
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.experiments import DEFAULT
 from pcam_kaggle.core.files import locked, write
 from pcam_kaggle.core.paths import COMPETITION, Data, find_workspace
@@ -12,7 +12,7 @@ from pcam_kaggle.kaggle.archive import download
 from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
-from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
+from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
 from pcam_kaggle.kaggle.session import fetch, finish, is_complete, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 def _run_download(options: argparse.Namespace) -> None:
     data = Data(find_workspace(options.work).root / "data" / COMPETITION)
     log.info("data: %s%s", data.root, "" if download(data) else " (up to date)")
-    log.info("next: make submission")
+    log.info("next: make submission, or %s pipeline", program())
 
 
 def _run_notebook(_: argparse.Namespace) -> None:
+    if not CELLS.is_file():
+        raise UserError(f"{CELLS}: no such file; run the command in a clone of the repository")
     write(ROOT / NOTEBOOK, lambda file: file.write(notebook()))
     log.info("notebook: %s", ROOT / NOTEBOOK)
     log.info("next: make kaggle")
@@ -71,14 +73,14 @@ def _run_fetch(options: argparse.Namespace) -> None:
     fetch(client, name, workspace)
     if is_over:
         session_file(workspace, name.rpartition("/")[2]).unlink(missing_ok=True)
-    log.info("next: make compare, or python -m pcam_kaggle kaggle submit NAME")
+    log.info("next: make compare, or %s kaggle submit NAME", program())
 
 
 def _run_submit(options: argparse.Namespace) -> None:
     file, description = describe(find_workspace(options.work).submissions, options.name)
     Client().submit(file, description)
     log.info("submit: %s, %s", file, description)
-    log.info("next: python -m pcam_kaggle kaggle scores, when Kaggle has scored it")
+    log.info("next: %s kaggle scores, when Kaggle has scored it", program())
 
 
 def _run_scores(options: argparse.Namespace) -> None:

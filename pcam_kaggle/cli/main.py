@@ -18,9 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     options = parser().parse_args(arguments)
     options.work = options.work or os.environ.get("PCAM_WORK")
-    if options.threads:
-        # OpenMP reads it when torch is imported.
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    # OpenMP reads the first when torch is imported; the processes of several GPUs inherit all of them.
+    chosen = {"OMP_NUM_THREADS": options.threads, "PCAM_DEVICE": options.device, "PCAM_WORKERS": options.workers}
+    os.environ.update({name: str(value) for name, value in chosen.items() if value})
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     configure_logging(options.verbose - options.quiet)
     try:
         _run(options)

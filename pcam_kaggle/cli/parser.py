@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import os
 import re
 import sys
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
-from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS
+from pcam_kaggle import __version__
+from pcam_kaggle.core.errors import program
+from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS, PRETRAINED
 from pcam_kaggle.core.paths import user_path
 
 METHODS = ("mean", "rank", "climb")
@@ -21,7 +23,7 @@ RENAMED = {
     "leaderboard": "scores",
     "ledger": "scores",
 }
-KAGGLE = "Kaggle: data, training in a session, submissions and scores"
+KAGGLE = "Kaggle: data, training in a session, submissions and scores; run, status, fetch, notebook need a clone"
 
 
 class Option:
@@ -57,9 +59,9 @@ def _folds(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, text.split(",")))))
 
 
-def _count(text: str, most: int = 100) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1024")
     return int(text)
 
 
@@ -71,62 +73,75 @@ def _hours(text: str) -> float:
 
 
 COMMON = (
-    Option("--work", help="folder to write in [PCAM_WORK, or the current one]"),
-    Option(
-        "--threads", type=partial(_count, most=1024), help="number of threads of a CPU [OMP_NUM_THREADS, or the free cores]"
-    ),
-    Option("--debug", action="store_true", help="print the traceback of an error [PCAM_DEBUG=1]"),
+    Option("--work", help="folder of store/, folds/, runs/ and submissions/ [PCAM_WORK, or the current one]"),
+    Option("--threads", type=_count, help="CPU threads; results repeat with a fixed number [OMP_NUM_THREADS, or free cores]"),
+    Option("--debug", action="store_true", help="print the traceback of an error as well [PCAM_DEBUG=1]"),
     (
-        Option("-v", "--verbose", action="store_true", help="print details, with time, rank and fold"),
+        Option("-v", "--verbose", action="store_true", help="print details; lines start with time, process and fold"),
         Option("-q", "--quiet", action="store_true", help="print warnings and errors only"),
     ),
 )
-EXPERIMENT = Option("-e", "--experiment", help=f"one of {', '.join(EXPERIMENTS)} [{DEFAULT}]")
-SET = Option("--set", action="append", default=[], metavar="key=value", help="change a field of the config")
-IDS = Option("--ids", choices=["sha1", "names"], help="ID scheme [sha1, or as dataset.json says]")
-SKIP_DAMAGED = Option("--skip-damaged", action="store_true", help="skip damaged train patches")
-FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to work on [all]")
-SEEDS = Option("--seeds", type=_count, default=1, metavar="3", help="train and blend several seeds, <name>-seed42 … [1]")
-HOURS = Option("--hours", type=_hours, help="time limit; unfinished folds are left out [none]")
-METHOD = Option("--method", choices=METHODS, default="mean", help="how to blend [mean]")
-RUNS = Option("runs", nargs="*", help="names of runs [all]")
-BASELINE = Option("--baseline", help="run to compare the others with [compare all with each other]")
-COMPARED_FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to compare [all, or those that the runs share]")
-SLIDES = Option("--slides", type=user_path, help="CSV of id,wsi [the groups of the fold file]")
-FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="what to print [text]")
-TITLE = Option("--title", default="", help="title of the notebook, which names it [that of kernel-metadata.json]")
-LOG = Option("--log", action="store_true", help="print the session's log, as it is written if it is running")
+DEVICE = Option(
+    "--device",
+    choices=["cpu", "cuda", "mps"],
+    default=os.environ.get("PCAM_DEVICE"),
+    help="compute on the CPU, an NVIDIA GPU (cuda) or an Apple GPU (mps) [PCAM_DEVICE, or a GPU if there is one]",
+)
+WORKERS = Option(
+    "--workers",
+    type=_count,
+    default=os.environ.get("PCAM_WORKERS"),
+    help="processes that load train patches, for each GPU [PCAM_WORKERS, or one for each CPU, divided by the GPUs]",
+)
+EXPERIMENT = Option("-e", "--experiment", help=f"named settings: {', '.join(EXPERIMENTS)} [{DEFAULT}; probe: {PRETRAINED}]")
+SET = Option("--set", action="append", default=[], metavar="key=value", help="change a setting that `config` lists; repeatable")
+IDS = Option("--ids", choices=["sha1", "names"], help="what ids are: SHA-1 of the pixels, or any names [dataset.json, or sha1]")
+SKIP_DAMAGED = Option("--skip-damaged", action="store_true", help="leave damaged train patches out instead of stopping")
+FOLDS = Option("--folds", type=_folds, metavar="0,2", help="numbers of the folds to work on, from 0 [all]")
+SEEDS = Option("--seeds", type=_count, default=1, metavar="3", help="train and blend so many seeds, <name>-seed42 … [1]")
+HOURS = Option("--hours", type=_hours, help="end training after so many hours; unfinished folds are left out [no limit]")
+METHOD = Option("--method", choices=METHODS, default="mean", help="average values, ranks, or with weights (climb) [mean]")
+RUNS = Option("runs", nargs="*", help="names of runs, as in runs/ [all]")
+BASELINE = Option("--baseline", metavar="RUN", help="run to compare the others with [the one with the highest AUC]")
+COMPARED_FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to compare, from 0 [all that the runs share]")
+SLIDES = Option("--slides", type=user_path, help="CSV of id,wsi: intervals resample its slides [the groups of the fold file]")
+FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="format of what is printed [text]")
+TITLE = Option("--title", default="", help="title of the notebook on Kaggle, which names it [that of kernel-metadata.json]")
+LOG = Option("--log", action="store_true", help="print the session's log, and follow it while it is running")
 SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
 SCORES = (
     Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]"),
-    Option("--public", type=float, help="its public score"),
-    Option("--private", type=float, help="its private score"),
+    Option("--public", type=float, help="its score on the public leaderboard"),
+    Option("--private", type=float, help="its score on the private leaderboard"),
 )
 
 JOB = (
     (
-        Option("--data", help="the competition's folder [PCAM_DATA]"),
-        Option("--demo", action="store_true", help="work on the synthetic demo, in demo/"),
+        Option("--data", help="folder with train/, test/, train_labels.csv [PCAM_DATA, or in data/]"),
+        Option("--demo", action="store_true", help="use synthetic patches, and work in demo/"),
     ),
     EXPERIMENT,
-    Option("--name", help="name of the run and of its submission [the experiment's]"),
+    Option("--name", help="name of the run, as in runs/, and of its submission [the experiment's]"),
     SET,
-    Option("--slides", type=user_path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
-    Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
-    Option("--subset", metavar="5000", help="use a sample of the train patches; short for --set subset= [all]"),
+    Option("--slides", type=user_path, help="CSV of id,wsi: a slide is in one fold only [patch_id_wsi*.csv beside the labels]"),
+    Option("--groups", help="keep patches together: slides, stain (similar ones) or none [slides if known]"),
+    Option("--subset", metavar="5000", help="use a sample of so many train patches [all]"),
 )
-PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)
-BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")
+PIPELINE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD, DEVICE, WORKERS)
+PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD, DEVICE)
+BLENDED = Option("members", nargs="*", help="names of the runs to blend [the experiment's]")
+COMPARED = (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)
 HELD_OUT = (
-    Option("runs", nargs="+", help="runs to evaluate"),
+    Option("runs", nargs="+", help="names of the runs to evaluate, as in runs/"),
     Option("--patches", type=user_path, required=True, help="folder of <id>.tif"),
     Option("--labels", type=user_path, required=True, help="CSV of id,label"),
-    Option("--ids", choices=["sha1", "names"], default="sha1", help="ID scheme [sha1]"),
-    Option("--slides", type=user_path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
-    Option("--name", help="name of the held-out set [that of the folder that holds the labels]"),
+    Option("--ids", choices=["sha1", "names"], default="sha1", help="what ids are: SHA-1 of the pixels, or any names [sha1]"),
+    Option("--slides", type=user_path, help="CSV of id,wsi: intervals resample its slides [patches]"),
+    Option("--name", help="name of the set, as in evaluations/ [that of the folder of the labels]"),
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
+DEFAULTS |= {"device": None, "workers": None}
 SESSION = (
     EXPERIMENT,
     SET,
@@ -144,42 +159,51 @@ SESSION = (
     Option("--public", action="store_true", help="let everyone see the notebook"),
     TITLE,
     (
-        Option("--detach", action="store_true", help="return after the push"),
+        Option("--detach", action="store_true", help="return once the session is started"),
         Option("--submit", action="store_true", help="submit the result and wait for its scores"),
     ),
 )
 COMMANDS = (
-    Command("prepare", "read and check every TIF once, pack them into store/", (*JOB, IDS, SKIP_DAMAGED)),
-    Command("folds", "draw the folds, write folds/<scheme>.csv", JOB),
-    Command("train", "train a model per fold, predict with it, into runs/<name>/", (*JOB, FOLDS, SEEDS, HOURS)),
-    Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS)),
+    Command("prepare", "check every patch and pack all of them into store/, which training reads", (*JOB, IDS, SKIP_DAMAGED)),
+    Command("folds", "draw the folds of cross-validation, into folds/", JOB),
+    Command("train", "train a model per fold and predict with it; resumes", (*JOB, FOLDS, SEEDS, HOURS, DEVICE, WORKERS)),
+    Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS, DEVICE)),
+    Command("blend", "average folds and runs, print the out-of-fold AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)),
+    Command("submission", "write submissions/<name>.csv, the file for Kaggle, from a blended run", (*JOB, SEEDS)),
+    Command("pipeline", "run all stages, from prepare to submission; skips what is up to date and resumes", PIPELINE),
+    Command("probe", "run all stages with a logistic regression on a pretrained model's features", PROBE),
+    Command("compare", "compare runs by out-of-fold AUC, with intervals of their differences", (*COMPARED, FORMAT)),
+    Command("evaluate", "score runs on labelled patches of held-out slides", (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE)),
     Command(
-        "blend", "blend folds of an experiment or of several runs, print the OOF AUC", (*JOB, FOLDS, SEEDS, BLENDED, METHOD)
+        "report", "write an HTML report of runs with figures and the patches that are worst predicted", (*COMPARED, DEVICE)
     ),
-    Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
-    Command("pipeline", "run every stage from prepare to submission", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
-    Command("probe", "run every stage with a logistic regression on pretrained features, into runs/<name>-probe/", PROBE),
-    Command(
-        "compare",
-        "compare runs: AUC per fold, paired differences, differing settings",
-        (RUNS, COMPARED_FOLDS, BASELINE, SLIDES, FORMAT),
-    ),
-    Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
-    Command("report", "write an HTML report of runs, into reports/", (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)),
-    Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
-    Command("kaggle run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
+    Command("config", "list all settings of an experiment: value, allowed values, meaning", (EXPERIMENT, SET)),
+    Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
     Command("kaggle fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
     Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
     Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
-    Command("kaggle notebook", "write the notebook that Kaggle runs, notebooks/pcam_submission.ipynb"),
-    Command("kaggle download", "download, verify and unpack the competition's data"),
+    Command("kaggle notebook", "write the notebook that runs on Kaggle, notebooks/pcam_submission.ipynb, in a clone"),
+    Command("kaggle download", "download, verify and unpack the competition's data into data/"),
 )
+# Arguments that the help of a command shows.
+EXAMPLES = {
+    "train": "-e quick --folds 0,2 --hours 2",
+    "blend": "bottleneck plain --method climb",
+    "import": "other --oof oof.csv --test test.csv",
+    "pipeline": "-e quick --subset 5000 --set epochs=3 --name first",
+    "probe": "--set weights=~/encoder --name encoder",
+    "compare": "bottleneck plain --baseline plain",
+    "evaluate": "bottleneck --patches ~/patches --labels ~/labels.csv --ids names",
+    "kaggle run": "-e quick --hours 3 --submit",
+}
 
 
 def parser() -> Parser:
     """Return the parser of all commands; `command` of what it parses is the name of one, such as `kaggle run`."""
-    top = Parser(prog="python -m pcam_kaggle", description="From histopathologic patches to a scored submission.")
+    advice = f"start with `{program()} pipeline --demo`; `{program()} COMMAND --help` explains a command"
+    top = Parser(prog=program(), description="From histopathologic patches to a scored submission.", epilog=advice)
+    top.add_argument("--version", action="version", version=f"pcam_kaggle {__version__}", help="print the version and exit")
     top.set_defaults(**DEFAULTS)
     groups = {"": top.add_subparsers(required=True, metavar="command", parser_class=Parser)}
     for command in COMMANDS:
@@ -187,7 +211,8 @@ def parser() -> Parser:
         if group not in groups:
             parent = groups[""].add_parser(group, help=KAGGLE, description=KAGGLE)
             groups[group] = parent.add_subparsers(required=True, metavar="command", parser_class=Parser)
-        added = groups[group].add_parser(name, help=command.purpose, description=command.purpose)
+        shown = f"example: {program()} {command.name} {EXAMPLES[command.name]}" if command.name in EXAMPLES else None
+        added = groups[group].add_parser(name, help=command.purpose, description=command.purpose, epilog=shown)
         added.set_defaults(command=command.name)
         for each in (*command.options, *COMMON):
             target, options = (added.add_mutually_exclusive_group(), each) if isinstance(each, tuple) else (added, (each,))

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 
 PATCH_SIDE = 96
 LEAST_SIDE = 32
@@ -210,4 +210,4 @@ def _explain(error: ValidationError) -> str:
 
 def _no_such_field(name: str) -> str:
     near = "".join(f"closest: {other}; " for other in get_close_matches(name, FIELDS, n=1))
-    return f"no such field; {near}`python -m pcam_kaggle config` lists all"
+    return f"no such field; {near}`{program()} config` lists all"

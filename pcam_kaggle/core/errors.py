@@ -1,7 +1,9 @@
-"""The error for a mistake of the user."""
+"""The error for a mistake of the user, and how messages name the program."""
 
+import sys
 from collections.abc import Collection, Sequence
 from itertools import islice
+from pathlib import Path
 
 EXAMPLES = 5
 
@@ -16,6 +18,11 @@ class UserError(Exception):
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.details = tuple(details)
+
+
+def program() -> str:
+    """Return the words that start the program, as its user did: `pcam`, or `python -m pcam_kaggle`."""
+    return "pcam" if Path(sys.argv[0]).stem == "pcam" else "python -m pcam_kaggle"
 
 
 def examples(items: Collection[str]) -> str:

@@ -1,7 +1,7 @@
 """The named experiments, and the plan of the runs that one of them trains.
 
 To add one, add an entry to `EXPERIMENTS`: its name, its purpose in a few words, and a `Config`. A blend names its `members`,
-and its config must have the same folds as theirs. `python -m pcam_kaggle config -e NAME` prints the result.
+and its config must have the same folds as theirs. The command `config -e NAME` prints the result.
 """
 
 import re

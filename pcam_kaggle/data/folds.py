@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
@@ -168,7 +168,7 @@ def load_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     file = folder / f"{scheme.name}.csv"
     manifest_file = file.with_suffix(".json")
     if not file.exists() or not manifest_file.exists():
-        raise UserError(f"{file}: it or its manifest is missing; run `python -m pcam_kaggle folds` first")
+        raise UserError(f"{file}: it or its manifest is missing; run `{program()} folds` first")
     advice = f"delete {scheme.name}.csv and .json to draw the folds again, or use another folder with --work"
     manifest = FoldsManifest.read(manifest_file)
     if manifest.labels_sha256 != labels_sha256(labels):

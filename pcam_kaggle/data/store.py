@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import file_sha256, read_json
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.tables import read_text
@@ -60,7 +60,7 @@ class PatchStore:
 
     def __init__(self, folder: Path) -> None:
         if complete_manifest(folder) is None:
-            advice = "run `python -m pcam_kaggle prepare`"
+            advice = f"run `{program()} prepare`"
             raise UserError(f"{folder}: no patch store, or one that is incomplete or outdated; {advice}")
         # First: if the folder is replaced between the reads, `images` notices.
         self.folder, self._file = folder, _identity(folder / "patches.npy")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, asking, disconnected, refused
 
@@ -171,7 +171,7 @@ class Client:
                     if file.file_name.partition("/")[0] in SAVED_FOLDERS:
                         _save(file.url, folder / file.file_name)
         if not (folder / "runs").is_dir():
-            raise UserError(f"{kernel}: has saved no runs; read its log with `python -m pcam_kaggle kaggle status --log`")
+            raise UserError(f"{kernel}: has saved no runs; read its log with `{program()} kaggle status --log`")
 
     def submit(self, file: Path, message: str) -> None:
         """Submit `file` with `message` as its description."""

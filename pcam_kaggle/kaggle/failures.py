@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.paths import COMPETITION
 
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
@@ -15,7 +15,7 @@ NO_KERNEL = "Kaggle shows no such notebook to this account; create it with `make
 ACCEPT = f"accept the competition's rules at {RULES}"
 LOOK = f"see whether kaggle.com/competitions/{COMPETITION} exists"
 SOURCES = "correct the sources in kernel-metadata.json or in --weights"
-QUOTA = "wait until the quota is renewed, which `python -m pcam_kaggle kaggle status` tells"
+QUOTA = f"wait until the quota is renewed, which `{program()} kaggle status` tells"
 # What requests and urllib3 say of the cause of a failed connection.
 CAUSE = re.compile(
     r"\w+ connect to proxy|Proxy Authentication Required|Tunnel connection failed: [\w ]+|Failed to resolve '[^']*'"

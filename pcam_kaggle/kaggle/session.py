@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.experiments import experiment
 from pcam_kaggle.core.logs import status_line
 from pcam_kaggle.core.paths import Workspace
@@ -89,7 +89,7 @@ def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspac
     status = _follow(client, session)
     if status.name != "COMPLETE":
         file.unlink()
-        advice = "read its log with `python -m pcam_kaggle kaggle status --log` and repeat the command for a new session"
+        advice = f"read its log with `{program()} kaggle status --log` and repeat the command for a new session"
         raise UserError(f"{session}: ended as {status}; {advice}")
     fetch(client, session.kernel, workspace, kernel)
     file.unlink()
@@ -132,7 +132,7 @@ def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
             if (own["status"] == "error").any():
                 raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].item() or 'no reason given'}")
             if time.monotonic() >= until:
-                raise UserError(f"{file}: not scored for half an hour; run `python -m pcam_kaggle kaggle scores` later")
+                raise UserError(f"{file}: not scored for half an hour; run `{program()} kaggle scores` later")
             show("submit: waiting for the scores")
             time.sleep(POLL_SECONDS)
     print_scores(workspace, found)

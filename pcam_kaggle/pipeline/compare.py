@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
@@ -90,11 +90,11 @@ def _read_experiment(run: Run, compared: ComparedRun) -> None:
 
 def _read_blend(run: Run, compared: ComparedRun) -> None:
     if not run.has_score:
-        compared.problem = "not blended: run `python -m pcam_kaggle blend`"
+        compared.problem = f"not blended: run `{program()} blend`"
         return
     metrics = run.blend_metrics()
     if not metrics.scheme:
-        compared.problem = "blended by an earlier version: run `python -m pcam_kaggle blend`"
+        compared.problem = f"blended by an earlier version: run `{program()} blend`"
         return
     compared.scheme, compared.folds_sha256 = metrics.scheme, metrics.folds_sha256
     # Files of earlier versions lack the numbers, since no fold was missing.

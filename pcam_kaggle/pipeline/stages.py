@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING
 
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.experiments import RunSpec
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.data.demo import make_demo
@@ -103,7 +103,7 @@ def _predict(job: Job, spec: RunSpec, numbers: list[int]) -> bool:
     folds = [task.run.fold(number) for number in numbers]
     for fold in folds:
         if not fold.is_trained:
-            raise UserError(f"{fold.folder}: training is not finished; run `python -m pcam_kaggle train` first")
+            raise UserError(f"{fold.folder}: training is not finished; run `{program()} train` first")
     todo = [fold.number for fold in folds if not fold.is_predicted(task.store)]
     if todo:
         from pcam_kaggle.training.predict import predict
@@ -195,7 +195,7 @@ def run_all(job: Job) -> None:
     if not any(done):
         log.info("nothing to do: %s is up to date", part.submission())
     elif part.demo:
-        log.info("next: get the competition's patches with `make data`, or point DATA at them, and run the command again")
+        log.info("next: get the competition's data with make data, or %s kaggle download, and run it on them", program())
     else:
         log.info("next: compare %s with other runs, or submit %s to Kaggle", part.plan.name, part.submission())
 

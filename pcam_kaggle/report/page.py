@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
@@ -174,7 +174,7 @@ def _held_out(workspace: Workspace) -> Section:
         else:
             captions.append(f"{folder.name}: {' '.join(evaluation_sentences(result))}")
             tables[f"Scores on {folder.name}"] = evaluation_table(result)
-    none = "Not available: no run was evaluated on held-out slides (`python -m pcam_kaggle evaluate`)."
+    none = f"Not available: no run was evaluated on held-out slides (`{program()} evaluate`)."
     return Section("evaluations", "Held-out slides", " ".join(captions) or none, tables=tables)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pcam_kaggle.core.errors import program
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.tables import score_lines
 
@@ -20,7 +21,7 @@ def summary(made: Sequence[Run], planned: Sequence[Run]) -> str:
         next_step = f"not finished in time: {', '.join(unfinished)}. To train the rest, {RESUME}."
     else:
         next_step = (
-            "*Submit to Competition* sends `submission.csv`. In the clone, `python -m pcam_kaggle kaggle fetch` downloads the "
-            "runs to compare and blend them."
+            f"*Submit to Competition* sends `submission.csv`. In the clone, `{program()} kaggle fetch` downloads the runs to "
+            "compare and blend them."
         )
     return "\n\n".join([*parts, f"**Next step:** {next_step}"])

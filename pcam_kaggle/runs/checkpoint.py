@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import reading, write
 
 ANEW = "delete its folder and train again"
@@ -33,7 +33,7 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         is_complete = not damaged and content.keys() >= {*keys}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; run `python -m pcam_kaggle train` first") from None
+        raise UserError(f"{path}: no such checkpoint; run `{program()} train` first") from None
     except Exception:
         # The errors of zipfile and torch on other files have no common type.
         is_complete = False

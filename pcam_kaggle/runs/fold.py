@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import check_oof, read_numbers
@@ -120,7 +120,7 @@ class Fold:
         return self.oof(), self._predicted("test.csv").sort_values("id", ignore_index=True)
 
     def _predicted(self, name: str) -> pd.DataFrame:
-        folder, best, advice = self.folder, self.best_checkpoint, "run `python -m pcam_kaggle predict`"
+        folder, best, advice = self.folder, self.best_checkpoint, f"run `{program()} predict`"
         if not self.has_predictions:
             raise UserError(f"{folder}: no predictions of fold {self.number}; train it, then {advice}")
         if best.exists() and file_sha256(best) != self.predictions_record().sources.best_sha256:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, reading, sha256, write_csv, write_json
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
@@ -185,7 +185,7 @@ class Run:
     def blend_metrics(self) -> BlendMetrics:
         """Return the score of the blended predictions; raises UserError if the file is missing or damaged."""
         if not self.has_score:
-            raise UserError(f"{self.folder}: no such run, or not blended; run `python -m pcam_kaggle blend`")
+            raise UserError(f"{self.folder}: no such run, or not blended; run `{program()} blend`")
         return BlendMetrics.read(self.folder / "metrics.json")
 
     def write_blend(self, blend: Blend) -> tuple[BlendMetrics, bool]:
@@ -217,7 +217,7 @@ class Run:
 
     def _blended(self, name: str, digest: str) -> Path:
         if not self._is_blended(name, digest):
-            raise UserError(f"{self.folder / name}: has changed since it was blended; run `python -m pcam_kaggle blend`")
+            raise UserError(f"{self.folder / name}: has changed since it was blended; run `{program()} blend`")
         return self.folder / name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcam_kaggle.core.errors import UserError, examples
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Workspace
 from pcam_kaggle.core.records import Record
@@ -158,12 +158,12 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
     file = folder / f"{name}.csv"
     if not file.exists():
         others = examples([path.stem for path in sorted(folder.glob("*.csv")) if path.name != LEDGER_FILE])
-        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'write it with `make submission`'}")
+        raise UserError(f"{file}: no such submission; {f'there is {others}' if others else 'the command pipeline writes one'}")
     made = SubmissionRecord.read(file.with_suffix(".json"))
     if name.endswith(DEMO_SUFFIX):
         raise UserError(f"{file}: is the synthetic demo's, which is meaningless to Kaggle")
     if file_sha256(file) != made.sha256:
-        raise UserError(f"{file}: has changed since it was validated; delete it and run `python -m pcam_kaggle submission`")
+        raise UserError(f"{file}: has changed since it was validated; delete it and run `{program()} submission`")
     missing = f", without folds {', '.join(map(str, made.missing_folds))}" if made.missing_folds else ""
     return file, f"{name}: OOF AUC {made.oof_auc.text()} (unit: {made.oof_auc.unit}){missing}, {made.mark}"
 

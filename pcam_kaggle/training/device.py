@@ -1,6 +1,7 @@
 """Backends: the device that a model runs on, its precision and its memory format."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,15 +54,22 @@ class Backend:
 
 
 def find_device() -> str:
-    """Return the kind of the first available device: cuda, mps or cpu; raise UserError if torch has no kernels for it."""
-    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return the kind of device that PCAM_DEVICE names (--device), by default the first available of cuda, mps and cpu.
+
+    Raises UserError if there is no such device, or torch has no kernels for it.
+    """
+    checks = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind, is_available in checks.items() if is_available]
+    kind = os.environ.get("PCAM_DEVICE") or available[0]
+    if kind not in available:
+        raise UserError(f"--device {kind}: torch {torch.__version__} finds no such device; use one of {', '.join(available)}")
     try:
         image = torch.ones(1, 3, 8, 8, device=kind)
         torch.nn.functional.conv2d(image, torch.ones(4, 3, 3, 3, device=kind)).sum().item()
     except RuntimeError as error:
         raise UserError(
             f"{device_name(kind)}: this build of torch cannot compute on it ({' '.join(str(error).split())[:100]}); choose "
-            "another accelerator (on Kaggle T4 x2), or set CUDA_VISIBLE_DEVICES to an empty string to use the CPU"
+            "another accelerator (on Kaggle T4 x2), or use the CPU (--device cpu)"
         ) from None
     return kind
 

@@ -39,9 +39,9 @@ class Segment:
 
 
 def loader_processes(trained: int, batch_bytes: int) -> int:
-    """Return the number of loader processes, at least 1, of each of `trained` folds, which are spread over the GPUs."""
+    """Return the number of loader processes of each of `trained` folds: PCAM_WORKERS, or a share of the CPUs; at least 1."""
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
-    wanted = usable_cpus() // trainings
+    wanted = int(os.environ.get("PCAM_WORKERS") or usable_cpus() // trainings)
     if SHARED_MEMORY.is_dir():
         slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
         if (fitting := (slots - 1) // PREFETCH) < wanted:
