@@ -80,8 +80,6 @@ def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Conf
                 break
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
-                    # Whoever frees memory may try again.
-                    _fitting.pop(config, None)
                     raise
                 _fitting[config] = size // 2
             # Here the error no longer refers to tensors.
