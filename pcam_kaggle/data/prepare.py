@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 
@@ -17,7 +18,7 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.core.process import end_with_parent, usable_cpus
+from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.listing import (
     Ids,
@@ -160,7 +161,7 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
     starts = range(0, len(rows), CHUNK)
     read: list[tuple[str, Problem | None]] = []
     try:
-        with ProcessPoolExecutor(min(usable_cpus(), len(starts)), initializer=_follow_parent) as pool:
+        with ProcessPoolExecutor(min(joblib.cpu_count(), len(starts)), initializer=_follow_parent) as pool:
             offsets = [header + start * PATCH_BYTES for start in starts]
             chunks = pool.map(partial(_pack_chunk, data, target, ids), [rows[n : n + CHUNK] for n in starts], offsets)
             for chunk in progress(chunks, "prepare", len(starts)):

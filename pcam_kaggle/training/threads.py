@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import joblib
 import psutil
 import torch
-
-from pcam_kaggle.core.process import usable_cpus
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class FreeCores:
 
 @cache
 def _free_cores() -> FreeCores:
-    return FreeCores(min(torch.get_num_threads(), usable_cpus()))
+    return FreeCores(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def follow_free_cores() -> None:

@@ -12,21 +12,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
-from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.config import PATCH_SIDE, Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import fold_context
-from pcam_kaggle.models.factory import create, macs
+from pcam_kaggle.core.process import rank
+from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, configure_torch, device_name, memory_errors
-from pcam_kaggle.training.distributed import broadcast, on_first_rank, rank, world_size
-from pcam_kaggle.training.engine import predict_logits, train_epoch
+from pcam_kaggle.training.device import Backend, choose_backend, configure_torch, device_name, memory_errors
+from pcam_kaggle.training.distributed import broadcast, on_first_rank, world_size
+from pcam_kaggle.training.embed import mean_features
+from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
@@ -194,10 +197,7 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
         fold=data.train.fold,
         valid_auc=best["valid_auc"],
         epoch=best["epoch"],
-        train_patches=len(data.train.rows),
-        valid_patches=len(data.valid_rows),
         parameters=sum(parameter.numel() for parameter in learner.model.parameters()),
-        macs=macs(create(task.config, weights=False), task.config.side),
         seconds=round(sum(row["seconds"] for row in rows), 1),
         images_per_second=float(np.median([row["images_per_second"] for row in rows])),
     )
@@ -206,3 +206,36 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
 
 def _seed(config: Config, fold: int, epoch: int) -> int:
     return int(np.random.SeedSequence((config.seed, fold, epoch)).generate_state(1)[0])
+
+
+class _RandomPatches:
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.random.default_rng(0).integers(0, 256, (len(rows), PATCH_SIDE, PATCH_SIDE, 3), np.uint8)
+
+
+def rehearse(config: Config) -> None:
+    """Take a step of training on random patches and predict a batch, or embed one for a probe; every rank calls this.
+
+    Nothing is written or drawn. Raises UserError if the config makes no model, or it does not fit into the device's memory.
+    """
+    configure_torch()
+    backend = choose_backend(config.precision)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), memory_errors(f"model={config.model}"):
+        _rehearse(config, backend)
+    if backend.kind == "cuda":
+        # The processes of the GPUs need the memory.
+        torch.cuda.empty_cache()
+
+
+def _rehearse(config: Config, backend: Backend) -> None:
+    patches, rows = _RandomPatches(), np.arange(PREDICT_BATCH)
+    model = backend.place(create(config))
+    if config.probe:
+        mean_features(model.eval(), patches, rows, config, backend)
+        return
+    learner = Learner(model, config, backend, config.batch_size // world_size())
+    with memory_errors(f"batch_size={config.batch_size}"):
+        batch = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8)
+        learner.load(batch, torch.ones(len(batch)), config.lr, 1.0)
+        learner.step()
+    predict_logits(learner.ema.eval(), patches, rows, config, backend, 1, "rehearse")
