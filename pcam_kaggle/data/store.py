@@ -29,7 +29,6 @@ class StoreManifest(Record):
     train_sha256: str
     test_sha256: str
     index_sha256: str
-    index_columns: tuple[str, ...] = ("id", "split")
     bytes: int
     signature: str
 

@@ -42,8 +42,6 @@ class Clusters:
     def of(cls, ids: pd.Series, groups: pd.DataFrame | None, unit: Unit) -> Self:
         """Return the clusters of `ids` (n,) in `groups` (id, wsi), None for patches; an id that it lacks is a cluster."""
         if groups is None:
-            if unit != "patch":
-                raise ValueError(f"patches of one {unit} are not independent; pass its groups")
             return cls()
         return cls(unit, pd.factorize(ids.map(groups.set_index("id")["wsi"]).fillna(ids))[0])
 

@@ -140,13 +140,8 @@ def render_comparison(comparison: Comparison, form: str) -> str:
         return rows.to_csv(index=False)
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
-        found = {
-            "unit": comparison.unit,
-            "family": comparison.family,
-            "reference": comparison.reference.name,
-            "best": comparison.best,
-        }
-        return _json({**found, "runs": records, "words": sentences})
+        found = {"unit": comparison.unit, "family": comparison.family, "reference": comparison.reference.name}
+        return _json(found | {"best": comparison.best, "runs": records, "words": sentences})
     by_fold = pd.DataFrame(
         {f"difference to {comparison.reference.name}": run.name}
         | {f"fold {k}": fold.text("+.4f") for k, fold in zip(comparison.folds, run.folds, strict=True)}
