@@ -87,7 +87,6 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
             engine.adapt_norms(model, store, rows, config, backend)
-            model.eval()
         for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
                 return
