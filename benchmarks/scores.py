@@ -16,10 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import markdown, replace_block
 from pcam_kaggle.core.config import Config
@@ -28,7 +24,6 @@ from pcam_kaggle.core.experiments import BASELINE, EXPERIMENTS
 from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import find_workspace
 from pcam_kaggle.data.tables import read_numbers
-from pcam_kaggle.models.factory import create
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference, unit_of
 from pcam_kaggle.scoring.metrics import auc
@@ -103,7 +98,7 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
     by_stain = made.folds == BY_STAIN
     scored.records[name] = {
         "parameters": metrics[0].parameters,
-        "macs": macs(create(run.config(), weights=False), run.config().side),
+        "macs": metrics[0].macs,
         "train_images_per_second": round(float(np.median([fold.images_per_second for fold in metrics])), 1),
         "predict_images_per_second": round(float(np.median(rates)), 1),
         "minutes": round(sum(fold.seconds for fold in metrics) / 60, 1),
@@ -119,15 +114,6 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
     if not by_stain:
         evaluated = read_numbers(workspace.evaluations / "held_out" / "predictions" / f"{name}.csv", ["fold_0"])
         _add_column(scored.held_out, name, evaluated, "fold_0", scored.held_out["label"].notna())
-
-
-def macs(net: nn.Module, side: int) -> int:
-    """Return the multiply-accumulate operations of a forward pass of `net` on one patch of `side` px."""
-    net.eval()
-    # The counter knows no formula for the fused attention of a CPU.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        net(torch.zeros(1, 3, side, side))
-    return counter.get_total_flops() // 2
 
 
 def _add_column(table: pd.DataFrame, name: str, predicted: pd.DataFrame, column: str, wanted: pd.Series) -> None:

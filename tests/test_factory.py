@@ -18,7 +18,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models import weights
-from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.timm_model import create_timm
 from pcam_kaggle.models.weights import import_timm, weights_sha256
 
@@ -302,9 +302,16 @@ def test_a_depthwise_convolution_is_not_rounded_on_a_cpu() -> None:
     assert torch.equal(seen[0], exact.to(torch.bfloat16))
 
 
-def test_symmetry_has_an_eighth_of_the_weights() -> None:
+def test_macs_are_those_of_the_sum_over_layers() -> None:
+    filters = (3, 32, 64, 128, 256, 512)
+    convolutions = sum((96 >> k) ** 2 * 9 * filters[k] * filters[k + 1] for k in range(5))
+    assert macs(create(EXPERIMENTS["plain"].config), 96) == convolutions + 512 * 9 * 256 + 256
+
+
+def test_symmetry_costs_no_multiplications() -> None:
     config = EXPERIMENTS["bottleneck_d4"].config
     ordinary, symmetric = create(replace(config, symmetry="none")), create(config)
+    assert macs(symmetric, 96) == pytest.approx(macs(ordinary, 96), rel=0.01)
     filters = [[*net.stem.parameters(), *net.blocks.parameters()] for net in (ordinary, symmetric)]
     weights = [sum(each.numel() for each in every if each.ndim > 2) for every in filters]
     assert weights[0] == 8 * weights[1]

@@ -29,7 +29,7 @@ SCORE = {"run": "a", "fold_auc": {"0": 0.8, "1": 0.9}, "mean": ESTIMATE}
 # A file of an earlier version, and the values of fields that it lacks or that are of another type there.
 EARLIER: list[tuple[type[Record], dict[str, Any], dict[str, Any]]] = [
     (RunConfig, {"config": {"optimizer": "logistic"}, "folds": "name", "folds_sha256": "f"}, {"weights_sha256": None}),
-    (FoldMetrics, FOLD, {"epoch": None, "penalty": None}),
+    (FoldMetrics, FOLD, {"epoch": None, "penalty": None, "macs": 0}),
     (BlendMetrics, BLEND, {"scheme": "", "asked": "", "sd": None, "pooled": Estimate(**ESTIMATE, unit="patch", units=0)}),
     (BlendMetrics, BLEND | {"gain_of_weights": DIFFERENCE}, {"gain_of_weights": Difference(**DIFFERENCE, corrected_p=None)}),
     (PredictionsRecord, {"sources": {}, "files": {"oof.csv": "h"}}, {"images_per_second": 0.0}),

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
@@ -45,3 +47,12 @@ def _backbone(config: Config, weights: bool) -> Backbone:
     with torch.no_grad():
         backbone.eval()(torch.zeros(1, 3, config.side, config.side))
     return backbone.train()
+
+
+def macs(net: nn.Module, side: int) -> int:
+    """Return the multiply-accumulate operations of a forward pass of `net` on one patch of `side` px."""
+    net.eval()
+    # The counter knows no formula for the fused attention of a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        net(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops() // 2

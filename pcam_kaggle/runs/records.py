@@ -32,7 +32,8 @@ class FoldMetrics(Record):
     """`metrics.json` of a fold: the result of its training.
 
     `valid_auc` is that of the best `epoch`, counted from 1, which a probe has not; a probe has a `penalty` relative to the mean
-    loss. `images_per_second` is the median rate of training, or the rate of a probe's embedding.
+    loss. `macs` are the multiply-accumulate operations of a forward pass of one patch. `images_per_second` is the median rate
+    of training, or the rate of a probe's embedding.
     """
 
     fold: int
@@ -40,6 +41,7 @@ class FoldMetrics(Record):
     epoch: int | None = None
     penalty: float | None = None
     parameters: int
+    macs: int = 0
     seconds: float
     images_per_second: float
 

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.models.backbone import Backbone, trained_state
-from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.records import FoldMetrics
@@ -79,6 +79,7 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
         valid_auc=valid_auc,
         penalty=penalty,
         parameters=sum(p.numel() for p in net.parameters()),
+        macs=macs(net, task.config.side),
         seconds=round(time.perf_counter() - start + embedding_seconds, 1),
         images_per_second=images_per_second,
     )

@@ -19,7 +19,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.core.process import rank
-from pcam_kaggle.models.factory import create
+from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.records import FoldMetrics
 from pcam_kaggle.runs.run import Run
@@ -198,6 +198,7 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
         valid_auc=best["valid_auc"],
         epoch=best["epoch"],
         parameters=sum(parameter.numel() for parameter in learner.model.parameters()),
+        macs=macs(create(task.config, weights=False), task.config.side),
         seconds=round(sum(row["seconds"] for row in rows), 1),
         images_per_second=float(np.median([row["images_per_second"] for row in rows])),
     )
