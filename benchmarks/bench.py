@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 
 from benchmarks.results import RESULTS, comparison, markdown, provenance, replace_block, spread
@@ -24,7 +25,7 @@ from benchmarks.turns import Bench, Turn
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import Data, find_data, find_workspace
-from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS, usable_cpus
+from pcam_kaggle.core.process import ENVIRONMENT, MALLOC_OPTIONS
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.training.device import find_device, native_precision
 from pcam_kaggle.training.threads import FIXED
@@ -70,7 +71,7 @@ def contention(bench: Bench) -> str:
             return {"rate": bench.turn("training", environment, name=NET)["rate"]}
 
     loads = {"nothing": [], "one program at nice 0": [0], "one at nice 5": [5], "two at nice 0": [0, 0]}
-    kinds = {"threads follow": None, "a thread per core": usable_cpus()}
+    kinds = {"threads follow": None, "a thread per core": joblib.cpu_count()}
     turns = {(load, kind): partial(beside, loads[load], kinds[kind]) for load in loads for kind in kinds}
     values = bench.rounds(turns)
     free = values["nothing", "threads follow"]

@@ -10,7 +10,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.models.blocks import MeanMaxPool
-from pcam_kaggle.models.cnn import BottleneckCNN, conv_output_shape, most_blocks
+from pcam_kaggle.models.cnn import BottleneckCNN, conv_output_shape
 from pcam_kaggle.models.factory import create
 
 Pair = int | tuple[int, int]
@@ -32,7 +32,7 @@ def test_conv_output_shape_is_torchs(kernel: Pair, stride: Pair, padding: Pair, 
 
 @pytest.mark.parametrize("side", range(32, 97, 2))
 def test_most_blocks_fit_and_one_more_does_not(side: int) -> None:
-    most = most_blocks(side)
+    most = side.bit_length() - 2
     config = Config(width=4, max_width=8, side=side, n_blocks=1, head="flatten", hidden=2)
     net = BottleneckCNN(most, 4, config).eval()
     assert net(torch.rand(2, 3, side, side)).shape == (2,)

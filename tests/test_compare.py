@@ -332,8 +332,6 @@ def test_the_scheme_determines_what_is_resampled() -> None:
     ids = SLIDE_MAP["id"]
     for scheme, unit in (("slides_5_42", "slide"), ("stain_5_42", "stain group")):
         assert unit_of(scheme) == unit
-        with pytest.raises(ValueError, match=f"one {unit} are not independent"):
-            Clusters.of(ids, None, unit)
     assert Clusters.of(ids, None, unit_of("stratified_5_42")).codes is None
     with pytest.raises(UserError, match="not a fold scheme"):
         unit_of("")
@@ -341,13 +339,6 @@ def test_the_scheme_determines_what_is_resampled() -> None:
     codes = Clusters.of(ids, SLIDE_MAP[5:], "slide").codes
     assert len(np.unique(codes)) == 18 + 5
     assert len(np.unique(codes[5:40])) == 1
-
-
-def test_runs_that_differ_only_in_the_fold_scheme_have_a_sentence(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    area = write_blended_run(work, by_slide("c", 1.0, 1, "stratified_3_42"), lr=1).blend_metrics().pooled.value
-    (sentence,) = [each for each in json.loads(compared(work, capsys))["words"] if "same config" in each]
-    assert sentence.startswith(f"c and a have the same config: pooled AUC {area:.4f} on stratified_3_42, {area:.4f} on slides")
-    assert sentence.endswith("(+0.0000), where patches of one slide share a fold.")
 
 
 def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +368,6 @@ def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(compared(tmp_path, capsys))["unit"] == "patch"
     printed = compared(tmp_path, capsys, "--slides", str(tmp_path / "map.csv"), form="text")
     assert "(unit: slide) are from" in printed
-    assert "Each of 5 patches that the slide map lacks counts as a slide" in printed
 
 
 def test_an_undefined_interval_is_null_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

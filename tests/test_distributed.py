@@ -25,7 +25,8 @@ RUN = Path("runs") / "bottleneck"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
 SHARED_STEP = """
 import torch
-from pcam_kaggle.training.distributed import average_gradients, process_group, rank, world_size
+from pcam_kaggle.core.process import rank
+from pcam_kaggle.training.distributed import average_gradients, process_group, world_size
 torch.manual_seed(0)
 net, images = torch.nn.Linear(5, 1), torch.randn(8, 5)
 with process_group():

@@ -143,33 +143,6 @@ def test_a_model_within_another_is_found(kind: str, tmp_path: Path, package_log:
     assert all(name in package_log.text.partition("left out: ")[2] for name in left_out)
 
 
-def sharded(folder: Path) -> Path:
-    """Save `SMALL_STATE` as two files and their index, as transformers does."""
-    names = list(SMALL_STATE)
-    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
-    for shard, held in shards.items():
-        save_file({name: SMALL_STATE[name] for name in held}, folder / shard)
-    places = {name: shard for shard, held in shards.items() for name in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder / "model-00002-of-00002.safetensors"
-
-
-def test_the_files_of_an_index_are_joined(tmp_path: Path) -> None:
-    shard = sharded(tmp_path)
-    config = Config(model="timm:resnet10t", weights=str(tmp_path))
-    loaded = create_timm(config).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in SMALL_STATE.items() if not name.startswith("fc."))
-    before = weights_sha256(config)
-    save_file({"changed": torch.zeros(1)}, shard)
-    assert weights_sha256(config) != before
-    shard.unlink()
-    with pytest.raises(UserError, match=f"index.json: {shard.name} must be beside it; download"):
-        create_timm(config)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"index.json: .*'weight_map'\); download it again"):
-        create_timm(config)
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"weights{suffix}"

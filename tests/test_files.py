@@ -22,7 +22,7 @@ from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore, _identity
+from pcam_kaggle.data.store import PatchStore, StoreManifest, complete_manifest
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
@@ -168,13 +168,13 @@ def test_a_worker_never_reads_another_store(data: Data, store: PatchStore) -> No
 
 
 def test_a_store_replaced_while_opening_is_not_mixed(data: Data, store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swap(file: Path) -> tuple[int, int, int, int]:
+    def swap(folder: Path) -> StoreManifest | None:
         monkeypatch.undo()
-        before = _identity(file)
+        before = complete_manifest(folder)
         prepare_again(data, store.folder)
         return before
 
-    monkeypatch.setattr("pcam_kaggle.data.store._identity", swap)
+    monkeypatch.setattr("pcam_kaggle.data.store.complete_manifest", swap)
     opened = PatchStore(store.folder)
     with pytest.raises(UserError, match="replaced while it was in use"):
         opened.images(opened.rows("train", opened.ids("train")))

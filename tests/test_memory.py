@@ -13,13 +13,9 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.training import engine
-from pcam_kaggle.training import train as training
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.embed import mean_features
-from pcam_kaggle.training.learner import Learner
 from pcam_kaggle.training.predict import predict_probabilities
-from pcam_kaggle.training.task import Task
-from pcam_kaggle.training.train import train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
 ROWS = np.arange(60)
@@ -94,26 +90,3 @@ def test_another_error_is_raised_as_it_is(limit: Limit, tiny: Config) -> None:
     limit(0, RuntimeError("a shape is wrong"))
     with pytest.raises(RuntimeError, match=r"^a shape is wrong$"):
         predict_probabilities(create(tiny), Patches(), ROWS, tiny, CPU, "")
-
-
-def test_validation_drops_the_graph_before_it_fails(
-    task: Task, limit: Limit, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
-) -> None:
-    learners: list[Learner] = []
-    # A stand-in for a graph, which leaves no memory for a patch of validation.
-    monkeypatch.setattr(training, "fastest_step", lambda learner: learners.append(learner) or learner.compute)
-    images = Backend.images
-
-    def limited(self: Backend, patches: Tensor) -> Tensor:
-        if torch.is_inference_mode_enabled() and learners[0].replay:
-            raise LACKS[0]
-        return images(self, patches)
-
-    monkeypatch.setattr(Backend, "images", limited)
-    assert len([*train_fold(task, 0, CPU)]) == task.config.epochs
-    assert [line for line in package_log.messages if "CUDA graph" in line] == [
-        "fold 0: eager steps from now on, because validation needs the memory of the CUDA graph"
-    ]
-    limit(0)
-    with pytest.raises(UserError, match=r"^model=cnn: too large"):
-        training._validation_logits(task, training.FoldData(task, 0), learners[0])

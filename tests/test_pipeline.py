@@ -384,7 +384,7 @@ def test_weights_that_a_later_member_lacks_are_missed_at_once(
 
 def test_what_is_about_to_be_trained_is_rehearsed_once(pcam: Command, monkeypatch: MonkeyPatch) -> None:
     rehearsed: list[Config] = []
-    monkeypatch.setattr("pcam_kaggle.training.rehearsal.rehearse", rehearsed.append)
+    monkeypatch.setattr("pcam_kaggle.training.train.rehearse", rehearsed.append)
     for arguments in (["--folds", "0"], ["--folds", "0"], []):
         assert pcam("pipeline", "--seeds", "2", "--set", "epochs=1", *arguments).status == 0
     # The second command finds everything trained.

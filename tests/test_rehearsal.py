@@ -9,9 +9,9 @@ import torch
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.weights import import_timm
-from pcam_kaggle.training import rehearsal
+from pcam_kaggle.training import train as training
 from pcam_kaggle.training.learner import Learner
-from pcam_kaggle.training.rehearsal import rehearse
+from pcam_kaggle.training.train import rehearse
 
 TRAINED = Config(n_blocks=2, width=8, side=32, batch_size=16, precision="fp32")
 
@@ -27,10 +27,10 @@ def test_a_rehearsal_takes_the_real_step_and_batch_and_changes_no_random_number(
     probed: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[int, ...]] = []
-    compute, predict, features = Learner.compute, rehearsal.predict_logits, rehearsal.mean_features
+    compute, predict, features = Learner.compute, training.predict_logits, training.mean_features
     monkeypatch.setattr(Learner, "compute", lambda learner: taken.append(learner.patches.shape) or compute(learner))
-    monkeypatch.setattr(rehearsal, "predict_logits", lambda *given: taken.append(predict(*given).shape))
-    monkeypatch.setattr(rehearsal, "mean_features", lambda *given: taken.append(features(*given).shape))
+    monkeypatch.setattr(training, "predict_logits", lambda *given: taken.append(predict(*given).shape))
+    monkeypatch.setattr(training, "mean_features", lambda *given: taken.append(features(*given).shape))
     before = torch.get_rng_state()
     rehearse(TRAINED)
     rehearse(probed)
@@ -42,8 +42,8 @@ def test_a_rehearsal_takes_the_real_step_and_batch_and_changes_no_random_number(
     ("owner", "name", "setting"),
     [
         (Learner, "step", "batch_size=16"),
-        (rehearsal, "predict_logits", "model=cnn"),
-        (rehearsal, "mean_features", "model=timm:resnet10t"),
+        (training, "predict_logits", "model=cnn"),
+        (training, "mean_features", "model=timm:resnet10t"),
     ],
 )
 def test_a_model_that_is_too_large_fails_in_one_line(

@@ -1,4 +1,1 @@
-"""What every other sub-package uses: errors, files, paths, settings, named experiments, logging and the process.
-
-Nothing here reads patches or imports torch.
-"""
+"""What every other sub-package uses: errors, files, paths, configs, experiments, logging and the process; without torch."""

@@ -53,11 +53,6 @@ class Plan:
     name: str
     runs: tuple[RunSpec, ...]
 
-    @property
-    def is_blend(self) -> bool:
-        """Whether the result is a blend, perhaps of the one run that was finished in time."""
-        return self.runs[0].name != self.name
-
     def without(self, dropped: Sequence[str]) -> "Plan":
         """Return the plan without the runs called `dropped`: another blend, which gets another name."""
         runs = tuple(run for run in self.runs if run.name not in dropped)

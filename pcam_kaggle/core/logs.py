@@ -1,13 +1,14 @@
 """Log lines and progress bars on the terminal; nothing but warnings is printed before `configure_logging` is called."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from io import TextIOWrapper
 from typing import TypeVar
+
+from pcam_kaggle.core.process import rank
 
 LOGGER = logging.getLogger("pcam_kaggle")
 VERBOSE_FORMAT = "%(asctime)s rank %(rank)d fold %(fold)s: %(message)s"
@@ -31,14 +32,14 @@ class ConsoleHandler(logging.Handler):
     def filter(self, record: logging.LogRecord) -> bool:
         """Add `rank` and `fold` to `record`; return whether it is printed."""
         fold = _fold.get()
-        record.__dict__.update(rank=_rank(), fold="-" if fold is None else fold)
-        return _rank() == 0 or self.verbosity > 0
+        record.__dict__.update(rank=rank(), fold="-" if fold is None else fold)
+        return rank() == 0 or self.verbosity > 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print `record` and flush the stream."""
         is_warning = record.levelno >= logging.WARNING
         prefix = "warning: " if is_warning else ""
-        print(f"{prefix}{self.format(record)}", file=sys.stderr if is_warning or _rank() else sys.stdout, flush=True)
+        print(f"{prefix}{self.format(record)}", file=sys.stderr if is_warning or rank() else sys.stdout, flush=True)
 
 
 def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
@@ -80,7 +81,7 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
     from tqdm import tqdm
 
     console = _console()
-    is_quiet = console is None or console.verbosity < 0 or _rank() > 0
+    is_quiet = console is None or console.verbosity < 0 or rank() > 0
     position = console.bar_position if console else 0
     # None disables the bar unless standard error is a terminal.
     return tqdm(items, description, total, leave=False, delay=2, disable=True if is_quiet else None, position=position)
@@ -108,7 +109,3 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
 def _console() -> ConsoleHandler | None:
     return next((handler for handler in LOGGER.handlers if isinstance(handler, ConsoleHandler)), None)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -27,12 +27,9 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def usable_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity and by the limit of its control group."""
-    # Imported here, since it is not needed for --help.
-    import joblib
-
-    return joblib.cpu_count()
+def rank() -> int:
+    """Return this process's rank among those that torchrun has started, from 0; rank 0 alone writes shared files."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def tune_malloc() -> None:

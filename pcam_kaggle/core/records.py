@@ -10,10 +10,7 @@ from pcam_kaggle.core.files import AGAIN, write_json
 
 
 class Record(BaseModel):
-    """The content of a JSON file.
-
-    Files of other versions stay readable: unknown fields are ignored, and fields that were added later have defaults.
-    """
+    """The content of a JSON file of any version: unknown fields are ignored, and those that were added later have defaults."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 

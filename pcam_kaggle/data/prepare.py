@@ -1,6 +1,5 @@
 """Packs the competition's TIFs into the patch store: every patch is read once, checked, and stored by id."""
 
-import errno
 import logging
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, sha256, write_csv
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import Data
-from pcam_kaggle.core.process import end_with_parent, usable_cpus
+from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.listing import (
     Ids,
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 # Patches that a process packs at a time; they fit into its cache.
 CHUNK = 64
-ADVICE = {errno.ENOSPC: "make room there", errno.EMFILE: "allow more, for example with `ulimit -n 1024`"}
 
 
 class Declaration(Record):
@@ -162,7 +161,7 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
     starts = range(0, len(rows), CHUNK)
     read: list[tuple[str, Problem | None]] = []
     try:
-        with _pool(min(usable_cpus(), len(starts))) as pool:
+        with ProcessPoolExecutor(min(joblib.cpu_count(), len(starts)), initializer=_follow_parent) as pool:
             offsets = [header + start * PATCH_BYTES for start in starts]
             chunks = pool.map(partial(_pack_chunk, data, target, ids), [rows[n : n + CHUNK] for n in starts], offsets)
             for chunk in progress(chunks, "prepare", len(starts)):
@@ -175,19 +174,10 @@ def _pack(data: Data, rows: list[Row], target: Path, ids: Ids) -> list[tuple[str
         # If not all processes could be started, the first ones would wait for work, and this process for them.
         for process in multiprocessing.active_children():
             process.terminate()
-        place, advice = error.filename or target.parent.parent, ADVICE.get(error.errno or 0, "fix that and run it again")
-        raise UserError(f"{place}: {error.strerror}, while the store was written; {advice}") from None
+        # The semaphores of the processes are files of shared memory.
+        place = error.filename or f"{target.parent.parent} or /dev/shm"
+        raise UserError(f"{place}: {error.strerror}, while the store was written; fix that and run it again") from None
     return read
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    try:
-        return ProcessPoolExecutor(processes, initializer=_follow_parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            # Its semaphores are files there.
-            error.filename = "/dev/shm"  # noqa: S108
-        raise
 
 
 def _follow_parent() -> None:

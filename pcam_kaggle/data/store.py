@@ -29,7 +29,6 @@ class StoreManifest(Record):
     train_sha256: str
     test_sha256: str
     index_sha256: str
-    index_columns: tuple[str, ...] = ("id", "split")
     bytes: int
     signature: str
 
@@ -59,12 +58,12 @@ class PatchStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        if complete_manifest(folder) is None:
+        manifest = complete_manifest(folder)
+        if manifest is None:
             advice = f"run `{program()} prepare`"
             raise UserError(f"{folder}: no patch store, or one that is incomplete or outdated; {advice}")
         # First: if the folder is replaced between the reads, `images` notices.
-        self.folder, self._file = folder, _identity(folder / "patches.npy")
-        self.manifest = StoreManifest.read(folder / "manifest.json")
+        self.folder, self.manifest = folder, manifest
         index = read_text(folder / "index.csv")
         self._rows = {
             split: pd.Series(rows.index.to_numpy(), index=rows["id"].to_numpy()) for split, rows in index.groupby("split")
@@ -86,22 +85,11 @@ class PatchStore:
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a copy of the patches in `rows` (n,): RGB uint8 (n, 96, 96, 3)."""
         if self._images is None:
-            file = self.folder / "patches.npy"
-            try:
-                images = np.load(file, mmap_mode="r")
-                is_replaced = _identity(file) != self._file
-            except OSError:
-                is_replaced = True
-            if is_replaced:
+            images = np.load(self.folder / "patches.npy", mmap_mode="r")
+            if complete_manifest(self.folder) != self.manifest:
                 raise UserError(f"{self.folder}: the patch store was replaced while it was in use; run the command again")
             self._images = images
         return self._images[rows]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_images": None}
-
-
-def _identity(file: Path) -> tuple[int, int, int, int]:
-    # It changes when the file is replaced.
-    status = file.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

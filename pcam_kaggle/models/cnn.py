@@ -37,11 +37,6 @@ def conv_output_shape(
     return sizes[0], sizes[1]
 
 
-def most_blocks(side: int) -> int:
-    """Return the largest number of blocks for an input of `side` px: the stem and each block halve it, and 1 px must remain."""
-    return max(0, side.bit_length() - 2)
-
-
 class Normalize(nn.Module):
     """Normalise RGB (n, 3, h, w) in [0, 1] to about zero mean and unit variance."""
 
@@ -72,7 +67,8 @@ class BottleneckCNN(nn.Module):
     def __init__(self, n_blocks: int, width: int = 32, config: Config | None = None) -> None:
         super().__init__()
         config = config or Config()
-        side, most = config.side, most_blocks(config.side)
+        # The stem and each block halve the side, and 1 px must remain.
+        side, most = config.side, config.side.bit_length() - 2
         if n_blocks > most:
             raise UserError(f"n_blocks={n_blocks}: too many for a side of {side} px, at most {most} fit")
         layers, create_body = LAYERS[config.symmetry], BODIES[config.body]

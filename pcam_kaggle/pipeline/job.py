@@ -122,7 +122,7 @@ def run_rehearsal(job: Job) -> None:
     ]
     if configs:
         # torch and albumentations take seconds to import, and a finished run needs neither.
-        from pcam_kaggle.training.rehearsal import rehearse
+        from pcam_kaggle.training.train import rehearse
 
         for config in dict.fromkeys(configs):
             rehearse(config)

@@ -118,7 +118,8 @@ def run_blend(job: Job) -> bool:
     named = [Run(job.workspace.run(name)) for name in job.selection.runs]
     chosen = job.selection.folds or common_folds({run.name: run.predicted_folds() for run in named}) or None
     members = [run.predictions(chosen) for run in named or job.runs]
-    for run in job.runs if job.plan.is_blend and not named else ():
+    # Of a blend, perhaps of the one run that was finished in time.
+    for run in job.runs if not named and job.run not in job.runs else ():
         # A run may have all folds where the blend lacks some, and is then complete by itself.
         has_all = len(run.predicted_folds()) == len(run.folds())
         _blend(job, [run.predictions(None if has_all else chosen)], "mean", run)

@@ -1,4 +1,1 @@
-"""Run folders: their files, when these are complete, and the import of runs trained elsewhere.
-
-No other package knows the names of these files; how results are computed belongs to `training` and `scoring`.
-"""
+"""Run folders: their files, whose names no other package knows, when these are complete, and the import of runs."""

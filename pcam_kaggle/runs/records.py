@@ -40,8 +40,6 @@ class FoldMetrics(Record):
     valid_auc: float
     epoch: int | None = None
     penalty: float | None = None
-    train_patches: int = 0
-    valid_patches: int = 0
     parameters: int
     macs: int = 0
     seconds: float

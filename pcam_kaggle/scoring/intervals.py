@@ -42,8 +42,6 @@ class Clusters:
     def of(cls, ids: pd.Series, groups: pd.DataFrame | None, unit: Unit) -> Self:
         """Return the clusters of `ids` (n,) in `groups` (id, wsi), None for patches; an id that it lacks is a cluster."""
         if groups is None:
-            if unit != "patch":
-                raise ValueError(f"patches of one {unit} are not independent; pass its groups")
             return cls()
         return cls(unit, pd.factorize(ids.map(groups.set_index("id")["wsi"]).fillna(ids))[0])
 
@@ -77,11 +75,6 @@ class JointAucs:
     unit: Unit
     units: int
     undefined: str
-
-    def error_of_difference(self, pair: Pair) -> float:
-        """Return the standard error of the difference of a pair of AUCs, NaN where it is undefined."""
-        # The variance of the paired differences; var + var - 2 cov would lose a small one to rounding.
-        return np.nan if self.undefined else float(np.linalg.norm(self.deviations[pair[0]] - self.deviations[pair[1]]))
 
 
 def joint_aucs(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> JointAucs:
@@ -152,7 +145,9 @@ def not_worse(count: int, pairs: Sequence[Pair], differences: Sequence[Differenc
 
 def simultaneous_differences(joint: JointAucs, pairs: Sequence[Pair]) -> list[Difference]:
     """Return the difference of the AUCs of each of `pairs`, with intervals and corrected p-values that hold for all at once."""
-    errors = [joint.error_of_difference(pair) for pair in pairs]
+    # The norms of paired differences; var + var - 2 cov would lose a small variance to rounding.
+    norms = [float(np.linalg.norm(joint.deviations[run] - joint.deviations[other])) for run, other in pairs]
+    errors = [np.nan] * len(pairs) if joint.undefined else norms
     tested = [(pair, error) for pair, error in zip(pairs, errors, strict=True) if error >= ROUNDING]
     marginal, count, largest = stats.t(joint.df), max(1, len(tested)), _largest_statistics(joint, tested)
     # Between that of a single test and Bonferroni's, which are equal for one.

@@ -3,7 +3,6 @@
 from typing import ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import model_validator
 
 from pcam_kaggle.core.records import Record
 
@@ -31,12 +30,6 @@ class Estimate(Record):
     unit: Unit = "patch"
     units: int = 0
     undefined: str = ""
-
-    @model_validator(mode="after")
-    def _has_interval_or_reason(self) -> Self:
-        if not self.undefined and (self.low is None or self.high is None):
-            raise ValueError("an interval has neither ends nor a reason")
-        return self
 
     @classmethod
     def from_error(cls, value: float, error: float, critical: float, unit: Unit, units: int, undefined: str) -> Self:

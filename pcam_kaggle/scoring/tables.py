@@ -9,7 +9,6 @@ import pandas as pd
 
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import EvaluationResult
-from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.metrics import Floats, Labels, operating_points
 from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate, Family
 
@@ -77,31 +76,17 @@ def caption(comparison: Comparison) -> str:
     text = f"Folds: {', '.join(map(str, comparison.folds))}. 95 % intervals (unit: {unit}) are from {test}."
     if any(run.pooled for run in comparison.runs):
         text += f" Differences are to {comparison.reference.name}; their {FAMILIES[comparison.family]}."
-    missing = 0 if groups is None else int((~comparison.reference.scored()[0]["id"].isin(groups["id"])).sum())
-    return f"{text} Each of {missing:,} patches that the slide map lacks counts as a {unit}." if missing else text
+    return text
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return sentences: which runs may be the best, or each difference to the baseline; runs without one; and pairs of runs.
-
-    Such a pair has one config, on stratified and on grouped folds.
-    """
+    """Return sentences: which runs may be the best, or each difference to the baseline; and runs without one."""
     runs, reference = comparison.runs, comparison.reference
     differences = {run.name: run.pooled for run in runs if run.pooled}
     shown = runs if comparison.family == "baseline" else [run for run in runs if run.name not in differences]
     sentences = [describe_difference(run, reference) for run in shown if run is not reference]
     if comparison.best and differences:
         sentences.insert(0, describe_best(comparison.best, differences, reference.name))
-    configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
-    scored = [run for run in runs if run.scheme and not run.problem]
-    stratified = [run for run in scored if unit_of(run.scheme) == "patch"]
-    grouped = [run for run in scored if unit_of(run.scheme) != "patch"]
-    for first, second in [(a, b) for a in stratified for b in grouped if configs[a.name] == configs[b.name]]:
-        before, after = (run.scored()[1].pooled.value for run in (first, second))
-        sentences.append(
-            f"{first.name} and {second.name} have the same config: pooled AUC {before:.4f} on {first.scheme}, {after:.4f} on "
-            f"{second.scheme} ({after - before:+.4f}), where patches of one {unit_of(second.scheme)} share a fold."
-        )
     return sentences
 
 
@@ -156,13 +141,8 @@ def render_comparison(comparison: Comparison, form: str) -> str:
         return rows.to_csv(index=False)
     if form == "json":
         records = json.loads(rows.to_json(orient="records", double_precision=15))
-        found = {
-            "unit": comparison.unit,
-            "family": comparison.family,
-            "reference": comparison.reference.name,
-            "best": comparison.best,
-        }
-        return _json({**found, "runs": records, "words": sentences})
+        found = {"unit": comparison.unit, "family": comparison.family, "reference": comparison.reference.name}
+        return _json(found | {"best": comparison.best, "runs": records, "words": sentences})
     by_fold = pd.DataFrame(
         {f"difference to {comparison.reference.name}": run.name}
         | {f"fold {k}": fold.text("+.4f") for k, fold in zip(comparison.folds, run.folds, strict=True)}

@@ -113,10 +113,6 @@ def configure_torch() -> None:
         torch.backends.cudnn.benchmark = True
 
 
-class DeviceMemoryError(UserError):
-    """The device's memory does not suffice."""
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether `error` is for lack of memory, on a device of any kind."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
@@ -129,7 +125,7 @@ def memory_errors(setting: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise DeviceMemoryError(f"{setting}: too large for the device's memory; use a smaller one") from None
+            raise UserError(f"{setting}: too large for the device's memory; use a smaller one") from None
         if "DataLoader worker (pid" in str(error):
             raise UserError("a loader process was killed, perhaps for lack of memory; run the same command again") from None
         raise

@@ -7,17 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from pcam_kaggle.core.process import rank
+
 if TYPE_CHECKING:
     from torch import nn
 
 Result = TypeVar("Result")
 # The other ranks wait while rank 0 packs, validates or predicts.
 TIMEOUT = timedelta(hours=4)
-
-
-def rank() -> int:
-    """Return this process's rank, from 0; rank 0 alone writes shared files."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -36,7 +36,7 @@ CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
 CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
-# For train and test, the features of the patches: float32 (n, features), memory-mapped, in the order of `store.ids`.
+# For train and test, the features of the patches: float32 (n, features), in the order of `store.ids`.
 Features = dict[str, NDArray[np.float32]]
 
 
@@ -55,7 +55,6 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
     They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
-    joined = {split: folder / f"{split}.npy" for split in SPLITS}
     chunks = [
         Chunk(split, start, min(start + CHUNK, len(store.ids(split))), folder / f"{split}_{start:07d}.npy")
         for split in SPLITS
@@ -63,11 +62,10 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
     ]
     rate_file = folder / "rate.json"
     with locked(folder):
-        lacking = [chunk for chunk in chunks if not joined[chunk.split].exists()]
         if not rate_file.exists():
             # The last part is computed again, to measure the rate.
             chunks[-1].file.unlink(missing_ok=True)
-        todo = [chunk for chunk in lacking if not chunk.file.exists()]
+        todo = [chunk for chunk in chunks if not chunk.file.exists()]
         if todo:
             log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
             start = time.perf_counter()
@@ -77,14 +75,9 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
                 write_json(rate_file, {"images_per_second": sum(made) / (time.perf_counter() - start)})
             if len(made) < len(todo):
                 return None
-        for split in dict.fromkeys(chunk.split for chunk in lacking):
-            files = [chunk.file for chunk in lacking if chunk.split == split]
-            write(joined[split], partial(np.save, arr=np.concatenate([np.load(file) for file in files])))
-            for file in files:
-                file.unlink()
         with reading(rate_file):
             rate = float(read_json(rate_file)["images_per_second"])
-        return {split: np.load(file, mmap_mode="r") for split, file in joined.items()}, rate
+        return {split: np.concatenate([np.load(c.file) for c in chunks if c.split == split]) for split in SPLITS}, rate
 
 
 def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: Budget, assigned: list[Chunk]) -> None:
@@ -94,7 +87,6 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
         rows = store.rows(split, store.ids(split))
         if config.norm == "test":
             engine.adapt_norms(model, store, rows, config, backend)
-            model.eval()
         for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
                 return

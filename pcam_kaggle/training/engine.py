@@ -26,7 +26,7 @@ from pcam_kaggle.training.threads import follow_free_cores
 
 log = logging.getLogger(__name__)
 
-LOSSES_SHOWN, LOSSES_READ_TOGETHER = 5, 25
+LOSSES_READ_TOGETHER = 25
 # Patches that are predicted together where memory suffices; by config the fewer ones that fit where it does not.
 PREDICT_BATCH = 256
 _fitting: dict[Config, int] = {}
@@ -58,11 +58,8 @@ def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: i
 def _check_finite(losses: list[float], epoch: int, lr: float) -> None:
     if not np.isfinite(losses).all():
         step = int(np.isfinite(losses).argmin())
-        before = ", ".join(f"{loss:.4g}" for loss in losses[max(0, step - LOSSES_SHOWN) : step]) or "nothing"
-        raise UserError(
-            f"epoch {epoch + 1}, step {step + 1}: the loss is {losses[step]} at a learning rate near {lr:.2g}, after "
-            f"{before}; try a smaller lr or precision=fp32"
-        )
+        found = f"the loss is {losses[step]} at a learning rate near {lr:.2g}"
+        raise UserError(f"epoch {epoch + 1}, step {step + 1}: {found}; try a smaller lr or precision=fp32")
 
 
 def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Config) -> Computed:
@@ -80,8 +77,6 @@ def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Conf
                 break
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
-                    # Whoever frees memory may try again.
-                    _fitting.pop(config, None)
                     raise
                 _fitting[config] = size // 2
             # Here the error no longer refers to tensors.

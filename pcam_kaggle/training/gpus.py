@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import joblib
 import torch
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.logs import configure_logging, logging_verbosity
-from pcam_kaggle.core.process import end_with_parent, usable_cpus
+from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.training.device import configure_torch
 from pcam_kaggle.training.loader import PREFETCH
 
@@ -41,7 +42,7 @@ class Segment:
 def loader_processes(trained: int, batch_bytes: int) -> int:
     """Return the number of loader processes of each of `trained` folds: PCAM_WORKERS, or a share of the CPUs; at least 1."""
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
-    wanted = int(os.environ.get("PCAM_WORKERS") or usable_cpus() // trainings)
+    wanted = int(os.environ.get("PCAM_WORKERS") or joblib.cpu_count() // trainings)
     if SHARED_MEMORY.is_dir():
         slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
         if (fitting := (slots - 1) // PREFETCH) < wanted:

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.process import release_memory
+from pcam_kaggle.core.process import rank, release_memory
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.training.augment import augmentation
-from pcam_kaggle.training.distributed import rank, world_size
+from pcam_kaggle.training.distributed import world_size
 
 log = logging.getLogger(__name__)
 

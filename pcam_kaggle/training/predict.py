@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 def predict(task: Task, folds: list[int]) -> None:
     """Predict validation part and test set with the models of `folds`, in rank 0 on all its GPUs; every rank calls this."""
-    on_first_rank(partial(_predict, task, folds))
 
+    def work() -> None:
+        with locked(task.run.folder):
+            run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
 
-def _predict(task: Task, folds: list[int]) -> None:
-    with locked(task.run.folder):
-        run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
+    on_first_rank(work)
 
 
 def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:

@@ -78,8 +78,6 @@ def _fit_fold(task: Task, number: int, features: Features, images_per_second: fl
         fold=number,
         valid_auc=valid_auc,
         penalty=penalty,
-        train_patches=len(train),
-        valid_patches=len(valid),
         parameters=sum(p.numel() for p in net.parameters()),
         macs=macs(net, task.config.side),
         seconds=round(time.perf_counter() - start + embedding_seconds, 1),

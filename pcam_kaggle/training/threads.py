@@ -11,13 +11,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import joblib
 import psutil
 import torch
-
-from pcam_kaggle.core.process import usable_cpus
 
 log = logging.getLogger(__name__)
 
@@ -46,45 +46,43 @@ def _seconds(times: Any) -> float:
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "children_user", "children_system"))
 
 
+@dataclass
 class FreeCores:
     """Sets the number of threads to `most` minus the cores that others are busy on, at least 1.
 
     `others` returns the CPU seconds of other programs so far, `clock` the time in seconds.
     """
 
-    def __init__(
-        self,
-        most: int,
-        others: Callable[[], float] = others_seconds,
-        clock: Callable[[], float] = time.monotonic,
-        set_threads: Callable[[int], None] = torch.set_num_threads,
-    ) -> None:
-        self.most, self.threads = most, most
-        self._others, self._clock, self._set_threads = others, clock, set_threads
-        self._time, self._seconds = clock(), others()
-        self._wanted = [most] * READINGS
-        set_threads(most)
+    most: int
+    others: Callable[[], float] = others_seconds
+    clock: Callable[[], float] = time.monotonic
+    set_threads: Callable[[int], None] = torch.set_num_threads
+
+    def __post_init__(self) -> None:
+        self._time, self._seconds = self.clock(), self.others()
+        self._threads, self._wanted = self.most, [self.most] * READINGS
+        self.set_threads(self.most)
 
     def follow(self) -> None:
         """Read the load, if the last reading is old enough, and change the number of threads if the load has lasted."""
-        elapsed = self._clock() - self._time
+        elapsed = self.clock() - self._time
         if elapsed < INTERVAL:
             return
-        before, self._time, self._seconds = self._seconds, self._time + elapsed, self._others()
+        before, self._time, self._seconds = self._seconds, self._time + elapsed, self.others()
         busy = (self._seconds - before) / elapsed
         self._wanted = [*self._wanted[1:], max(1, self.most - math.ceil(max(0.0, busy - NOISE)))]
-        if self._wanted == [self._wanted[0]] * READINGS and self._wanted[0] != self.threads:
-            self.threads = self._wanted[0]
-            self._set_threads(self.threads)
+        if self._wanted == [self._wanted[0]] * READINGS and self._wanted[0] != self._threads:
+            self._threads = self._wanted[0]
+            self.set_threads(self._threads)
             log.info(
-                f"threads: {self.threads} of {self.most}, since other programs are busy on {busy:.1f} cores; from here on, "
+                f"threads: {self._threads} of {self.most}, since other programs are busy on {busy:.1f} cores; from here on, "
                 "results are not bit-identical to those of another number (--threads fixes it)"
             )
 
 
 @cache
 def _free_cores() -> FreeCores:
-    return FreeCores(min(torch.get_num_threads(), usable_cpus()))
+    return FreeCores(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def follow_free_cores() -> None:

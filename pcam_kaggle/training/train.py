@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from pcam_kaggle.core.config import Config
+from pcam_kaggle.core.config import PATCH_SIDE, Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.logs import fold_context
+from pcam_kaggle.core.process import rank
 from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.weights import weights_sha256
 from pcam_kaggle.runs.records import FoldMetrics
@@ -25,9 +26,10 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc, cross_entropy
 from pcam_kaggle.training.budget import ENDLESS, Budget, Forecast
 from pcam_kaggle.training.cuda_graph import fastest_step
-from pcam_kaggle.training.device import Backend, DeviceMemoryError, configure_torch, device_name, memory_errors
-from pcam_kaggle.training.distributed import broadcast, on_first_rank, rank, world_size
-from pcam_kaggle.training.engine import predict_logits, train_epoch
+from pcam_kaggle.training.device import Backend, choose_backend, configure_torch, device_name, memory_errors
+from pcam_kaggle.training.distributed import broadcast, on_first_rank, world_size
+from pcam_kaggle.training.embed import mean_features
+from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
@@ -112,38 +114,29 @@ def _forecast(task: Task, backend: Backend, segments: list[Segment]) -> Forecast
 
 def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> Generator[EpochRow]:
     """Train the model of fold `number` on all other folds; yield the log's row of each epoch, after it has been written."""
-    config, fold = task.config, task.run.fold(number)
+    config = task.config
     data = FoldData(task, number)
     learner, rows = _start(task, number, backend, data.train.count)
     source = batches(data.train, len(rows), loaders)
-    with _event_writer(fold.folder / "events", len(rows) + 1) as write_events:
-        for epoch in range(len(rows), config.epochs):
-            torch.manual_seed(_seed(config, number, epoch + 1) + rank())
-            start = time.perf_counter()
-            loss = train_epoch(learner, source, data.train.steps, epoch, config)
-            seconds = time.perf_counter() - start
-            rows.append(on_first_rank(partial(_finish_epoch, task, data, learner, rows, loss, seconds)))
-            write_events(rows[-1])
-            yield rows[-1]
+    for epoch in range(len(rows), config.epochs):
+        torch.manual_seed(_seed(config, number, epoch + 1) + rank())
+        start = time.perf_counter()
+        loss = train_epoch(learner, source, data.train.steps, epoch, config)
+        seconds = time.perf_counter() - start
+        rows.append(on_first_rank(partial(_finish_epoch, task, data, learner, rows, loss, seconds)))
+        yield rows[-1]
     on_first_rank(partial(_write_metrics, task, data, learner, rows))
 
 
-@contextmanager
-def _event_writer(folder: Path, first: int) -> Iterator[Callable[[EpochRow], None]]:
-    """Yield a function that writes a row of log.csv for TensorBoard, if installed; older events from `first` on are hidden."""
-    if rank() > 0 or find_spec("tensorboard") is None:
-        yield lambda row: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
+def _write_events(folder: Path, row: EpochRow) -> None:
+    """Write a row of log.csv for TensorBoard, if it is installed; older events of that epoch and later ones are hidden."""
+    if find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=first) as writer:
-
-        def write(row: EpochRow) -> None:
+        with SummaryWriter(str(folder), purge_step=row["epoch"]) as writer:
             for name, value in row.items():
                 if name != "epoch":
                     writer.add_scalar(name, value, row["epoch"])
-
-        yield write
 
 
 class FoldData:
@@ -178,8 +171,9 @@ def _finish_epoch(
     task: Task, data: FoldData, learner: Learner, rows: list[EpochRow], loss: float, train_seconds: float
 ) -> EpochRow:
     config, train, epoch = task.config, data.train, len(rows) + 1
+    fold = task.run.fold(train.fold)
     start = time.perf_counter()
-    logits = _validation_logits(task, data, learner)
+    (logits,) = predict_logits(learner.ema, task.store, data.valid_rows, config, learner.backend, 1, "validate")
     if not logits.isfinite().all():
         raise UserError(f"fold {train.fold}: a validation logit is not finite; try a smaller lr or precision=fp32")
     values = logits.double().numpy()
@@ -194,21 +188,9 @@ def _finish_epoch(
         valid_seconds=round(valid_seconds, 3),
         images_per_second=round(train.steps * train.count * world_size() / train_seconds, 1),
     )
-    learner.save(task.run.fold(train.fold), [*rows, row])
+    learner.save(fold, [*rows, row])
+    _write_events(fold.folder / "events", row)
     return row
-
-
-def _validation_logits(task: Task, data: FoldData, learner: Learner) -> Tensor:
-    predict = partial(predict_logits, learner.ema, task.store, data.valid_rows, task.config, learner.backend, 1, "validate")
-    try:
-        return predict()[0]
-    except DeviceMemoryError:
-        if learner.replay is None:
-            raise
-    log.warning("fold %d: eager steps from now on, because validation needs the memory of the CUDA graph", data.train.fold)
-    learner.replay = None
-    torch.cuda.empty_cache()
-    return predict()[0]
 
 
 def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[EpochRow]) -> None:
@@ -217,8 +199,6 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
         fold=data.train.fold,
         valid_auc=best["valid_auc"],
         epoch=best["epoch"],
-        train_patches=len(data.train.rows),
-        valid_patches=len(data.valid_rows),
         parameters=sum(parameter.numel() for parameter in learner.model.parameters()),
         macs=macs(create(task.config, weights=False), task.config.side),
         seconds=round(sum(row["seconds"] for row in rows), 1),
@@ -229,3 +209,36 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
 
 def _seed(config: Config, fold: int, epoch: int) -> int:
     return int(np.random.SeedSequence((config.seed, fold, epoch)).generate_state(1)[0])
+
+
+class _RandomPatches:
+    def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.random.default_rng(0).integers(0, 256, (len(rows), PATCH_SIDE, PATCH_SIDE, 3), np.uint8)
+
+
+def rehearse(config: Config) -> None:
+    """Take a step of training on random patches and predict a batch, or embed one for a probe; every rank calls this.
+
+    Nothing is written or drawn. Raises UserError if the config makes no model, or it does not fit into the device's memory.
+    """
+    configure_torch()
+    backend = choose_backend(config.precision)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), memory_errors(f"model={config.model}"):
+        _rehearse(config, backend)
+    if backend.kind == "cuda":
+        # The processes of the GPUs need the memory.
+        torch.cuda.empty_cache()
+
+
+def _rehearse(config: Config, backend: Backend) -> None:
+    patches, rows = _RandomPatches(), np.arange(PREDICT_BATCH)
+    model = backend.place(create(config))
+    if config.probe:
+        mean_features(model.eval(), patches, rows, config, backend)
+        return
+    learner = Learner(model, config, backend, config.batch_size // world_size())
+    with memory_errors(f"batch_size={config.batch_size}"):
+        batch = torch.randint(0, 256, learner.patches.shape, dtype=torch.uint8)
+        learner.load(batch, torch.ones(len(batch)), config.lr, 1.0)
+        learner.step()
+    predict_logits(learner.ema.eval(), patches, rows, config, backend, 1, "rehearse")
