@@ -11,6 +11,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
+from pcam_kaggle.data.folds import attached_map
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -128,13 +129,21 @@ def run_rehearsal(job: Job) -> None:
             rehearse(config)
 
 
-def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1) -> Job:
+def kernel_job(
+    experiment: str, changes: Sequence[str], hours: float, seeds: int = 1, slides: str = "", allow_cpu: bool = False
+) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`. Raises UserError if the data are
-    not attached, an output is damaged, there is no such experiment or field, or the session can't train it (`run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`; the slide map in the attached
+    dataset `slides` (owner/name) groups its folds. Raises UserError if there is no GPU that can compute and `allow_cpu` is
+    false, the data are not attached, an output is damaged, there is no such experiment or field, or the session can't train it
+    (`run_rehearsal`).
     """
-    budget, workspace = time_limit(hours), find_workspace(None)
+    from pcam_kaggle.training.device import device_name, find_device
+
+    budget, workspace, kind = time_limit(hours), find_workspace(None), find_device()
+    if kind != "cuda" and not allow_cpu:
+        raise UserError("no GPU: choose Settings, Accelerator, GPU T4 x2, and run all cells again; or set ALLOW_CPU = True")
     data = find_data(None, workspace.root)
     if data is None:
         raise UserError("the competition's data are not attached: Add Input, Competitions, Histopathologic Cancer Detection")
@@ -142,9 +151,7 @@ def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
     runs = plan(experiment, with_folder_settings(changes), changed_name(experiment, changes), seeds)
-    job = Job(runs, data, workspace, budget=budget)
-    from pcam_kaggle.training.device import device_name, find_device
-
-    log.info("%s on %s, from %s", runs.name, device_name(find_device()), data.root)
+    job = Job(runs, data, workspace, Selection(attached_map(slides)), budget=budget)
+    log.info("%s on %s, from %s", runs.name, device_name(kind), data.root)
     run_rehearsal(job)
     return job
