@@ -254,5 +254,8 @@ if done:
 # The AUC of all out-of-fold predictions pooled, and of each fold.
 
 # %% summary
+for run in job.runs:
+    for entry in run.environments()[-1:]:
+        print(f"{run.name}: {entry}")
 made = [done.run, *done.runs] if done else []
 Markdown(summary(made, job.runs))

@@ -78,14 +78,10 @@ class Kernel:
         return plan(settings.experiment, settings.changes, name, settings.seeds)
 
     @property
-    def needed_weights(self) -> set[str]:
-        """The pretrained weights that the configs of its runs name."""
-        return {run.config.weights for run in self.plan.runs} - {""}
-
-    @property
     def internet(self) -> bool:
         """Whether its session has internet: it downloads weights, and none are attached in their place."""
-        return not self.offline and self.weights in ("", "pretrained") and bool(self.needed_weights & {"wheel", "pretrained"})
+        is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.runs)
+        return is_downloaded and not self.offline and self.weights in ("", "pretrained")
 
     @property
     def runs(self) -> list[str]:
@@ -117,7 +113,8 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
         wrong.append(f"id must end with {slugged(metadata.title)!r}, as Kaggle makes it of the title")
     if wrong:
         raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
-    weights, attached = kernel.needed_weights, {*metadata.dataset_sources, *metadata.model_sources} - {kernel.settings.slides}
+    weights = {run.config.weights for run in kernel.plan.runs} - {""}
+    attached = {*metadata.dataset_sources, *metadata.model_sources} - {kernel.settings.slides}
     if weights and not kernel.internet and (not attached or "pretrained" in weights):
         needed = f"{kernel.settings.experiment}: needs pretrained weights ({', '.join(sorted(weights))})"
         raise UserError(f"{needed}, and the session can't download them; attach a dataset or model with --weights owner/name")

