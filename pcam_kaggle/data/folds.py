@@ -84,8 +84,7 @@ def fold_inputs(
 
 def attached_map(handle: str) -> Path | None:
     """Return the slide map in the attached dataset `handle` (owner/name), None for ""; UserError if it holds none."""
-    folder = attached_folder(handle)
-    found = Data(folder).slides() if folder else None
+    found = Data(folder).slides() if (folder := attached_folder(handle)) else None
     if handle and not found:
         raise UserError(f"slides {handle}: not attached, or without {' or '.join(SLIDE_MAPS)}; correct --slides")
     return found

@@ -45,8 +45,8 @@ class Job:
     """What the stages work on: the runs of `plan`, trained on the competition's `data`, with results in `workspace`.
 
     At the end of `budget`, training stops; the blend is then of the finished folds. `demo` is whether the data are synthetic.
-    `started` is a value of the performance counter, and `seconds` the durations of the stages that have done something since.
-    Raises UserError if there is no such fold or slide map.
+    `seconds` are the durations of the stages since `started` (a value of the performance counter), `worked` the runs that these
+    have trained or predicted. Raises UserError if there is no such fold or slide map.
     """
 
     plan: Plan
@@ -58,6 +58,7 @@ class Job:
     demo: bool = False
     started: float = field(default_factory=time.perf_counter, compare=False)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    worked: set[Run] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
         selection = self.selection

@@ -90,7 +90,7 @@ def _train(job: Job, spec: RunSpec) -> bool:
 
         work = probe if spec.config.probe else train
         work(task, todo, job.budget)
-    return _report(job, f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
+    return _report(job, f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo), task.run)
 
 
 def run_predict(job: Job) -> bool:
@@ -110,7 +110,7 @@ def _predict(job: Job, spec: RunSpec, numbers: list[int]) -> bool:
         from pcam_kaggle.training.predict import predict
 
         predict(task, todo)
-    return _report(job, f"predict: folds {', '.join(map(str, numbers))} of {task.run.folder}", bool(todo))
+    return _report(job, f"predict: folds {', '.join(map(str, numbers))} of {task.run.folder}", bool(todo), task.run)
 
 
 @_once
@@ -230,12 +230,13 @@ def _task(job: Job, spec: RunSpec) -> "Task":
     return task
 
 
-def _report(job: Job, text: str, new: bool) -> bool:
-    """Log the end of a stage and return whether it is `new`; the runs then record the seconds since the end of the last one."""
+def _report(job: Job, text: str, new: bool, *worked: Run) -> bool:
+    """Log the end of a stage and return whether it is `new`; runs worked on then record the seconds since the stage before."""
     log.info("%s%s", text, "" if new else " (up to date)")
     if new and rank() == 0:
         stage, passed = text.partition(":")[0], time.perf_counter() - job.started
         job.seconds[stage] = round(job.seconds.get(stage, 0.0) + passed - sum(job.seconds.values()), 1)
-        for run in job.runs:
+        job.worked.update(worked)
+        for run in job.worked:
             run.measure(job.seconds)
     return new

@@ -47,10 +47,9 @@ def capture(work: Work) -> Work:
 
 
 def fastest_step(learner: Learner) -> Work | None:
-    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
+    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, or None; `steps` says why."""
     if learner.backend.kind != "cuda" or world_size() > 1:
         learner.steps = f"eager, because the device is {learner.backend.kind} or several ranks train a fold"
-        log.debug("train: steps %s", learner.steps)
         return None
     replay, reason = compared(learner, capture)
     learner.steps = f"{'as a CUDA graph' if replay else 'eager'}, because {reason}"

@@ -55,8 +55,7 @@ class Learner:
         self.targets, self.loss, self._weight = (torch.zeros(shape, device=backend.kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(self.ema, model)
         self.replay: Callable[[], object] | None = None
-        # What is reported of the training: the kind of its steps, and the seconds that an epoch has waited for batches.
-        self.steps, self.waited = "", 0.0
+        self.steps, self.waited = "", 0.0  # for FoldMetrics; seconds of an epoch
 
     def load(self, patches: Tensor, targets: Tensor, lr: float, weight: float) -> None:
         """Set what the next step reads: a batch, the learning rate, and the weight of the newest weights in the EMA, (0, 1]."""
