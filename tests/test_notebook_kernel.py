@@ -135,6 +135,7 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
     assert not list(here.working.rglob("patches.npy"))
     page = (here.working / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 5
+    assert re.search(", images per second .*, blend seconds .*, submission seconds", output_text(executed))
     assert "Left out" not in page
 
     folders = ["--data", str(here.data.root.resolve()), "--work", str(tmp_path / "home")]
