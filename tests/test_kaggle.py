@@ -299,7 +299,11 @@ def test_output_is_verified_and_used(kaggle: Kaggle, session: Path, home: Path, 
     assert re.search("503.*try again later", call("fetch", status=2))
     assert not (home / "runs").exists()
     kaggle.files[checkpoint] = content
-    assert f"output: bottleneck imported into {home / 'runs'}" in call("fetch")
+    printed = call("fetch")
+    assert f"output: bottleneck imported into {home / 'runs'}" in printed
+    rates = r"images per second [\d.]+, loader wait 0\.\d+, steps eager, because the device is cpu"
+    stages = ", ".join(rf"{stage} seconds \d+\.\d" for stage in ("prepare", "folds", "train", "predict", "blend", "submission"))
+    assert re.search(rf"^bottleneck: cpu \(\d+ threads\), {rates} .*, {stages}$", printed, re.MULTILINE), printed
     for path in [*session.glob("runs/bottleneck/*.*"), *session.glob("runs/*/fold_*/*.*"), *session.glob("submissions/bott*")]:
         assert (home / path.relative_to(session)).read_bytes() == path.read_bytes()
     home.rename(tmp_path / "work")

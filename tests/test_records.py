@@ -86,6 +86,9 @@ def test_environments_of_earlier_versions_are_read(is_list: bool, tmp_path: Path
     for _ in range(2):
         run.add_environment(second)
     assert run.environments() == [first, second]
+    measured = first.model_copy(update={"measured": {"loader_wait": 0.25}})
+    run.add_environment(measured)
+    assert run.environments() == [measured, second]
     for damaged in ("{", '[{"device": 3}]'):
         run.environment_file.write_text(damaged)
         with pytest.raises(UserError, match=r"environment\.json: not in the format of this version"):

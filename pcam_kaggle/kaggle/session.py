@@ -104,6 +104,9 @@ def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None
             raise UserError(f"{name}: has saved {examples(found)}, not {kernel.plan.name}; another version was started since")
         imported = ", ".join(import_runs(Path(folder), workspace))
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
+    for run in (Run(workspace.run(each)) for each in found):
+        for entry in run.environments()[-1:]:
+            log.info("%s: %s", run.name, entry)
 
 
 def is_complete(workspace: Workspace, name: str) -> bool:

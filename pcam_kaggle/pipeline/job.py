@@ -1,8 +1,9 @@
 """A job: a plan of runs, the data and folders it works on, and the choices of the user."""
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
+from pcam_kaggle.data.folds import attached_map
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -43,7 +45,8 @@ class Job:
     """What the stages work on: the runs of `plan`, trained on the competition's `data`, with results in `workspace`.
 
     At the end of `budget`, training stops; the blend is then of the finished folds. `demo` is whether the data are synthetic.
-    Raises UserError if there is no such fold or slide map.
+    `seconds` are the durations of the stages since `started` (a value of the performance counter), `worked` the runs that these
+    have trained or predicted. Raises UserError if there is no such fold or slide map.
     """
 
     plan: Plan
@@ -53,6 +56,9 @@ class Job:
     method: Method = "mean"
     budget: Budget = ENDLESS
     demo: bool = False
+    started: float = field(default_factory=time.perf_counter, compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    worked: set[Run] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
         selection = self.selection
@@ -128,13 +134,19 @@ def run_rehearsal(job: Job) -> None:
             rehearse(config)
 
 
-def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1) -> Job:
+def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`. Raises UserError if the data are
-    not attached, an output is damaged, there is no such experiment or field, or the session can't train it (`run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`; the slide map in the attached
+    dataset `slides` (owner/name) groups its folds. Raises UserError if there is no GPU that can compute and `allow_cpu` is
+    false, the data are not attached, an output is damaged, there is no such experiment or field, or the session can't train it
+    (`run_rehearsal`).
     """
-    budget, workspace = time_limit(hours), find_workspace(None)
+    from pcam_kaggle.training.device import device_name, find_device
+
+    budget, workspace, kind = time_limit(hours), find_workspace(None), find_device()
+    if kind != "cuda" and not allow_cpu:
+        raise UserError("no GPU: choose Settings, Accelerator, GPU T4 x2, and run all cells again; or set ALLOW_CPU = True")
     data = find_data(None, workspace.root)
     if data is None:
         raise UserError("the competition's data are not attached: Add Input, Competitions, Histopathologic Cancer Detection")
@@ -142,9 +154,7 @@ def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
     runs = plan(experiment, with_folder_settings(changes), changed_name(experiment, changes), seeds)
-    job = Job(runs, data, workspace, budget=budget)
-    from pcam_kaggle.training.device import device_name, find_device
-
-    log.info("%s on %s, from %s", runs.name, device_name(find_device()), data.root)
+    job = Job(runs, data, workspace, Selection(attached_map(slides)), budget=budget)
+    log.info("%s on %s, from %s", runs.name, device_name(kind), data.root)
     run_rehearsal(job)
     return job

@@ -1,6 +1,7 @@
 """The stages: each one works on a job, and skips what is up to date. The whole pipeline runs all of them in order."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
@@ -21,7 +22,7 @@ from pcam_kaggle.scoring.compare import common_folds
 from pcam_kaggle.scoring.intervals import Clusters
 from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import score_lines
-from pcam_kaggle.training.distributed import on_first_rank, process_group
+from pcam_kaggle.training.distributed import on_first_rank, process_group, rank
 
 if TYPE_CHECKING:
     from pcam_kaggle.training.task import Task
@@ -42,7 +43,7 @@ def run_prepare(job: Job) -> bool:
     folder, selection = job.store_folder, job.selection
     made, new = prepare(job.data, folder, selection.ids, selection.skip_damaged, job.config.subset)
     skipped = f", {made.skipped} skipped, see {folder / 'skipped.csv'}" if made.skipped else ""
-    _report(f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}{skipped}", new)
+    _report(job, f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}{skipped}", new)
     if made.in_both:
         log.warning("ids in both train and test: %s (%s)", f"{len(made.in_both):,}", examples(made.in_both))
     return new
@@ -56,7 +57,7 @@ def run_folds(job: Job) -> bool:
         folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
     counts, positives = (", ".join(f"{n:,}" for n in each) for each in (manifest.patches, manifest.positives))
-    _report(f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest.scheme}.csv", new)
+    _report(job, f"folds: {counts} patches, {positives} positive, in {job.workspace.folds / manifest.scheme}.csv", new)
     if manifest.slides:
         unmapped = f"; {manifest.unmapped:,} ids that the map lacks share one fold" if manifest.unmapped else ""
         kind = "stain group" if job.config.groups == "stain" else "mapped slide"
@@ -89,7 +90,7 @@ def _train(job: Job, spec: RunSpec) -> bool:
 
         work = probe if spec.config.probe else train
         work(task, todo, job.budget)
-    return _report(f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo))
+    return _report(job, f"train: folds {', '.join(map(str, job.folds))} of {task.run.folder}", bool(todo), task.run)
 
 
 def run_predict(job: Job) -> bool:
@@ -109,7 +110,7 @@ def _predict(job: Job, spec: RunSpec, numbers: list[int]) -> bool:
         from pcam_kaggle.training.predict import predict
 
         predict(task, todo)
-    return _report(f"predict: folds {', '.join(map(str, numbers))} of {task.run.folder}", bool(todo))
+    return _report(job, f"predict: folds {', '.join(map(str, numbers))} of {task.run.folder}", bool(todo), task.run)
 
 
 @_once
@@ -126,7 +127,7 @@ def run_blend(job: Job) -> bool:
     metrics, new = _blend(job, members, job.method, job.run)
     for line in score_lines(metrics):
         log.info("  %s", line)
-    return _report(f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
+    return _report(job, f"blend: {metrics.method} of {', '.join(metrics.members)} in {job.run.folder}", new)
 
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
@@ -144,7 +145,7 @@ def run_submission(job: Job) -> bool:
     with locked(job.workspace.submissions):
         table, new = write_submission(job.run, job.data.sample, target)
         write_ledger(job.workspace.submissions)
-    return _report(f"submission: {len(table):,} rows in {target}", new)
+    return _report(job, f"submission: {len(table):,} rows in {target}", new)
 
 
 STAGES: dict[str, Stage] = {
@@ -230,6 +231,13 @@ def _task(job: Job, spec: RunSpec) -> "Task":
     return task
 
 
-def _report(text: str, new: bool) -> bool:
+def _report(job: Job, text: str, new: bool, *worked: Run) -> bool:
+    """Log the end of a stage and return whether it is `new`; runs worked on then record the seconds since the stage before."""
     log.info("%s%s", text, "" if new else " (up to date)")
+    if new and rank() == 0:
+        stage, passed = text.partition(":")[0], time.perf_counter() - job.started
+        job.seconds[stage] = round(job.seconds.get(stage, 0.0) + passed - sum(job.seconds.values()), 1)
+        job.worked.update(worked)
+        for run in job.worked:
+            run.measure(job.seconds)
     return new

@@ -33,7 +33,8 @@ class FoldMetrics(Record):
 
     `valid_auc` is that of the best `epoch`, counted from 1, which a probe has not; a probe has a `penalty` relative to the mean
     loss. `macs` are the multiply-accumulate operations of a forward pass of one patch. `images_per_second` is the median rate
-    of training, or the rate of a probe's embedding.
+    of training, or the rate of a probe's embedding. `loader_wait` is the part of the last epoch's training in which it waited
+    for batches, None if it was not measured, and `steps` says whether they were a CUDA graph, and why.
     """
 
     fold: int
@@ -44,6 +45,8 @@ class FoldMetrics(Record):
     macs: int = 0
     seconds: float
     images_per_second: float
+    loader_wait: float | None = None
+    steps: str = ""
 
 
 class PredictionSources(Record):
@@ -78,7 +81,7 @@ class BackendRecord(Record):
 
 
 class Environment(Record):
-    """An entry of `environment.json`, a list of the sessions that worked on a run."""
+    """An entry of `environment.json`, a list of the sessions that worked on a run; for `measured` see `Run.measure`."""
 
     started: str = ""
     backend: BackendRecord
@@ -90,6 +93,11 @@ class Environment(Record):
     commit: str | None = None
     packages: dict[str, str | None] = {}
     data: dict[str, int | str] = {}
+    measured: dict[str, float | str | None] = {}
+
+    def __str__(self) -> str:
+        measured = [f"{name.replace('_', ' ')} {value}" for name, value in self.measured.items()]
+        return f"{self.device}, {', '.join(measured) or 'not measured'}"
 
 
 class HeldOutSources(Record):

@@ -16,6 +16,7 @@ from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import check_oof, read_numbers
 from pcam_kaggle.runs.fold import Fold
+from pcam_kaggle.runs.provenance import session_start
 from pcam_kaggle.runs.records import Environment, RunConfig
 from pcam_kaggle.scoring.blend import Blend, RunPredictions
 from pcam_kaggle.scoring.held_out import Ensemble
@@ -154,10 +155,17 @@ class Run:
             return [Environment.model_validate(entry) for entry in entries]
 
     def add_environment(self, entry: Environment) -> None:
-        """Add `entry` to the environments, unless it is there already."""
-        entries = self.environments()
-        if entry not in entries:
-            write_json(self.environment_file, [each.model_dump(mode="json") for each in [*entries, entry]])
+        """Add `entry` to the environments, in place of an entry of the same session, which may have measured something else."""
+        entries = {each.model_dump_json(exclude={"measured"}): each for each in [*self.environments(), entry]}
+        write_json(self.environment_file, [each.model_dump(mode="json") for each in entries.values()])
+
+    def measure(self, seconds: dict[str, float]) -> None:
+        """Add the `seconds` of stages and the rates of the last finished fold to the entry of this session, if it has one."""
+        for entry in [each for each in self.environments() if each.started == session_start()][-1:]:
+            folds = [fold.metrics() for fold in self.folds() if fold.is_trained][-1:]
+            measured = {key: getattr(fold, key) for fold in folds for key in ("images_per_second", "loader_wait", "steps")}
+            measured |= {f"{stage}_seconds": value for stage, value in seconds.items()}
+            self.add_environment(entry.model_copy(update={"measured": measured}))
 
     def predictions(self, chosen: Sequence[int] | None = None) -> RunPredictions:
         """Return the predictions of the folds `chosen` of an experiment's run, by default of all; or raise UserError."""

@@ -47,12 +47,13 @@ def capture(work: Work) -> Work:
 
 
 def fastest_step(learner: Learner) -> Work | None:
-    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, otherwise None, and log why."""
+    """Return a CUDA graph of the step of `learner` if a few steps with it end as eager ones, or None; `steps` says why."""
     if learner.backend.kind != "cuda" or world_size() > 1:
-        log.debug("train: eager steps, because the device is %s or several ranks train a fold", learner.backend.kind)
+        learner.steps = f"eager, because the device is {learner.backend.kind} or several ranks train a fold"
         return None
     replay, reason = compared(learner, capture)
-    log.info("train: %s, because %s", "steps as a CUDA graph" if replay else "eager steps", reason)
+    learner.steps = f"{'as a CUDA graph' if replay else 'eager'}, because {reason}"
+    log.info("train: steps %s", learner.steps)
     return replay
 
 

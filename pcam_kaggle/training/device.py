@@ -76,7 +76,8 @@ def find_device() -> str:
 
 def device_name(kind: str) -> str:
     """Return the device's name for messages."""
-    return torch.cuda.get_device_name() if kind == "cuda" else f"{kind} ({torch.get_num_threads()} threads)"
+    count = f"{torch.cuda.device_count()} x " if torch.cuda.device_count() > 1 else ""
+    return count + torch.cuda.get_device_name() if kind == "cuda" else f"{kind} ({torch.get_num_threads()} threads)"
 
 
 def native_precision(kind: str) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import TypeVar
@@ -40,9 +41,11 @@ Computed = TypeVar("Computed")
 def train_epoch(learner: Learner, source: Iterator[tuple[Tensor, ...]], steps: int, epoch: int, config: Config) -> float:
     """Train on the next `steps` batches, those of `epoch` (from 0); return the mean loss. UserError if one is not finite."""
     learner.model.train()
-    losses = torch.zeros(steps, device=learner.loss.device)
+    losses, learner.waited = torch.zeros(steps, device=learner.loss.device), 0.0
     for step in progress(range(steps), f"epoch {epoch + 1}"):
+        start = time.perf_counter()
         patches, targets = next(source)
+        learner.waited += time.perf_counter() - start
         follow_free_cores()
         lr = learning_rate(config, epoch + (step + 1) / steps)
         learner.load(patches, targets, lr, ema_weight(config, steps, epoch * steps + step))

@@ -28,7 +28,7 @@ CLIP_NORM = 1.0
 
 
 class EpochRow(TypedDict):
-    """A row of log.csv; `epoch` is from 1, `lr` that at its end, and `seconds` include `valid_seconds`.
+    """A row of log.csv; `epoch` is from 1, `lr` that at its end, `seconds` include `valid_seconds`; see `FoldMetrics`.
 
     `valid_auc` and `valid_loss` are those of the EMA; rows of earlier versions lack `valid_loss`.
     """
@@ -41,6 +41,7 @@ class EpochRow(TypedDict):
     seconds: float
     valid_seconds: float
     images_per_second: float
+    loader_wait: float
 
 
 class Learner:
@@ -58,6 +59,7 @@ class Learner:
         self.targets, self.loss, self._weight = (torch.zeros(shape, device=backend.kind) for shape in ((count,), (), ()))
         self._average = MovingAverage(self.ema, model)
         self.replay: Callable[[], object] | None = None
+        self.steps, self.waited = "", 0.0  # for FoldMetrics; seconds of an epoch
 
     def load(self, patches: Tensor, targets: Tensor, lr: float, weight: float) -> None:
         """Set what the next step reads: a batch, the learning rate, and the weight of the newest weights in the EMA, (0, 1]."""

@@ -187,6 +187,7 @@ def _finish_epoch(
         seconds=round(train_seconds + valid_seconds, 3),
         valid_seconds=round(valid_seconds, 3),
         images_per_second=round(train.steps * train.count * world_size() / train_seconds, 1),
+        loader_wait=round(learner.waited / train_seconds, 3),
     )
     learner.save(fold, [*rows, row])
     _write_events(fold.folder / "events", row)
@@ -203,6 +204,8 @@ def _write_metrics(task: Task, data: FoldData, learner: Learner, rows: list[Epoc
         macs=macs(create(task.config, weights=False), task.config.side),
         seconds=round(sum(row["seconds"] for row in rows), 1),
         images_per_second=float(np.median([row["images_per_second"] for row in rows])),
+        loader_wait=rows[-1].get("loader_wait"),
+        steps=learner.steps,
     )
     task.run.fold(data.train.fold).write_metrics(metrics)
 
