@@ -1,7 +1,8 @@
-"""The worst mistakes of a run, with Grad-CAM maps of what the model looked at."""
+"""Mistakes: the worst ones with Grad-CAM maps of what the models looked at, and labels that every run contradicts."""
 
 import base64
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import cv2
@@ -12,54 +13,93 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.report.gallery import LABELLED_SIDE, worst_mistakes
+from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.report.gallery import LABELLED_SIDE, Images
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.held_out import Ensemble
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import net_input
 from pcam_kaggle.training.learner import load_best
 
-MISTAKES_PER_LABEL = 6
-SCALE, HEAT_OPACITY, JPEG_QUALITY = 2, 0.6, 85
+BACKEND = Backend("cpu", "fp32", "channels_last")
+CERTAIN = 0.9
+SIDE, HEAT_OPACITY, JPEG_QUALITY = 192, 0.6, 85
 # On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
 MIN_SIDE = 4
 # What a transformer makes of patches, and its attention between them, are no maps of features.
 NO_MAPS = {"patch_embed", "attn", "attn_drop"}
 
-
-class Mistake(NamedTuple):
-    """A misclassified patch: `patch` and `overlay`, the patch under its Grad-CAM map, are JPEGs as data URIs."""
-
-    id: str
-    label: int
-    fold: int
-    probability: float
-    patch: str
-    overlay: str
+Maps = NDArray[np.float32]
 
 
-def explained_mistakes(oof: pd.DataFrame, fields: dict[str, Any], run: Run, store: PatchStore) -> list[Mistake]:
-    """Return the 6 lowest-scored patches with tumour of `oof`, then the 6 highest-scored without, worst first.
+class Tile(NamedTuple):
+    """Pictures of a patch beside each other, `side` px each: JPEGs as data URIs with their text alternatives."""
 
-    The map of a patch comes from the model of its own fold, without TTA; `fields` are those of the run's config.
+    pictures: list[tuple[str, str]]
+    caption: str
+    side: int = SIDE
+
+
+def suspect_labels(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return patches with an OOF probability below 0.1 though labelled 1, or above 0.9 though labelled 0, in every run.
+
+    `tables` are the OOF tables (id, label, probability) by run. A run that lacks a patch does not count for it, but two runs
+    must have it if there are two. Returned are id, label and `probability_<run>`, NaN where lacking; largest mean error first.
     """
-    config, backend = Config(**fields), Backend("cpu", "fp32", "channels_last")
-    chosen = worst_mistakes(oof, MISTAKES_PER_LABEL)
-    patches = store.images(store.rows("train", chosen["id"].to_numpy()))
-    heat = np.zeros(patches.shape[:3], np.float32)
+    columns = [oof.set_index(["id", "label"])["probability"].rename(f"probability_{name}") for name, oof in tables.items()]
+    joined = pd.concat(columns, axis=1).sort_index()
+    errors = joined.sub(joined.index.get_level_values("label"), axis=0).abs()
+    is_suspect = (errors.isna() | (errors > CERTAIN)).all(axis=1) & (errors.count(axis=1) >= min(2, len(columns)))
+    extreme_first = errors[is_suspect].mean(axis=1).sort_values(ascending=False, kind="stable").index
+    return joined.loc[extreme_first].reset_index()
+
+
+def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: Maps | None) -> dict[str, list[Tile]]:
+    """Return the patch of each of `mistakes` (id, label, fold, probability) and, of `maps`, its map; keys are headings."""
+    tiles: dict[str, list[Tile]] = {"False negatives": [], "False positives": []}
+    for index, row in enumerate(mistakes.itertuples()):
+        value, tissue = f"probability {row.probability:.4f}", "with" if row.label else "without"
+        pictures = [(jpeg(patches[index]), f"Patch {row.id} {tissue} tumour, {value}; a square marks its centre")]
+        if maps is not None:
+            pictures.append((jpeg(_overlay(patches[index], maps[index])), "Grad-CAM map of the same patch"))
+        heading = "False negatives" if row.label else "False positives"
+        tiles[heading].append(Tile(pictures, f"{row.id[:12]}, fold {row.fold}: {value}"))
+    return tiles
+
+
+def ensemble_maps(
+    chosen: pd.DataFrame, patches: Images, ensemble: Ensemble, workspace: Workspace
+) -> tuple[Maps | None, list[str]]:
+    """Return the weighted mean (n, 96, 96) of the members' Grad-CAM maps, and the reasons why members are left out.
+
+    The maps explain the predictions of `chosen` (fold, probability), whose patches are `patches` (n, 96, 96, 3). The mean is
+    None if no member has maps.
+    """
+    maps, weights, left_out = [], [], []
+    for name, weight in ensemble.weights.items():
+        if weight:
+            try:
+                maps.append(_member_maps(chosen, patches, Run(workspace.run(name))))
+                weights.append(weight)
+            except (UserError, OSError, RuntimeError) as error:
+                # A missing checkpoint, or a model without feature maps, must not prevent the rest of the report.
+                left_out.append(f"{name} ({' '.join(str(error).split())[:200]})")
+    return np.average(maps, axis=0, weights=weights) if maps else None, left_out
+
+
+def _member_maps(chosen: pd.DataFrame, patches: Images, run: Run) -> Maps:
+    """Return the maps of each patch by the model of its own fold, without TTA."""
+    config = run.config()
+    maps = np.zeros(patches.shape[:3], np.float32)
     margin = (patches.shape[1] - config.side) // 2
     crop = slice(margin, margin + config.side)
-    for fold, part in chosen.groupby("fold"):
-        net = load_best(run.fold(fold), config, backend)
-        inside = part.index.to_numpy()
-        signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in part["probability"]])
-        heat[inside, crop, crop] = grad_cam(net, net_input(patches[inside], config, backend), signs).numpy()
-    return [
-        Mistake(row.id, row.label, row.fold, row.probability, _jpeg(patch), _jpeg(patch, heat_map))
-        for row, patch, heat_map in zip(chosen.itertuples(), patches, heat, strict=True)
-    ]
+    for fold in chosen["fold"].unique():
+        net = load_best(run.fold(fold), config, BACKEND)
+        inside = np.flatnonzero(chosen["fold"] == fold)
+        signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in chosen["probability"].iloc[inside]])
+        maps[inside, crop, crop] = grad_cam(net, net_input(patches[inside], config, BACKEND), signs).numpy()
+    return maps
 
 
 def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
@@ -104,17 +144,20 @@ def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
     raise UserError("no module of the model returns a map of more than one position")
 
 
-def _jpeg(patch: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> str:
-    """Return `patch` (96, 96, 3), enlarged, with the labelled centre marked and `heat` (96, 96) in [0, 1] over it."""
-    image = patch.astype(np.float32)
-    if heat is not None:
-        weight = HEAT_OPACITY * heat[..., None]
-        image = (1 - weight) * image + weight * 255 * colormaps["viridis"](heat)[..., :3]
-    side = SCALE * len(patch)
-    picture = cv2.resize(image.clip(0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
-    start = (side - SCALE * LABELLED_SIDE) // 2
-    end = start + SCALE * LABELLED_SIDE - 1
-    cv2.rectangle(picture, (start, start), (end, end), (0, 0, 0), 3)
-    cv2.rectangle(picture, (start, start), (end, end), (255, 255, 255), 1)
+def _overlay(patch: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return `patch` (96, 96, 3) under `heat` (96, 96) in [0, 1]."""
+    weight = HEAT_OPACITY * heat[..., None]
+    image = (1 - weight) * patch + weight * 255 * colormaps["viridis"](heat)[..., :3]
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True) -> str:
+    """Return the RGB `patch` resized to `side` px as a data URI; if `marked`, with the labelled centre of its 96 px framed."""
+    picture = cv2.resize(patch, (side, side), interpolation=cv2.INTER_CUBIC)
+    centre = side * LABELLED_SIDE // len(patch)
+    start = (side - centre) // 2
+    end = start + centre - 1
+    for grey, width in ((0, 3), (255, 1)) if marked else ():
+        cv2.rectangle(picture, (start, start), (end, end), (grey,) * 3, width)
     _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return f"data:image/jpeg;base64,{base64.b64encode(content.tobytes()).decode()}"
