@@ -17,8 +17,8 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training.engine import PREDICT_BATCH, adapt_norms, net_input
 from pcam_kaggle.training.learner import load_best
 
-# Of large models fewer patches, so that all take at most so many multiply-accumulate operations: some ten seconds.
-MIN_PATCHES, MAX_PATCHES, MAX_MACS = 200, 2000, 4e11
+# A point takes 100 bytes of the page. Of large models there are fewer, to bound the multiply-accumulate operations.
+MIN_PATCHES, MAX_PATCHES, MAX_MACS = 200, 1000, 4e11
 COLOURS = (PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf")
 
 
@@ -26,7 +26,7 @@ def embedding(runs: Sequence[Run], number: int, store: PatchStore) -> tuple[Run,
     """Return the run whose model of fold `number` has the highest validation AUC, and a table of patches of that fold.
 
     Columns: id, label, fold, probability (out of fold), and x and y, the first two principal components of the features that
-    the model's classifier reads. There are at most 2,000 patches. Raises UserError if all of `runs` lack a model or are probes.
+    the model's classifier reads. There are at most 1,000 patches. Raises UserError if all of `runs` lack a model or are probes.
     """
     models = [run for run in runs if run.fold(number).is_trained and not run.config().probe]
     if not models:
@@ -67,15 +67,15 @@ def embedding_map(name: str, table: pd.DataFrame, keys: pd.Series, kind: str) ->
     """
     counts, is_wrong = keys.value_counts(), table["label"] != (table["probability"] >= 0.5)
     coloured = sorted(counts.index[: len(COLOURS)])
-    layers = [("others", ~keys.isin(coloured), GREY, "o")]
-    layers += [(f"{key} ({counts[key]:,})", keys == key, colour, "o") for key, colour in zip(coloured, COLOURS, strict=False)]
-    layers.append(("mistake", is_wrong, TEXT, "x"))
+    layers = [("others", ~keys.isin(coloured), GREY)]
+    layers += [(f"{key} ({counts[key]:,})", keys == key, colour) for key, colour in zip(coloured, COLOURS, strict=False)]
     shown = [layer for layer in layers if layer[1].any()]
     figure = Figure((WIDTH, HEIGHT + 0.09 * len(shown)), layout="constrained")
     ax = figure.add_subplot()
-    for label, inside, colour, marker in shown:
-        ax.scatter(table["x"][inside], table["y"][inside], s=7, color=colour, marker=marker, linewidths=0.8, label=label)
+    for text, inside, colour in shown:
+        ax.plot(table["x"][inside], table["y"][inside], "o", color=colour, markersize=3, label=text)
+    ax.plot(table["x"][is_wrong], table["y"][is_wrong], "x", color=TEXT, markersize=5, label="mistake")
     ax.set(xlabel="First principal component", ylabel="Second principal component", xticks=[], yticks=[])
     figure.legend(loc="outside lower center", ncols=2)
-    caption = f"{name}: {len(table):,} patches by {kind}, of which there are {len(counts)}; {is_wrong.sum():,} mistakes."
+    caption = f"{name}: {len(table):,} patches by {kind} ({len(counts)} in all); {is_wrong.sum():,} mistakes."
     return Plot(figure, f"Embedding of {name} by {kind}", caption)

@@ -24,7 +24,8 @@ from pcam_kaggle.training.learner import load_best
 
 BACKEND = Backend("cpu", "fp32", "channels_last")
 CERTAIN = 0.9
-SIDE, HEAT_OPACITY, JPEG_QUALITY = 192, 0.6, 85
+# Three pairs of this side fit beside each other.
+SIDE, HEAT_OPACITY, JPEG_QUALITY = 180, 0.6, 85
 # On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
 MIN_SIDE = 4
 # What a transformer makes of patches, and its attention between them, are no maps of features.
@@ -64,7 +65,7 @@ def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: Maps | None) ->
         if maps is not None:
             pictures.append((jpeg(_overlay(patches[index], maps[index])), "Grad-CAM map of the same patch"))
         heading = "False negatives" if row.label else "False positives"
-        tiles[heading].append(Tile(pictures, f"{row.id[:12]}, fold {row.fold}: {value}"))
+        tiles[heading].append(Tile(pictures, f"{row.id[:16]}, fold {row.fold}: {value}"))
     return tiles
 
 

@@ -193,15 +193,15 @@ def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Secti
     if len(used) == 1:
         rule = "They rest on one run only, whose mistakes cannot be told from wrong labels."
     section.text = (
-        f"{len(table):,} train patches have an out-of-fold probability below 0.1 though labelled tumour, or above 0.9 though "
-        f"labelled no tumour, in every run of {names}. {rule} {file.name} has all of them, this page the most extreme."
+        "Train patches with an out-of-fold probability below 0.1 though labelled tumour, or above 0.9 though labelled no tumour, "
+        f"in every run of {names}: {len(table):,}. {rule} {file.name} has all of them, this page the most extreme."
     )
     shown = table.head(MAX_SUSPECTS)
     patches = _patches(shown, ensembles[next(iter(used))], workspace)
     for patch, (name, label, *probabilities) in zip(patches, shown.to_numpy(), strict=True):
         label_text = f"labelled {LABEL_WORDS[label]}"
         picture = jpeg(patch, SUSPECT_SIDE), f"Patch {name} {label_text}; a square marks its centre"
-        caption = f"{name[:12]}, {label_text}: mean probability {np.nanmean(probabilities):.4f}"
+        caption = f"{name[:16]}, {label_text}: mean probability {np.nanmean(probabilities):.4f}"
         section.tiles.setdefault("", []).append(Tile([picture], caption, SUSPECT_SIDE))
 
 
@@ -229,7 +229,7 @@ def _augmentation(name: str, oof: pd.DataFrame, workspace: Workspace, section: S
     for row, patch, own in zip(examples.itertuples(), patches, versions, strict=True):
         pictures = [(jpeg(patch, VERSION_SIDE), f"Patch {row.id}; a square marks its centre")]
         pictures += [(jpeg(version, VERSION_SIDE, marked=False), "The same patch, augmented") for version in own]
-        section.tiles.setdefault("", []).append(Tile(pictures, f"{row.id[:12]}, {LABEL_WORDS[row.label]}", VERSION_SIDE))
+        section.tiles.setdefault("", []).append(Tile(pictures, f"{row.id[:16]}, {LABEL_WORDS[row.label]}", VERSION_SIDE))
 
 
 def _patches(table: pd.DataFrame, ensemble: Ensemble, workspace: Workspace) -> Images:
