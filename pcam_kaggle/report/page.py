@@ -193,8 +193,8 @@ def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Secti
     if len(used) == 1:
         rule = "They rest on one run only, whose mistakes cannot be told from wrong labels."
     section.text = (
-        "Train patches with an out-of-fold probability below 0.1 though labelled tumour, or above 0.9 though labelled no tumour, "
-        f"in every run of {names}: {len(table):,}. {rule} {file.name} has all of them, this page the most extreme."
+        "Train patches with an out-of-fold probability below 0.1 though labelled tumour, or above 0.9 though labelled no "
+        f"tumour, in every run of {names}: {len(table):,}. {rule} {file.name} has all of them, this page the most extreme."
     )
     shown = table.head(MAX_SUSPECTS)
     patches = _patches(shown, ensembles[next(iter(used))], workspace)
