@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
 POINTS, MAX_NAMED_SLIDES = 200, 30
+GROUP_COLOURS = [PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf"]
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 
 Curve = Callable[[Labels, Floats], Floats]
@@ -179,6 +180,27 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = 
         f"excluded, with one label only: {omitted}."
     )
     return Plot(figure, f"AUC of {name} by {unit}", caption)
+
+
+@mpl.rc_context(STYLE)
+def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str) -> Plot:
+    """Return the points of `table` (label, probability, x, y) by their `keys` (n,), which are labels or groups: the `kind`.
+
+    The 10 most frequent keys are coloured, the others grey. A cross marks a mistake at a threshold of 0.5.
+    """
+    counts, is_wrong = keys.value_counts(), table["label"] != (table["probability"] >= 0.5)
+    coloured = sorted(counts.index[: len(GROUP_COLOURS)])
+    layers = [("others", ~keys.isin(coloured), GREY)]
+    layers += [(f"{key} ({counts[key]:,})", keys == key, colour) for key, colour in zip(coloured, GROUP_COLOURS, strict=False)]
+    figure, ax = _panel(height=HEIGHT + 0.09 * len(layers))
+    for text, inside, colour in layers:
+        if inside.any():
+            ax.plot(table["x"][inside], table["y"][inside], "o", color=colour, markersize=3, label=text)
+    ax.plot(table["x"][is_wrong], table["y"][is_wrong], "x", color=TEXT, markersize=5, label="mistake")
+    ax.set(xlabel="First principal component", ylabel="Second principal component", xticks=[], yticks=[])
+    figure.legend(loc="outside lower center", ncols=2)
+    caption = f"{name}: {len(table):,} patches by {kind} ({len(counts)} in all); {is_wrong.sum():,} mistakes."
+    return Plot(figure, f"Embedding of {name} by {kind}", caption)
 
 
 @mpl.rc_context(STYLE)

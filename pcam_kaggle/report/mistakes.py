@@ -1,37 +1,21 @@
-"""Mistakes: the worst ones with Grad-CAM maps of what the models looked at, and labels that every run contradicts."""
+"""Pictures of mistakes: the worst ones, and labels that every run contradicts."""
 
 import base64
-import contextlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.report.explain import Maps
 from pcam_kaggle.report.gallery import LABELLED_SIDE, Images
-from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import Ensemble
-from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.engine import net_input
-from pcam_kaggle.training.learner import load_best
 
-BACKEND = Backend("cpu", "fp32", "channels_last")
 CERTAIN = 0.9
 # Three pairs of this side fit beside each other.
 SIDE, HEAT_OPACITY, JPEG_QUALITY = 180, 0.6, 85
-# On a patch of 96 px a map of 3 x 3 is too coarse to locate anything.
-MIN_SIDE = 4
-# What a transformer makes of patches, and its attention between them, are no maps of features.
-NO_MAPS = {"patch_embed", "attn", "attn_drop"}
-
-Maps = NDArray[np.float32]
 
 
 class Tile(NamedTuple):
@@ -58,103 +42,24 @@ def suspect_labels(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: Maps | None) -> dict[str, list[Tile]]:
     """Return the patch of each of `mistakes` (id, label, fold, probability) and, of `maps`, its map; keys are headings."""
-    tiles: dict[str, list[Tile]] = {"False negatives": [], "False positives": []}
+    tiles: dict[str, list[Tile]] = {}
     for index, row in enumerate(mistakes.itertuples()):
         value, tissue = f"probability {row.probability:.4f}", "with" if row.label else "without"
         pictures = [(jpeg(patches[index]), f"Patch {row.id} {tissue} tumour, {value}; a square marks its centre")]
         if maps is not None:
-            pictures.append((jpeg(_overlay(patches[index], maps[index])), "Grad-CAM map of the same patch"))
-        heading = "False negatives" if row.label else "False positives"
-        tiles[heading].append(Tile(pictures, f"{row.id[:16]}, fold {row.fold}: {value}"))
+            pictures.append((jpeg(patches[index], heat=maps[index]), "Grad-CAM map of the same patch"))
+        tile = Tile(pictures, f"{row.id[:16]}, fold {row.fold}: {value}")
+        tiles.setdefault("False negatives" if row.label else "False positives", []).append(tile)
     return tiles
 
 
-def ensemble_maps(
-    chosen: pd.DataFrame, patches: Images, ensemble: Ensemble, workspace: Workspace
-) -> tuple[Maps | None, list[str]]:
-    """Return the weighted mean (n, 96, 96) of the members' Grad-CAM maps, and the reasons why members are left out.
-
-    The maps explain the predictions of `chosen` (fold, probability), whose patches are `patches` (n, 96, 96, 3). The mean is
-    None if no member has maps.
-    """
-    maps, weights, left_out = [], [], []
-    for name, weight in ensemble.weights.items():
-        if weight:
-            try:
-                maps.append(_member_maps(chosen, patches, Run(workspace.run(name))))
-                weights.append(weight)
-            except (UserError, OSError, RuntimeError) as error:
-                # A missing checkpoint, or a model without feature maps, must not prevent the rest of the report.
-                left_out.append(f"{name} ({' '.join(str(error).split())[:200]})")
-    return np.average(maps, axis=0, weights=weights) if maps else None, left_out
-
-
-def _member_maps(chosen: pd.DataFrame, patches: Images, run: Run) -> Maps:
-    """Return the maps of each patch by the model of its own fold, without TTA."""
-    config = run.config()
-    maps = np.zeros(patches.shape[:3], np.float32)
-    margin = (patches.shape[1] - config.side) // 2
-    crop = slice(margin, margin + config.side)
-    for fold in chosen["fold"].unique():
-        net = load_best(run.fold(fold), config, BACKEND)
-        inside = np.flatnonzero(chosen["fold"] == fold)
-        signs = torch.tensor([-1.0 if value < 0.5 else 1.0 for value in chosen["probability"].iloc[inside]])
-        maps[inside, crop, crop] = grad_cam(net, net_input(patches[inside], config, BACKEND), signs).numpy()
-    return maps
-
-
-def grad_cam(net: nn.Module, images: Tensor, signs: Tensor) -> Tensor:
-    """Return gradient-weighted class activation maps (Selvaraju et al. 2017, equations 1 and 2), float32 (n, h, w) in [0, 1].
-
-    `images` are (n, 3, h, w), and `signs` (n,) are 1 to explain the class tumour, -1 to explain the class no tumour. Each map
-    is divided by its maximum unless it is zero everywhere.
-    """
-    module = feature_module(net, images[:1])
-    features: list[Tensor] = []
-
-    def record(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        features.append(output.detach().requires_grad_())
-        # A copy, since the next layer may be in-place.
-        return features[-1].clone()
-
-    with torch.enable_grad(), module.register_forward_hook(record):
-        logits = net(images)
-        (gradient,) = torch.autograd.grad((logits * signs).sum(), features[-1])
-    maps = (gradient.mean((2, 3), keepdim=True) * features[-1].detach()).sum(1, keepdim=True).relu().float()
-    maps = nn.functional.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-
-
-def feature_module(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return the last module of `net` whose output is a square map of at least 4 x 4 positions, or else of at least 2 x 2."""
-    outputs: list[tuple[int, nn.Module]] = []
-
-    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
-        # The patch is square, and so are its maps; transformers also return tensors with the channels last.
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
-            outputs.append((output.shape[2], module))
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for name, module in net.named_modules():
-            if name and not NO_MAPS & set(name.split(".")):
-                hooks.enter_context(module.register_forward_hook(record))
-        net(images)
-    for minimum in (MIN_SIDE, 2):
-        if candidates := [module for side, module in outputs if side >= minimum]:
-            return candidates[-1]
-    raise UserError("no module of the model returns a map of more than one position")
-
-
-def _overlay(patch: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return `patch` (96, 96, 3) under `heat` (96, 96) in [0, 1]."""
-    weight = HEAT_OPACITY * heat[..., None]
-    image = (1 - weight) * patch + weight * 255 * colormaps["viridis"](heat)[..., :3]
-    return image.clip(0, 255).astype(np.uint8)
-
-
-def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True) -> str:
-    """Return the RGB `patch` resized to `side` px as a data URI; if `marked`, with the labelled centre of its 96 px framed."""
-    picture = cv2.resize(patch, (side, side), interpolation=cv2.INTER_CUBIC)
+def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True, heat: Maps | None = None) -> str:
+    """Return the RGB `patch` as a data URI of `side` px, under `heat` (96, 96) in [0, 1], with its labelled centre `marked`."""
+    image = patch.astype(np.float32)
+    if heat is not None:
+        weight = HEAT_OPACITY * heat[..., None]
+        image = (1 - weight) * image + weight * 255 * colormaps["viridis"](heat)[..., :3]
+    picture = cv2.resize(image.clip(0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
     centre = side * LABELLED_SIDE // len(patch)
     start = (side - centre) // 2
     end = start + centre - 1

@@ -15,15 +15,15 @@ from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups, stain_map
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report import figures
-from pcam_kaggle.report.embedding import embedding, embedding_map
+from pcam_kaggle.report.explain import embedding, ensemble_maps
 from pcam_kaggle.report.figures import FOLD_RANGE, Plot
 from pcam_kaggle.report.gallery import LABELLED_SIDE, Images, augmented, draw_examples, worst_mistakes
-from pcam_kaggle.report.mistakes import Tile, ensemble_maps, jpeg, mistake_tiles, suspect_labels
+from pcam_kaggle.report.mistakes import Tile, jpeg, mistake_tiles, suspect_labels
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import KAGGLE_SCORES, read_submissions
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
-from pcam_kaggle.scoring.held_out import Ensemble, EvaluationResult
+from pcam_kaggle.scoring.held_out import EvaluationResult
 from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import caption, conclusions, display_table, evaluation_sentences, evaluation_table
@@ -50,10 +50,7 @@ class Section:
 
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
-    """Write `comparison` to the HTML file `target`; a section whose input is missing gives the reason instead.
-
-    Beside it is written `<stem>-suspect-labels.csv`, the table of `suspect_labels`.
-    """
+    """Write `comparison` to the HTML `target` and `suspect_labels` to a CSV beside it; a section without input says why."""
     reference, shown = comparison.reference, display_table(comparison)
     oof, _ = reference.scored()
     by_name = {run.name: run for run in comparison.runs}
@@ -117,12 +114,16 @@ def _filled(anchor: str, title: str, fill: Callable[[Section], None]) -> Section
 
 
 def _slide_aucs(scored: Scored, comparison: Comparison, workspace: Workspace, section: Section) -> None:
+    reasons: dict[str, None] = {}
     for run, oof in scored:
-        plot = figures.slide_aucs(run.name, oof, *_groups(run, comparison, workspace))
-        section.plots += [plot] if plot else []
-    if not section.plots:
-        raise UserError("these runs have no slides or stain groups with patches of both labels")
+        try:
+            plot = figures.slide_aucs(run.name, oof, *_groups(run, comparison, workspace))
+            section.plots += [plot] if plot else []
+        except UserError as error:
+            reasons[str(error)] = None
     section.text = "Out of fold, within each slide, or stain group where no slides are known, that has patches of both labels."
+    if not section.plots or reasons:
+        raise UserError("; ".join(reasons) or "these runs have no such slides")
 
 
 def _groups(run: ComparedRun, comparison: Comparison, workspace: Workspace) -> tuple[pd.DataFrame, Unit]:
@@ -131,19 +132,20 @@ def _groups(run: ComparedRun, comparison: Comparison, workspace: Workspace) -> t
     if run.unpaired_reason:
         groups, unit = read_groups(workspace.folds / f"{run.scheme}.csv"), unit_of(run.scheme)
     if groups is None:
-        return stain_map(_store(_ensemble(run.name, workspace), workspace), workspace.folds), "stain group"
+        return stain_map(_store(run.name, workspace), workspace.folds), "stain group"
     return groups, unit
 
 
-def _ensemble(name: str, workspace: Workspace) -> Ensemble:
-    return Run(workspace.run(name)).ensemble()
-
-
-def _store(ensemble: Ensemble, workspace: Workspace) -> PatchStore:
-    """Return the store of the patches of `ensemble`, whose members share them."""
-    members = [Run(workspace.run(name)) for name in ensemble.weights]
+def _store(name: str, workspace: Workspace) -> PatchStore:
+    """Return the store of the patches of the run called `name`, which the members of a blend share."""
+    members = [Run(workspace.run(member)) for member in Run(workspace.run(name)).ensemble().weights]
     subsets = [member.made_from().config.get("subset", 0) for member in members if member.is_experiment]
     return PatchStore(workspace.store_of(max(subsets, default=0)))
+
+
+def _patches(table: pd.DataFrame, name: str, workspace: Workspace) -> Images:
+    store = _store(name, workspace)
+    return store.images(store.rows("train", table["id"].to_numpy()))
 
 
 def _held_out(workspace: Workspace) -> Section:
@@ -161,18 +163,17 @@ def _held_out(workspace: Workspace) -> Section:
 
 
 def _mistakes(name: str, oof: pd.DataFrame, workspace: Workspace, section: Section) -> None:
-    ensemble, mistakes = _ensemble(name, workspace), worst_mistakes(oof, MISTAKES_PER_LABEL)
-    patches = _patches(mistakes, ensemble, workspace)
+    ensemble, mistakes = Run(workspace.run(name)).ensemble(), worst_mistakes(oof, MISTAKES_PER_LABEL)
+    patches = _patches(mistakes, name, workspace)
     maps, left_out = ensemble_maps(mistakes, patches, ensemble, workspace)
     section.text = (
         f"{name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The square "
         f"marks the centre of {LABELLED_SIDE} px that decides the label."
     )
     if maps is not None:
-        source = "the model" if len(ensemble.weights) == 1 else "its members (their weighted mean), each by the model"
         section.text += (
-            f" Next to each patch is its Grad-CAM map, from {source} that was not trained on the patch: bright regions "
-            "contributed most to the prediction."
+            " Next to each patch is its Grad-CAM map, from the model that was not trained on the patch, or the weighted mean "
+            "of those of a blend's members: bright regions contributed most to the prediction."
         )
     if left_out:
         section.text += f" Without Grad-CAM maps of {'; '.join(left_out)}."
@@ -180,7 +181,7 @@ def _mistakes(name: str, oof: pd.DataFrame, workspace: Workspace, section: Secti
 
 
 def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Section) -> None:
-    ensembles = {run.name: _ensemble(run.name, workspace) for run, _ in scored}
+    ensembles = {run.name: Run(workspace.run(run.name)).ensemble() for run, _ in scored}
     tables = {run.name: oof for run, oof in scored if not ensembles[run.name].ranked}
     single = {name: oof for name, oof in tables.items() if [*ensembles[name].weights] == [name]}
     used = single if len(single) > 1 else tables
@@ -189,33 +190,30 @@ def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Secti
     table, file = suspect_labels(used), target.with_name(f"{target.stem}-suspect-labels.csv")
     write_csv(file, table)
     names = ", ".join(name if name in single else f"{name} (a blend)" for name in used)
-    rule = "A run counts only for patches that it has predicted, and a patch needs two runs."
-    if len(used) == 1:
-        rule = "They rest on one run only, whose mistakes cannot be told from wrong labels."
+    rule = "A patch needs two runs that have predicted it." if len(used) > 1 else "They rest on one run only."
     section.text = (
-        "Train patches with an out-of-fold probability below 0.1 though labelled tumour, or above 0.9 though labelled no "
-        f"tumour, in every run of {names}: {len(table):,}. {rule} {file.name} has all of them, this page the most extreme."
+        "Train patches labelled tumour with an out-of-fold probability below 0.1, or labelled no tumour with one above 0.9, in "
+        f"each of {names} that has predicted them: {len(table):,}. {rule} {file.name} has all, this page the most extreme."
     )
     shown = table.head(MAX_SUSPECTS)
-    patches = _patches(shown, ensembles[next(iter(used))], workspace)
+    patches = _patches(shown, max(used, key=lambda name: len(used[name])), workspace)
     for patch, (name, label, *probabilities) in zip(patches, shown.to_numpy(), strict=True):
-        label_text = f"labelled {LABEL_WORDS[label]}"
-        picture = jpeg(patch, SUSPECT_SIDE), f"Patch {name} {label_text}; a square marks its centre"
-        caption = f"{name[:16]}, {label_text}: mean probability {np.nanmean(probabilities):.4f}"
-        section.tiles.setdefault("", []).append(Tile([picture], caption, SUSPECT_SIDE))
+        text = f"labelled {LABEL_WORDS[label]}: mean probability {np.nanmean(probabilities):.4f}"
+        pictures = [(jpeg(patch, SUSPECT_SIDE), f"Patch {name}; a square marks its centre")]
+        section.tiles.setdefault("", []).append(Tile(pictures, f"{name[:16]}, {text}", SUSPECT_SIDE))
 
 
 def _embedding(comparison: Comparison, workspace: Workspace, section: Section) -> None:
-    fold, ensemble = min(comparison.folds), _ensemble(comparison.reference.name, workspace)
-    members = [Run(workspace.run(name)) for name in ensemble.weights]
-    run, table = embedding(members, fold, _store(ensemble, workspace))
+    name, fold = comparison.reference.name, min(comparison.folds)
+    members = [Run(workspace.run(member)) for member in Run(workspace.run(name)).ensemble().weights]
+    run, table = embedding(members, fold, _store(name, workspace))
     section.text = (
         f"Validation patches of fold {fold} under the model of {run.name} that was not trained on them: the features that its "
         "classifier reads, on their first two principal components. Crosses are mistakes at a threshold of 0.5."
     )
-    section.plots = [embedding_map(run.name, table, table["label"].map(LABEL_WORDS), "label")]
+    section.plots = [figures.embedding(run.name, table, table["label"].map(LABEL_WORDS), "label")]
     groups, unit = _groups(comparison.reference, comparison, workspace)
-    section.plots += [embedding_map(run.name, table, table["id"].map(groups.set_index("id")["wsi"]), unit)]
+    section.plots += [figures.embedding(run.name, table, table["id"].map(groups.set_index("id")["wsi"]), unit)]
 
 
 def _augmentation(name: str, oof: pd.DataFrame, workspace: Workspace, section: Section) -> None:
@@ -223,18 +221,13 @@ def _augmentation(name: str, oof: pd.DataFrame, workspace: Workspace, section: S
     if not run.is_experiment or run.config().probe:
         raise UserError(f"{name} was not trained on augmented patches itself; blends and probes are not")
     config, examples = run.config(), draw_examples(oof, EXAMPLES_PER_LABEL)
-    patches = _patches(examples, run.ensemble(), workspace)
+    patches = _patches(examples, name, workspace)
     versions = np.split(augmented(np.repeat(patches, VERSIONS, axis=0), config), len(patches))
     section.text = f"{name}: train patches, and beside each {VERSIONS} random versions as the model sees them in training."
     for row, patch, own in zip(examples.itertuples(), patches, versions, strict=True):
         pictures = [(jpeg(patch, VERSION_SIDE), f"Patch {row.id}; a square marks its centre")]
         pictures += [(jpeg(version, VERSION_SIDE, marked=False), "The same patch, augmented") for version in own]
         section.tiles.setdefault("", []).append(Tile(pictures, f"{row.id[:16]}, {LABEL_WORDS[row.label]}", VERSION_SIDE))
-
-
-def _patches(table: pd.DataFrame, ensemble: Ensemble, workspace: Workspace) -> Images:
-    store = _store(ensemble, workspace)
-    return store.images(store.rows("train", table["id"].to_numpy()))
 
 
 def _correlation(scored: Scored, reference: ComparedRun) -> Section:
