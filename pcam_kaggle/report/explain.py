@@ -28,16 +28,13 @@ NO_MAPS = {"patch_embed", "attn", "attn_drop"}
 # A point takes 100 bytes of the page. Of large models there are fewer, to bound the multiply-accumulate operations.
 MIN_POINTS, MAX_POINTS, MAX_MACS = 200, 1000, 4e11
 
-Maps = NDArray[np.float32]
-
 
 def ensemble_maps(
     chosen: pd.DataFrame, patches: Images, ensemble: Ensemble, workspace: Workspace
-) -> tuple[Maps | None, list[str]]:
-    """Return the weighted mean (n, 96, 96) of the members' Grad-CAM maps, and the reasons why members are left out.
+) -> tuple[NDArray[np.float32] | None, list[str]]:
+    """Return the weighted mean (n, 96, 96) of the members' Grad-CAM maps, None without any, and why members are left out.
 
-    The maps explain the predictions of `chosen` (fold, probability), whose patches are `patches` (n, 96, 96, 3). The mean is
-    None if no member has maps.
+    The maps explain the predictions of `chosen` (fold, probability), whose patches are `patches` (n, 96, 96, 3).
     """
     maps, weights, left_out = [], [], []
     for name, weight in ensemble.weights.items():
@@ -51,7 +48,7 @@ def ensemble_maps(
     return np.average(maps, axis=0, weights=weights) if maps else None, left_out
 
 
-def _member_maps(chosen: pd.DataFrame, patches: Images, run: Run) -> Maps:
+def _member_maps(chosen: pd.DataFrame, patches: Images, run: Run) -> NDArray[np.float32]:
     """Return the maps of each patch by the model of its own fold, without TTA."""
     config = run.config()
     maps = np.zeros(patches.shape[:3], np.float32)
@@ -119,8 +116,7 @@ def embedding(runs: Sequence[Run], number: int, store: PatchStore) -> tuple[Run,
     run = max(models, key=lambda each: each.fold(number).metrics().valid_auc)
     config, fold = run.config(), run.fold(number)
     count = int(np.clip(MAX_MACS / max(1, fold.metrics().macs), MIN_POINTS, MAX_POINTS))
-    oof = fold.oof()
-    drawn = oof.sample(min(count, len(oof)), random_state=0).reset_index(drop=True)
+    drawn = fold.oof().sample(frac=1, random_state=0).head(count).reset_index(drop=True)
     rows = store.rows("train", drawn["id"].to_numpy())
     net = load_best(fold, config, BACKEND)
     if config.norm == "test":

@@ -183,12 +183,12 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = 
 
 
 @mpl.rc_context(STYLE)
-def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str) -> Plot:
-    """Return the points of `table` (label, probability, x, y) by their `keys` (n,), which are labels or groups: the `kind`.
+def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str, mistakes: pd.DataFrame | None = None) -> Plot:
+    """Return the points of `table` (x, y) by their `keys` (n,), labels or groups as `kind` says, with crosses on `mistakes`.
 
-    The 10 most frequent keys are coloured, the others grey. A cross marks a mistake at a threshold of 0.5.
+    The 10 most frequent keys are coloured, the others grey.
     """
-    counts, is_wrong = keys.value_counts(), table["label"] != (table["probability"] >= 0.5)
+    counts = keys.value_counts()
     coloured = sorted(counts.index[: len(GROUP_COLOURS)])
     layers = [("others", ~keys.isin(coloured), GREY)]
     layers += [(f"{key} ({counts[key]:,})", keys == key, colour) for key, colour in zip(coloured, GROUP_COLOURS, strict=False)]
@@ -196,11 +196,11 @@ def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str) -> Plo
     for text, inside, colour in layers:
         if inside.any():
             ax.plot(table["x"][inside], table["y"][inside], "o", color=colour, markersize=3, label=text)
-    ax.plot(table["x"][is_wrong], table["y"][is_wrong], "x", color=TEXT, markersize=5, label="mistake")
+    if mistakes is not None:
+        ax.plot(mistakes["x"], mistakes["y"], "x", color=TEXT, markersize=5, label=f"mistake ({len(mistakes):,})")
     ax.set(xlabel="First principal component", ylabel="Second principal component", xticks=[], yticks=[])
     figure.legend(loc="outside lower center", ncols=2)
-    caption = f"{name}: {len(table):,} patches by {kind} ({len(counts)} in all); {is_wrong.sum():,} mistakes."
-    return Plot(figure, f"Embedding of {name} by {kind}", caption)
+    return Plot(figure, f"Embedding of {name} by {kind}", f"{name}: {len(table):,} patches, {len(counts)} {kind}s.")
 
 
 @mpl.rc_context(STYLE)

@@ -10,11 +10,9 @@ import pandas as pd
 from matplotlib import colormaps
 from numpy.typing import NDArray
 
-from pcam_kaggle.report.explain import Maps
 from pcam_kaggle.report.gallery import LABELLED_SIDE, Images
 
 CERTAIN = 0.9
-# Three pairs of this side fit beside each other.
 SIDE, HEAT_OPACITY, JPEG_QUALITY = 180, 0.6, 85
 
 
@@ -40,7 +38,7 @@ def suspect_labels(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return joined.loc[extreme_first].reset_index()
 
 
-def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: Maps | None) -> dict[str, list[Tile]]:
+def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: NDArray[np.float32] | None) -> dict[str, list[Tile]]:
     """Return the patch of each of `mistakes` (id, label, fold, probability) and, of `maps`, its map; keys are headings."""
     tiles: dict[str, list[Tile]] = {}
     for index, row in enumerate(mistakes.itertuples()):
@@ -53,7 +51,7 @@ def mistake_tiles(mistakes: pd.DataFrame, patches: Images, maps: Maps | None) ->
     return tiles
 
 
-def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True, heat: Maps | None = None) -> str:
+def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True, heat: NDArray[np.float32] | None = None) -> str:
     """Return the RGB `patch` as a data URI of `side` px, under `heat` (96, 96) in [0, 1], with its labelled centre `marked`."""
     image = patch.astype(np.float32)
     if heat is not None:
@@ -61,8 +59,7 @@ def jpeg(patch: NDArray[np.uint8], side: int = SIDE, marked: bool = True, heat: 
         image = (1 - weight) * image + weight * 255 * colormaps["viridis"](heat)[..., :3]
     picture = cv2.resize(image.clip(0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
     centre = side * LABELLED_SIDE // len(patch)
-    start = (side - centre) // 2
-    end = start + centre - 1
+    start, end = (side - centre) // 2, (side + centre) // 2 - 1
     for grey, width in ((0, 3), (255, 1)) if marked else ():
         cv2.rectangle(picture, (start, start), (end, end), (grey,) * 3, width)
     _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

@@ -190,10 +190,10 @@ def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Secti
     table, file = suspect_labels(used), target.with_name(f"{target.stem}-suspect-labels.csv")
     write_csv(file, table)
     names = ", ".join(name if name in single else f"{name} (a blend)" for name in used)
-    rule = "A patch needs two runs that have predicted it." if len(used) > 1 else "They rest on one run only."
+    by = f"each of {names} that has predicted the patch, at least two" if len(used) > 1 else f"one run only, {names}"
     section.text = (
-        "Train patches labelled tumour with an out-of-fold probability below 0.1, or labelled no tumour with one above 0.9, in "
-        f"each of {names} that has predicted them: {len(table):,}. {rule} {file.name} has all, this page the most extreme."
+        "Train patches labelled tumour with an out-of-fold probability below 0.1, or labelled no tumour with one above 0.9, by "
+        f"{by}: {len(table):,}. {file.name} has all, this page the most extreme."
     )
     shown = table.head(MAX_SUSPECTS)
     patches = _patches(shown, max(used, key=lambda name: len(used[name])), workspace)
@@ -211,7 +211,8 @@ def _embedding(comparison: Comparison, workspace: Workspace, section: Section) -
         f"Validation patches of fold {fold} under the model of {run.name} that was not trained on them: the features that its "
         "classifier reads, on their first two principal components. Crosses are mistakes at a threshold of 0.5."
     )
-    section.plots = [figures.embedding(run.name, table, table["label"].map(LABEL_WORDS), "label")]
+    is_wrong = table["label"] != (table["probability"] >= 0.5)
+    section.plots = [figures.embedding(run.name, table, table["label"].map(LABEL_WORDS), "label", table[is_wrong])]
     groups, unit = _groups(comparison.reference, comparison, workspace)
     section.plots += [figures.embedding(run.name, table, table["id"].map(groups.set_index("id")["wsi"]), unit)]
 
