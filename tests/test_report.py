@@ -90,8 +90,7 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     for figure in FIGURES:
         assert any(text.startswith(f"{figure}. ") for text in texts), figure
     images = re.findall(r"<img [^>]*>", page)
-    # Twelve mistakes with their maps, and four patches with five augmented versions.
-    assert len(images) == 48
+    assert len(images) == 12 * 2 + 4 * 6
     for image in images:
         assert re.search(r'src="data:image/jpeg;base64,/9j/[^"]{500,}"', image)
         assert re.search(r'alt="[^"]{20,}"', image)
@@ -127,9 +126,8 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     apart = workspace.root / "map.csv"
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
-    for reason in ("no such checkpoint", "no submission has a score", "these runs have no such slides"):
+    for reason in ("no such checkpoint", "no submission has a score", "have no such slides", "no run here has a model"):
         assert reason in page
-    assert "Left out: no run here has a model of fold 0" in page
     assert filled(page)["mistakes"] == 12
     shutil.rmtree(workspace.store)
     page = made(workspace, "bottleneck", slides=apart)
@@ -198,12 +196,10 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("runs", "suspects"), [("a", "rpqs"), ("ab", "ps"), ("abc", "ps"), ("abd", "p"), ("cd", ""), ("d", "")]
-)
-def test_labels_are_suspect_where_every_run_contradicts_them(runs: str, suspects: str) -> None:
+@pytest.mark.parametrize(("runs", "found"), [("a", "rpqs"), ("ab", "ps"), ("abc", "ps"), ("abd", "p"), ("cd", ""), ("d", "")])
+def test_labels_are_suspect_where_every_run_contradicts_them(runs: str, found: str) -> None:
     table = suspect_labels({run: pd.DataFrame(TABLES[run], columns=["id", "label", "probability"]) for run in runs})
-    assert "".join(table["id"]) == suspects
+    assert "".join(table["id"]) == found
     assert [*table] == ["id", "label", *(f"probability_{run}" for run in runs)]
 
 
@@ -216,9 +212,7 @@ def test_suspect_labels_rest_on_runs_that_are_not_blends(blended: Workspace, mon
     assert "by one run only, both (a blend): 36. runs-suspect-labels.csv has all" in made(blended, "both")
 
 
-@pytest.mark.parametrize(
-    "fields", ["hidden=8", "symmetry=d4 width=16", "model=timm:resnet10t", "model=timm:mobilenetv3_small_050"]
-)
+@pytest.mark.parametrize("fields", ["lr=1", "symmetry=d4 width=16", "model=timm:resnet10t", "model=timm:mobilenetv3_small_050"])
 def test_features_are_what_the_classifier_reads(tiny: Config, fields: str) -> None:
     net, images = create(tiny.changed(fields.split())).eval(), torch.rand(3, 3, 32, 32)
     classifier = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
@@ -264,6 +258,7 @@ def test_a_browser_renders_every_section_without_errors(
 ) -> None:
     fixture, name, empty = case
     workspace: Workspace = request.getfixturevalue(fixture)
+    folder = workspace.root
     monkeypatch.setattr(mistakes, "CERTAIN", 0.0)
     page = made(workspace, *name.split())
     if dark:
@@ -279,17 +274,13 @@ def test_a_browser_renders_every_section_without_errors(
       document.querySelector("th[aria-sort]").textContent.trim()].join("|");
     </script></body>"""
     # No window gets narrower than 500 px, but a frame does.
-    framed = workspace.root / "framed.html"
+    framed = folder / "framed.html"
     frame = f'<iframe width="{width}" height="3000" style="border: 0" srcdoc="{html.escape(page.replace("</body>", probe))}">'
     framed.write_text(f"<!doctype html><title>none</title>{frame}</iframe>", encoding="utf-8")
     command = [
         *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
         *("--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", framed),
-        *(
-            f"--window-size={width},3000",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={workspace.root / 'profile'}",
-        ),
+        *(f"--window-size={width},3000", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"),
     ]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in dumped.stderr
