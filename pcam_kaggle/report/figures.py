@@ -23,6 +23,7 @@ from pcam_kaggle.scoring.results import Unit
 # The SVG of a figure has the text colour and the CSS variables of the page instead, in light and dark mode.
 TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
 PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
+GROUP_COLOURS = [PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf"]
 # Inches of 96 px. A panel fits a phone without scaling its text.
 WIDTH, HEIGHT = 3.7, 3.1
 STYLE: dict[Any, Any] = {
@@ -36,7 +37,6 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], TEXT),
 }
 POINTS, MAX_NAMED_SLIDES = 200, 30
-GROUP_COLOURS = [PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf"]
 FOLD_RANGE = "Line: mean over folds. Band: range over folds."
 
 Curve = Callable[[Labels, Floats], Floats]
