@@ -61,7 +61,7 @@ def convert(made: nbformat.NotebookNode, folder: Path) -> Path:
     return page.with_suffix(".html")
 
 
-def draw(page: Path, width: int, target: Path) -> None:
+def draw(page: Path, width: int, target: Path, quality: int = 75) -> None:
     """Write a picture of the HTML file `page`, `width` pixels wide, to `target`."""
     frame, shot = page.with_name("frame.html"), page.with_name("shot.png")
     frame.write_text(
@@ -74,7 +74,7 @@ def draw(page: Path, width: int, target: Path) -> None:
     picture = picture[: inked[-1] + 20]
     scale = min(1, MAX_WIDTH / width)
     picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    cv2.imwrite(str(target), picture, [cv2.IMWRITE_JPEG_QUALITY, 75])
+    cv2.imwrite(str(target), picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
 if __name__ == "__main__":

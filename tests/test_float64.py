@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.report.mistakes import grad_cam
+from pcam_kaggle.report.explain import grad_cam
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.engine import adapt_norms, predict_logits, train_epoch
 from pcam_kaggle.training.learner import Learner

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,14 +19,20 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.data import folds as folds_module
+from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.models.cnn import BottleneckCNN
+from pcam_kaggle.models.factory import create
 from pcam_kaggle.pipeline.compare import compare_runs
-from pcam_kaggle.report import figures
-from pcam_kaggle.report.mistakes import feature_module, grad_cam
+from pcam_kaggle.report import figures, mistakes
+from pcam_kaggle.report.explain import embedding, ensemble_maps, feature_module, features, grad_cam
+from pcam_kaggle.report.mistakes import suspect_labels
 from pcam_kaggle.report.page import write_report
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import record_score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
+from pcam_kaggle.scoring.held_out import Ensemble
 from pcam_kaggle.scoring.metrics import calibration_error
 from pcam_kaggle.scoring.results import Estimate, OofScore
 from pcam_kaggle.scoring.tables import operating_table
@@ -34,6 +41,7 @@ FIGURES = [
     *("ROC curve of bottleneck", "ROC curve of other", "Precision-recall curve of other", "Learning curves of other"),
     *("Learning curves of half", "Histogram of OOF probabilities of other by label", "Reliability diagram of other"),
     *("AUC of other by slide", "Correlation between runs", "Kaggle scores versus OOF AUC"),
+    *("Embedding of other by label", "Embedding of other by slide"),
     "OOF and test probabilities of other",
 ]
 FOLDS = ["fold_0", "fold_1", "fold_2"]
@@ -69,7 +77,7 @@ def workspace(shared_reported: Path, tmp_path: Path) -> Workspace:
 def made(workspace: Workspace, *names: str, slides: Path | None = None) -> str:
     target = workspace.root / "reports" / "runs.html"
     write_report(compare_runs(workspace, list(names), None, slides), workspace, target)
-    assert [path.name for path in target.parent.iterdir()] == ["runs.html"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["runs-suspect-labels.csv", "runs.html"]
     return target.read_text(encoding="utf-8")
 
 
@@ -87,7 +95,7 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     for figure in FIGURES:
         assert any(text.startswith(f"{figure}. ") for text in texts), figure
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 24
+    assert len(images) == 12 * 2 + 4 * 6
     for image in images:
         assert re.search(r'src="data:image/jpeg;base64,/9j/[^"]{500,}"', image)
         assert re.search(r'alt="[^"]{20,}"', image)
@@ -121,7 +129,8 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     assert "Scores on others" not in page
     assert "Left out: " in page
     assert re.search(r"bottleneck: Left out: \S*fold_1/test\.csv: missing", page)
-    (workspace.root / "runs" / "bottleneck" / "fold_1" / "best.pt").unlink()
+    for fold in (0, 1):
+        (workspace.root / "runs" / "bottleneck" / f"fold_{fold}" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
     shutil.rmtree(workspace.folds)
     with pytest.raises(UserError, match=r"slides_3_42\.csv: missing, .* --slides"):
@@ -131,13 +140,16 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
     assert "Not evaluated on others with the present models: bottleneck." in page
-    for reason in ("no such checkpoint", "no submission has a score", "no slides with patches of both labels"):
+    for reason in ("no such checkpoint", "no submission has a score", "have no such slides", "no run here has a model"):
         assert reason in page
+    assert filled(page)["mistakes"] == 12
     shutil.rmtree(workspace.store)
-    assert "no patch store" in made(workspace, "bottleneck", slides=apart)
+    page = made(workspace, "bottleneck", slides=apart)
+    assert page.count("no patch store") == 4
+    assert "runs-suspect-labels.csv has all, this page the most extreme. Left out: " in page
 
 
-def test_names_are_escaped_and_a_blend_has_no_grad_cam(tmp_path: Path) -> None:
+def test_names_are_escaped(tmp_path: Path) -> None:
     oof = pd.DataFrame({"id": list("abcd"), "label": [0, 1, 0, 1], "fold": [0, 0, 1, 1], "probability": [0.1, 0.9, 0.6, 0.4]})
     area = Estimate(value=0.5, low=0.0, high=1.0)
     scores = {"fold_auc": [1.0, 0.0], "mean": 0.5, "sd": 0.7, "pooled": area, "ranked": area}
@@ -148,16 +160,121 @@ def test_names_are_escaped_and_a_blend_has_no_grad_cam(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<script>") == 1
     assert any('<script>"&' in text for text in alternatives(page))
-    assert "is a blend, which has no model of its own" in page
+    assert "no such run, or not blended" in page
     assert "blends and probes have no epochs" in page
+
+
+def filled(page: str) -> dict[str, int]:
+    """Return the number of figures, pictures and tables in each section of `page`."""
+    sections = re.findall(r'<section id="(.*?)"(.*?)</section>', page, re.DOTALL)
+    return {name: len(re.findall("<svg|<img|<table", content)) for name, content in sections}
+
+
+@pytest.fixture
+def blended(workspace: Workspace) -> Workspace:
+    """Return `workspace` with the blend `both` of its two finished runs."""
+    assert main(["blend", "bottleneck", "other", "--name", "both", "--work", str(workspace.root)]) == 0
+    return workspace
+
+
+@pytest.fixture
+def by_label(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """Return a workspace with a run on folds by label, whose few patches make four stain groups."""
+    monkeypatch.setattr(folds_module, "STAIN_GROUPS", 4)
+    return Workspace(finished_run, finished_run / "store")
+
+
+def test_a_blend_has_the_weighted_mean_of_its_members_maps(blended: Workspace) -> None:
+    oof = Run(blended.run("both")).oof().iloc[:6]
+    patches = PatchStore(blended.store).images(np.arange(6))
+
+    def maps(**weights: float) -> Any:
+        return ensemble_maps(oof, patches, Ensemble("any", weights), blended)
+
+    (first, _), (second, _) = maps(bottleneck=1.0), maps(other=1.0)
+    assert np.abs(first - second).max() > 0.1
+    assert np.allclose(maps(bottleneck=0.75, other=0.25)[0], 0.75 * first + 0.25 * second)
+    (blended.run("other") / "fold_0" / "best.pt").unlink()
+    mean, left_out = maps(bottleneck=0.5, other=0.3, gone=0.2, unused=0.0)
+    assert np.array_equal(mean, first)
+    assert [reason.split(" (")[0] for reason in left_out] == ["other", "gone"]
+    assert maps(gone=1.0)[0] is None
+    assert "Without Grad-CAM maps of other (" in made(blended, "both")
+
+
+TABLES = {
+    "a": [("p", 1, 0.05), ("q", 1, 0.05), ("r", 0, 0.97), ("s", 0, 0.92), ("t", 0, 0.1)],
+    "b": [("p", 1, 0.02), ("q", 1, 0.11), ("s", 0, 0.99), ("t", 0, 0.05)],
+    "c": [("s", 0, 0.96), ("p", 1, 0.04)],
+    "d": [("s", 0, 0.9)],
+}
+
+
+@pytest.mark.parametrize(("runs", "found"), [("a", "rpqs"), ("ab", "ps"), ("abc", "ps"), ("abd", "p"), ("cd", ""), ("d", "")])
+def test_labels_are_suspect_where_every_run_contradicts_them(runs: str, found: str) -> None:
+    table = suspect_labels({run: pd.DataFrame(TABLES[run], columns=["id", "label", "probability"]) for run in runs})
+    assert "".join(table["id"]) == found
+    assert [*table] == ["id", "label", *(f"probability_{run}" for run in runs)]
+
+
+def test_suspect_labels_rest_on_runs_that_are_not_blends(blended: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mistakes, "CERTAIN", 0.0)
+    assert filled(made(blended, "bottleneck", "other", "both"))["suspects"] == 12
+    table = pd.read_csv(blended.root / "reports" / "runs-suspect-labels.csv")
+    assert sorted(table) == ["id", "label", "probability_bottleneck", "probability_other"]
+    assert len(table) == 36
+    assert "by one run only, both (a blend): 36. runs-suspect-labels.csv has all" in made(blended, "both")
+
+
+@pytest.mark.parametrize("fields", ["lr=1", "symmetry=d4 width=16", "model=timm:resnet10t", "model=timm:mobilenetv3_small_050"])
+def test_features_are_what_the_classifier_reads(tiny: Config, fields: str) -> None:
+    net, images = create(tiny.changed(fields.split())).eval(), torch.rand(3, 3, 32, 32)
+    classifier = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    assert torch.allclose(classifier(features(net, images))[:, 0], net(images), atol=1e-6)
+    assert not classifier._forward_pre_hooks
+
+
+def test_an_embedding_has_the_principal_components_of_one_fold(blended: Workspace) -> None:
+    runs = [Run(blended.run(name)) for name in ("bottleneck", "other", "gone")]
+    run, table = embedding(runs, 1, PatchStore(blended.store))
+    assert run.fold(1).metrics().valid_auc == max(each.fold(1).metrics().valid_auc for each in runs[:2])
+    assert table.drop(columns=["x", "y"]).sort_values("id", ignore_index=True).equals(run.fold(1).oof())
+    x, y = table["x"], table["y"]
+    assert x.var() > y.var() > 0
+    assert np.allclose([x.mean(), y.mean(), x.cov(y)], 0, atol=1e-4 * x.var())
+    plot = figures.embedding("run", table, pd.Series([f"s{n:02d}" for n in range(len(table))]), "slide", table[:3])
+    sizes = {line.get_label(): len(line.get_xdata()) for line in plot.figure.axes[0].lines}
+    assert sizes == {"others": len(table) - 10, **{f"s{n:02d} (1)": 1 for n in range(10)}, "mistake (3)": 3}
+
+
+def test_patches_are_grouped_by_stain_where_no_slides_are_known(by_label: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text.split(". ")[0] for text in alternatives(made(by_label)) if text.count("stain group") == 2]
+    assert sorted(texts) == ["AUC of bottleneck by stain group", "Embedding of bottleneck by stain group"]
+    next(by_label.folds.glob("stain_groups_*.csv")).unlink()
+    monkeypatch.undo()
+    page = made(by_label)
+    assert page.count("too few for 50 groups") == 2
+    assert filled(page)["embedding"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-@pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_renders_the_report_without_errors(workspace: Workspace, width: int, dark: bool, tmp_path: Path) -> None:
-    page = made(workspace)
+@pytest.mark.parametrize(
+    ("width", "dark", "case"),
+    [
+        *((width, dark, ("workspace", "", "")) for width in (400, 1400) for dark in (False, True)),
+        (400, True, ("by_label", "bottleneck", "evaluations,correlation,leaderboard")),
+        (1400, False, ("blended", "both", "learning,augmentation,correlation")),
+    ],
+)
+def test_a_browser_renders_every_section_without_errors(
+    width: int, dark: bool, case: tuple[str, str, str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture, name, empty = case
+    workspace: Workspace = request.getfixturevalue(fixture)
+    folder = workspace.root
+    monkeypatch.setattr(mistakes, "CERTAIN", 0.0)
+    page = made(workspace, *name.split())
     if dark:
         page = page.replace("(prefers-color-scheme: dark)", "(min-width: 1px)")
     probe = """<script>
@@ -165,27 +282,30 @@ def test_a_browser_renders_the_report_without_errors(workspace: Workspace, width
     heads.find((head) => head.textContent.trim() === "pooled").click();
     const first = document.querySelector("tbody th").textContent.trim().split(" ")[0];
     const shown = [...document.querySelectorAll("figure svg, figure img")].filter((each) => each.getBoundingClientRect().width);
+    const empty = [...document.querySelectorAll("section")].filter((each) => !each.querySelector("svg, img, table"));
     const root = document.documentElement;
-    parent.document.title = [root.clientWidth, root.scrollWidth, shown.length, first,
+    parent.document.title = [root.clientWidth, root.scrollWidth, shown.length, empty.map((each) => each.id), first,
       document.querySelector("th[aria-sort]").textContent.trim()].join("|");
     </script></body>"""
     # No window gets narrower than 500 px, but a frame does.
-    framed = tmp_path / "framed.html"
+    framed = folder / "framed.html"
     frame = f'<iframe width="{width}" height="3000" style="border: 0" srcdoc="{html.escape(page.replace("</body>", probe))}">'
     framed.write_text(f"<!doctype html><title>none</title>{frame}</iframe>", encoding="utf-8")
     command = [
         *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
         *("--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", framed),
-        *(f"--window-size={width},3000", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(f"--window-size={width},3000", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"),
     ]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in dumped.stderr
     title = re.search(r"<title>(\S*?)</title>", dumped.stdout)
     assert title, dumped.stdout[:500]
-    inner, needed, shown, first, sorted_by = title.group(1).split("|")
+    inner, needed, shown, lacking, first, sorted_by = title.group(1).split("|")
     assert int(inner) == int(needed) == width
     assert int(shown) == page.count("<svg") + page.count("<img")
-    areas = {run.name: run.scored()[1].pooled.value for run in compare_runs(workspace, [], None, None).runs if not run.problem}
+    assert lacking == empty
+    runs = compare_runs(workspace, name.split(), None, None).runs
+    areas = {run.name: run.scored()[1].pooled.value for run in runs if not run.problem}
     assert (first, sorted_by) == (min(areas, key=areas.__getitem__), "pooled")
 
 

@@ -74,7 +74,8 @@ def fold_inputs(
     if kind in ("none", "stain") and slides:
         raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
     if kind == "stain":
-        return labels, Scheme(config.n_splits, "stain", subset=config.subset), _stain_map(workspace, config.subset)
+        groups = stain_map(PatchStore(workspace.store_of(config.subset)), workspace.folds)
+        return labels, Scheme(config.n_splits, "stain", subset=config.subset), groups
     path = None if kind == "none" else slides or data.slides()
     if kind == "slides" and path is None:
         raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
@@ -105,12 +106,12 @@ def stain_groups(store: PatchStore) -> pd.DataFrame:
     return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
 
 
-def _stain_map(workspace: Workspace, subset: int) -> pd.DataFrame:
-    store = PatchStore(workspace.store_of(subset))
-    file = workspace.folds / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
+def stain_map(store: PatchStore, folder: Path) -> pd.DataFrame:
+    """Return the `stain_groups` of `store`, which are computed once and written to `folder`."""
+    file = folder / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
         groups = stain_groups(store)
-        with locked(workspace.folds):
+        with locked(folder):
             write_csv(file, groups)
     return read_slides(file)
 

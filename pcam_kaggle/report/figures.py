@@ -23,6 +23,7 @@ from pcam_kaggle.scoring.results import Unit
 # The SVG of a figure has the text colour and the CSS variables of the page instead, in light and dark mode.
 TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
 PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
+GROUP_COLOURS = [PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf"]
 # Inches of 96 px. A panel fits a phone without scaling its text.
 WIDTH, HEIGHT = 3.7, 3.1
 STYLE: dict[Any, Any] = {
@@ -202,6 +203,27 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = 
         f"excluded, with one label only: {omitted}."
     )
     return Plot(figure, f"AUC of {name} by {unit}", caption)
+
+
+@mpl.rc_context(STYLE)
+def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str, mistakes: pd.DataFrame | None = None) -> Plot:
+    """Return the points of `table` (x, y) by their `keys` (n,), labels or groups as `kind` says, with crosses on `mistakes`.
+
+    The 10 most frequent keys are coloured, the others grey.
+    """
+    counts = keys.value_counts()
+    coloured = sorted(counts.index[: len(GROUP_COLOURS)])
+    layers = [("others", ~keys.isin(coloured), GREY)]
+    layers += [(f"{key} ({counts[key]:,})", keys == key, colour) for key, colour in zip(coloured, GROUP_COLOURS, strict=False)]
+    figure, ax = _panel(height=HEIGHT + 0.09 * len(layers))
+    for text, inside, colour in layers:
+        if inside.any():
+            ax.plot(table["x"][inside], table["y"][inside], "o", color=colour, markersize=3, label=text)
+    if mistakes is not None:
+        ax.plot(mistakes["x"], mistakes["y"], "x", color=TEXT, markersize=5, label=f"mistake ({len(mistakes):,})")
+    ax.set(xlabel="First principal component", ylabel="Second principal component", xticks=[], yticks=[])
+    figure.legend(loc="outside lower center", ncols=2)
+    return Plot(figure, f"Embedding of {name} by {kind}", f"{name}: {len(table):,} patches, {len(counts)} {kind}s.")
 
 
 @mpl.rc_context(STYLE)

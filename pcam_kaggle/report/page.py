@@ -1,6 +1,8 @@
-"""A comparison as one self-contained HTML file: conclusions, table, figures, and the worst mistakes of one run."""
+"""A comparison as one self-contained HTML file: conclusions, table, figures, and pictures of patches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,15 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from pcam_kaggle.core.errors import UserError, program
-from pcam_kaggle.core.files import write
+from pcam_kaggle.core.files import write, write_csv
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import read_groups
+from pcam_kaggle.data.folds import read_groups, stain_map
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.report import figures
+from pcam_kaggle.report.explain import embedding, ensemble_maps
 from pcam_kaggle.report.figures import FOLD_RANGE, Plot
-from pcam_kaggle.report.gallery import LABELLED_SIDE
-from pcam_kaggle.report.mistakes import Mistake, explained_mistakes
+from pcam_kaggle.report.gallery import LABELLED_SIDE, Images, augmented, draw_examples, worst_mistakes
+from pcam_kaggle.report.mistakes import Tile, jpeg, mistake_tiles, suspect_labels
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import KAGGLE_SCORES, read_submissions
@@ -23,6 +26,7 @@ from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import EvaluationResult, ensemble_mean
 from pcam_kaggle.scoring.intervals import unit_of
 from pcam_kaggle.scoring.metrics import Floats, Labels
+from pcam_kaggle.scoring.results import Unit
 from pcam_kaggle.scoring.tables import (
     caption,
     conclusions,
@@ -44,6 +48,9 @@ TEST_SET = (
 )
 
 TEMPLATE = Path(__file__).with_name("page.html")
+MISTAKES_PER_LABEL, MAX_SUSPECTS, EXAMPLES_PER_LABEL, VERSIONS = 6, 12, 2, 5
+SUSPECT_SIDE, VERSION_SIDE = 168, 96
+LABEL_WORDS = {0: "no tumour", 1: "tumour"}
 
 # The runs that can be scored, with their OOF tables.
 Scored = list[tuple[ComparedRun, pd.DataFrame]]
@@ -51,18 +58,18 @@ Scored = list[tuple[ComparedRun, pd.DataFrame]]
 
 @dataclass(slots=True)
 class Section:
-    """A section of the report; `text` describes its content, or gives the reason why there is none."""
+    """A section of the report; `text` describes its content, or gives the reason why there is none. Keys are headings."""
 
     anchor: str
     title: str
-    text: str
+    text: str = ""
     plots: list[Plot] = field(default_factory=list)
-    mistakes: list[Mistake] = field(default_factory=list)
+    tiles: dict[str, list[Tile]] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> None:
-    """Write `comparison` to the HTML file `target`; a section whose input is missing gives the reason instead."""
+    """Write `comparison` to the HTML `target` and `suspect_labels` to a CSV beside it; a section without input says why."""
     reference, shown = comparison.reference, display_table(comparison)
     oof, _ = reference.scored()
     by_name = {run.name: run for run in comparison.runs}
@@ -73,9 +80,12 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
         _operating_points(scored, workspace),
         _test_set(scored, workspace),
         _learning(runs, workspace),
-        _slide_aucs(scored, comparison, workspace),
+        _filled("slides", "AUC by slide", partial(_slide_aucs, scored, comparison, workspace)),
         _held_out(workspace),
-        _mistakes(reference, oof, workspace),
+        _filled("mistakes", "Worst mistakes", partial(_mistakes, reference.name, oof, workspace)),
+        _filled("suspects", "Suspect labels", partial(_suspects, scored, workspace, target)),
+        _filled("embedding", "Embedding map", partial(_embedding, comparison, workspace)),
+        _filled("augmentation", "Augmentation", partial(_augmentation, reference.name, oof, workspace)),
         _correlation(scored, reference),
         _leaderboard(workspace),
     ]
@@ -149,19 +159,50 @@ def _learning(runs: list[ComparedRun], workspace: Workspace) -> Section:
     return Section("learning", "Learning curves", "Per epoch, from each fold's log." if plots else none, plots)
 
 
-def _slide_aucs(scored: Scored, comparison: Comparison, workspace: Workspace) -> Section:
-    section = Section(
-        "slides", "AUC by slide", "Out of fold, within each slide or stain group that has patches of both labels."
-    )
-    for run, oof in scored:
-        slides, unit = comparison.groups, comparison.unit
-        if run.unpaired_reason:
-            slides, unit = read_groups(workspace.folds / f"{run.scheme}.csv"), unit_of(run.scheme)
-        plot = None if slides is None else figures.slide_aucs(run.name, oof, slides, unit)
-        section.plots += [plot] if plot else []
-    if not section.plots:
-        section.text = "Not available: the fold files of these runs have no slides with patches of both labels."
+def _filled(anchor: str, title: str, fill: Callable[[Section], None]) -> Section:
+    """Return a section that `fill` has filled, with the reason where it could not."""
+    section = Section(anchor, title)
+    try:
+        fill(section)
+    except (UserError, OSError, RuntimeError) as error:
+        # A missing store or an old checkpoint must not prevent the rest of the report.
+        section.text = f"{section.text} {_left_out(error)}".strip()
     return section
+
+
+def _slide_aucs(scored: Scored, comparison: Comparison, workspace: Workspace, section: Section) -> None:
+    reasons: dict[str, None] = {}
+    for run, oof in scored:
+        try:
+            plot = figures.slide_aucs(run.name, oof, *_groups(run, comparison, workspace))
+            section.plots += [plot] if plot else []
+        except UserError as error:
+            reasons[str(error)] = None
+    section.text = "Out of fold, within each slide, or stain group where no slides are known, that has patches of both labels."
+    if not section.plots or reasons:
+        raise UserError("; ".join(reasons) or "these runs have no such slides")
+
+
+def _groups(run: ComparedRun, comparison: Comparison, workspace: Workspace) -> tuple[pd.DataFrame, Unit]:
+    """Return the groups (id, wsi) of the patches of `run`: those compared or of its fold file, otherwise stain groups."""
+    groups, unit = comparison.groups, comparison.unit
+    if run.unpaired_reason:
+        groups, unit = read_groups(workspace.folds / f"{run.scheme}.csv"), unit_of(run.scheme)
+    if groups is None:
+        return stain_map(_store(run.name, workspace), workspace.folds), "stain group"
+    return groups, unit
+
+
+def _store(name: str, workspace: Workspace) -> PatchStore:
+    """Return the store of the patches of the run called `name`, which the members of a blend share."""
+    members = [Run(workspace.run(member)) for member in Run(workspace.run(name)).ensemble().weights]
+    subsets = [member.made_from().config.get("subset", 0) for member in members if member.is_experiment]
+    return PatchStore(workspace.store_of(max(subsets, default=0)))
+
+
+def _patches(table: pd.DataFrame, name: str, workspace: Workspace) -> Images:
+    store = _store(name, workspace)
+    return store.images(store.rows("train", table["id"].to_numpy()))
 
 
 def _held_out(workspace: Workspace) -> Section:
@@ -178,23 +219,73 @@ def _held_out(workspace: Workspace) -> Section:
     return Section("evaluations", "Held-out slides", " ".join(captions) or none, tables=tables)
 
 
-def _mistakes(base: ComparedRun, oof: pd.DataFrame, workspace: Workspace) -> Section:
-    section = Section(
-        "mistakes",
-        "Worst mistakes",
-        f"{base.name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The "
-        f"square marks the centre of {LABELLED_SIDE} px that decides the label. Next to each patch is its Grad-CAM map, from "
-        "the model that was not trained on the patch: bright regions contributed most to the prediction.",
+def _mistakes(name: str, oof: pd.DataFrame, workspace: Workspace, section: Section) -> None:
+    ensemble, mistakes = Run(workspace.run(name)).ensemble(), worst_mistakes(oof, MISTAKES_PER_LABEL)
+    patches = _patches(mistakes, name, workspace)
+    maps, left_out = ensemble_maps(mistakes, patches, ensemble, workspace)
+    section.text = (
+        f"{name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The square "
+        f"marks the centre of {LABELLED_SIDE} px that decides the label."
     )
-    try:
-        if not base.config:
-            raise UserError(f"{base.name} is a blend, which has no model of its own")
-        store = PatchStore(workspace.store_of(base.config["subset"]))
-        section.mistakes = explained_mistakes(oof, base.config, Run(workspace.run(base.name)), store)
-    except (UserError, OSError, RuntimeError) as error:
-        # An old checkpoint, or a model without feature maps, must not prevent the rest of the report.
-        section.text = _left_out(error)
-    return section
+    if maps is not None:
+        section.text += (
+            " Next to each patch is its Grad-CAM map, from the model that was not trained on the patch, or the weighted mean "
+            "of those of a blend's members: bright regions contributed most to the prediction."
+        )
+    if left_out:
+        section.text += f" Without Grad-CAM maps of {'; '.join(left_out)}."
+    section.tiles = mistake_tiles(mistakes, patches, maps)
+
+
+def _suspects(scored: Scored, workspace: Workspace, target: Path, section: Section) -> None:
+    ensembles = {run.name: Run(workspace.run(run.name)).ensemble() for run, _ in scored}
+    tables = {run.name: oof for run, oof in scored if not ensembles[run.name].ranked}
+    single = {name: oof for name, oof in tables.items() if [*ensembles[name].weights] == [name]}
+    used = single if len(single) > 1 else tables
+    if not used:
+        raise UserError("a blend of ranks has no probabilities")
+    table, file = suspect_labels(used), target.with_name(f"{target.stem}-suspect-labels.csv")
+    write_csv(file, table)
+    names = ", ".join(name if name in single else f"{name} (a blend)" for name in used)
+    by = f"each of {names} that has predicted the patch, at least two" if len(used) > 1 else f"one run only, {names}"
+    section.text = (
+        "Train patches labelled tumour with an out-of-fold probability below 0.1, or labelled no tumour with one above 0.9, by "
+        f"{by}: {len(table):,}. {file.name} has all, this page the most extreme."
+    )
+    shown = table.head(MAX_SUSPECTS)
+    patches = _patches(shown, max(used, key=lambda name: len(used[name])), workspace)
+    for patch, (name, label, *probabilities) in zip(patches, shown.to_numpy(), strict=True):
+        text = f"labelled {LABEL_WORDS[label]}: mean probability {np.nanmean(probabilities):.4f}"
+        pictures = [(jpeg(patch, SUSPECT_SIDE), f"Patch {name}; a square marks its centre")]
+        section.tiles.setdefault("", []).append(Tile(pictures, f"{name[:16]}, {text}", SUSPECT_SIDE))
+
+
+def _embedding(comparison: Comparison, workspace: Workspace, section: Section) -> None:
+    name, fold = comparison.reference.name, min(comparison.folds)
+    members = [Run(workspace.run(member)) for member in Run(workspace.run(name)).ensemble().weights]
+    run, table = embedding(members, fold, _store(name, workspace))
+    section.text = (
+        f"Validation patches of fold {fold} under the model of {run.name} that was not trained on them: the features that its "
+        "classifier reads, on their first two principal components. Crosses are mistakes at a threshold of 0.5."
+    )
+    is_wrong = table["label"] != (table["probability"] >= 0.5)
+    section.plots = [figures.embedding(run.name, table, table["label"].map(LABEL_WORDS), "label", table[is_wrong])]
+    groups, unit = _groups(comparison.reference, comparison, workspace)
+    section.plots += [figures.embedding(run.name, table, table["id"].map(groups.set_index("id")["wsi"]), unit)]
+
+
+def _augmentation(name: str, oof: pd.DataFrame, workspace: Workspace, section: Section) -> None:
+    run = Run(workspace.run(name))
+    if not run.is_experiment or run.config().probe:
+        raise UserError(f"{name} was not trained on augmented patches itself; blends and probes are not")
+    config, examples = run.config(), draw_examples(oof, EXAMPLES_PER_LABEL)
+    patches = _patches(examples, name, workspace)
+    versions = np.split(augmented(np.repeat(patches, VERSIONS, axis=0), config), len(patches))
+    section.text = f"{name}: train patches, and beside each {VERSIONS} random versions as the model sees them in training."
+    for row, patch, own in zip(examples.itertuples(), patches, versions, strict=True):
+        pictures = [(jpeg(patch, VERSION_SIDE), f"Patch {row.id}; a square marks its centre")]
+        pictures += [(jpeg(version, VERSION_SIDE, marked=False), "The same patch, augmented") for version in own]
+        section.tiles.setdefault("", []).append(Tile(pictures, f"{row.id[:16]}, {LABEL_WORDS[row.label]}", VERSION_SIDE))
 
 
 def _correlation(scored: Scored, reference: ComparedRun) -> Section:
