@@ -153,7 +153,6 @@ OTHER = "b and a: trained on other folds or patches"
     [
         (FIRST, "a, a: a run is named twice"),
         (replace(SECOND, folds_sha256="other"), OTHER),
-        (replace(SECOND, scheme="stain_3_42"), OTHER),
         *((replace(SECOND, oof=SECOND.oof.assign(**other)), OTHER) for other in ({"label": 1 - LABELS}, {"fold": 2 - FOLD})),
         (replace(SECOND, oof=SECOND.oof.assign(id=IDS[::-1])), OTHER),
         (replace(SECOND, tests=[table.iloc[1:].reset_index(drop=True) for table in SECOND.tests]), "test ids"),

@@ -14,7 +14,7 @@ from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, exper
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
-from pcam_kaggle.pipeline.job import Job, Selection, time_limit
+from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_folds
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
 from pcam_kaggle.scoring.compare import Comparison
@@ -46,9 +46,11 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
     data, workspace, is_demo = _folders(options)
     chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
     short = [f"{field}={value}" for field in ("groups", "subset") if (value := getattr(options, field))]
-    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs)
+    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs, options.fold_file)
     name, changes = options.name or "-".join(runs), with_folder_settings([*changes, *options.set, *short])
     chosen_plan = plan(chosen, changes, name, options.seeds, suffix)
+    if options.fold_file:
+        chosen_plan = with_given_folds(chosen_plan, options.fold_file, data)
     job = Job(chosen_plan, data, workspace, selection, options.method, time_limit(options.hours), is_demo)
     if is_demo:
         reason = "" if options.demo else ", since no data of the competition was found"
@@ -68,7 +70,8 @@ def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
         # Runs are blended without the data that they were trained on.
         found = runs_workspace(workspace)
         return demo_data, found, found == demo
-    given = [" ".join(pair) for pair in _given(options) if pair[0] in ("-e", "--set", "--groups", "--subset", "--slides")]
+    needs_data = ("-e", "--set", "--groups", "--subset", "--slides", "--fold-file")
+    given = [" ".join(pair) for pair in _given(options) if pair[0] in needs_data]
     if given and not options.demo:
         advice = "name its folder with --data (make: DATA=), or add --demo (make: ARGS=--demo) for the synthetic demo"
         raise UserError(f"{given[0]}: no data of the competition found; {advice}")
@@ -84,6 +87,7 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
         ("--name", options.name or "-".join(options.members)),
         ("--seeds", options.seeds if options.seeds > 1 else None),
         ("--slides", options.slides),
+        ("--fold-file", options.fold_file),
         ("--groups", options.groups),
         ("--subset", options.subset),
         ("--folds", ",".join(map(str, options.folds or ()))),

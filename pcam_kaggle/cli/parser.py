@@ -112,6 +112,7 @@ JOB = (
     Option("--name", help="name of the run and of its submission [the experiment's]"),
     SET,
     Option("--slides", type=user_path, help="CSV of id,wsi [patch_id_wsi*.csv beside the labels]"),
+    Option("--fold-file", type=user_path, help="CSV of id,fold, optionally group: folds to use [they are drawn]"),
     Option("--groups", help="which patches share a fold: slides, stain or none; short for --set groups="),
     Option("--subset", metavar="5000", help="use a sample of the train patches; short for --set subset= [all]"),
 )

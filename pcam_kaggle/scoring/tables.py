@@ -30,7 +30,7 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
     for title, estimate in (("pooled", metrics.pooled), ("pooled after ranking within folds", metrics.ranked)):
         lines.append(f"{title}   {estimate.value:.4f}, 95 % interval {estimate.interval_text()} (unit: {estimate.unit})")
     if metrics.pooled.unit == "patch":
-        lines.append("folds by label share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
+        lines.append("folds may share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
     if metrics.missing_folds:
         lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
     if gain := metrics.gain_of_weights:
@@ -92,7 +92,7 @@ def conclusions(comparison: Comparison) -> list[str]:
     if comparison.best and differences:
         sentences.insert(0, describe_best(comparison.best, differences, reference.name))
     configs = {run.name: {key: value for key, value in run.config.items() if key != "groups"} for run in runs}
-    scored = [run for run in runs if run.scheme and not run.problem]
+    scored = [run for run in runs if run.config and not run.problem]
     stratified = [run for run in scored if unit_of(run.scheme) == "patch"]
     grouped = [run for run in scored if unit_of(run.scheme) != "patch"]
     for first, second in [(a, b) for a in stratified for b in grouped if configs[a.name] == configs[b.name]]:
