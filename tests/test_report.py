@@ -134,7 +134,7 @@ def test_names_are_escaped_and_a_blend_has_no_grad_cam(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<script>") == 1
     assert any('<script>"&' in text for text in alternatives(page))
-    assert "is a blend, which has no model of its own" in page
+    assert "is a blend or imported, and has no model of its own" in page
     assert "blends and probes have no epochs" in page
 
 

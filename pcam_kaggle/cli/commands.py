@@ -17,6 +17,7 @@ from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
 from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_folds
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
+from pcam_kaggle.runs.import_run import import_predictions
 from pcam_kaggle.scoring.compare import Comparison
 from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 
@@ -96,6 +97,15 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
     return [(flag, str(value)) for flag, value in pairs if value]
 
 
+def _run_import(options: argparse.Namespace) -> None:
+    workspace = find_workspace(options.work)
+    data = find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
+    if data is None:
+        raise UserError("no data of the competition found, whose labels are needed; name its folder with --data")
+    run = import_predictions(options.name, options.oof, options.test, data, workspace)
+    log.info("import: %s; next: python -m pcam_kaggle blend %s, alone or with other runs", run.folder, run.name)
+
+
 def _run_compare(options: argparse.Namespace) -> None:
     print(render_comparison(_comparison(options)[1], options.format), end="")
 
@@ -136,6 +146,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(STAGES, _run_stage),
     "pipeline": lambda options: run_all(_job(options)),
     "probe": lambda options: run_all(_job(options, PRETRAINED, PROBE, "-probe")),
+    "import": _run_import,
     "compare": _run_compare,
     "evaluate": _run_evaluate,
     "report": _run_report,

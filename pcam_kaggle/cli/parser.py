@@ -126,6 +126,12 @@ HELD_OUT = (
     Option("--slides", type=user_path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
     Option("--name", help="name of the held-out set [that of the folder that holds the labels]"),
 )
+IMPORT = (
+    Option("name", help="name of the run to make"),
+    Option("--oof", type=user_path, required=True, help="CSV of id,fold,probability: out of fold, of all train patches"),
+    Option("--test", type=user_path, required=True, help="CSV of id,probability: of all test patches"),
+    Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
+)
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
 SESSION = (
@@ -160,6 +166,7 @@ COMMANDS = (
     Command("submission", "write submissions/<name>.csv for Kaggle", (*JOB, SEEDS)),
     Command("pipeline", "run every stage from prepare to submission", (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD)),
     Command("probe", "run every stage with a logistic regression on pretrained features, into runs/<name>-probe/", PROBE),
+    Command("import", "make a run of predictions made elsewhere, to compare and to blend", IMPORT),
     Command(
         "compare",
         "compare runs: AUC per fold, paired differences, differing settings",

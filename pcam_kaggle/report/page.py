@@ -131,7 +131,7 @@ def _mistakes(base: ComparedRun, oof: pd.DataFrame, workspace: Workspace) -> Sec
     )
     try:
         if not base.config:
-            raise UserError(f"{base.name} is a blend, which has no model of its own")
+            raise UserError(f"{base.name} is a blend or imported, and has no model of its own")
         store = PatchStore(workspace.store_of(base.config["subset"]))
         section.mistakes = explained_mistakes(oof, base.config, Run(workspace.run(base.name)), store)
     except (UserError, OSError, RuntimeError) as error:
