@@ -13,7 +13,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment, plan
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
-from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
+from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate, predict_patches
 from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_folds
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
@@ -111,8 +111,15 @@ def _run_compare(options: argparse.Namespace) -> None:
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
     workspace = runs_workspace(find_workspace(options.work))
+    of_scores = (options.runs[1:], options.labels, options.slides, options.name, options.baseline)
+    if not (options.labels or options.out) or (options.out and any(of_scores)):
+        raise UserError("give either --labels, to score runs, or --out, to write the predictions of one run, without scores")
+    if options.out:
+        predict_patches(workspace, options.runs[0], options.patches, options.out, options.folds)
+        log.info("evaluate: predictions in %s", options.out)
+        return
+    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
     result = evaluate(workspace, options.runs, held_out, options.baseline, options.folds)
     print(render_evaluation(result, options.format), end="")
 

@@ -120,8 +120,9 @@ PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD)
 BLENDED = Option("members", nargs="*", help="runs to blend [those of the experiment]")
 HELD_OUT = (
     Option("runs", nargs="+", help="runs to evaluate"),
-    Option("--patches", type=user_path, required=True, help="folder of <id>.tif"),
-    Option("--labels", type=user_path, required=True, help="CSV of id,label"),
+    Option("--patches", type=user_path, required=True, help="folder of <id>.tif, with --out also PNG or JPEG"),
+    Option("--labels", type=user_path, help="CSV of id,label, to score the runs"),
+    Option("--out", type=user_path, help="CSV to write one run's predictions to, in place of scores"),
     Option("--ids", choices=["sha1", "names"], default="sha1", help="ID scheme [sha1]"),
     Option("--slides", type=user_path, help="CSV of id,wsi, whose slides are resampled [patches are]"),
     Option("--name", help="name of the held-out set [that of the folder that holds the labels]"),
@@ -172,7 +173,7 @@ COMMANDS = (
         "compare runs: AUC per fold, paired differences, differing settings",
         (RUNS, COMPARED_FOLDS, BASELINE, SLIDES, FORMAT),
     ),
-    Command("evaluate", "score runs on a held-out set of labelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
+    Command("evaluate", "score runs on held-out patches, or predict unlabelled patches", (*HELD_OUT, FOLDS, BASELINE, FORMAT)),
     Command("report", "write an HTML report of runs, into reports/", (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)),
     Command("config", "list all fields of an experiment's config", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment on Kaggle: push, follow, download, compare; resumes", SESSION),
