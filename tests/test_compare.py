@@ -330,11 +330,11 @@ def test_a_result_is_compared_with_other_runs(runs: Path, capsys: pytest.Capture
 
 def test_the_scheme_determines_what_is_resampled() -> None:
     ids = SLIDE_MAP["id"]
-    for scheme, unit in (("slides_5_42", "slide"), ("stain_5_42", "stain group")):
+    for scheme, unit in (("slides_5_42", "slide"), ("grouped_0a1b2c3d", "slide"), ("stain_5_42", "stain group")):
         assert unit_of(scheme) == unit
         with pytest.raises(ValueError, match=f"one {unit} are not independent"):
             Clusters.of(ids, None, unit)
-    assert Clusters.of(ids, None, unit_of("stratified_5_42")).codes is None
+    assert Clusters.of(ids, None, unit_of("given_0a1b2c3d")).codes is None
     with pytest.raises(UserError, match="not a fold scheme"):
         unit_of("")
     # A patch that the groups lack is a cluster of its own.
@@ -345,6 +345,8 @@ def test_the_scheme_determines_what_is_resampled() -> None:
 
 def test_runs_that_differ_only_in_the_fold_scheme_have_a_sentence(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     area = write_blended_run(work, by_slide("c", 1.0, 1, "stratified_3_42"), lr=1).blend_metrics().pooled.value
+    for name, scheme in (("d", "stratified_3_42"), ("e", "slides_3_42")):
+        write_blended_run(work, by_slide(name, 1.0, 1, scheme)).config_file.unlink()
     (sentence,) = [each for each in json.loads(compared(work, capsys))["words"] if "same config" in each]
     assert sentence.startswith(f"c and a have the same config: pooled AUC {area:.4f} on stratified_3_42, {area:.4f} on slides")
     assert sentence.endswith("(+0.0000), where patches of one slide share a fold.")

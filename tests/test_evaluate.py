@@ -226,8 +226,7 @@ def test_few_and_train_patches_are_warned_of(data: Data, finished_run: Path, cap
     Image.open(first_tif(data)).save(few / "mine.png")
     table = predict(finished_run, "bottleneck", few)
     norm, trained = "predicts with norm=train, since there are fewer than 256", "was trained on 1 of these 255 patches (mine)"
-    warned = capsys.readouterr().err
-    assert [warned.count(text) for text in (norm, trained, "\n")] == [1, 1, 2]
+    assert [*map(capsys.readouterr().err.count, (norm, trained, "\n"))] == [1, 1, 2]
     config.write_text(config.read_text().replace('"norm": "test"', '"norm": "train"'))
     pd.testing.assert_frame_equal(predict(finished_run, "bottleneck", few), table)
     assert norm not in capsys.readouterr().err
