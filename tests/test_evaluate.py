@@ -252,7 +252,7 @@ def test_what_cannot_be_predicted_is_one_line(finished_run: Path, capsys: pytest
         (Path.exists, ["second"], "give either"),
         (Path.exists, ["--labels", "labels.csv"], "give either --labels"),
     ):
-        root, out = write_patches(finished_run / message.replace("/", ""), ".tif", 1), finished_run / "out.csv"
+        root, out = write_patches(finished_run / message[-9:], ".tif", 1), finished_run / "out.csv"
         add(root)
         line = ["evaluate", "bottleneck", *options, "--work", str(finished_run), "--patches", str(root), "--out", str(out)]
         assert main(line) == 2

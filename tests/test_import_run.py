@@ -251,7 +251,7 @@ def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pca
     test, sent = (pd.read_csv(work / name, index_col="id") for name in ("test.csv", "submissions/theirs.csv"))
     np.testing.assert_allclose(sent["label"], test.loc[sent.index, "probability"])
     assert main(["report", "--work", str(work)]) == 0
-    assert not [run for run in compare_runs(Workspace(work, work), []).runs if run.problem or run.unpaired_reason]
+    assert len({r.scheme + r.problem + r.unpaired_reason for r in compare_runs(Workspace(work, work), []).runs}) == 1
     assert import_theirs(work, data) == 2
     shutil.rmtree(runs / "theirs")
     assert import_theirs(work, data, lambda oof, test: (oof.assign(fold=(oof["fold"] + 1) % 3), test)) == 0
