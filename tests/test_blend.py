@@ -28,7 +28,7 @@ def test_a_blend_does_not_depend_on_the_order_of_rows(method: Method, tmp_path: 
 
 
 def test_the_mean_and_its_metrics() -> None:
-    members = [noisy("a", 1, 1), noisy("b", 2, 2)]
+    members = [noisy("a", 1, 1), replace(noisy("b", 2, 2), scheme="given_0a1b2c3d")]
     made = blend(members, "mean")
     values = np.mean([each.oof["probability"] for each in members], axis=0)
     tests = np.mean([test["probability"] for each in members for test in each.tests], axis=0)
@@ -153,7 +153,6 @@ OTHER = "b and a: trained on other folds or patches"
     [
         (FIRST, "a, a: a run is named twice"),
         (replace(SECOND, folds_sha256="other"), OTHER),
-        (replace(SECOND, scheme="stain_3_42"), OTHER),
         *((replace(SECOND, oof=SECOND.oof.assign(**other)), OTHER) for other in ({"label": 1 - LABELS}, {"fold": 2 - FOLD})),
         (replace(SECOND, oof=SECOND.oof.assign(id=IDS[::-1])), OTHER),
         (replace(SECOND, tests=[table.iloc[1:].reset_index(drop=True) for table in SECOND.tests]), "test ids"),

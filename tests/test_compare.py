@@ -330,9 +330,9 @@ def test_a_result_is_compared_with_other_runs(runs: Path, capsys: pytest.Capture
 
 def test_the_scheme_determines_what_is_resampled() -> None:
     ids = SLIDE_MAP["id"]
-    for scheme, unit in (("slides_5_42", "slide"), ("stain_5_42", "stain group")):
+    for scheme, unit in (("slides_5_42", "slide"), ("grouped_0a1b2c3d", "slide"), ("stain_5_42", "stain group")):
         assert unit_of(scheme) == unit
-    assert Clusters.of(ids, None, unit_of("stratified_5_42")).codes is None
+    assert Clusters.of(ids, None, unit_of("given_0a1b2c3d")).codes is None
     with pytest.raises(UserError, match="not a fold scheme"):
         unit_of("")
     # A patch that the groups lack is a cluster of its own.

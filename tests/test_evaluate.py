@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Others, Outcome
+from conftest import Others, Outcome, first_tif
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
@@ -194,3 +195,66 @@ def test_slides_are_the_unit_where_a_map_is_given(evaluate: Command, others: Oth
         found = json.loads(outcome.out)
         assert (found["unit"], found["runs"][0]["mean"]["units"]) == ("slide", units)
         assert ("lacks 1 of 12 patches" in outcome.err) == bool(lacking)
+
+
+def predict(work: Path, run: str, patches: Path) -> pd.DataFrame:
+    line = ["evaluate", run, "--work", str(work), "--patches", str(patches), "--out", str(work / "out.csv")]
+    assert main(line) == 0
+    return pd.read_csv(work / "out.csv", dtype={"id": str}).set_index("id")
+
+
+def write_patches(folder: Path, suffix: str, count: int) -> Path:
+    folder.mkdir()
+    for n in range(count):
+        Image.fromarray(np.random.default_rng(n).integers(0, 200, (96, 96, 3), np.uint8)).save(folder / f"{n:03d}{suffix}")
+    return folder
+
+
+def test_any_patches_are_predicted_as_with_labels(evaluate: Command, finished_run: Path, tmp_path: Path) -> None:
+    pngs, tifs = (write_patches(tmp_path / suffix, suffix, 300) for suffix in (".PNG", ".tif"))
+    table, labels = predict(finished_run, "bottleneck", pngs), tmp_path / "labels.csv"
+    assert [*table.index, *table] == [*(f"{n:03d}" for n in range(300)), "probability", "fold_0", "fold_1", "fold_2"]
+    pd.testing.assert_frame_equal(predict(finished_run, "bottleneck", tifs), table)
+    np.testing.assert_allclose(table["probability"], table.filter(like="fold_").mean(axis=1))
+    pd.DataFrame({"id": table.index, "label": np.arange(300) % 2}).to_csv(labels, index=False)
+    result(evaluate, "bottleneck", "--patches", str(tifs), "--labels", str(labels), "--ids", "names", "--name", "others")
+    pd.testing.assert_frame_equal(stored(finished_run).set_index("id").filter(like="fold_"), table.filter(like="fold_"))
+
+
+def test_few_and_train_patches_are_warned_of(data: Data, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, config = write_patches(finished_run / "few", ".jpg", 254), finished_run / "runs/bottleneck/config.json"
+    Image.open(first_tif(data)).save(few / "mine.png")
+    table = predict(finished_run, "bottleneck", few)
+    norm, trained = "predicts with norm=train, since there are fewer than 256", "was trained on 1 of these 255 patches (mine)"
+    assert [*map(capsys.readouterr().err.count, (norm, trained, "\n"))] == [1, 1, 2]
+    config.write_text(config.read_text().replace('"norm": "test"', '"norm": "train"'))
+    pd.testing.assert_frame_equal(predict(finished_run, "bottleneck", few), table)
+    assert norm not in capsys.readouterr().err
+
+
+def test_a_blend_predicts_the_mean_of_its_members(others: Others, finished_run: Path, pcam: Command) -> None:
+    second = Run(shutil.copytree(finished_run / "runs/bottleneck", finished_run / "runs/second"))
+    for method in ("mean", "rank"):
+        assert pcam("blend", "bottleneck", "second", "--name", method, "--method", method).status == 0
+    shutil.copy(second.fold(1).best_checkpoint, second.fold(0).best_checkpoint)
+    one, other, mean, rank = (predict(finished_run, n, others.patches) for n in ("bottleneck", "second", "mean", "rank"))
+    assert not one["fold_0"].equals(other["fold_0"])
+    pd.testing.assert_frame_equal(mean, (one + other) / 2)
+    assert rank.columns[0] == "mean_rank"
+
+
+def test_what_cannot_be_predicted_is_one_line(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for add, options, message in (
+        (lambda folder: (folder / "000.png").touch(), [], "/000.tif: a second file of its id; remove it or 000.png"),
+        (lambda folder: Image.new("RGB", (95, 96)).save(folder / "small.png"), [], "/small.png: is 95x96 px RGB, not 96x96"),
+        (lambda folder: (folder / "cut.jpeg").touch(), [], "/cut.jpeg: can't be decoded"),
+        (lambda folder: (folder / "000.tif").unlink(), [], "holds no TIF"),
+        (Path.exists, ["second"], "give either"),
+        (Path.exists, ["--labels", "labels.csv"], "give either --labels"),
+    ):
+        root, out = write_patches(finished_run / message[-9:], ".tif", 1), finished_run / "out.csv"
+        add(root)
+        line = ["evaluate", "bottleneck", *options, "--work", str(finished_run), "--patches", str(root), "--out", str(out)]
+        assert main(line) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()

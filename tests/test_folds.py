@@ -8,7 +8,7 @@ import pytest
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import csv_bytes, file_sha256, read_json, sha256
-from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, load_folds, make_folds, read_groups
+from pcam_kaggle.data.folds import UNMAPPED, Scheme, draw_folds, find_folds, given_folds, load_folds, make_folds, read_groups
 from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides
 
 PLAIN = Scheme(5, "stratified")
@@ -169,3 +169,18 @@ def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame)
         draw_folds(labels, SLIDES, one_sided)
     with pytest.raises(UserError, match="3 slides can't fill 5 folds"):
         draw_folds(labels, SLIDES, slides.assign(wsi=[f"slide_{n % 3}" for n in range(1000)]))
+
+
+def test_given_folds_are_named_by_content_and_found_by_it(labels: pd.DataFrame, slides: pd.DataFrame, tmp_path: Path) -> None:
+    labels, file, names = labels.sort_values("id", ignore_index=True), tmp_path / "given.csv", []
+    table = draw_folds(labels, SLIDES, slides[50:])
+    for columns in (["id", "fold"], ["id", "fold", "group"], ["id", "fold", "group"]):
+        table[columns].replace(UNMAPPED, "").sample(frac=1).to_csv(file, index=False)
+        scheme, groups = given_folds(file, labels)
+        assert make_folds(labels, scheme, groups, tmp_path)[1] == (scheme.name not in names)
+        names.append(scheme.name)
+        assert find_folds(table, tmp_path).scheme == scheme.name
+    assert names[1] == names[2] == f"grouped_{sha256(csv_bytes(table))[:8]}"
+    make_folds(labels, SLIDES, slides[50:], tmp_path)
+    assert find_folds(table, tmp_path).scheme == SLIDES.name
+    assert given_folds(file, labels, 100)[0].given["id"].tolist() == draw_subset(labels, 100)["id"].tolist()

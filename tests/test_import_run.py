@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
@@ -15,6 +18,7 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.core.files import PART, locked, read_json, write_json
 from pcam_kaggle.core.paths import Data, Workspace
+from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.runs import checkpoint, import_run
 from pcam_kaggle.runs.fold import FOLD_FILES
 from pcam_kaggle.runs.import_run import import_runs
@@ -225,3 +229,45 @@ def test_a_damaged_run_is_not_imported(
     assert "\n" not in str(caught.value)
     assert not [path for path in here.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert not (tmp_path / "outside.csv").exists()
+
+
+def import_theirs(work: Path, data: Data, change: Callable = lambda oof, test: (oof, test)) -> int:
+    rng, oof, test = np.random.default_rng(1), Run(work / RUN).oof(), pd.read_csv(data.sample)[["id"]]
+    tables = (table.assign(probability=rng.random(len(table))) for table in (oof.drop(columns="label"), test))
+    for name, table in zip(("oof", "test"), change(*tables), strict=True):
+        table.sample(frac=1).to_csv(work / f"{name}.csv", index=False)
+    line = ["import", "theirs", "--data", str(data.root), "--work", str(work)]
+    return main([*line, "--oof", str(work / "oof.csv"), "--test", str(work / "test.csv")])
+
+
+def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pcam: Callable, finished_run: Path) -> None:
+    work, runs = finished_run, finished_run / "runs"
+    assert import_theirs(work, data) == 0
+    for names in (["theirs"], ["bottleneck", "theirs"]):
+        assert pcam("blend", *names).status == pcam("submission", "--name", "-".join(names)).status == 0
+    own, other = (Run(runs / name).oof() for name in ("bottleneck", "theirs"))
+    pooled = roc_auc_score(own["label"], (own["probability"] + other["probability"]) / 2)
+    assert Run(runs / "bottleneck-theirs").blend_metrics().pooled.value == pytest.approx(pooled)
+    test, sent = (pd.read_csv(work / name, index_col="id") for name in ("test.csv", "submissions/theirs.csv"))
+    np.testing.assert_allclose(sent["label"], test.loc[sent.index, "probability"])
+    assert main(["report", "--work", str(work)]) == 0
+    assert len({r.scheme + r.problem + r.unpaired_reason for r in compare_runs(Workspace(work, work), []).runs}) == 1
+    assert import_theirs(work, data) == 2
+    shutil.rmtree(runs / "theirs")
+    assert import_theirs(work, data, lambda oof, test: (oof.assign(fold=(oof["fold"] + 1) % 3), test)) == 0
+    assert '"config": {\n    "n_splits": 3\n  },\n  "folds": "given_' in Run(runs / "theirs").config_file.read_text()
+
+
+def test_unusable_predictions_are_not_imported(data: Data, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = min(pd.read_csv(data.labels)["id"])
+    for change, message in (
+        (lambda oof, test: (pd.concat([oof, oof[:1]]), test), f"oof.csv: ids in more than one row: 1 ({first})"),
+        (lambda oof, test: (oof.replace(first, "x"), test), f"oof.csv: 2 ids lack a label or a row here ({first}, x)"),
+        (lambda oof, test: (oof.replace({"fold": {1: 3}}), test), "oof.csv: fold 1 of 0 to 2 is missing or lacks a label"),
+        (lambda oof, test: (oof.assign(group="s"), test), "oof.csv: group s is in several folds"),
+        (lambda oof, test: (oof.assign(probability=1.5), test), "oof.csv: 36 probabilities are outside of [0, 1]"),
+        (lambda oof, test: (oof, test[1:]), "test.csv: its ids are not those of"),
+    ):
+        assert import_theirs(finished_run, data, change) == 2
+        assert message in capsys.readouterr().err
+        assert not [*finished_run.glob("runs/theirs"), *finished_run.glob("folds/given*")]

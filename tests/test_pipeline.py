@@ -61,6 +61,20 @@ def test_stages_leave_what_they_promise(data: Data, pcam: Command, tmp_path: Pat
     assert pooled == auc(oof["label"].to_numpy(), oof["probability"].to_numpy())
 
 
+def test_given_folds_are_used_in_place_of_drawn_ones(data: Data, pcam: Command, tmp_path: Path) -> None:
+    file, run = tmp_path / "given.csv", Run(tmp_path / "work/runs/given")
+    folds = pd.read_csv(data.labels)[["id"]].assign(fold=np.arange(36) % 2)
+    folds.to_csv(file, index=False)
+    given = ("--name", "given", "--fold-file", str(file))
+    assert "folds: n_splits=2, as in" in pcam("pipeline", *given).out
+    assert (run.made_from().config["n_splits"], run.made_from().folds[:6]) == (2, "given_")
+    assert run.oof()[["id", "fold"]].equals(folds.sort_values("id", ignore_index=True))
+    folds[::-1].to_csv(file, index=False)
+    assert "nothing to do" in pcam("pipeline", *given).out
+    assert f"--fold-file {file}" in pcam("folds", *given).out.splitlines()[-1]
+    assert "can't be combined with --slides or groups=none" in pcam("folds", *given, "--groups", "none").err
+
+
 def test_the_order_of_labels_does_not_matter(data: Data, pcam: Command, finished_run: Path, tmp_path: Path) -> None:
     finished_run.rename(tmp_path / "first")
     pd.read_csv(data.labels).sample(frac=1, random_state=1).to_csv(data.labels, index=False)
@@ -184,7 +198,7 @@ def test_a_slide_map_beside_the_labels_is_used(data: Data, pcam: Command) -> Non
     outcome = pcam("pipeline")
     assert outcome.status == 0, outcome.err
     assert "folds/slides_3_42.csv\nfolds: no mapped slide is in two folds" in outcome.out
-    warning = "folds by label share slides"
+    warning = "folds may share slides"
     assert warning not in outcome.out
     assert warning in pcam("pipeline", "--groups", "none", "--name", "by_label").out
 

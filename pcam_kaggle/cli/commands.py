@@ -13,10 +13,11 @@ from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, experiment, plan
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
-from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate
-from pcam_kaggle.pipeline.job import Job, Selection, time_limit
+from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate, predict_patches
+from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_folds
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
+from pcam_kaggle.runs.import_run import import_predictions
 from pcam_kaggle.scoring.compare import Comparison
 from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 
@@ -46,9 +47,11 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
     data, workspace, is_demo = _folders(options)
     chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
     short = [f"{field}={value}" for field in ("groups", "subset") if (value := getattr(options, field))]
-    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs)
+    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs, options.fold_file)
     name, changes = options.name or "-".join(runs), with_folder_settings([*changes, *options.set, *short])
     chosen_plan = plan(chosen, changes, name, options.seeds, suffix)
+    if options.fold_file:
+        chosen_plan = with_given_folds(chosen_plan, options.fold_file, data)
     job = Job(chosen_plan, data, workspace, selection, options.method, time_limit(options.hours), is_demo)
     if is_demo:
         reason = "" if options.demo else ", since no data of the competition was found"
@@ -68,7 +71,8 @@ def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
         # Runs are blended without the data that they were trained on.
         found = runs_workspace(workspace)
         return demo_data, found, found == demo
-    given = [" ".join(pair) for pair in _given(options) if pair[0] in ("-e", "--set", "--groups", "--subset", "--slides")]
+    needs_data = ("-e", "--set", "--groups", "--subset", "--slides", "--fold-file")
+    given = [" ".join(pair) for pair in _given(options) if pair[0] in needs_data]
     if given and not options.demo:
         advice = "name its folder with --data (make: DATA=), or add --demo (make: ARGS=--demo) for the synthetic demo"
         raise UserError(f"{given[0]}: no data of the competition found; {advice}")
@@ -84,6 +88,7 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
         ("--name", options.name or "-".join(options.members)),
         ("--seeds", options.seeds if options.seeds > 1 else None),
         ("--slides", options.slides),
+        ("--fold-file", options.fold_file),
         ("--groups", options.groups),
         ("--subset", options.subset),
         ("--folds", ",".join(map(str, options.folds or ()))),
@@ -92,13 +97,29 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
     return [(flag, str(value)) for flag, value in pairs if value]
 
 
+def _run_import(options: argparse.Namespace) -> None:
+    workspace = find_workspace(options.work)
+    data = find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
+    if data is None:
+        raise UserError("no data of the competition found, whose labels are needed; name its folder with --data")
+    run = import_predictions(options.name, options.oof, options.test, data, workspace)
+    log.info("import: %s; next: %s blend %s, alone or with other runs", run.folder, program(), run.name)
+
+
 def _run_compare(options: argparse.Namespace) -> None:
     print(render_comparison(_comparison(options)[1], options.format), end="")
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
     workspace = runs_workspace(find_workspace(options.work))
+    of_scores = (options.runs[1:], options.labels, options.slides, options.name, options.baseline)
+    if not (options.labels or options.out) or (options.out and any(of_scores)):
+        raise UserError("give either --labels, to score runs, or --out, to write the predictions of one run, without scores")
+    if options.out:
+        predict_patches(workspace, options.runs[0], options.patches, options.out, options.folds)
+        log.info("evaluate: predictions in %s", options.out)
+        return
+    held_out = HeldOutSet(options.patches, options.labels, options.ids, options.name, options.slides)
     result = evaluate(workspace, options.runs, held_out, options.baseline, options.folds)
     print(render_evaluation(result, options.format), end="")
 
@@ -132,6 +153,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     **dict.fromkeys(STAGES, _run_stage),
     "pipeline": lambda options: run_all(_job(options)),
     "probe": lambda options: run_all(_job(options, PRETRAINED, PROBE, "-probe")),
+    "import": _run_import,
     "compare": _run_compare,
     "evaluate": _run_evaluate,
     "report": _run_report,

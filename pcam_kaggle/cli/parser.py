@@ -124,6 +124,7 @@ JOB = (
     Option("--name", help="name of the run, as in runs/, and of its submission [the experiment's]"),
     SET,
     Option("--slides", type=user_path, help="CSV of id,wsi: a slide is in one fold only [patch_id_wsi*.csv beside the labels]"),
+    Option("--fold-file", type=user_path, help="CSV of id,fold, optionally group: folds to use [they are drawn]"),
     Option("--groups", help="keep patches together: slides, stain (similar ones) or none [slides if known]"),
     Option("--subset", metavar="5000", help="use a sample of so many train patches [all]"),
 )
@@ -133,11 +134,18 @@ BLENDED = Option("members", nargs="*", help="names of the runs to blend [the exp
 COMPARED = (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)
 HELD_OUT = (
     Option("runs", nargs="+", help="names of the runs to evaluate, as in runs/"),
-    Option("--patches", type=user_path, required=True, help="folder of <id>.tif"),
-    Option("--labels", type=user_path, required=True, help="CSV of id,label"),
+    Option("--patches", type=user_path, required=True, help="folder of <id>.tif, with --out also PNG or JPEG"),
+    Option("--labels", type=user_path, help="CSV of id,label, to score the runs"),
+    Option("--out", type=user_path, help="CSV to write the predictions of one run to, without labels"),
     Option("--ids", choices=["sha1", "names"], default="sha1", help="what ids are: SHA-1 of the pixels, or any names [sha1]"),
     Option("--slides", type=user_path, help="CSV of id,wsi: intervals resample its slides [patches]"),
     Option("--name", help="name of the set, as in evaluations/ [that of the folder of the labels]"),
+)
+IMPORT = (
+    Option("name", help="name of the run to make"),
+    Option("--oof", type=user_path, required=True, help="CSV of id,fold,probability: out of fold, of all train patches"),
+    Option("--test", type=user_path, required=True, help="CSV of id,probability: of all test patches"),
+    Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
@@ -174,10 +182,15 @@ COMMANDS = (
     Command("pipeline", "run all stages, from prepare to submission; skips what is up to date and resumes", PIPELINE),
     Command("probe", "run all stages with a logistic regression on a pretrained model's features", PROBE),
     Command("compare", "compare runs by out-of-fold AUC, with intervals of their differences", (*COMPARED, FORMAT)),
-    Command("evaluate", "score runs on labelled patches of held-out slides", (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE)),
+    Command(
+        "evaluate",
+        "score runs on labelled patches of held-out slides, or predict patches without labels",
+        (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE),
+    ),
     Command(
         "report", "write an HTML report of runs with figures and the patches that are worst predicted", (*COMPARED, DEVICE)
     ),
+    Command("import", "make a run of predictions made elsewhere, to compare and to blend", IMPORT),
     Command("config", "list all settings of an experiment: value, allowed values, meaning", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),

@@ -1,7 +1,7 @@
 """Cross-validation folds: drawn once, written to a file, and rejected if they no longer belong to the labels."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from pcam_kaggle.core.paths import SLIDE_MAPS, Data, Workspace, attached_folder
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_slides, read_text
+from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_numbers, read_slides, read_text
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,19 @@ STAIN_GROUPS = 50
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How folds are drawn, of `subset` train patches, 0 for all."""
+    """How folds are drawn, of `subset` train patches, 0 for all; `given` is the table of those that were drawn elsewhere."""
 
     n_splits: int
-    kind: Literal["stratified", "slides", "stain"]
-    seed: int = 42
+    kind: Literal["stratified", "slides", "stain", "given", "grouped"]
+    seed: int | None = 42
     subset: int = 0
+    given: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
 
     @property
     def name(self) -> str:
-        """Stem of the fold file, for example `slides_5_42`, or `slides_5_42_subset5000`."""
-        return f"{self.kind}_{self.n_splits}_{self.seed}" + (f"_subset{self.subset}" if self.subset else "")
+        """Stem of the fold file, for example `slides_5_42`, `slides_5_42_subset5000` or, by its content, `given_0a1b2c3d`."""
+        drawn = f"{self.n_splits}_{self.seed}" if self.given.empty else sha256(csv_bytes(self.given))[:8]
+        return f"{self.kind}_{drawn}" + (f"_subset{self.subset}" if self.subset else "")
 
 
 class FoldsManifest(Record):
@@ -45,7 +47,7 @@ class FoldsManifest(Record):
 
     scheme: str
     n_splits: int
-    seed: int
+    seed: int | None
     patches: list[int]
     positives: list[int]
     slides: list[int] | None
@@ -64,13 +66,18 @@ class Folds:
 
 
 def fold_inputs(
-    data: Data, config: Config, slides: Path | None, workspace: Workspace
+    data: Data, config: Config, slides: Path | None, workspace: Workspace, fold_file: Path | None = None
 ) -> tuple[pd.DataFrame, Scheme, pd.DataFrame | None]:
     """Return the labels (id, label), the scheme and the groups (id, wsi), or None, from which the folds of `config` are drawn.
 
     The CSV `slides` (id, wsi) replaces the slide map of `data`. Groups of similar stain are computed once from the patch store.
+    Nothing is drawn if there is a `fold_file` (see `given_folds`).
     """
     labels, kind = draw_subset(read_labels(data.labels), config.subset), config.groups
+    if fold_file and (slides or kind != "auto"):
+        raise UserError(f"--fold-file {fold_file}: has its own groups, so it can't be combined with --slides or groups={kind}")
+    if fold_file:
+        return labels, *given_folds(fold_file, read_labels(data.labels), config.subset)
     if kind in ("none", "stain") and slides:
         raise UserError(f"groups={kind} and --slides contradict each other; leave one out")
     if kind == "stain":
@@ -89,6 +96,38 @@ def attached_map(handle: str) -> Path | None:
     if handle and not found:
         raise UserError(f"slides {handle}: not attached, or without {' or '.join(SLIDE_MAPS)}; correct --slides")
     return found
+
+
+def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Scheme, pd.DataFrame | None]:
+    """Return the scheme of the folds in the CSV `file` (id, fold and perhaps group), and its groups (id, wsi) or None.
+
+    Of `labels` (id, label; sorted by id) a `subset` is used. UserError if ids differ, a fold lacks a label or a group is split.
+    """
+    table, groups = read_numbers(file, ["fold"]), read_groups(file)
+    if others := sorted({*table["id"]} ^ {*labels["id"]}):
+        raise UserError(f"{file}: {len(others):,} ids lack a label or a row here ({examples(others)}); fix the rows", others)
+    count = max(2, table["fold"].nunique())
+    table = labels.merge(table).astype({"label": np.int64})
+    kinds = table.groupby("fold")["label"].nunique().reindex(range(count), fill_value=0)
+    if (kinds < 2).any():
+        raise UserError(f"{file}: fold {kinds.idxmin()} of 0 to {count - 1} is missing or lacks a label; each needs both")
+    if groups is not None:
+        table["group"] = table["id"].map(groups.set_index("id")["wsi"]).fillna(UNMAPPED)
+        folds = table.groupby("group")["fold"].nunique()
+        if (folds > 1).any():
+            raise UserError(f"{file}: group {folds.idxmax()} is in several folds; leave out the column group if it may be")
+    table = table[table["id"].isin(draw_subset(labels, subset)["id"])].astype({"fold": np.int64}).reset_index(drop=True)
+    return Scheme(count, "given" if groups is None else "grouped", None, subset, table), groups
+
+
+def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:
+    """Return the manifest of the fold file in `folder` with the id, label and fold of `table`, if any, whatever its scheme."""
+    columns = ["id", "label", "fold"]
+    # Folds that were drawn come before given ones, which may lack the groups.
+    for file in sorted(folder.glob("*.csv"), reverse=True):
+        if (manifest := file.with_suffix(".json")).is_file() and read_text(file)[columns].equals(table[columns].astype(str)):
+            return FoldsManifest.read(manifest)
+    return None
 
 
 def stain_groups(store: PatchStore) -> pd.DataFrame:
@@ -165,7 +204,7 @@ def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     manifest_file = file.with_suffix(".json")
     if file.exists() and manifest_file.exists():
         return load_folds(labels, scheme, slides, folder), False
-    table = draw_folds(labels, scheme, slides)
+    table = draw_folds(labels, scheme, slides) if scheme.given.empty else scheme.given
     manifest = _manifest(table, scheme, slides)
     write_csv(file, table)
     manifest.write(manifest_file)
@@ -196,7 +235,7 @@ def read_groups(file: Path) -> pd.DataFrame | None:
     table = read_text(file) if file.is_file() else pd.DataFrame()
     if "group" not in table:
         return None
-    return table.loc[table["group"] != UNMAPPED, ["id", "group"]].rename(columns={"group": "wsi"})
+    return table.loc[~table["group"].isin(["", UNMAPPED]), ["id", "group"]].rename(columns={"group": "wsi"}).sort_values("id")
 
 
 def _manifest(table: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None) -> FoldsManifest:

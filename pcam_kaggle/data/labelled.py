@@ -9,10 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pcam_kaggle.core.files import csv_bytes, sha256
-from pcam_kaggle.core.logs import progress
-from pcam_kaggle.data.listing import Ids, listing_problems, raise_problems, read_row, read_split, warn_of_unlisted
+from pcam_kaggle.data.listing import Ids, list_images, read_patches, read_split
 from pcam_kaggle.data.tables import read_labels
-from pcam_kaggle.data.tif import SHAPE
 
 
 class Patches(Protocol):
@@ -48,13 +46,14 @@ def read_labelled(folder: Path, labels: Path, ids: Ids = "sha1") -> LabelledPatc
 
     TIFs that are not listed are ignored with a warning. All patches that are missing or damaged are listed in one UserError.
     """
-    table = read_labels(labels)
+    table = read_labels(labels).astype({"label": np.int64})
     split = read_split(folder.resolve().name, folder, labels, table["id"].tolist())
-    raise_problems(folder, [split], listing_problems(split, ids))
-    pixels = np.empty((len(table), *SHAPE), np.uint8)
-    rows = zip(split.rows, pixels, strict=True)
-    read = [read_row(folder, row, ids, target) for row, target in progress(rows, "read", len(table))]
-    raise_problems(folder, [split], [problem for _, problem in read if problem])
-    warn_of_unlisted(split)
-    digests = [digest for digest, _ in read]
-    return LabelledPatches(table.assign(label=table["label"].astype(np.int64), pixels=digests), pixels)
+    pixels, digests = read_patches(split, ids)
+    return LabelledPatches(table.assign(pixels=digests), pixels)
+
+
+def read_unlabelled(folder: Path) -> LabelledPatches:
+    """Read all TIFs, PNGs and JPEGs in `folder` as `list_images` does; their ids are names, and `table` has no labels."""
+    split = list_images(folder)
+    pixels, digests = read_patches(split, "names")
+    return LabelledPatches(pd.DataFrame({"id": [row.id for row in split.rows], "pixels": digests}), pixels)

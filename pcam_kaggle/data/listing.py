@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import EXAMPLES, UserError, examples
+from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import unpack
-from pcam_kaggle.data.tif import Damaged, read_patch
+from pcam_kaggle.data.tif import SHAPE, Damaged, read_patch
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,16 @@ def read_split(name: str, folder: Path, table: Path, ids: list[str]) -> Split:
     return split
 
 
+def list_images(folder: Path) -> Split:
+    """Return the TIFs, PNGs and JPEGs in `folder` as a split whose ids are their names; raises UserError if there are none."""
+    with os.scandir(folder) as entries:
+        images = sorted((entry for entry in entries if _is_image(entry) and entry.name[0] != "."), key=lambda entry: entry.name)
+    if not images:
+        raise UserError(f"{folder}: holds no TIF, PNG or JPEG")
+    name, files = folder.resolve().name, {_stem(entry.name): entry.name for entry in reversed(images)}
+    return Split(name, folder, folder, [Row(name, *file) for file in sorted(files.items())], images, [])
+
+
 def warn_of_unlisted(split: Split) -> None:
     """Log a warning if the folder of `split` holds TIFs that its table does not list, which are not read."""
     if split.unlisted:
@@ -122,9 +133,9 @@ def _explain_missing(split: Split, tifs: list[os.DirEntry[str]], others: list[os
 
 def listing_problems(split: Split, ids: Ids) -> list[Problem]:
     """Return the listed patches of `split` that have no file or a second one, or no SHA-1 for an id."""
-    missing, files = set(split.missing), {row.file for row in split.rows}
-    second = [entry.name for entry in split.tifs if entry.name not in files]
-    found = [Problem(split.name, _stem(name), name, "a second file of its id", "remove one of them") for name in second]
+    missing, files = set(split.missing), {row.id: row.file for row in split.rows}
+    second = [(_stem(entry.name), entry.name) for entry in split.tifs if files[_stem(entry.name)] != entry.name]
+    found = [Problem(split.name, *file, "a second file of its id", f"remove it or {files[file[0]]}") for file in second]
     for row in split.rows:
         if ids == "sha1" and not SHA1.fullmatch(row.id):
             found.append(Problem(*row, "its id is no SHA-1 in lower case", "use --ids names for other ids"))
@@ -148,6 +159,17 @@ def read_row(folder: Path, row: Row, ids: Ids, target: NDArray[np.uint8]) -> tup
         target[:] = 0
         return "", Problem(*row, damage.reason, damage.advice)
     return digest, None
+
+
+def read_patches(split: Split, ids: Ids) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return the patches of `split`, RGB uint8 (n, 96, 96, 3), and their SHA-1s; raises UserError if some can't be used."""
+    raise_problems(split.folder, [split], listing_problems(split, ids))
+    pixels = np.empty((len(split.rows), *SHAPE), np.uint8)
+    rows = zip(split.rows, pixels, strict=True)
+    read = [read_row(split.folder, row, ids, target) for row, target in progress(rows, "read", len(pixels))]
+    raise_problems(split.folder, [split], [problem for _, problem in read if problem])
+    warn_of_unlisted(split)
+    return pixels, [digest for digest, _ in read]
 
 
 def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem], advice: str = "fix them") -> None:

@@ -72,14 +72,14 @@ def read_slides(path: Path) -> pd.DataFrame:
 
 
 def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Return a table that the pipeline wrote: columns id (text) and `columns` (float64, finite)."""
+    """Return the numbers in `path`: columns id (text) and `columns` (float64, finite)."""
     table = _read(path, ["id", *columns])
     try:
         numbers = table[columns].astype(np.float64)
     except ValueError as error:
-        raise UserError(f"{path}: {str(error)[:200]}; delete it and run the command again") from None
+        raise UserError(f"{path}: {str(error)[:200]}; correct or delete it and run the command again") from None
     if not np.isfinite(numbers.to_numpy()).all():
-        raise UserError(f"{path}: holds a number that is not finite; delete it and run the command again")
+        raise UserError(f"{path}: holds a number that is not finite; correct or delete it and run the command again")
     return pd.concat([table[["id"]], numbers], axis=1)
 
 

@@ -12,6 +12,7 @@ from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.folds import read_groups
 from pcam_kaggle.data.tables import read_numbers, read_slides
+from pcam_kaggle.runs.records import IMPORTED
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison, choose_folds, compare, find_reference, lacks
@@ -82,7 +83,8 @@ def _problem_of(compared: ComparedRun) -> Iterator[None]:
 
 def _read_experiment(run: Run, compared: ComparedRun) -> None:
     made = run.made_from()
-    compared.config, compared.scheme, compared.folds_sha256 = made.config, made.folds, made.folds_sha256
+    compared.config = {} if made.experiment == IMPORTED else made.config
+    compared.scheme, compared.folds_sha256 = made.folds, made.folds_sha256
     compared.predicted, compared.n_splits = run.predicted_folds(), len(run.folds())
     if not compared.predicted:
         compared.problem = "unfinished: no fold is predicted"

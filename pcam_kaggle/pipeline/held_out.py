@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.files import locked, write_csv
 from pcam_kaggle.core.paths import Workspace, check_name
-from pcam_kaggle.data.labelled import read_labelled
+from pcam_kaggle.data.labelled import read_labelled, read_unlabelled
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.pipeline.compare import read_slide_map
 from pcam_kaggle.runs.evaluation import Evaluation
@@ -73,6 +73,22 @@ def evaluate(
         result = score_runs(name, patches.sha256, ensembles, tables, oof, baseline, slides)
         result.write(evaluation.result_file)
     return result
+
+
+def predict_patches(workspace: Workspace, name: str, patches: Path, out: Path, folds: tuple[int, ...] | None = None) -> None:
+    """Write predictions for the TIFs, PNGs and JPEGs in the folder `patches` by the run `name`, by default by all its folds.
+
+    The columns of the CSV `out` are id, the mean of the models (probability; mean_rank of a blend of ranks), and `fold_<k>`.
+    """
+    ensemble = Run(workspace.run(name)).ensemble()
+    trained = _common_folds([Run(workspace.run(run)) for run in ensemble.weights], folds)
+    read = read_unlabelled(patches)
+    from pcam_kaggle.training.held_out import predict_unlabelled
+
+    tables = {run: predict_unlabelled(Run(workspace.run(run)), trained[run], read, workspace) for run in trained}
+    table = read.table[["id"]].assign(**ensemble.models(tables))
+    table.insert(1, "mean_rank" if ensemble.ranked else "probability", table.drop(columns="id").mean(axis=1))
+    write_csv(out, table)
 
 
 def _common_folds(runs: list[Run], chosen: tuple[int, ...] | None) -> dict[str, list[Fold]]:

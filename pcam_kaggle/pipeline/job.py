@@ -12,7 +12,7 @@ from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
 from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
-from pcam_kaggle.data.folds import attached_map
+from pcam_kaggle.data.folds import attached_map, given_folds
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -30,7 +30,7 @@ class Selection:
     """What to read and to work on.
 
     `slides` is a CSV of id,wsi in place of the one beside the labels, `ids` the ID scheme (None for what `dataset.json` says).
-    Only `folds` are worked on, None for all; `runs` are blended in place of those of the plan.
+    Only `folds` are worked on, None for all; `runs` are blended in place of those of the plan. `fold_file`: see `given_folds`.
     """
 
     slides: Path | None = None
@@ -38,6 +38,7 @@ class Selection:
     skip_damaged: bool = False
     folds: tuple[int, ...] | None = None
     runs: tuple[str, ...] = ()
+    fold_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,13 @@ class Job:
         made = self.run.blend_metrics()
         part = f"-folds-{'-'.join(map(str, made.folds))}" if made.missing_folds else ""
         return self.workspace.submissions / f"{self.plan.name}{part}{DEMO_SUFFIX if self.demo else ''}.csv"
+
+
+def with_given_folds(planned: Plan, fold_file: Path, data: Data) -> Plan:
+    """Return `planned` with as many folds as the CSV `fold_file` has; raises UserError as `given_folds` does."""
+    n_splits = given_folds(fold_file, read_labels(data.labels))[0].n_splits
+    log.info("folds: n_splits=%d, as in %s", n_splits, fold_file)
+    return Plan(planned.name, tuple(replace(spec, config=replace(spec.config, n_splits=n_splits)) for spec in planned.runs))
 
 
 def time_limit(hours: float | None) -> Budget:

@@ -52,7 +52,7 @@ def run_prepare(job: Job) -> bool:
 @_once
 def run_folds(job: Job) -> bool:
     """Draw the folds; return whether anything was done."""
-    inputs = fold_inputs(job.data, job.config, job.selection.slides, job.workspace)
+    inputs = fold_inputs(job.data, job.config, job.selection.slides, job.workspace, job.selection.fold_file)
     with locked(job.workspace.folds):
         folds, new = make_folds(*inputs, job.workspace.folds)
     manifest = folds.manifest
@@ -225,7 +225,8 @@ def _task(job: Job, spec: RunSpec) -> "Task":
     from pcam_kaggle.training.task import Task
 
     store = job.store()
-    folds = load_folds(*fold_inputs(job.data, spec.config, job.selection.slides, job.workspace), job.workspace.folds)
+    inputs = fold_inputs(job.data, spec.config, job.selection.slides, job.workspace, job.selection.fold_file)
+    folds = load_folds(*inputs, job.workspace.folds)
     task = Task(Run(job.workspace.run(spec.name)), spec.experiment, spec.config, store, folds)
     task.run.check(spec.config, store, folds)
     return task

@@ -129,12 +129,13 @@ class Fold:
             raise UserError(f"{folder / name}: missing or changed since it was predicted; {advice}")
         return read_numbers(folder / name, PREDICTIONS[name])
 
-    def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore, images_per_second: float) -> None:
-        """Write the predictions `oof` (id, label, probability) and `test` (id, probability) and their sources."""
+    def write_predictions(self, oof: pd.DataFrame, test: pd.DataFrame, store: PatchStore | None, rate: float) -> None:
+        """Write the predictions `oof` (id, label, probability) and `test` (id, probability), their sources, and images/s."""
         for name, table in zip(PREDICTIONS, (oof, test), strict=True):
             write_csv(self.folder / name, table)
         hashes = {name: file_sha256(self.folder / name) for name in PREDICTIONS}
-        record = PredictionsRecord(sources=self._sources(store), files=hashes, images_per_second=images_per_second)
+        sources = self._sources(store) if store else PredictionSources()
+        record = PredictionsRecord(sources=sources, files=hashes, images_per_second=rate)
         record.write(self.folder / "predictions.json")
 
     def teacher_predictions(self, teacher: str) -> pd.DataFrame:

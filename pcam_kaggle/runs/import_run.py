@@ -1,18 +1,20 @@
-"""Runs that were trained elsewhere: validated, and copied into this workspace."""
+"""Runs that were trained elsewhere, or their predictions alone: validated, and copied into this workspace."""
 
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcam_kaggle.core.errors import UserError
+from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, write
-from pcam_kaggle.core.paths import Workspace, check_name
+from pcam_kaggle.core.paths import Data, Workspace, check_name
+from pcam_kaggle.data.folds import find_folds, given_folds, make_folds
+from pcam_kaggle.data.tables import read_labels, read_numbers, read_sample
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, Fold
-from pcam_kaggle.runs.records import RunConfig
+from pcam_kaggle.runs.records import IMPORTED, RunConfig
 from pcam_kaggle.runs.run import BLEND_FILES, Run
-from pcam_kaggle.runs.submissions import SubmissionRecord
+from pcam_kaggle.runs.submissions import SubmissionRecord, submission_table
 
 
 def import_runs(source: Path, workspace: Workspace) -> list[str]:
@@ -34,6 +36,31 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
             if _import_run(source, Run(folder), target, workspace):
                 imported.append(folder.name)
     return imported
+
+
+def import_predictions(name: str, oof: Path, test: Path, data: Data, workspace: Workspace) -> Run:
+    """Make the run `name` of predictions in CSVs: `oof` (id, fold, probability), and `test` (id, probability) of every fold.
+
+    Its folds are those of an equal fold file in `workspace`, or new ones. Raises UserError as `given_folds`, for wrong ids or
+    probabilities, and if the run exists.
+    """
+    check_name(name)
+    run, labels = Run(workspace.run(name)), read_labels(data.labels)
+    if run.folder.exists():
+        raise UserError(f"{run.folder}: exists; choose another name, or delete it")
+    scheme, groups = given_folds(oof, labels)
+    predicted, tests = (read_numbers(file, ["probability"]) for file in (oof, test))
+    if ids := predicted.loc[~predicted["probability"].between(0, 1), "id"].tolist():
+        raise UserError(f"{oof}: {len(ids):,} probabilities are outside of [0, 1] (ids {examples(ids)}); correct them", ids)
+    submission_table(tests, read_sample(data.sample)["id"], test, data.sample)
+    with locked(workspace.folds):
+        made = find_folds(scheme.given, workspace.folds) or make_folds(labels, scheme, groups, workspace.folds)[0].manifest
+    config = RunConfig(experiment=IMPORTED, config={"n_splits": made.n_splits}, folds=made.scheme, folds_sha256=made.csv_sha256)
+    with locked(run.folder), building(run.folder, lambda _: False) as folder:
+        for number, part in scheme.given.merge(predicted).groupby("fold"):
+            Run(folder).fold(number).write_predictions(part[["id", "label", "probability"]], tests, None, 0.0)
+        config.write(Run(folder).config_file)
+    return run
 
 
 def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:

@@ -2,10 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from pcam_kaggle.core.config import upgraded
 from pcam_kaggle.core.records import Record
+
+# The experiment of a run of predictions that were made elsewhere, whose config has `n_splits` only.
+IMPORTED = "imported"
 
 
 class RunConfig(Record):
@@ -24,8 +27,8 @@ class RunConfig(Record):
 
     @field_validator("config")
     @classmethod
-    def _of_this_version(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return upgraded(config)
+    def _of_this_version(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return config if info.data.get("experiment") == IMPORTED else upgraded(config)
 
 
 class FoldMetrics(Record):

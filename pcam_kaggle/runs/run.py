@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError, program
+from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, reading, sha256, write_csv, write_json
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
@@ -123,7 +123,7 @@ class Run:
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
             differ.append(f"predictions of its teacher {config.teacher}")
         if differ:
-            raise UserError(f"{self.folder}: holds a run with other {', '.join(differ)}; {advice}")
+            raise UserError(f"{self.folder}: holds a run with other {examples(differ)}; {advice}", differ)
 
     def open(self, experiment: str, config: Config, store: PatchStore, folds: Folds, weights: str | None = None) -> None:
         """Write what a new run is made from, or check an existing one; for `weights` see `check_weights`."""

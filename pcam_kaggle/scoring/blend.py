@@ -136,7 +136,7 @@ def _check(members: list[RunPredictions]) -> None:
     if len({member.name for member in members}) < len(members):
         raise UserError(f"{', '.join(member.name for member in members)}: a run is named twice; name each once")
     for member in members:
-        is_same = (member.scheme, member.folds_sha256) == (first.scheme, first.folds_sha256)
+        is_same = member.folds_sha256 == first.folds_sha256
         if not is_same or not member.oof[["id", "label", "fold"]].equals(first.oof[["id", "label", "fold"]]):
             raise UserError(f"{member.name} and {first.name}: trained on other folds or patches; blend runs that share them")
         if not all(test["id"].equals(first.tests[0]["id"]) for test in member.tests):

@@ -26,6 +26,7 @@ DRAWS, DRAWS_OF_LARGEST = 2000, 100_000
 # A matrix of clusters x clusters takes 0.2 GB at this size.
 MAX_CLUSTERS = 5_000
 UNITS: dict[str, Unit] = {"stratified": "patch", "slides": "slide", "stain": "stain group"}
+UNITS |= {"given": "patch", "grouped": "slide"}
 Codes = NDArray[np.integer]
 # Indices of two runs, the first of which is compared with the second.
 Pair = tuple[int, int]

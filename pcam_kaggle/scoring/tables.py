@@ -30,7 +30,7 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
     for title, estimate in (("pooled", metrics.pooled), ("pooled after ranking within folds", metrics.ranked)):
         lines.append(f"{title}   {estimate.value:.4f}, 95 % interval {estimate.interval_text()} (unit: {estimate.unit})")
     if metrics.pooled.unit == "patch":
-        lines.append("folds by label share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
+        lines.append("folds may share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
     if metrics.missing_folds:
         lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
     if gain := metrics.gain_of_weights:

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pandas as pd
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256
 from pcam_kaggle.core.logs import fold_context
@@ -17,7 +18,7 @@ from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.records import HeldOutSources
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.training.device import find_backend
+from pcam_kaggle.training.device import Backend, find_backend
 from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.predict import predict_probabilities
 
@@ -48,15 +49,33 @@ def predict_held_out(
     table = evaluation.predictions(run.name, sources)
     log.debug("evaluate: %s: %s", run.name, "predicts" if table is None else "up to date")
     if table is None:
-        table, rows = patches.table[["id", "label"]].reset_index(drop=True), np.arange(len(patches.table))
-        for fold in folds:
-            with fold_context(fold.number):
-                model = load_best(fold, config, backend)
-                probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
-            if not np.isfinite(probabilities).all():
-                raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
-            table[f"fold_{fold.number}"] = probabilities
+        table = _predict(folds, patches, config, backend)
         evaluation.write_predictions(run.name, sources, table)
+    return table
+
+
+def predict_unlabelled(run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace) -> pd.DataFrame:
+    """Return what `predict_held_out` does, without labels, but only warn of train patches, and predict few with norm=train."""
+    try:
+        refuse_trained(run, folds, patches, workspace)
+    except UserError as error:
+        log.warning("%s", error)
+    config = run.config()
+    if config.norm == "test" and len(patches.table) < FEW_PATCHES:
+        log.warning("%s: predicts with norm=train, since there are fewer than %d patches", run.name, FEW_PATCHES)
+        config = dataclasses.replace(config, norm="train")
+    return _predict(folds, patches, config, find_backend(run, config))
+
+
+def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backend: Backend) -> pd.DataFrame:
+    table, rows = patches.table.drop(columns="pixels"), np.arange(len(patches.table))
+    for fold in folds:
+        with fold_context(fold.number):
+            model = load_best(fold, config, backend)
+            probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
+        if not np.isfinite(probabilities).all():
+            raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
+        table[f"fold_{fold.number}"] = probabilities
     return table
 
 
@@ -78,6 +97,6 @@ def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, worksp
     leaked = table.loc[table["id"].isin(trained) | table["pixels"].isin(trained), "id"].tolist()
     if leaked:
         raise UserError(
-            f"{run.name}: was trained on {len(leaked):,} of these {len(table):,} patches ({examples(leaked)}); drop their rows",
+            f"{run.name}: was trained on {len(leaked):,} of these {len(table):,} patches ({examples(leaked)}); leave them out",
             leaked,
         )
