@@ -181,6 +181,7 @@ COMMANDS = (
     Command("submission", "write submissions/<name>.csv, the file for Kaggle, from a blended run", (*JOB, SEEDS)),
     Command("pipeline", "run all stages, from prepare to submission; skips what is up to date and resumes", PIPELINE),
     Command("probe", "run all stages with a logistic regression on a pretrained model's features", PROBE),
+    Command("import", "make a run of predictions made elsewhere, to compare and to blend", IMPORT),
     Command("compare", "compare runs by out-of-fold AUC, with intervals of their differences", (*COMPARED, FORMAT)),
     Command(
         "evaluate",
@@ -190,7 +191,6 @@ COMMANDS = (
     Command(
         "report", "write an HTML report of runs with figures and the patches that are worst predicted", (*COMPARED, DEVICE)
     ),
-    Command("import", "make a run of predictions made elsewhere, to compare and to blend", IMPORT),
     Command("config", "list all settings of an experiment: value, allowed values, meaning", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
