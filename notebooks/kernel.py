@@ -94,6 +94,14 @@ SEEDS = 1
 # download weights
 INTERNET = False
 
+# name of the run; "" for that of the
+# experiment and its changes
+NAME = ""
+
+# saved as mark.txt; `kaggle run` knows
+# its version by it
+MARK = ""
+
 # %% package [markdown]
 # ## The package
 #
@@ -127,6 +135,7 @@ HTML(
 
 # %% job
 import shutil
+from pathlib import Path
 
 import pandas as pd
 from IPython.display import Markdown, display
@@ -144,7 +153,8 @@ from pcam_kaggle.pipeline.stages import (
 from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
 from pcam_kaggle.report.summary import summary
 
-job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS)
+Path("mark.txt").write_text(MARK)
+job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS, NAME)
 job.config
 
 # %% prepare-text [markdown]

@@ -281,6 +281,8 @@ def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], 
         "HOURS = 11.0",
         f"SEEDS = {kernel.settings.seeds}",
         f"INTERNET = {kernel.settings.internet}",
+        'NAME = ""',
+        'MARK = ""',
     ]
 
 

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
 CELLS = ROOT / "notebooks" / "kernel.py"
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
+# The file in the output of a session that holds the mark of its notebook.
+MARK_FILE = "mark.txt"
 # The id of a cell, whether it is text, and its content.
 CELL = re.compile(r"^# %% ([a-z-]+)( \[markdown\])?$(.*?)(?=^# %% |\Z)", re.MULTILINE | re.DOTALL)
 # Kaggle's editor, JupyterLab and exporters that remove cells by tag fold these cells. Kaggle needs the underscore.
@@ -33,6 +35,8 @@ class Settings:
     hours: float = 11.0
     seeds: int = 1
     internet: bool = False
+    name: str = ""
+    mark: str = ""
 
     def inserted(self, code: str) -> str:
         """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
@@ -69,15 +73,15 @@ def _file(module: str) -> Path:
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
-def notebook(settings: Settings = Settings(), mark: str = "") -> bytes:
-    """Return the notebook with `settings`, as UTF-8 JSON; the cell of settings shows `mark` as a comment."""
+def notebook(settings: Settings = Settings()) -> bytes:
+    """Return the notebook with `settings`, as UTF-8 JSON."""
     source = CELLS.read_text(encoding="utf-8")
     cells = []
     for name, kind, text in re.findall(CELL, source):
         if kind:
             cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text, flags=re.MULTILINE)))
         elif name == "settings":
-            cells.append(_cell("code", name, settings.inserted(text) + (f"# {mark}" if mark else "")))
+            cells.append(_cell("code", name, settings.inserted(text)))
         else:
             # A magic is a comment there.
             cells.append(_cell("code", name, re.sub(r"^# (?=%)", "", text, flags=re.MULTILINE)))

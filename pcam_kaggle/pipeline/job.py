@@ -128,11 +128,12 @@ def run_rehearsal(job: Job) -> None:
             rehearse(config)
 
 
-def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1) -> Job:
+def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1, name: str = "") -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`. Raises UserError if the data are
-    not attached, an output is damaged, there is no such experiment or field, or the session can't train it (`run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`, as `name` (see `changed_name` for
+    the default). Raises UserError if the data are not attached, an output is damaged, there is no such experiment or field, or
+    the session can't train it (`run_rehearsal`).
     """
     budget, workspace = time_limit(hours), find_workspace(None)
     data = find_data(None, workspace.root)
@@ -141,7 +142,7 @@ def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int
     for source in attached():
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
-    runs = plan(experiment, with_folder_settings(changes), changed_name(experiment, changes), seeds)
+    runs = plan(experiment, with_folder_settings(changes), name or changed_name(experiment, changes), seeds)
     job = Job(runs, data, workspace, budget=budget)
     from pcam_kaggle.training.device import device_name, find_device
 
