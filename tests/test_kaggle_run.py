@@ -30,7 +30,7 @@ class Account:
     def __init__(self, server: Kaggle, output: Path) -> None:
         self.pushed: list[str] = []
         self.server, self.statuses = server, ["QUEUED", "RUNNING", "COMPLETE"]
-        self.pending = 1
+        self.pending = 2
         self.submitted: list[Content] = []
         self.behind, self.older, self.unlisted, self.is_full = 0, "COMPLETE", 0, False
         saved(server, output)
