@@ -287,15 +287,16 @@ def test_a_local_run_is_not_submitted_for_the_sessions(
 def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account, call: Call) -> None:
     kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR"}
     options = ("-e", "pretrained", "--set", "epochs=3", "--weights", "them/encoder", "--seeds", "2", "--name", "mine")
-    call("run", *options, "--accelerator", "NvidiaL4", status=2)
-    printed = call("run", "--resume", "--detach", "--hours", "4")
-    assert "settings: those of the last session, which makes mine-seeds2" in printed
-    first, second = (re.sub(r"push \w+", "", text) for text in account.pushed)
-    assert second == first.replace("HOURS = 11.0", "HOURS = 4.0")
+    call("run", *options, "--accelerator", "NvidiaL4", "--hours", "3", status=2)
+    call("run", "--resume", status=2)
+    assert "settings: those of the last session, which makes mine-seeds2" in call("run", "--resume", "--detach", "--hours", "4")
+    first, second, third = (re.sub(r"push \w+", "", text) for text in account.pushed)
+    assert second == first
+    assert third == first.replace("HOURS = 3.0", "HOURS = 4.0") != first
     expected = {"datasetDataSources": ["them/encoder"], "machineShape": "NvidiaL4", "kernelDataSources": [f"someone/{KERNEL}"]}
     assert expected.items() <= kaggle.bodies["SaveKernel"].items()
     # Options that say what to train are not mixed with those of the last session.
-    assert "mine-seeds2, version 2" in call("run", "--resume", "-e", "quick", status=2)
+    assert "mine-seeds2, version 3" in call("run", "--resume", "-e", "quick", status=2)
 
 
 def test_a_submission_is_listed_late(account: Account, call: Call) -> None:

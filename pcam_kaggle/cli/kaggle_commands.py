@@ -43,7 +43,9 @@ def _run_run(options: argparse.Namespace) -> None:
         last = last_session(workspace, kernel.slug())
         given = replace(kernel, settings=replace(settings, hours=Settings().hours), resume=False, title="")
         if last and (options.resume or options.submit) and not options.experiment and given == Kernel():
-            kernel = replace(last.request, settings=replace(last.request.settings, hours=options.hours), resume=options.resume)
+            kernel = replace(last.request, resume=options.resume)
+            if options.hours != Settings().hours:
+                kernel = replace(kernel, settings=replace(kernel.settings, hours=options.hours))
             log.info("settings: those of the last session, which makes %s", last.run)
         kernel, session = start(client, kernel, workspace)
         if options.detach:
@@ -75,11 +77,7 @@ def _run_status(options: argparse.Namespace) -> None:
 def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
-    session = pending(client, workspace, name.rpartition("/")[2])
-    is_over = client.status(name, session.version if session else 0).is_over
-    fetch(client, name, workspace, session)
-    if session and is_over:
-        session.updated(workspace, is_over=True)
+    fetch(client, name, workspace, pending(client, workspace, name.rpartition("/")[2]))
     log.info("next: make compare, or python -m pcam_kaggle kaggle submit NAME")
 
 

@@ -78,7 +78,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """The name of its run, before that of a seed is added."""
+        """The name of its run, to which a plan adds its seeds."""
         settings = self.notebook_settings
         return settings.name or changed_name(settings.experiment, settings.changes)
 

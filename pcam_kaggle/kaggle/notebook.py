@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
 CELLS = ROOT / "notebooks" / "kernel.py"
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
-# The file in the output of a session that holds the mark of its notebook.
 MARK_FILE = "mark.txt"
 # The id of a cell, whether it is text, and its content.
 CELL = re.compile(r"^# %% ([a-z-]+)( \[markdown\])?$(.*?)(?=^# %% |\Z)", re.MULTILINE | re.DOTALL)

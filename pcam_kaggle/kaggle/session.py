@@ -42,9 +42,9 @@ LAG_SECONDS = 600.0
 class Session(Record):
     """The last session of a pushed kernel (owner/slug), or the one that a run was imported from.
 
-    It makes `run` and the runs it consists of, as `request` asks, each of its recipe. `mark` is a text in its notebook and in
-    its output; by it the version is found if it is 0: the push is not confirmed yet. It `is_over` if it has failed or is
-    downloaded. `sent` is when its submission was sent last, in seconds since 1970.
+    It makes `run` and its members, as `request` asks, each of its recipe. `mark` is a text in its notebook and its output, by
+    which the version is found if it is 0: the push is not confirmed yet. It `is_over` if it has failed or is downloaded.
+    `sent` is when its submission was sent last, in seconds since 1970.
     """
 
     kernel: str
@@ -88,7 +88,12 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel,
             raise UserError(f"{session}: was started and is not downloaded yet; {choices}")
         log.info("push: %s (up to date)", session)
         return session.request, session
-    kernel = _named(workspace, kernel, other)
+    is_own, has_other = _are_own(workspace, kernel), _are_own(workspace, other)
+    if is_own is False or (is_own is None and has_other):
+        if has_other is False:
+            raise UserError(f"{workspace.run(other.plan.name)}: made in another way; choose a name for the new run with --name")
+        log.info("run: %s, since there is or was another %s", other.plan.name, kernel.plan.name)
+        kernel = other
     # A run that lacks folds is left as it is unless it is to be resumed.
     if is_complete(workspace, kernel.plan.name) or (not kernel.resume and _are_own(workspace, kernel)):
         log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
@@ -111,11 +116,11 @@ def finish(client: Client, session: Session, workspace: Workspace) -> None:
         advice = "read its log with `python -m pcam_kaggle kaggle status --log` and repeat the command for a new session"
         raise UserError(f"{session}: ended as {status}; {advice}")
     fetch(client, session.kernel, workspace, session)
-    session.updated(workspace, is_over=True)
 
 
 def fetch(client: Client, name: str, workspace: Workspace, session: Session | None = None) -> None:
     """Import what `session` of the kernel `name` (owner/slug) has saved, or its latest session, whichever that is, if None."""
+    is_over = client.status(name, session.version if session else 0).is_over
     if session and not _has_mark(client, session):
         problem = f"Kaggle shows another output, perhaps that of the latest version, {client.source(name)[0]}"
         file = session_file(workspace, name.rpartition("/")[2])
@@ -125,9 +130,11 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
         if not Path(folder, "runs").is_dir():
             raise UserError(f"{name}: has saved no runs; read its log with `python -m pcam_kaggle kaggle status --log`")
         imported = ", ".join(import_runs(Path(folder), workspace))
-        for made in Path(folder, "runs").iterdir():
-            if session and made.name in session.recipes:
-                session.write(Run(workspace.run(made.name)).session_file)
+        for run in (Run(workspace.run(path.name)) for path in Path(folder, "runs").iterdir()):
+            if session and run.name in session.recipes and run.folder.is_dir():
+                session.write(run.session_file)
+    if session:
+        session.updated(workspace, is_over=is_over)
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
 
 
@@ -156,8 +163,7 @@ def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
         log.info("submit: %s, %s", file, description)
         _, own = _submissions(client, mark, LAG_SECONDS, text, lambda own: len(own) > len(failed))
         if len(own) == len(failed):
-            problem = "Kaggle has accepted it and does not list it, as when the day's submissions are used up"
-            raise UserError(f"{file}: {problem}; repeat the command tomorrow")
+            raise UserError(f"{file}: accepted but not listed, as when the day's submissions are used up; repeat it tomorrow")
     else:
         log.info("submit: %s was submitted before", file)
     text = "submit: waiting for the scores"
@@ -194,17 +200,6 @@ def _are_own(workspace: Workspace, kernel: Kernel) -> bool | None:
         if run.is_experiment or run.has_score or (workspace.submissions / f"{name}.csv").exists():
             own.append(run.session_file.is_file() and Session.read(run.session_file).recipes.get(name) == recipes[name])
     return all(own) if own else None
-
-
-def _named(workspace: Workspace, kernel: Kernel, other: Kernel) -> Kernel:
-    """Return `kernel`, or the `other` one that differs in name, if that has its own runs here, or if its name alone is free."""
-    own = [_are_own(workspace, kernel), _are_own(workspace, other)]
-    if own == [False, False]:
-        raise UserError(f"{workspace.run(other.plan.name)}: made in another way; choose a name for the new run with --name")
-    if own[0] or (own[0] is None and not own[1]):
-        return kernel
-    log.info("%s: made in another way than by this session, whose run is %s", workspace.run(kernel.plan.name), other.plan.name)
-    return other
 
 
 def pending(client: Client, workspace: Workspace, slug: str) -> Session | None:

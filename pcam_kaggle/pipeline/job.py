@@ -131,9 +131,8 @@ def run_rehearsal(job: Job) -> None:
 def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int = 1, name: str = "") -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`, as `name` (see `changed_name` for
-    the default). Raises UserError if the data are not attached, an output is damaged, there is no such experiment or field, or
-    the session can't train it (`run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) and so many `seeds` as `name` (see `changed_name`). Raises UserError
+    if the data are not attached, an output is damaged, there is no such experiment or field, or `run_rehearsal` fails.
     """
     budget, workspace = time_limit(hours), find_workspace(None)
     data = find_data(None, workspace.root)
