@@ -97,6 +97,7 @@ def account(kaggle: Kaggle, session: Path, monkeypatch: MonkeyPatch) -> Account:
 
 def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:
     work = tmp_path / "work"
+    account.unlisted, account.pending = 2, 4
     assert pcam("pipeline", "--name", "local").status == 0
     printed = call("run", "--submit", work=work)
     steps = [
@@ -105,7 +106,7 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         f"push: bottleneck, version 1 of someone/{KERNEL}",
         *("queued", "running, fold 0, epoch  1 of 2", "complete", "output: bottleneck imported", "pooled"),
         "local compared with bottleneck: no significant difference (+0.0000",
-        *("submit: ", "waiting for the scores", "scores: of bottleneck"),
+        *("submit: ", "does not list it yet", "waiting for the scores", "scores: of bottleneck"),
     ]
     assert re.search(".*".join(map(re.escape, steps)), printed, re.DOTALL), printed
     made = read_json(work / "submissions" / "bottleneck.json")
@@ -281,13 +282,19 @@ def test_a_local_run_is_not_submitted_for_the_sessions(
         assert "was submitted before" in call("run", "--submit", *options, work=session)
     call("submit", work=session)
     assert [each["description"].partition(":")[0] for each in account.submitted] == ["bottleneck-kaggle"] * 2
-    assert len(account.pushed) == 1
+    # A run that the same name has for another recipe is not its own.
+    other = call("run", "--detach", "-e", "quick", "--name", "bottleneck-kaggle", work=session)
+    assert "push: bottleneck-kaggle-kaggle, version 2" in other
 
 
 def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account, call: Call) -> None:
     kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR"}
     options = ("-e", "pretrained", "--set", "epochs=3", "--weights", "them/encoder", "--seeds", "2", "--name", "mine")
     call("run", *options, "--accelerator", "NvidiaL4", "--hours", "3", status=2)
+    # A refused push is not the last session.
+    kaggle.replies["SaveKernel"] = {"error": "no"}
+    call("run", "-e", "quick", status=2)
+    kaggle.replies["SaveKernel"] = account.push
     call("run", "--resume", status=2)
     assert "settings: those of the last session, which makes mine-seeds2" in call("run", "--resume", "--detach", "--hours", "4")
     first, second, third = (re.sub(r"push \w+", "", text) for text in account.pushed)
@@ -297,12 +304,6 @@ def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account,
     assert expected.items() <= kaggle.bodies["SaveKernel"].items()
     # Options that say what to train are not mixed with those of the last session.
     assert "mine-seeds2, version 3" in call("run", "--resume", "-e", "quick", status=2)
-
-
-def test_a_submission_is_listed_late(account: Account, call: Call) -> None:
-    account.unlisted = 3
-    assert "scores: of bottleneck recorded" in call("run", "--submit")
-    assert len(account.submitted) == 1
 
 
 def test_a_submission_that_is_never_listed_can_be_repeated(account: Account, monkeypatch: MonkeyPatch, call: Call) -> None:
