@@ -144,10 +144,11 @@ def test_a_session_gives_what_the_command_line_gives(stand_in: Any, layout: str,
 
 def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     here = stand_in("seeds", small=True)
-    executed = here.client(Settings("quick", (*CHANGES, "epochs=1"), seeds=2)).execute()
+    executed = here.client(Settings("quick", (*CHANGES, "epochs=1"), seeds=2, name="mine", mark="push 1")).execute()
+    assert (here.working / "mark.txt").read_text() == "push 1"
     assert "seed42, fold 0" not in output_text(executed)
     result = shown(executed.cells[-1], "text/markdown")
-    assert re.findall(r"\*\*`\S*(-seeds?\d+)`\*\*", result) == ["-seeds2", "-seed42", "-seed43"]
+    assert re.findall(r"\*\*`(\S*-seeds?\d+)`\*\*", result) == ["mine-seeds2", "mine-seed42", "mine-seed43"]
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
