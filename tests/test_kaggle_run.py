@@ -246,7 +246,6 @@ def test_a_session_that_lacks_a_source_is_kept(kaggle: Kaggle, account: Account,
     [
         ([], (), ""),
         (["runs/bottleneck/metrics.json", "runs/bottleneck/config.json"], (), "bottleneck-kaggle"),
-        # Interrupted, or deleted since.
         (["runs/bottleneck/config.json"], (), "bottleneck-kaggle"),
         (["submissions/bottleneck.csv"], (), "bottleneck-kaggle"),
         (["runs/bottleneck/config.json"], ("--name", "mine"), "mine"),
@@ -281,7 +280,6 @@ def test_a_local_run_is_not_submitted_for_the_sessions(
         assert "was submitted before" in call("run", "--submit", *options, work=session)
     call("submit", work=session)
     assert [each["description"].partition(":")[0] for each in account.submitted] == ["bottleneck-kaggle"] * 2
-    # A run that the same name has for another recipe is not its own.
     other = call("run", "--detach", "-e", "quick", "--name", "bottleneck-kaggle", work=session)
     assert "push: bottleneck-kaggle-kaggle, version 2" in other
 

@@ -43,9 +43,8 @@ def _run_run(options: argparse.Namespace) -> None:
         last = last_session(workspace, kernel.slug())
         given = replace(kernel, settings=replace(settings, hours=Settings().hours), resume=False, title="")
         if last and (options.resume or options.submit) and not options.experiment and given == Kernel():
-            kernel = replace(last.request, resume=options.resume)
-            if options.hours != Settings().hours:
-                kernel = replace(kernel, settings=replace(kernel.settings, hours=options.hours))
+            hours = last.request.settings.hours if options.hours == Settings().hours else options.hours
+            kernel = replace(last.request, resume=options.resume, settings=replace(last.request.settings, hours=hours))
             log.info("settings: those of the last session, which makes %s", last.run)
         kernel, session = start(client, kernel, workspace)
         if options.detach:

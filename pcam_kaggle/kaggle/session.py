@@ -235,16 +235,14 @@ def _push(client: Client, kernel: Kernel, hours: float, workspace: Workspace) ->
     log.info("push: %s at %s", session, url)
     if left_out:
         problem = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
-        advice = f"stop the session at {url}, delete {file}, correct the sources and push again"
-        raise UserError(f"kaggle push: {problem}; {advice}", left_out)
+        raise UserError(f"kaggle push: {problem}; stop the session at {url}, delete {file}, correct the sources, push again")
     return session
 
 
 def _follow(client: Client, session: Session) -> Status:
     """Show the status of `session` and the last line of its log until it is over; return its last status."""
     lines, over = [""], threading.Event()
-    # When Kaggle last answered, and when it last showed this version.
-    answered = shown = time.monotonic()
+    answered = recognised = time.monotonic()
     # The stream of the log blocks, and does not tell when a session has failed to start.
     threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
@@ -261,10 +259,10 @@ def _follow(client: Client, session: Session) -> Status:
                     show(f"{error}; the session continues, and its status is requested again")
                 else:
                     answered = time.monotonic()
-                    shown = answered if is_own else shown
+                    recognised = answered if is_own else recognised
                     text = f"{status}, {lines[-1]}" if lines[-1] else f"{status}"
                     show(f"{session}: {text if is_own else 'Kaggle shows another version, which it may do for minutes'}")
-                    if status.is_over and (is_own or answered - shown >= LAG_SECONDS):
+                    if status.is_over and (is_own or answered - recognised >= LAG_SECONDS):
                         return status
                 time.sleep(POLL_SECONDS)
     finally:
