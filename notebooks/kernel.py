@@ -100,6 +100,14 @@ SLIDES = ""
 # True to train without a GPU, for days
 ALLOW_CPU = False
 
+# name of the run; "" for that of the
+# experiment and its changes
+NAME = ""
+
+# saved as mark.txt; `kaggle run` knows
+# its version by it
+MARK = ""
+
 # %% package [markdown]
 # ## The package
 #
@@ -149,7 +157,8 @@ from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples,
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.report.summary import summary
 
-job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS, SLIDES, ALLOW_CPU)
+Path("mark.txt").write_text(MARK)
+job = kernel_job(EXPERIMENT, CHANGES, HOURS, SEEDS, SLIDES, ALLOW_CPU, NAME)
 job.config
 
 # %% prepare-text [markdown]

@@ -33,7 +33,9 @@ class Kaggle(ThreadingHTTPServer):
     A reply is JSON, a status, None to close the connection, or a function of the request's content that returns one of these.
     `files` has the content of each file that can be downloaded, or the status with which that fails; `put` is the last upload,
     `stream` has the pieces of a session's log. `halfway` is called once, in the middle of a download of the archive, which then
-    breaks off. `hook` is called with the name of each request, `upload`, `download` or `log`, before it is answered.
+    breaks off. A request for a version by its label gets the reply `refusal`, unless that is None. `mark` returns the content
+    of mark.txt in the output of the session that a request is about. `hook` is called with the name of each request,
+    `upload`, `download` or `log`, before it is answered.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,8 @@ class Kaggle(ThreadingHTTPServer):
         self.bodies: dict[str, Content] = {}
         self.files: dict[str, bytes | int] = {}
         self.put = b""
+        self.refusal: Reply = None
+        self.mark: Callable[[Content], bytes] = lambda _: b""
         self.upload_status = 200
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -72,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(name)
         self.server.credentials.add(self.headers.get("Authorization", "").split(" ")[0])
         body = self.server.bodies[name] = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-        reply = self.server.replies.get(name, 302)
+        is_refused = "versionLabel" in body and self.server.refusal is not None
+        reply = self.server.refusal if is_refused else self.server.replies.get(name, 302)
         if callable(reply):
             reply = reply(body)
         self.server.hook(name)
@@ -139,9 +144,10 @@ def saved(kaggle: Kaggle, session: Path) -> None:
     """Let `kaggle` offer what `session` saved."""
     files = [path for path in session.rglob("*") if path.is_file()]
     kaggle.files = {f"/output/{path.relative_to(session)}": path.read_bytes() for path in files}
-    listed = [{"fileName": name.removeprefix("/output/"), "url": kaggle.address(name)} for name in kaggle.files]
 
     def page(body: Content) -> Reply:
+        kaggle.files["/output/mark.txt"] = kaggle.mark(body)
+        listed = [{"fileName": name.removeprefix("/output/"), "url": kaggle.address(name)} for name in kaggle.files]
         start = int(body.get("pageToken") or 0)
         more = {"nextPageToken": str(start + 7)} if start + 7 < len(listed) else {}
         return {"files": listed[start : start + 7], "log": "done", **more}

@@ -21,32 +21,52 @@ MonkeyPatch = pytest.MonkeyPatch
 
 
 class Account:
-    """A user's pushed versions, statuses to come, and submissions."""
+    """A user's pushed versions, statuses to come, and submissions.
+
+    For so many requests `behind` of the latest version's status Kaggle shows the version before, whose status is `older`. So
+    many requests `unlisted` do not list the last submission; if `is_full`, submissions are accepted and never listed.
+    """
 
     def __init__(self, server: Kaggle, output: Path) -> None:
         self.pushed: list[str] = []
         self.server, self.statuses = server, ["QUEUED", "RUNNING", "COMPLETE"]
-        self.pending = 1
+        self.pending = 2
         self.submitted: list[Content] = []
+        self.behind, self.older, self.unlisted, self.is_full = 0, "COMPLETE", 0, False
         saved(server, output)
+        server.mark = self._mark
         server.stream = ["prepare: 36 patches\n", "fold 0, epoch  1 of 2: loss 0.5\n"]
         server.replies |= {
             "SaveKernel": self.push,
             "GetKernel": self._kernel,
-            "GetKernelSessionStatus": lambda _: {"status": self._next_status()},
+            "GetKernelSessionStatus": self._status,
             "StartSubmissionUpload": {"token": "abc", "createUrl": server.address("/upload")},
             "CreateSubmission": self._submit,
             "ListSubmissions": self._scored,
         }
 
-    def push(self, body: Content) -> Reply:
+    def push(self, body: Content) -> Content:
         self.pushed.append(body["text"])
         return STARTED | {"versionNumber": len(self.pushed)}
 
-    def _kernel(self, _: Content) -> Reply:
-        if not self.pushed:
+    def _version(self, body: Content) -> int:
+        return int(body.get("versionLabel", f"v{len(self.pushed) - (self.behind > 0)}").removeprefix("v"))
+
+    def _status(self, body: Content) -> Reply:
+        self.behind -= self.behind > 0 and "versionLabel" not in body
+        return {"status": self._next_status() if self._version(body) == len(self.pushed) else self.older}
+
+    def _kernel(self, body: Content) -> Reply:
+        latest, version = self._version({}), self._version(body)
+        if not 1 <= version <= len(self.pushed):
             return 404
-        return {"metadata": {"currentVersionNumber": len(self.pushed)}, "blob": {"source": self.pushed[-1]}}
+        return {"metadata": {"currentVersionNumber": latest}, "blob": {"source": self.pushed[version - 1]}}
+
+    def _mark(self, body: Content) -> bytes:
+        source = ["", *self.pushed][self._version(body)]
+        [mark] = re.findall(r'MARK = \\"(.*?)\\"', source) or [""]
+        assert not mark or 'Path(\\"mark.txt\\").write_text(MARK)' in source
+        return mark.encode()
 
     def _next_status(self) -> str:
         # With a second connection the client has read the first log.
@@ -54,7 +74,8 @@ class Account:
         return self.statuses[0] if is_awaited or len(self.statuses) == 1 else self.statuses.pop(0)
 
     def _submit(self, body: Content) -> Reply:
-        self.submitted.insert(0, {"ref": 1, "description": body["submissionDescription"], "status": "PENDING"})
+        if not self.is_full:
+            self.submitted.insert(0, {"ref": 1, "description": body["submissionDescription"], "status": "PENDING"})
         return {"message": "Successfully submitted"}
 
     def _scored(self, _: Content) -> Reply:
@@ -62,18 +83,21 @@ class Account:
         if self.submitted and self.pending == 0:
             self.submitted[0] |= {"status": "COMPLETE", "publicScore": "0.9512", "privateScore": "0.9401"}
         self.pending -= bool(self.submitted)
-        return {"submissions": self.submitted}
+        self.unlisted -= bool(self.submitted) and self.unlisted > 0
+        return {"submissions": self.submitted[self.unlisted > 0 :]}
 
 
 @pytest.fixture
 def account(kaggle: Kaggle, session: Path, monkeypatch: MonkeyPatch) -> Account:
     monkeypatch.setattr("pcam_kaggle.kaggle.session.POLL_SECONDS", 0.02)
     monkeypatch.setattr("pcam_kaggle.kaggle.session.PATIENCE_SECONDS", 10.0)
+    monkeypatch.setattr("pcam_kaggle.kaggle.session.LAG_SECONDS", 2.0)
     return Account(kaggle, session)
 
 
 def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:
     work = tmp_path / "work"
+    account.unlisted, account.pending = 2, 4
     assert pcam("pipeline", "--name", "local").status == 0
     printed = call("run", "--submit", work=work)
     steps = [
@@ -82,7 +106,7 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         f"push: bottleneck, version 1 of someone/{KERNEL}",
         *("queued", "running, fold 0, epoch  1 of 2", "complete", "output: bottleneck imported", "pooled"),
         "local compared with bottleneck: no significant difference (+0.0000",
-        *("submit: ", "waiting for the scores", "scores: of bottleneck"),
+        *("submit: ", "does not list it yet", "waiting for the scores", "scores: of bottleneck"),
     ]
     assert re.search(".*".join(map(re.escape, steps)), printed, re.DOTALL), printed
     made = read_json(work / "submissions" / "bottleneck.json")
@@ -95,6 +119,7 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
 
 # The request whose reply does not arrive, since the process is killed before it.
 @pytest.mark.slow
+@pytest.mark.parametrize("refusal", [None, 404])
 @pytest.mark.parametrize(
     "request_name",
     [
@@ -102,8 +127,10 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         *("StartSubmissionUpload", "upload", "CreateSubmission"),
     ],
 )
-def test_a_killed_command_is_resumed(kaggle: Kaggle, account: Account, home: Path, request_name: str, call: Call) -> None:
-    account.statuses, account.pending = ["COMPLETE"], 0
+def test_a_killed_command_is_resumed(
+    kaggle: Kaggle, account: Account, home: Path, request_name: str, refusal: Reply, call: Call
+) -> None:
+    account.statuses, account.pending, account.unlisted, kaggle.refusal = ["COMPLETE"], 0, 2, refusal
     command = [sys.executable, "-m", "pcam_kaggle", "kaggle", "run", "--submit", "--work", str(home)]
     first = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -118,7 +145,7 @@ def test_a_killed_command_is_resumed(kaggle: Kaggle, account: Account, home: Pat
     kaggle.hook = lambda _: None
     assert "scores: of bottleneck recorded" in call("run", "--submit")
     assert (len(account.pushed), len(account.submitted)) == (1, 1)
-    assert not (home / "sessions" / f"{KERNEL}.json").exists()
+    assert read_json(home / "sessions" / f"{KERNEL}.json")["is_over"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +155,8 @@ def test_a_push_without_a_reply_is_repeated_unless_it_arrived(
     kaggle: Kaggle, account: Account, older: list[str], arrives: bool, reply: Reply, home: Path, call: Call
 ) -> None:
     account.pushed += older
+    # Kaggle may still show the version before.
+    account.behind = len(older)
     kaggle.replies["SaveKernel"] = lambda body: reply if not arrives or account.push(body) else None
     call("run", "--detach", status=2)
     assert read_json(home / "sessions" / f"{KERNEL}.json")["version"] == 0
@@ -144,6 +173,7 @@ def test_a_push_without_a_reply_is_repeated_unless_it_arrived(
         ({"GetCompetition": {"userHasEntered": False}}, f"accept its rules at {RULES}"),
         (quota(0.4), "0.4 of 30.0 GPU hours are left until 2026-12-05, and a session needs half an hour"),
         ({"SaveKernel": {"error": "Maximum weekly GPU quota reached"}}, "which `python -m pcam_kaggle kaggle status` tells"),
+        ({"SaveKernel": {"error": "Maximum batch GPU session count of 2 reached"}}, "until one of your other sessions ends"),
     ],
 )
 def test_a_failure_leaves_no_session(
@@ -168,7 +198,118 @@ def test_another_request_does_not_replace_a_session_that_is_not_downloaded(accou
     assert "bottleneck, version 1" in call("run", "-e", "quick", status=2)
     call("run")
     assert len(account.pushed) == 1
-    assert "has saved bottleneck, not quick" in call("run", "-e", "quick", status=2)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "older"), [(None, "COMPLETE"), (404, "COMPLETE"), (404, "ERROR"), ({"code": 400, "message": "no"}, "COMPLETE")]
+)
+def test_the_output_of_the_version_before_is_not_taken(
+    kaggle: Kaggle, account: Account, refusal: Reply, older: str, call: Call
+) -> None:
+    account.pushed, kaggle.refusal, account.behind, account.older = ["no mark"], refusal, 3, older
+    printed = call("run")
+    assert re.search("version 2 of .*: running.*output: bottleneck imported", printed, re.DOTALL)
+    assert ("Kaggle shows another version" in printed) == (refusal is not None)
+    assert ("versionLabel" in kaggle.bodies["ListKernelSessionOutput"]) == (refusal is None)
+
+
+def test_a_version_that_was_started_since_is_named(
+    kaggle: Kaggle, account: Account, home: Path, monkeypatch: MonkeyPatch, call: Call
+) -> None:
+    monkeypatch.setattr(session, "LAG_SECONDS", 0.1)
+    call("run", "--detach")
+    account.pushed.append("no mark")
+    file = home / "sessions" / f"{KERNEL}.json"
+    kaggle.refusal = 404
+    for command in ("run", "fetch"):
+        err = call(command, status=2)
+        assert f"bottleneck, version 1 of someone/{KERNEL}: " in err
+        assert f"the latest version, 2; repeat the command later, or delete {file}" in err
+    assert not (home / "runs").exists()
+    # Where Kaggle shows each version, the first is there.
+    kaggle.refusal = None
+    assert "output: bottleneck imported" in call("run")
+    # Without a session any output is accepted.
+    kaggle.refusal = 404
+    assert "output: nothing new" in call("fetch")
+
+
+def test_a_session_that_lacks_a_source_is_kept(kaggle: Kaggle, account: Account, call: Call) -> None:
+    kaggle.replies["SaveKernel"] = lambda body: account.push(body) | {"invalidDatasetSources": ["them/x"]}
+    assert "left out 1 of the sources as not valid: them/x; stop the session at" in call("run", status=2)
+    assert "output: bottleneck imported" in call("run")
+    assert len(account.pushed) == 1
+
+
+@pytest.mark.parametrize(
+    ("local", "options", "name"),
+    [
+        ([], (), ""),
+        (["runs/bottleneck/metrics.json", "runs/bottleneck/config.json"], (), "bottleneck-kaggle"),
+        (["runs/bottleneck/config.json"], (), "bottleneck-kaggle"),
+        (["submissions/bottleneck.csv"], (), "bottleneck-kaggle"),
+        (["runs/bottleneck/config.json"], ("--name", "mine"), "mine"),
+        (["runs/bottleneck/config.json", "runs/bottleneck-kaggle/config.json"], (), None),
+    ],
+)
+def test_a_local_run_keeps_its_name(
+    account: Account, session: Path, home: Path, local: list[str], options: tuple[str, ...], name: str | None, call: Call
+) -> None:
+    for path in local:
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_bytes((session / path.replace("-kaggle", "")).read_bytes())
+    if name is None:
+        assert "choose a name for the new run with --name" in call("run", *options, status=2)
+        return
+    assert f"push: {name or 'bottleneck'}, version 1" in call("run", "--detach", *options)
+    assert f'NAME = \\"{name}\\"' in account.pushed[0]
+    # The same command finds its session.
+    assert "(up to date)" in call("run", "--detach", *options)
+
+
+def test_a_local_run_is_not_submitted_for_the_sessions(
+    kaggle: Kaggle, account: Account, session: Path, pcam: Pcam, tmp_path: Path, call: Call
+) -> None:
+    assert pcam("pipeline", "--name", "bottleneck-kaggle", "--set", "epochs=1").status == 0
+    made = tmp_path / "work" / "submissions" / "bottleneck-kaggle.csv"
+    assert made.read_bytes() != (session / "submissions" / "bottleneck.csv").read_bytes()
+    saved(kaggle, tmp_path / "work")
+    assert "output: bottleneck-kaggle imported" in call("run", "--submit", work=session)
+    assert kaggle.put == made.read_bytes()
+    for options in (("-e", "bottleneck"), ()):
+        assert "was submitted before" in call("run", "--submit", *options, work=session)
+    call("submit", work=session)
+    assert [each["description"].partition(":")[0] for each in account.submitted] == ["bottleneck-kaggle"] * 2
+    other = call("run", "--detach", "-e", "quick", "--name", "bottleneck-kaggle", work=session)
+    assert "push: bottleneck-kaggle-kaggle, version 2" in other
+
+
+def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account, call: Call) -> None:
+    kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR"}
+    options = ("-e", "pretrained", "--set", "epochs=3", "--weights", "them/encoder", "--seeds", "2", "--name", "mine")
+    call("run", *options, "--accelerator", "NvidiaL4", "--hours", "3", status=2)
+    # A refused push is not the last session.
+    kaggle.replies["SaveKernel"] = {"error": "no"}
+    call("run", "-e", "quick", status=2)
+    kaggle.replies["SaveKernel"] = account.push
+    call("run", "--resume", status=2)
+    assert "settings: those of the last session, which makes mine-seeds2" in call("run", "--resume", "--detach", "--hours", "4")
+    first, second, third = (re.sub(r"push \w+", "", text) for text in account.pushed)
+    assert second == first
+    assert third == first.replace("HOURS = 3.0", "HOURS = 4.0") != first
+    expected = {"datasetDataSources": ["them/encoder"], "machineShape": "NvidiaL4", "kernelDataSources": [f"someone/{KERNEL}"]}
+    assert expected.items() <= kaggle.bodies["SaveKernel"].items()
+    # Options that say what to train are not mixed with those of the last session.
+    assert "mine-seeds2, version 3" in call("run", "--resume", "-e", "quick", status=2)
+
+
+def test_a_submission_that_is_never_listed_can_be_repeated(account: Account, monkeypatch: MonkeyPatch, call: Call) -> None:
+    monkeypatch.setattr(session, "LAG_SECONDS", 0.1)
+    account.is_full = True
+    assert "as when the day's submissions are used up" in call("run", "--submit", status=2)
+    account.is_full = False
+    call("run", "--submit")
+    assert len(account.submitted) == 1
 
 
 def test_missing_folds_are_resumed(kaggle: Kaggle, account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:

@@ -158,14 +158,16 @@ def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     mount.mkdir(parents=True)
     pd.DataFrame({"id": ids, "wsi": [f"slide_{number % 9}" for number in range(len(ids))]}).to_csv(mount / SLIDE_MAPS[0])
     patch = "from pcam_kaggle.report import figures\ndel figures.histogram"
-    executed = here.client(Settings("quick", (*CHANGES, "epochs=1"), seeds=2, slides="them/maps"), patch).execute()
+    settings = Settings("quick", (*CHANGES, "epochs=1"), seeds=2, slides="them/maps", name="mine", mark="push 1")
+    executed = here.client(settings, patch).execute()
+    assert (here.working / "mark.txt").read_text() == "push 1"
     printed = output_text(executed)
     assert "seed42, fold 0" not in printed
     assert "no mapped slide is in two folds; groups per fold [3, 3, 3]" in printed
     # What fails in the report does not cost the submission.
     assert re.search("^report.html: left out .*histogram.*$", printed, re.MULTILINE)
     result = shown(executed.cells[-1], "text/markdown")
-    assert re.findall(r"\*\*`\S*(-seeds?\d+)`\*\*", result) == ["-seeds2", "-seed42", "-seed43"]
+    assert re.findall(r"\*\*`(\S*-seeds?\d+)`\*\*", result) == ["mine-seeds2", "mine-seed42", "mine-seed43"]
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
@@ -316,6 +318,8 @@ def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], 
         f"SEEDS = {kernel.settings.seeds}",
         f'SLIDES = "{kernel.settings.slides}"',
         "ALLOW_CPU = False",
+        'NAME = ""',
+        'MARK = ""',
     ]
 
 

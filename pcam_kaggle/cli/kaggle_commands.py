@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.experiments import DEFAULT
@@ -13,7 +14,7 @@ from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
 from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
-from pcam_kaggle.kaggle.session import fetch, finish, is_complete, session_file, start, submit_and_wait
+from pcam_kaggle.kaggle.session import fetch, finish, is_complete, last_session, pending, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
 
@@ -35,18 +36,26 @@ def _run_notebook(_: argparse.Namespace) -> None:
 
 
 def _run_run(options: argparse.Namespace) -> None:
-    settings = Settings(options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.slides)
+    settings = Settings(
+        options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.slides, name=options.name
+    )
     kernel = Kernel(
         settings, options.weights, options.resume, options.accelerator, options.public, options.title, options.no_internet
     )
     workspace, client = find_workspace(options.work), _log_in()
     with locked(session_file(workspace, kernel.slug()).with_suffix("")):
-        session = start(client, kernel, workspace)
+        last = last_session(workspace, kernel.slug())
+        given = replace(kernel, settings=replace(settings, hours=Settings().hours), resume=False, title="")
+        if last and (options.resume or options.submit) and not options.experiment and given == Kernel():
+            hours = last.request.settings.hours if options.hours == Settings().hours else options.hours
+            kernel = replace(last.request, resume=options.resume, settings=replace(last.request.settings, hours=hours))
+            log.info("settings: those of the last session, which makes %s", last.run)
+        kernel, session = start(client, kernel, workspace)
         if options.detach:
             log.info("next: repeat the command without --detach, which follows and downloads the session")
             return
         if session:
-            finish(client, session, kernel, workspace)
+            finish(client, session, workspace)
         print_result(workspace, kernel.runs)
         if not is_complete(workspace, kernel.plan.name):
             log.info("next: repeat the command with --resume (make: in ARGS), which trains what is missing")
@@ -71,15 +80,14 @@ def _run_status(options: argparse.Namespace) -> None:
 def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
-    is_over = client.status(name).is_over
-    fetch(client, name, workspace)
-    if is_over:
-        session_file(workspace, name.rpartition("/")[2]).unlink(missing_ok=True)
+    fetch(client, name, workspace, pending(client, workspace, name.rpartition("/")[2]))
     log.info("next: make compare, or %s kaggle submit NAME", program())
 
 
 def _run_submit(options: argparse.Namespace) -> None:
-    file, description = describe(find_workspace(options.work).submissions, options.name)
+    workspace = find_workspace(options.work)
+    last = last_session(workspace, Kernel(title=options.title).slug())
+    file, description = describe(workspace.submissions, options.name or (last.run if last else DEFAULT))
     Client().submit(file, description)
     log.info("submit: %s, %s", file, description)
     log.info("next: %s kaggle scores, when Kaggle has scored it", program())

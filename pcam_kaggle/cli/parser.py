@@ -108,7 +108,7 @@ SLIDES = Option("--slides", type=user_path, help="CSV of id,wsi: intervals resam
 FORMAT = Option("--format", choices=["text", "md", "csv", "json"], default="text", help="format of what is printed [text]")
 TITLE = Option("--title", default="", help="title of the notebook on Kaggle, which names it [that of kernel-metadata.json]")
 LOG = Option("--log", action="store_true", help="print the session's log, and follow it while it is running")
-SUBMITTED = Option("name", nargs="?", default=DEFAULT, help=f"the submission [{DEFAULT}]")
+SUBMITTED = Option("name", nargs="?", help=f"the submission [that of the notebook's last session, or {DEFAULT}]")
 SCORES = (
     Option("name", nargs="?", help="a submission whose scores to record by hand, offline [ask Kaggle for all]"),
     Option("--public", type=float, help="its score on the public leaderboard"),
@@ -154,6 +154,7 @@ SESSION = (
     EXPERIMENT,
     SET,
     SEEDS,
+    Option("--name", default="", help="name of the run [that of experiment and changes, with -kaggle if another run has it]"),
     Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]"),
     Option(
         "--weights",
@@ -162,7 +163,7 @@ SESSION = (
         help="dataset, or model as owner/name/framework/variation/version, to attach and use; or pretrained, timm's download",
     ),
     Option("--slides", default="", metavar="owner/name", help="dataset with a slide map to attach, patch_id_wsi*.csv [none]"),
-    Option("--resume", action="store_true", help="attach what the notebook has saved last, to train what is missing"),
+    Option("--resume", action="store_true", help="train what the notebook's last session lacks; without -e, with its options"),
     Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]"),
     Option("--no-internet", action="store_true", help="no download of the weights that the experiment needs; attach --weights"),
     Option("--public", action="store_true", help="let everyone see the notebook"),
@@ -195,7 +196,7 @@ COMMANDS = (
     Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),
     Command("kaggle fetch", "download what the notebook's last session has saved, import its runs", (TITLE,)),
-    Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED,)),
+    Command("kaggle submit", "submit submissions/<name>.csv, with its OOF AUC as description", (SUBMITTED, TITLE)),
     Command("kaggle scores", "record Kaggle's scores of all submissions, print them beside the OOF AUC", SCORES),
     Command("kaggle notebook", "write the notebook that runs on Kaggle, notebooks/pcam_submission.ipynb, in a clone"),
     Command("kaggle download", "download, verify and unpack the competition's data into data/"),

@@ -5,7 +5,7 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pcam_kaggle.core.errors import UserError, examples, program
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import COMPETITION
-from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, asking, disconnected, refused
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Unreachable, asking, disconnected, refused
 
 # Files or submissions that Kaggle lists at once.
 PAGE_SIZE = 200
@@ -40,7 +40,7 @@ class Quota(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The status of a kernel's last session, such as RUNNING, and why it failed, empty if it did not."""
+    """The status of a kernel's session, such as RUNNING, and why it failed, empty if it did not."""
 
     name: str
     failure: str = ""
@@ -57,6 +57,8 @@ class Status(NamedTuple):
 class Client:
     """Kaggle, under the account of the user, whose name is `owner`; a kernel is named by its id, owner/slug.
 
+    A `version` is counted from 1; 0 is the latest. `tells_versions` is whether the last reply was of the version that was asked
+    for: where Kaggle does not show that, it is of the latest.
     All methods raise UserError, or its subclass Unreachable where the same request may succeed later. The constructor logs in.
     """
 
@@ -109,43 +111,50 @@ class Client:
             self._api.competition_download_files(COMPETITION, path=str(folder), quiet=not sys.stderr.isatty())
         return folder / f"{COMPETITION}.zip"
 
-    def push(self, folder: Path) -> tuple[int, str]:
-        """Push the kernel in `folder`, which starts its session, and return its version and its address."""
+    def push(self, folder: Path) -> tuple[int, str, list[str]]:
+        """Push the kernel in `folder`, which starts its session; return version, address, and sources that Kaggle left out."""
         with asking("push"), contextlib.redirect_stdout(io.StringIO()):
             reply = self._api.kernels_push(str(folder))
         if reply.error:
             raise refused("push", reply.error)
         kinds = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
-        if left_out:
-            problem = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
-            advice = f"stop the session at {reply.url}, correct the sources and push again"
-            raise Refused(f"kaggle push: {problem}; {advice}", left_out)
-        return reply.version_number or 0, str(reply.url)
+        return reply.version_number or 0, str(reply.url), left_out
 
-    def current_version(self, kernel: str, mark: str) -> int | None:
-        """Return the version of `kernel` if its source contains `mark`; None if it doesn't or does not exist."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+    def _ask(self, method: str, kind: Any, kernel: str, version: int, **fields: object) -> Any:
+        """Return the reply of `method` to a request of `kind` with `fields`."""
         from requests import HTTPError
 
-        request = ApiGetKernelRequest()
+        request, self.tells_versions = kind(), version > 0
         request.user_name, _, request.kernel_slug = kernel.partition("/")
-        with asking("status"), self._api.build_kaggle_client() as kaggle:
-            try:
-                reply = kaggle.kernels.kernels_api_client.get_kernel(request)
-            except HTTPError as error:
-                if error.response is not None and error.response.status_code in (403, 404):
-                    return None
+        for name, value in (fields | ({"version_label": f"v{version}"} if version else {})).items():
+            setattr(request, name, value)
+        try:
+            with self._api.build_kaggle_client() as kaggle:
+                return getattr(kaggle.kernels.kernels_api_client, method)(request)
+        except HTTPError as error:
+            code = error.response.status_code if error.response is not None else 500
+            if not version or code in (401, 403, 429) or code >= 500:
                 raise
-            return reply.metadata.current_version_number if mark in (reply.blob.source or "") else None
+        return self._ask(method, kind, kernel, 0, **fields)
 
-    def status(self, kernel: str) -> Status:
-        """Return the status of the last session of `kernel`."""
+    def source(self, kernel: str, version: int = 0) -> tuple[int, str]:
+        """Return the number of the latest version of `kernel`, and the notebook of `version`; Refused if there is none."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+        with asking("status"):
+            reply = self._ask("get_kernel", ApiGetKernelRequest, kernel, version)
+            return reply.metadata.current_version_number or 0, reply.blob.source or ""
+
+    def status(self, kernel: str, version: int = 0) -> Status:
+        """Return the status of the session of `version` of `kernel`."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
+
         # The token of an OAuth login expires within the hours of a session.
         if time.monotonic() - self._logged_in > LOGIN_SECONDS:
             self._log_in()
         with asking("status"):
-            reply = self._api.kernels_status(kernel)
+            reply = self._ask("get_kernel_session_status", ApiGetKernelSessionStatusRequest, kernel, version)
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
 
     def follow_log(self, kernel: str) -> Iterator[str]:
@@ -154,24 +163,18 @@ class Client:
             for event in self._api.kernels_logs_stream(kernel):
                 yield str(event.get("data", ""))
 
-    def output(self, kernel: str, folder: Path) -> None:
-        """Download the runs, folds and submissions that the last session of `kernel` has saved into `folder`."""
+    def output(self, kernel: str, folder: Path, version: int = 0, names: Collection[str] = SAVED_FOLDERS) -> None:
+        """Download the files and folders `names` that the session of `version` of `kernel` has saved into `folder`."""
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
-        request = ApiListKernelSessionOutputRequest()
-        request.user_name, _, request.kernel_slug = kernel.partition("/")
-        request.page_size = PAGE_SIZE
-        token: str | None = ""
-        with asking("fetch"), self._api.build_kaggle_client() as kaggle:
-            while token is not None:
-                request.page_token = token
-                reply = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
-                token = reply.next_page_token or None
+        page: dict[str, object] = {"page_size": PAGE_SIZE}
+        with asking("fetch"):
+            while page:
+                reply = self._ask("list_kernel_session_output", ApiListKernelSessionOutputRequest, kernel, version, **page)
                 for file in reply.files or ():
-                    if file.file_name.partition("/")[0] in SAVED_FOLDERS:
+                    if file.file_name.partition("/")[0] in names:
                         _save(file.url, folder / file.file_name)
-        if not (folder / "runs").is_dir():
-            raise UserError(f"{kernel}: has saved no runs; read its log with `{program()} kaggle status --log`")
+                page = page | {"page_token": reply.next_page_token} if reply.next_page_token else {}
 
     def submit(self, file: Path, message: str) -> None:
         """Submit `file` with `message` as its description."""

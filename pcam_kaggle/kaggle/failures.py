@@ -10,12 +10,15 @@ from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.paths import COMPETITION
 
 RULES = f"kaggle.com/competitions/{COMPETITION}/rules"
-CREDENTIALS = "no valid credentials; put a token from kaggle.com/settings/api into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
+CREDENTIALS = "not logged in; run `kaggle auth login`, or put a token into KAGGLE_API_TOKEN or ~/.kaggle/access_token"
 NO_KERNEL = "Kaggle shows no such notebook to this account; create it with `make kaggle`"
 ACCEPT = f"accept the competition's rules at {RULES}"
 LOOK = f"see whether kaggle.com/competitions/{COMPETITION} exists"
 SOURCES = "correct the sources in kernel-metadata.json or in --weights"
-QUOTA = f"wait until the quota is renewed, which `{program()} kaggle status` tells"
+ADVICE = {
+    "quota": f"wait until the quota is renewed, which `{program()} kaggle status` tells",
+    "session count": "wait until one of your other sessions ends, or stop one on kaggle.com",
+}
 # What requests and urllib3 say of the cause of a failed connection.
 CAUSE = re.compile(
     r"\w+ connect to proxy|Proxy Authentication Required|Tunnel connection failed: [\w ]+|Failed to resolve '[^']*'"
@@ -79,5 +82,5 @@ def disconnected(action: str, text: str) -> Unreachable:
 
 def refused(action: str, message: str) -> Refused:
     """Return what to tell the user if Kaggle's reply to `action` is a refusal with the reason `message`."""
-    advice = f"; {QUOTA}" if "quota" in message.lower() else ""
+    advice = "".join(f"; {advice}" for reason, advice in ADVICE.items() if reason in message.lower())
     return Refused(f"kaggle {action}: {' '.join(message.split())}{advice}")

@@ -2,11 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict
 
+from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, experiment, plan
 from pcam_kaggle.core.paths import COMPETITION
@@ -17,7 +19,7 @@ METADATA = Path("kernel-metadata.json")
 # Kaggle ends a session after 12 hours and saves nothing of it.
 MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
-# Kaggle's names of the accelerators that a session can use: the PyTorch of Kaggle's image has no kernels for a P100.
+# Kaggle's names of the accelerators that a session can use. The P100 was retired on 2026-09-15; who asks for it gets a T4.
 ACCELERATORS = (DEFAULT_ACCELERATOR, "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
 # What the notebook relies on; Kaggle's defaults differ.
 NEEDED = {
@@ -74,8 +76,13 @@ class Kernel:
     def plan(self) -> Plan:
         """The plan of its session; raises UserError if there is no such experiment, or it does not admit the settings."""
         settings = self.notebook_settings
-        name = changed_name(settings.experiment, settings.changes)
-        return plan(settings.experiment, settings.changes, name, settings.seeds)
+        return plan(settings.experiment, settings.changes, self.name, settings.seeds)
+
+    @property
+    def name(self) -> str:
+        """The name of its run, to which a plan adds its seeds."""
+        settings = self.notebook_settings
+        return settings.name or changed_name(settings.experiment, settings.changes)
 
     @property
     def internet(self) -> bool:
@@ -87,6 +94,13 @@ class Kernel:
     def runs(self) -> list[str]:
         """The names of all runs that its session makes, that of the plan first."""
         return list(dict.fromkeys([self.plan.name, *(run.name for run in self.plan.runs)]))
+
+    def recipes(self, root: Path = ROOT) -> dict[str, list[Any]]:
+        """Return what each of its `runs` is made of: fields of each model that are not the default, and sources."""
+        metadata, default = _metadata(self, root), asdict(Config()).items()
+        sources = sorted([*metadata.dataset_sources, *metadata.model_sources])
+        models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.runs}
+        return {self.plan.name: [*models.values(), *sources]} | {name: [model, *sources] for name, model in models.items()}
 
     def slug(self, root: Path = ROOT) -> str:
         """Return the last part of its id; `root` has the metadata. Raises UserError if Kaggle can't make one of the title."""
@@ -122,8 +136,8 @@ def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
         raise UserError(f"{root / NOTEBOOK}: does not match the package; run `make notebook`")
 
 
-def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = ROOT) -> str:
-    """Write what Kaggle's client pushes into `folder`, the notebook with `mark` (see `notebook`); return the id, owner/slug."""
+def pack(kernel: Kernel, owner: str, folder: Path, root: Path = ROOT) -> str:
+    """Write what Kaggle's client pushes into `folder`; return the id, owner/slug."""
     metadata = _metadata(kernel, root)
     name = f"{owner}/{kernel.slug(root)}"
     changed = {
@@ -135,7 +149,7 @@ def pack(kernel: Kernel, owner: str, folder: Path, mark: str = "", root: Path = 
         "machine_shape": kernel.accelerator,
         "kernel_sources": [*metadata.kernel_sources, *([name] if kernel.resume else [])],
     }
-    (folder / NOTEBOOK.name).write_bytes(notebook(kernel.notebook_settings, mark, {}))
+    (folder / NOTEBOOK.name).write_bytes(notebook(kernel.notebook_settings, {}))
     metadata.model_copy(update=changed).write(folder / METADATA.name)
     return name
 

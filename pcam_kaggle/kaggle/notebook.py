@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1]
 ROOT = PACKAGE.parent
 CELLS = ROOT / "notebooks" / "kernel.py"
 NOTEBOOK = Path("notebooks") / "pcam_submission.ipynb"
+MARK_FILE = "mark.txt"
 # The id of a cell, whether it is text, and its content.
 CELL = re.compile(r"^# %% ([a-z-]+)( \[markdown\])?$(.*?)(?=^# %% |\Z)", re.MULTILINE | re.DOTALL)
 # Kaggle's editor, JupyterLab and exporters that remove cells by tag fold these cells. Kaggle needs the underscore.
@@ -38,6 +39,8 @@ class Settings:
     seeds: int = 1
     slides: str = ""
     allow_cpu: bool = False
+    name: str = ""
+    mark: str = ""
 
     def inserted(self, code: str) -> str:
         """Return `code`, the cell of settings in notebooks/kernel.py, with these values."""
@@ -74,15 +77,15 @@ def _file(module: str) -> Path:
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
-def notebook(settings: Settings = Settings(), mark: str = "", kaggle: dict[str, Any] = UPLOADED) -> bytes:
-    """Return the notebook with `settings` and the metadata `kaggle`, as UTF-8 JSON; a comment beside the settings is `mark`."""
+def notebook(settings: Settings = Settings(), kaggle: dict[str, Any] = UPLOADED) -> bytes:
+    """Return the notebook with `settings` and the metadata `kaggle`, as UTF-8 JSON."""
     source = CELLS.read_text(encoding="utf-8")
     cells = []
     for name, kind, text in re.findall(CELL, source):
         if kind:
             cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text, flags=re.MULTILINE)))
         elif name == "settings":
-            cells.append(_cell("code", name, settings.inserted(text) + (f"# {mark}" if mark else "")))
+            cells.append(_cell("code", name, settings.inserted(text)))
         else:
             # A magic is a comment there.
             cells.append(_cell("code", name, re.sub(r"^# (?=%)", "", text, flags=re.MULTILINE)))

@@ -7,8 +7,10 @@ import secrets
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,6 +22,7 @@ from pcam_kaggle.core.records import Record
 from pcam_kaggle.kaggle.client import Client, Status
 from pcam_kaggle.kaggle.failures import Refused, Unreachable
 from pcam_kaggle.kaggle.kernel import Kernel, check_kernel, pack
+from pcam_kaggle.kaggle.notebook import MARK_FILE
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import SubmissionRecord, describe, print_scores
@@ -32,47 +35,69 @@ LEAST_HOURS, SPARE_HOURS = 0.5, 0.2
 POLL_SECONDS = 20.0
 # For which Kaggle may be unreachable while a session is followed, and for which a score is awaited.
 PATIENCE_SECONDS = 1800.0
+# For which Kaggle may still show what was before a push or a submission.
+LAG_SECONDS = 600.0
 
 
 class Session(Record):
-    """The session of a pushed kernel (owner/slug) whose output is not downloaded yet.
+    """The last session of a pushed kernel (owner/slug), or the one that a run was imported from.
 
-    It makes `run`. `mark` is a text in its notebook; by it the version is found if it is 0: the push is not confirmed yet.
+    It makes `run` and its members, as `request` asks, each of its recipe. `mark` is a text in its notebook and its output, by
+    which the version is found if it is 0: the push is not confirmed yet. It `is_over` if it has failed or is downloaded.
+    `sent` is when its submission was sent last, in seconds since 1970.
     """
 
     kernel: str
     run: str
     mark: str
     version: int = 0
+    is_over: bool = False
+    sent: float = 0.0
+    request: Kernel = Kernel()
+    recipes: dict[str, list[Any]] = {}
 
     def __str__(self) -> str:
         return f"{self.run}, version {self.version} of {self.kernel}"
 
-    def confirmed(self, version: int, file: Path) -> "Session":
-        """Write the session with its `version` to `file` and return it."""
-        session = self.model_copy(update={"version": version})
-        session.write(file)
+    def updated(self, workspace: Workspace, **fields: float) -> "Session":
+        """Write the session with other `fields` as the last one of its kernel, and return it."""
+        session = self.model_copy(update=fields)
+        session.write(session_file(workspace, self.kernel.rpartition("/")[2]))
         return session
 
 
 def session_file(workspace: Workspace, slug: str) -> Path:
-    """Return the file of the kernel's session, which exists until its output is downloaded."""
+    """Return the file of the kernel's last session."""
     return workspace.root / "sessions" / f"{slug}.json"
 
 
-def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | None:
-    """Return the session of `kernel`: the one that is not downloaded yet, or a new one; None if the run needs none."""
-    file = session_file(workspace, kernel.slug())
-    session = _pending(client, file)
-    if session and session.run != kernel.plan.name:
-        choices = f"continue it with `kaggle run`, use --title for a second notebook, or delete {file} to give it up"
-        raise UserError(f"{session}: was started and is not downloaded yet; {choices}")
+def last_session(workspace: Workspace, slug: str) -> Session | None:
+    """Return the kernel's last session; None if there was none."""
+    file = session_file(workspace, slug)
+    return Session.read(file) if file.is_file() else None
+
+
+def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel, Session | None]:
+    """Return `kernel`, renamed if its name is taken, and its session, None if it needs none; UserError if it has another."""
+    session = pending(client, workspace, kernel.slug())
+    other = replace(kernel, settings=replace(kernel.settings, name=f"{kernel.name}-kaggle"))
     if session:
+        if session.recipes not in (kernel.recipes(), other.recipes()):
+            file = session_file(workspace, kernel.slug())
+            choices = f"continue it with its options, use --title for a second notebook, or delete {file} to give it up"
+            raise UserError(f"{session}: was started and is not downloaded yet; {choices}")
         log.info("push: %s (up to date)", session)
-        return session
-    if _is_trained(workspace, kernel):
+        return session.request, session
+    is_own, has_other = _are_own(workspace, kernel), _are_own(workspace, other)
+    if is_own is False or (is_own is None and has_other):
+        if has_other is False:
+            raise UserError(f"{workspace.run(other.plan.name)}: made in another way; choose a name for the new run with --name")
+        log.info("run: %s, since there is or was another %s", other.plan.name, kernel.plan.name)
+        kernel = other
+    # A run that lacks folds is left as it is unless it is to be resumed.
+    if is_complete(workspace, kernel.plan.name) or (not kernel.resume and _are_own(workspace, kernel)):
         log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
-        return None
+        return kernel, None
     check_kernel(kernel)
     quota, hours = client.quota(), kernel.settings.hours
     if quota and quota.left < LEAST_HOURS:
@@ -80,31 +105,39 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> Session | Non
     if quota:
         hours = min(hours, round(quota.left - SPARE_HOURS, 1))
     log.info("quota: %s; the session ends after %.1f", quota or "unknown", hours)
-    return _push(client, replace(kernel, settings=replace(kernel.settings, hours=hours)), file)
+    return kernel, _push(client, kernel, hours, workspace)
 
 
-def finish(client: Client, session: Session, kernel: Kernel, workspace: Workspace) -> None:
-    """Follow `session` and import the runs that it has saved; one that fails is forgotten, and the command starts a new one."""
-    file = session_file(workspace, kernel.slug())
+def finish(client: Client, session: Session, workspace: Workspace) -> None:
+    """Follow `session` and import the runs that it has saved; if it fails, the command starts a new one."""
     status = _follow(client, session)
     if status.name != "COMPLETE":
-        file.unlink()
+        session.updated(workspace, is_over=True)
         advice = f"read its log with `{program()} kaggle status --log` and repeat the command for a new session"
         raise UserError(f"{session}: ended as {status}; {advice}")
-    fetch(client, session.kernel, workspace, kernel)
-    file.unlink()
+    fetch(client, session.kernel, workspace, session)
 
 
-def fetch(client: Client, name: str, workspace: Workspace, kernel: Kernel | None = None) -> None:
-    """Import the runs that the last session of the kernel `name` (owner/slug) has saved, some of them those of `kernel`."""
+def fetch(client: Client, name: str, workspace: Workspace, session: Session | None = None) -> None:
+    """Import what `session` of the kernel `name` (owner/slug) has saved, or its latest session, whichever that is, if None."""
+    is_over = client.status(name, session.version if session else 0).is_over
+    if session and not _has_mark(client, session):
+        problem = f"Kaggle shows another output, perhaps that of the latest version, {client.source(name)[0]}"
+        file = session_file(workspace, name.rpartition("/")[2])
+        raise UserError(f"{session}: {problem}; repeat the command later, or delete {file} and use `kaggle fetch`")
     with tempfile.TemporaryDirectory() as folder:
-        client.output(name, Path(folder))
-        found = sorted(path.name for path in Path(folder, "runs").iterdir() if path.is_dir())
-        if kernel and not set(found) & set(kernel.runs):
-            raise UserError(f"{name}: has saved {examples(found)}, not {kernel.plan.name}; another version was started since")
+        client.output(name, Path(folder), session.version if session else 0)
+        if not Path(folder, "runs").is_dir():
+            raise UserError(f"{name}: has saved no runs; read its log with `{program()} kaggle status --log`")
         imported = ", ".join(import_runs(Path(folder), workspace))
+        runs = [Run(workspace.run(path.name)) for path in sorted(Path(folder, "runs").iterdir())]
+        for run in runs:
+            if session and run.name in session.recipes and run.folder.is_dir():
+                session.write(run.session_file)
+    if session:
+        session.updated(workspace, is_over=is_over)
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
-    for run in (Run(workspace.run(each)) for each in found):
+    for run in runs:
         for entry in run.environments()[-1:]:
             log.info("%s: %s", run.name, entry)
 
@@ -118,92 +151,134 @@ def is_complete(workspace: Workspace, name: str) -> bool:
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
     """Submit all folds of `run` unless Kaggle has them, wait up to half an hour for the scores, record and print them."""
     file, description = describe(workspace.submissions, run)
-    mark = SubmissionRecord.read(file.with_suffix(".json")).mark
+    record, mark = Run(workspace.run(run)).session_file, SubmissionRecord.read(file.with_suffix(".json")).mark
+    session = Session.read(record)
+    # One that was sent a moment ago may not be listed yet.
+    lag, text = session.sent + LAG_SECONDS - time.time(), f"submit: {file} was sent, and Kaggle does not list it yet"
+    _, own = _submissions(client, mark, lag, text, lambda own: not (own["status"] == "error").all())
     # One that Kaggle could not score is submitted again.
-    if (_of(client.submissions(), mark)["status"] == "error").all():
-        client.submit(file, description)
+    if (failed := own["status"] == "error").all():
+        session.model_copy(update={"sent": time.time()}).write(record)
+        try:
+            client.submit(file, description)
+        except Refused:
+            session.write(record)
+            raise
         log.info("submit: %s, %s", file, description)
+        _, own = _submissions(client, mark, LAG_SECONDS, text, lambda own: len(own) > len(failed))
+        if len(own) == len(failed):
+            raise UserError(f"{file}: accepted but not listed, as when the day's submissions are used up; repeat it tomorrow")
     else:
         log.info("submit: %s was submitted before", file)
-    until = time.monotonic() + PATIENCE_SECONDS
-    with status_line() as show:
-        while True:
-            found = client.submissions()
-            own = _of(found, mark)[:1]
-            if (own["status"] == "complete").any():
-                break
-            if (own["status"] == "error").any():
-                raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].item() or 'no reason given'}")
-            if time.monotonic() >= until:
-                raise UserError(f"{file}: not scored for half an hour; run `{program()} kaggle scores` later")
-            show("submit: waiting for the scores")
-            time.sleep(POLL_SECONDS)
+    text = "submit: waiting for the scores"
+    found, own = _submissions(client, mark, PATIENCE_SECONDS, text, lambda own: (own["status"][:1] != "pending").any())
+    if (own["status"][:1] == "error").any():
+        session.model_copy(update={"sent": 0.0}).write(record)
+        raise UserError(f"{file}: Kaggle can't score it: {own['error_description'].iloc[0] or 'no reason given'}")
+    if not (own["status"][:1] == "complete").any():
+        raise UserError(f"{file}: not scored for half an hour; run `{program()} kaggle scores` later")
     print_scores(workspace, found)
 
 
-def _of(found: pd.DataFrame, mark: str) -> pd.DataFrame:
-    return found[found["description"].str.endswith(mark)]
+def _submissions(
+    client: Client, mark: str, seconds: float, text: str, is_reached: Callable[[pd.DataFrame], bool]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return all submissions and those with `mark`, requested until `is_reached` by the latter or for `seconds`."""
+    until = time.monotonic() + seconds
+    with status_line() as show:
+        while True:
+            found = client.submissions()
+            own = found[found["description"].str.endswith(mark)]
+            if is_reached(own) or time.monotonic() >= until:
+                return found, own
+            show(text)
+            time.sleep(POLL_SECONDS)
 
 
-def _is_trained(workspace: Workspace, kernel: Kernel) -> bool:
-    """Return whether no session is needed: the run is complete, or exists and is not to be resumed."""
-    if is_complete(workspace, kernel.plan.name):
-        return True
+def _are_own(workspace: Workspace, kernel: Kernel) -> bool | None:
+    """Return whether what has the names of `kernel` here is from sessions that make the same; None if nothing has them."""
+    recipes, own = kernel.recipes(), []
     # Members of a blend may have been trained for themselves.
-    names = [kernel.plan.name] if experiment(kernel.settings.experiment).members else kernel.runs
-    runs = [Run(workspace.run(name)) for name in names]
-    return not kernel.resume and any(run.is_experiment or run.has_score for run in runs)
+    for name in [kernel.plan.name] if experiment(kernel.settings.experiment).members else kernel.runs:
+        run = Run(workspace.run(name))
+        if run.is_experiment or run.has_score or (workspace.submissions / f"{name}.csv").exists():
+            own.append(run.session_file.is_file() and Session.read(run.session_file).recipes.get(name) == recipes[name])
+    return all(own) if own else None
 
 
-def _pending(client: Client, file: Path) -> Session | None:
-    """Return the session in `file`; None if there is none, or if its push did not arrive."""
-    if not file.is_file():
+def pending(client: Client, workspace: Workspace, slug: str) -> Session | None:
+    """Return the kernel's session that is not downloaded yet; None if there is none, or if its push did not arrive."""
+    session = last_session(workspace, slug)
+    if session is None or session.is_over:
         return None
-    session = Session.read(file)
     if session.version:
         return session
-    version = client.current_version(session.kernel, session.mark)
-    return session.confirmed(version, file) if version else None
+    with contextlib.suppress(Refused):
+        latest, source = client.source(session.kernel)
+        # Kaggle may still show the version before.
+        version = latest if session.mark in source else latest + 1
+        if session.mark in source + client.source(session.kernel, version)[1]:
+            return session.updated(workspace, version=version)
+    return None
 
 
-def _push(client: Client, kernel: Kernel, file: Path) -> Session:
+def _push(client: Client, kernel: Kernel, hours: float, workspace: Workspace) -> Session:
+    slug = kernel.slug()
+    mark, last, file = f"push {secrets.token_hex(8)}", last_session(workspace, slug), session_file(workspace, slug)
     with tempfile.TemporaryDirectory() as folder:
-        mark = f"push {secrets.token_hex(8)}"
-        session = Session(kernel=pack(kernel, client.owner, Path(folder), mark), run=kernel.plan.name, mark=mark)
-        # If Kaggle's reply does not arrive, `_pending` recognises the pushed version by its mark.
-        session.write(file)
+        name = pack(replace(kernel, settings=replace(kernel.settings, hours=hours, mark=mark)), client.owner, Path(folder))
+        session = Session(kernel=name, run=kernel.plan.name, mark=mark, request=kernel, recipes=kernel.recipes())
+        # If Kaggle's reply does not arrive, `pending` recognises the pushed version by its mark.
+        session.updated(workspace)
         try:
-            version, url = client.push(Path(folder))
+            version, url, left_out = client.push(Path(folder))
         except Refused:
-            file.unlink()
+            last.updated(workspace) if last else file.unlink()
             raise
-    session = session.confirmed(version, file)
+    session = session.updated(workspace, version=version)
     log.info("push: %s at %s", session, url)
+    if left_out:
+        problem = f"Kaggle left out {len(left_out):,} of the sources as not valid: {examples(left_out)}"
+        raise UserError(f"kaggle push: {problem}; stop the session at {url}, delete {file}, correct the sources, push again")
     return session
 
 
 def _follow(client: Client, session: Session) -> Status:
     """Show the status of `session` and the last line of its log until it is over; return its last status."""
-    lines, over, answered = [""], threading.Event(), time.monotonic()
+    lines, over = [""], threading.Event()
+    answered = recognised = time.monotonic()
     # The stream of the log blocks, and does not tell when a session has failed to start.
     threading.Thread(target=_read_log, args=(client, session.kernel, lines, over), daemon=True).start()
     try:
         with status_line() as show:
             while True:
                 try:
-                    status = client.status(session.kernel)
+                    status = client.status(session.kernel, session.version)
+                    # A session that has failed may have saved nothing.
+                    needs_mark = status.name == "COMPLETE" or (status.is_over and not client.tells_versions)
+                    is_own = not needs_mark or _has_mark(client, session)
                 except Unreachable as error:
                     if time.monotonic() - answered >= PATIENCE_SECONDS:
                         raise
                     show(f"{error}; the session continues, and its status is requested again")
                 else:
                     answered = time.monotonic()
-                    show(f"{session}: {status}, {lines[-1]}" if lines[-1] else f"{session}: {status}")
-                    if status.is_over:
+                    recognised = answered if is_own else recognised
+                    text = f"{status}, {lines[-1]}" if lines[-1] else f"{status}"
+                    show(f"{session}: {text if is_own else 'Kaggle shows another version, which it may do for minutes'}")
+                    if status.is_over and (is_own or answered - recognised >= LAG_SECONDS):
                         return status
                 time.sleep(POLL_SECONDS)
     finally:
         over.set()
+
+
+def _has_mark(client: Client, session: Session) -> bool:
+    """Return whether the output that Kaggle shows of `session` is its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        client.output(session.kernel, Path(folder), session.version, [MARK_FILE])
+        file = Path(folder, MARK_FILE)
+        return file.is_file() and file.read_text(encoding="utf-8") == session.mark
 
 
 def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Event) -> None:

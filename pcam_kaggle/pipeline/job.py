@@ -142,13 +142,15 @@ def run_rehearsal(job: Job) -> None:
             rehearse(config)
 
 
-def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool) -> Job:
+def kernel_job(
+    experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool, name: str = ""
+) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
-    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`; the slide map in the attached
-    dataset `slides` (owner/name) groups its folds. Raises UserError if there is no GPU that can compute and `allow_cpu` is
-    false, the data are not attached, an output is damaged, there is no such experiment or field, or the session can't train it
-    (`run_rehearsal`).
+    It trains an experiment with `changes` (`key=value`) to its config, with so many `seeds`, as `name` (or `changed_name`); the
+    slide map in the attached dataset `slides` (owner/name) groups its folds. Raises UserError if there is no GPU that can
+    compute and `allow_cpu` is false, the data are not attached, an output is damaged, there is no such experiment or field, or
+    the session can't train it (`run_rehearsal`).
     """
     from pcam_kaggle.training.device import device_name, find_device
 
@@ -161,7 +163,7 @@ def kernel_job(experiment: str, changes: Sequence[str], hours: float, seeds: int
     for source in attached():
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
-    runs = plan(experiment, with_folder_settings(changes), changed_name(experiment, changes), seeds)
+    runs = plan(experiment, with_folder_settings(changes), name or changed_name(experiment, changes), seeds)
     job = Job(runs, data, workspace, Selection(attached_map(slides)), budget=budget)
     log.info("%s on %s, from %s", runs.name, device_name(kind), data.root)
     run_rehearsal(job)

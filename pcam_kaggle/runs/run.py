@@ -33,6 +33,7 @@ class Run:
 
     - `config.json`: see `RunConfig`
     - `environment.json`: a list with an entry for each session that worked on the run
+    - `session.json`: the session on Kaggle that it was imported from, if any
     - `fold_<k>/`: see `Fold`
     - `oof.csv`, `test.csv`, `metrics.json`: the blended predictions and their score, written in this order
     """
@@ -53,6 +54,11 @@ class Run:
     def environment_file(self) -> Path:
         """List with an entry for each session that worked on the run."""
         return self.folder / "environment.json"
+
+    @property
+    def session_file(self) -> Path:
+        """The session on Kaggle that it was imported from."""
+        return self.folder / "session.json"
 
     @property
     def is_experiment(self) -> bool:
