@@ -234,16 +234,6 @@ def test_the_fraction_counts_layers_in_a_known_order() -> None:
         frozen(0.5, "poolformer_s12")
 
 
-def test_on_a_cpu_a_training_step_does_not_fuse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = copy_trained(create(replace(VIT, dropout=0.0), weights=False)), torch.rand(2, 3, 96, 96)
-    fused = model.eval()(images)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("fused"))
-    unfused = model.train()(images)
-    assert torch.allclose(fused, unfused, atol=1e-5)
-    with pytest.raises(pytest.fail.Exception):
-        model.eval()(images)
-
-
 def test_gem_lies_between_mean_and_maximum() -> None:
     maps, pool = torch.rand(2, 5, 4, 4), GeM()
     with torch.no_grad():

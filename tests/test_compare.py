@@ -184,14 +184,6 @@ def test_numbers_of_other_folds_are_not_common(tmp_path: Path, capsys: pytest.Ca
         assert read["words"][0].startswith("With 95 % confidence, the best of ")
 
 
-def test_only_the_predictions_that_are_compared_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [write_run(tmp_path, noisy(name, 1.0, seed)) for seed, name in enumerate(RUNS)]
-    expected = compared(tmp_path, capsys, "--folds", "0")
-    (runs[1].fold(2).folder / "oof.csv").write_text("id\n")
-    (runs[0].fold(0).folder / "test.csv").unlink()
-    assert compared(tmp_path, capsys, "--folds", "0") == expected
-
-
 def test_a_blend_is_compared_on_chosen_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [noisy(name, 1.0, seed) for seed, name in enumerate(RUNS)]
     for made in members:
