@@ -101,7 +101,7 @@ def test_old_configs_are_upgraded() -> None:
 
 
 def test_json_round_trip_is_exact() -> None:
-    text = json.dumps(asdict(Config(**PROBED, lr=1, dropout=0)))
+    text = json.dumps(asdict(Config()) | PROBED | {"lr": 1, "dropout": 0})
     assert json.dumps(asdict(Config(**json.loads(text)))) == text
 
 
