@@ -34,6 +34,8 @@ OUT_OF_RANGE = [
 REFUSED = [
     *(({name: value}, f"{name}={value}: {reason}") for name, value, reason in OUT_OF_RANGE),
     ({"epoch": 3}, "epoch: no such field; closest: epochs; `python -m pcam_kaggle config` lists all"),
+    # Text of a damaged file is one short line, too.
+    ({"body": "wi\nde\n" * 1000}, f"body={('wi de ' * 14)[:80]}: choose one of plain, bottleneck"),
     ({"side": 63}, "side=63: must be even, so that a crop has the patch's centre"),
     ({"width": 6}, "width=6, max_width=512: both must be multiples of 4"),
     ({"max_width": 16}, "width=32, max_width=16: max_width must not be below width"),
@@ -56,12 +58,6 @@ def test_values_out_of_range_or_that_contradict_each_other_are_refused(fields: d
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("limit", ["epochs=1", "epochs=10000", "n_splits=2", "dropout=0", "lr=10", "side=32", "tta_shift=8"])
-def test_limits_themselves_are_accepted(limit: str) -> None:
-    name, _, value = limit.partition("=")
-    assert getattr(Config().changed([limit]), name) == int(value)
-
-
 @pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
 def test_no_number_is_a_bool_and_none_is_infinite(name: str) -> None:
     for value in (False, True):
@@ -70,14 +66,6 @@ def test_no_number_is_a_bool_and_none_is_infinite(name: str) -> None:
     for text in ("nan", "inf", "-inf"):
         with pytest.raises(UserError, match=rf"{name}={text}: (must be in |not a number of type int)"):
             Config().changed([f"{name}={text}"])
-
-
-def test_an_error_shows_foreign_text_in_one_short_line() -> None:
-    for fields in ({"body": "wi\nde " * 1000}, {"un\nknown" * 1000: 1}):
-        with pytest.raises(UserError) as caught:
-            Config(**fields)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize(
@@ -112,14 +100,9 @@ def test_old_configs_are_upgraded() -> None:
     assert upgraded(old | {"optimizer": "logistic", "gone": 1}) == asdict(Config(**PROBED)) | {"gone": 1}
 
 
-@pytest.mark.parametrize(
-    "config", [*(chosen.config for chosen in EXPERIMENTS.values()), Config(lr=1, dropout=0), Config(**PROBED)]
-)
-def test_json_round_trip_is_exact(config: Config) -> None:
-    text = json.dumps(asdict(config))
-    read = Config(**json.loads(text))
-    assert read == config
-    assert json.dumps(asdict(read)) == text
+def test_json_round_trip_is_exact() -> None:
+    text = json.dumps(asdict(Config()) | PROBED | {"lr": 1, "dropout": 0})
+    assert json.dumps(asdict(Config(**json.loads(text)))) == text
 
 
 def test_every_field_is_described_in_the_table() -> None:
@@ -130,19 +113,11 @@ def test_every_field_is_described_in_the_table() -> None:
     assert NAMES[0] in GROUPS
 
 
-def fields_in(lines: list[str]) -> list[str]:
-    return [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
-
-
-def test_a_rendered_config_fits_its_width_and_a_blend_shows_its_folds_alone() -> None:
-    lines = render_config(experiment("lite0"), 110).splitlines()
+@pytest.mark.parametrize(("name", "fields"), [("lite0", NAMES), ("blend", ["groups", "n_splits", "subset"])])
+def test_a_rendered_config_fits_its_width_and_a_blend_shows_its_folds_alone(name: str, fields: list[str]) -> None:
+    lines = render_config(experiment(name), 110).splitlines()
     assert max(map(len, lines)) <= 110
-    assert [line for line in lines if line in GROUPS.values()] == list(GROUPS.values())
-    assert fields_in(lines) == ["field", *NAMES]
-    assert sum("timm:tf_efficientnet_lite0  " in line for line in lines) == 1
-    lines = render_config(experiment("blend"), 110).splitlines()
-    assert lines[1].startswith("blend of bottleneck, pretrained")
-    assert fields_in(lines) == ["field", "groups", "n_splits", "subset"]
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == ["field", *fields]
 
 
 def test_an_unknown_experiment_and_changes_or_seeds_of_a_blend_are_refused() -> None:

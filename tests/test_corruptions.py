@@ -1,25 +1,15 @@
-"""Corrupted copies of patches, as `benchmarks.corruptions` writes them."""
-
-from pathlib import Path
+"""Corruptions of a patch by `benchmarks.corruptions`."""
 
 import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image as Pil
 
-from benchmarks.corruptions import CORRUPTIONS, main
-from pcam_kaggle.data.labelled import read_labelled
-from pcam_kaggle.data.stain import Image
+from benchmarks.corruptions import CORRUPTIONS
 
 
-@pytest.fixture
-def patch() -> Image:
-    """A patch of smooth tissue colours."""
+def test_corruptions_do_what_they_are_called() -> None:
+    # A patch of smooth tissue colours.
     coarse = np.random.default_rng(1).integers(60, 240, (12, 12, 3)).astype(np.uint8)
-    return np.kron(coarse, np.ones((8, 8, 1), np.uint8))
-
-
-def test_corruptions_do_what_they_are_called(patch: Image) -> None:
+    patch = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
     luma = np.array([0.299, 0.587, 0.114])
     values = patch.astype(float)
     made = {name: change(patch).astype(float) for name, change in CORRUPTIONS.items()}
@@ -34,16 +24,3 @@ def test_corruptions_do_what_they_are_called(patch: Image) -> None:
     # Orange to yellow: hue turned by ten degrees.
     orange = np.full((96, 96, 3), (200, 100, 0), np.uint8)
     assert CORRUPTIONS["hue_+10"](orange)[0, 0].tolist() == pytest.approx([200, 133, 0], abs=4)
-
-
-def test_each_folder_holds_the_corrupted_patches_under_the_same_ids(tmp_path: Path, patch: Image) -> None:
-    (tmp_path / "patches").mkdir()
-    pixels = {"a": patch, "b": patch[::-1].copy()}
-    for name, image in pixels.items():
-        Pil.fromarray(image).save(tmp_path / "patches" / f"{name}.tif")
-    pd.DataFrame({"id": ["a", "b"], "label": [0, 1]}).to_csv(tmp_path / "labels.csv", index=False)
-    main(tmp_path / "patches", tmp_path / "corrupted")
-    assert {folder.name for folder in (tmp_path / "corrupted").iterdir()} == set(CORRUPTIONS)
-    for name, corrupt in CORRUPTIONS.items():
-        read = read_labelled(tmp_path / "corrupted" / name, tmp_path / "labels.csv", "names")
-        np.testing.assert_array_equal(read.pixels, np.stack([corrupt(image) for image in pixels.values()]))

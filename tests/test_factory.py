@@ -65,25 +65,6 @@ def test_a_file_fills_the_whole_backbone_with_position_embeddings_resampled(name
     assert all(loaded[key].shape[0] == 1 for key in heads)
 
 
-def test_usual_formats_of_a_checkpoint_are_read(tmp_path: Path) -> None:
-    state, other = random_state("resnet18"), random_state("resnet18")
-    # Without the classifier, and without the counts that files of PyTorch before 0.4.1 lack.
-    needed = {name: value for name, value in state.items() if not name.startswith("fc.") and "num_batches" not in name}
-    wrapped = {
-        "needed.pth": needed,
-        "model.pth": {"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3},
-        "ema.pt": {"model": other, "model_ema": state},
-        "lightning.bin": {"state_dict": {f"module.{name}": value for name, value in state.items()}},
-        "half.pth": {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
-    }
-    files = [save(content, tmp_path / name) for name, content in wrapped.items()]
-    save_file(state, tmp_path / "weights.safetensors")
-    for file in (*files, str(tmp_path / "weights.safetensors")):
-        net = create_timm(replace(RESNET, weights=file))
-        loaded = net.state_dict()
-        assert all(torch.allclose(loaded[name], value, atol=1e-3) for name, value in needed.items()), file
-
-
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
@@ -102,13 +83,10 @@ def test_one_tensor_that_does_not_fit_is_an_error(name: str, tensor: torch.Tenso
 def test_a_file_of_another_model_is_one_line(pcam: Callable[..., Any], tmp_path: Path) -> None:
     file = save({f"{name}.other": value for name, value in random_state("resnet18").items()}, tmp_path / "other.pth")
     status, _, err = pcam("pipeline", "--set", "model=timm:resnet18", "--set", f"weights={file}")
-    assert status == 2
-    [line] = err.splitlines()
-    assert line.startswith(
-        f"error: {file}: does not fit timm:resnet18; tensors without a place in the model: 120 (conv1.weight.other, "
-    )
-    assert "of the model not filled: 100 (conv1.weight, bn1.weight, " in line
-    assert "no name is the same" in line
+    assert (status, err.count("\n")) == (2, 1)
+    assert "does not fit timm:resnet18; tensors without a place in the model: 120 (conv1.weight.other, " in err
+    assert "of the model not filled: 100 (conv1.weight, bn1.weight, " in err
+    assert "no name is the same" in err
     assert not (tmp_path / "work" / "runs").exists()
     details = (tmp_path / "work" / "error-details.txt").read_text().splitlines()
     assert "of the model not filled: layer4.1.bn2.running_var" in details
@@ -121,16 +99,18 @@ def named(prefix: str, offset: float = 0) -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": value + offset for name, value in SMALL_STATE.items()}
 
 
+# Without the classifier, and without the counts that files of PyTorch before 0.4.1 lack.
+NEEDED = {name: value for name, value in SMALL_STATE.items() if not name.startswith("fc.") and "num_batches" not in name}
 HEAD = {"head.weight": torch.zeros(3)}
 STEPS = {"epoch": np.int64(3), "losses": np.arange(3.0), "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
 WRAPPED = {
+    "needed": (NEEDED, []),
+    "half": ({name: value.half() if value.is_floating_point() else value for name, value in SMALL_STATE.items()}, []),
+    "ema": ({"model": named("", 1), "model_ema": named("")}, []),
     "backbone": (named("backbone.") | HEAD, ["head.weight"]),
     "lightning": ({"state_dict": named("model.encoder."), "hyper_parameters": {"lr": np.float64(0.1)}}, []),
     "dict": ({"net": named(""), **STEPS}, ["optimizer.state.0.exp_avg"]),
-    "dino": (
-        {"student": named("module.backbone.", 1), "teacher": named("backbone.") | HEAD},
-        ["student."],
-    ),
+    "dino": ({"student": named("module.backbone.", 1), "teacher": named("backbone.") | HEAD}, ["student."]),
     "dinov2": (named("student.backbone.", 1) | named("teacher.backbone."), ["student.backbone."]),
     "moco": ({"state_dict": named("module.encoder_q.") | named("module.encoder_k.", 1)}, ["encoder_k."]),
 }
@@ -140,7 +120,7 @@ WRAPPED = {
 def test_a_model_within_another_is_found(kind: str, tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
     content, left_out = WRAPPED[kind]
     loaded = create_timm(Config(model="timm:resnet10t", weights=save(content, tmp_path / "weights.pth"))).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in SMALL_STATE.items() if not name.startswith("fc."))
+    assert all(torch.allclose(loaded[name], value, atol=1e-3) for name, value in NEEDED.items())
     assert ("left out" in package_log.text) == bool(left_out)
     assert all(name in package_log.text.partition("left out: ")[2] for name in left_out)
 
@@ -160,12 +140,8 @@ NAMES = {
     "norm.": "layernorm.",
 }
 NAMES |= {"blocks.": "encoder.layer.", "attn.proj": "attention.output.dense", "pos_embed": "embeddings.position_embeddings"}
-VIT_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
+VIT_NAMES = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+VIT_NAMES |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 DINO_NAMES = {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out", "reg_token": "embeddings.register_tokens"}
 DINO_NAMES |= {f"ls{k}.gamma": f"layer_scale{k}.lambda1" for k in (1, 2)}
 SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": 6.0, "init_values": 1.0}
@@ -338,12 +314,3 @@ def test_macs_are_those_of_the_sum_over_layers() -> None:
     filters = (3, 32, 64, 128, 256, 512)
     convolutions = sum((96 >> k) ** 2 * 9 * filters[k] * filters[k + 1] for k in range(5))
     assert macs(create(EXPERIMENTS["plain"].config), 96) == convolutions + 512 * 9 * 256 + 256
-
-
-def test_symmetry_costs_no_multiplications() -> None:
-    config = EXPERIMENTS["bottleneck_d4"].config
-    ordinary, symmetric = create(replace(config, symmetry="none")), create(config)
-    assert macs(symmetric, 96) == pytest.approx(macs(ordinary, 96), rel=0.01)
-    filters = [[*net.stem.parameters(), *net.blocks.parameters()] for net in (ordinary, symmetric)]
-    weights = [sum(each.numel() for each in every if each.ndim > 2) for every in filters]
-    assert weights[0] == 8 * weights[1]

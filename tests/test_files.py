@@ -6,36 +6,21 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import Outcome, first_tif, sha1
 
-from pcam_kaggle.cli.main import main
 from pcam_kaggle.core import files
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.data.store import PatchStore, StoreManifest, complete_manifest
-
-
-def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
-    order = []
-
-    def enter() -> None:
-        with locked(tmp_path / "run"):
-            order.append("second in")
-
-    with ThreadPoolExecutor() as pool, locked(tmp_path / "run"):
-        wait([pool.submit(enter)], 0.3)
-        order.append("first out")
-    assert order == ["first out", "second in"]
+from pcam_kaggle.data.store import PatchStore
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
@@ -53,12 +38,12 @@ def test_a_file_system_without_locks_is_warned_of_once(
 
 
 RUN = "runs/bottleneck"
-WRITES_IN = {"folds": "folds", "train": RUN, "predict": RUN, "blend": RUN, "submission": "submissions", "scores": "submissions"}
+WRITES_IN = {"folds": "folds", "train": RUN, "predict": RUN, "blend": RUN, "submission": "submissions"}
 
 
 @pytest.mark.parametrize("stage", WRITES_IN)
 def test_every_writer_holds_the_lock(
-    stage: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    stage: str, pcam: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A partial file of another process survives, since no stage writes there until the other process ends."""
     work = tmp_path / "work"
@@ -68,23 +53,16 @@ def test_every_writer_holds_the_lock(
     # `train` has predicted, too.
     for record in work.glob(f"{RUN}/fold_*/predictions.json") if stage == "predict" else ():
         record.unlink()
-
-    def call() -> Outcome:
-        if stage != "scores":
-            return pcam(stage)
-        line = ["kaggle", "scores", "bottleneck", "--public", "0.5", "--work", str(work)]
-        return Outcome(main(line), *capsys.readouterr())
-
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     with locked(work / WRITES_IN[stage]):
         partial = work / WRITES_IN[stage] / f".oof.csv.x{files.PART}"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        outcome = call()
+        outcome = pcam(stage)
         assert outcome.status == 2
         assert "another process is writing there" in outcome.err
         assert partial.exists()
-    assert call().status == 0
+    assert pcam(stage).status == 0
     assert not partial.exists()
 
 
@@ -127,54 +105,39 @@ def test_of_two_processes_that_need_the_demo_one_draws_it(tmp_path: Path) -> Non
 PACK_SLOWLY = """
 import sys, time
 from pathlib import Path
-from unittest.mock import Mock
 from pcam_kaggle.core.paths import Data
 from pcam_kaggle.data import prepare as patches
 def slow(*arguments):
-    print("packing", flush=True)
+    print("started", flush=True)
     time.sleep(60)
 patches._pack_chunk = slow
 patches.prepare(Data(Path(sys.argv[1])), Path(sys.argv[2]))
 """
+TRAIN_SLOWLY = """
+from pcam_kaggle.training.gpus import run_on_gpus
+run_on_gpus(exec, ["import time; print('started', flush=True); time.sleep(60)"] * 2)
+"""
 
 
-def test_workers_of_a_killed_prepare_end_and_free_the_store(data: Data, tmp_path: Path) -> None:
-    line = [sys.executable, "-c", PACK_SLOWLY, str(data.root), str(tmp_path / "store")]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("code", [PACK_SLOWLY, TRAIN_SLOWLY], ids=["prepare", "train"])
+def test_child_processes_end_with_a_killed_parent_and_free_the_store(code: str, data: Data, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "packing\n"
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert process.stdout.readline() == "started\n"
         process.kill()
-        # The pipe is closed when the last worker has ended.
-        assert process.stdout.read() == ""
-    assert children
+        # The pipe is closed when the last child has ended.
+        process.communicate(timeout=50)
     assert prepare(data, tmp_path / "store")[1]
-
-
-def prepare_again(data: Data, folder: Path) -> None:
-    os.utime(first_tif(data), (1, 1))
-    assert prepare(data, folder)[1]
 
 
 def test_a_worker_never_reads_another_store(data: Data, store: PatchStore) -> None:
     ids = store.ids("train")
     rows, sent = store.rows("train", ids), pickle.dumps(store)
     assert np.array_equal(pickle.loads(sent).images(rows), store.images(rows))  # noqa: S301
-    prepare_again(data, store.folder)
+    os.utime(first_tif(data), (1, 1))
+    assert prepare(data, store.folder)[1]
     with pytest.raises(UserError, match="replaced while it was in use"):
         pickle.loads(sent).images(rows)  # noqa: S301
     # Who had opened it before still reads the old file.
     assert [sha1(patch) for patch in store.images(rows)] == list(ids)
-
-
-def test_a_store_replaced_while_opening_is_not_mixed(data: Data, store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swap(folder: Path) -> StoreManifest | None:
-        monkeypatch.undo()
-        before = complete_manifest(folder)
-        prepare_again(data, store.folder)
-        return before
-
-    monkeypatch.setattr("pcam_kaggle.data.store.complete_manifest", swap)
-    opened = PatchStore(store.folder)
-    with pytest.raises(UserError, match="replaced while it was in use"):
-        opened.images(opened.rows("train", opened.ids("train")))

@@ -54,9 +54,3 @@ def test_the_copy_computes_the_same_without_norms_and_pooling_indices(fields: di
 def test_pooling_is_that_of_torch(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert torch.equal(MaxPool()(x), nn.functional.max_pool2d(x, 2))
-
-
-def test_a_net_of_timm_is_returned_as_it_is() -> None:
-    net = create(Config(model="timm:resnet10t"))
-    assert fold_norms(net) is net
-    assert not net.training

@@ -49,11 +49,6 @@ def test_every_epoch_is_trained_once_and_gpus_end_together(done: dict[int, int],
     assert split == {fold for fold, parts in trained.items() if len(parts) > 1}
 
 
-def test_two_gpus_train_half_of_the_epochs_each() -> None:
-    made = [[(part.fold, part.start, part.until) for part in gpu] for gpu in assign_epochs(dict.fromkeys(range(5), 0), 32, 2)]
-    assert made == [[(0, 0, 32), (1, 0, 32), (2, 16, 32)], [(2, 0, 16), (3, 0, 32), (4, 0, 32)]]
-
-
 def _note_start_method(folder: Path, items: list[int]) -> None:
     (folder / str(items[0])).write_text(multiprocessing.get_start_method())
 

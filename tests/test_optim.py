@@ -80,22 +80,6 @@ def test_an_update_is_nearly_orthogonal_and_padding_changes_nothing() -> None:
         assert float((direction.flatten(1) / scale * (left @ right)).sum()) > 0.9 * min(matrix.flatten(1).shape)
 
 
-def test_the_iteration_on_padded_gram_matrices_is_the_one_on_matrices() -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(12, 30, dtype=torch.float64)
-    x = matrix / matrix.norm()
-    padded = torch.zeros(1, 16, 16, dtype=torch.float64)
-    padded[0, :12, :12] = x @ x.T
-    (factor,) = optim.iterate(padded)
-    assert not factor[:12, 12:].any()
-    assert not factor[12:, :12].any()
-    product = factor[:12, :12] @ x
-    for a, b, c in optim.NEWTON_SCHULZ:
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    torch.testing.assert_close(product, x)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_with_an_infinite_gradient_changes_nothing(optimizer: str) -> None:
     net = tiny_net()
@@ -130,16 +114,6 @@ def test_the_learning_rate_is_read_from_tensors_and_a_gradient_may_be_missing() 
         made.step()
         assert all(map(torch.equal, before, net.parameters())) == (rate == 0)
     assert all(bool(parameter.isfinite().all()) for parameter in net.parameters())
-
-
-def test_adams_part_takes_steps_of_the_learning_rate_from_the_first_on() -> None:
-    net = nn.Linear(3, 2)
-    made = create_optimizer(net, Config(optimizer="muon", lr=0.5))
-    for _ in range(5):
-        before = net.bias.detach().clone()
-        net.weight.grad, net.bias.grad = torch.ones(2, 3), torch.tensor([3.0, -0.01])
-        made.step()
-        torch.testing.assert_close(net.bias - before, torch.tensor([-0.5, 0.5]), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "levit_128s", "botnet26t_256", "vit_tiny_patch16_224"])

@@ -87,13 +87,18 @@ def test_predictions_are_those_of_the_model_with_the_fitted_classifier(precision
         load_best(fold, task.config, CPU)
 
 
-def test_a_patch_is_embedded_once(task: Task, embedded: list[int]) -> None:
+def test_a_patch_is_embedded_once_per_weights_views_and_precision(task: Task, embedded: list[int]) -> None:
     probe(task, [0])
     assert sorted(embedded) == list(range(36 + 7))
-    probe(named(task, "two", seed=3), [1])
+    probe(named(task, "seed", seed=3), [1])
     assert len(embedded) == 36 + 7
-    probe(named(task, "three", tta=1), [0])
+    probe(named(task, "views", tta=1), [0])
     assert len(embedded) == 2 * (36 + 7)
+    probe(named(task, "precision", precision="bf16"), [0])
+    assert len(embedded) == 3 * (36 + 7)
+    save_weights(task.config.weights)
+    probe(named(task, "weights"), [0])
+    assert len(embedded) == 4 * (36 + 7)
 
 
 def test_an_interrupted_embedding_continues(task: Task, embedded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +140,6 @@ def test_an_embedding_ends_with_the_budget(task: Task, package_log: pytest.LogCa
     probe(task, [0], Budget(0.0))
     assert "out of time while embedding" in package_log.text
     assert not task.run.fold(0).is_trained
-
-
-def test_features_belong_to_weights_and_precision(task: Task) -> None:
-    config, store = task.config, task.store
-    key = embedding._key(config, store, CPU)
-    assert key == embedding._key(replace(config, seed=9), store, CPU)
-    assert key != embedding._key(config, store, replace(CPU, precision="bf16"))
-    save_weights(config.weights)
-    assert key != embedding._key(config, store, CPU)
 
 
 def test_the_fit_is_a_minimum_of_the_penalised_loss() -> None:

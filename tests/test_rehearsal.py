@@ -1,6 +1,5 @@
 """A rehearsal: the real step and batch, random numbers as before, and one line for a model that is too large."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,3 @@ def test_a_model_that_is_too_large_fails_in_one_line(
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(UserError, match=f"^{setting}: too large for the device's memory; use a smaller one$"):
         rehearse(probed if name == "mean_features" else TRAINED)
-
-
-def test_missing_weights_fail_in_the_rehearsal(probed: Config) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        rehearse(replace(probed, weights="nowhere.pth"))

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from pcam_kaggle.data.folds import stain_groups
-from pcam_kaggle.data.stain import STAINS, restain, stain_vectors
+from pcam_kaggle.data.stain import STAINS, stain_vectors
 
 
 def stained(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -34,11 +34,6 @@ def test_stain_vectors_do_not_depend_on_the_square() -> None:
 
 def test_glass_has_the_common_vectors() -> None:
     assert np.array_equal(stain_vectors(np.full((96, 96, 3), 245, np.uint8)), STAINS[:2])
-
-
-def test_the_identity_changes_nothing() -> None:
-    image = stained(STAINS[:2])
-    assert np.array_equal(restain(image, np.eye(3, 4)), image)
 
 
 def test_groups_of_like_stain_are_made_of_one_slide(monkeypatch: pytest.MonkeyPatch) -> None:

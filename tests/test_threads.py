@@ -1,10 +1,6 @@
 """Threads follow the free cores: fewer beside other programs, all again without them, and a fixed number if it is set."""
 
 import multiprocessing
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import psutil
@@ -56,31 +52,6 @@ def test_a_short_load_changes_nothing(machine: Machine) -> None:
     cores = free_cores(machine, 4)
     for _ in range(10):
         assert machine.run(cores, 1, 3.0) == machine.run(cores, 2, 0.0) == []
-
-
-def test_one_thread_stays_one(machine: Machine) -> None:
-    assert machine.run(free_cores(machine, 1), 10, 3.0) == []
-
-
-@pytest.fixture
-def busy() -> Iterator[None]:
-    """Run a busy program that is not a child of this process's own pool, on one of its cores."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
-        yield
-        program.kill()
-
-
-def spent(seconds: float) -> float:
-    """Return the cores that others were busy on while this process computed for `seconds` of its CPU time."""
-    before, start = others_seconds(), os.times()
-    while os.times().user - start.user < seconds:
-        pass
-    return (others_seconds() - before) / (os.times().elapsed - start.elapsed)
-
-
-@pytest.mark.slow
-def test_other_programs_are_counted_and_this_one_is_not(busy: None) -> None:
-    assert 0.2 < spent(2.0) < len(os.sched_getaffinity(0)) - 0.2
 
 
 def test_this_process_and_its_children_are_not_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:

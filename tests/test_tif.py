@@ -4,7 +4,6 @@ import struct
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import cv2
 import numpy as np
@@ -89,12 +88,6 @@ def test_an_unusable_file_is_named(content: bytes, reason: str, tmp_path: Path, 
     with pytest.raises(Damaged, match=reason):
         read(content, tmp_path)
     assert capfd.readouterr() == ("", "")
-
-
-def test_an_unreadable_file_is_a_damaged_one(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(Damaged, match="Permission denied"):
-        read_patch(first_tif(data), np.empty((96, 96, 3), np.uint8))
 
 
 def test_pixels_that_have_their_ids_sha1_need_nothing_else_of_their_file(data: Data) -> None:

@@ -1,11 +1,8 @@
 """Training: independent of the number of workers, resumed exactly, and its best model reproduces the stored score."""
 
 import os
-import platform
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +37,6 @@ from pcam_kaggle.training.budget import Budget, Forecast
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.learner import Learner, load_best
 from pcam_kaggle.training.loader import TrainBatches, batches
-from pcam_kaggle.training.optim import parameter_groups
 from pcam_kaggle.training.predict import predict, predict_probabilities
 from pcam_kaggle.training.schedule import MovingAverage, ema_weight, learning_rate
 from pcam_kaggle.training.task import Task, open_session
@@ -192,33 +188,6 @@ def test_a_gpu_that_fails_in_its_own_process_is_one_error(work: Callable[[list[i
         gpus.run_on_gpus(work, [[0], [1]])
 
 
-def test_child_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
-    (tmp_path / "orphans.py").write_text(ORPHANS)
-    environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{tmp_path}"}
-    with subprocess.Popen([sys.executable, "orphans.py"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as parent:
-        while len(started := list(tmp_path.glob("[0-9]*"))) < 2:
-            assert parent.poll() is None
-            time.sleep(0.1)
-        parent.kill()
-    pids = [file.name for file in started]
-    for _ in range(50):
-        pids = [pid for pid in pids if Path(f"/proc/{pid}/fd/0").exists()]
-        time.sleep(0.1)
-    assert not pids
-
-
-ORPHANS = """
-import os, time
-from pathlib import Path
-from pcam_kaggle.training import gpus
-def work(items):
-    Path(str(os.getpid())).touch()
-    time.sleep(60)
-if __name__ == "__main__":
-    gpus.run_on_gpus(work, [[0], [1]])
-"""
-
-
 def test_a_gpu_that_cannot_compute_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
@@ -329,14 +298,6 @@ def test_a_step_has_the_learning_rate_of_its_end(task: Task, monkeypatch: pytest
     monkeypatch.setattr(Learner, "load", lambda *values: given.append(values[3]) or load(*values))
     finish(task, 0)
     assert given == pytest.approx([learning_rate(task.config, (step + 1) / 3) for step in range(6)])
-
-
-def test_vectors_get_no_weight_decay() -> None:
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 1))
-    decayed, free = parameter_groups(net)
-    assert decayed["weight_decay"] > 0 == free["weight_decay"]
-    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3, 3, 3), (1, 4)]
-    assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,), (1,)]
 
 
 def teach(task: Task, fold: int, first: float = 0.1) -> pd.DataFrame:
@@ -477,22 +438,3 @@ def test_statistics_are_those_of_a_sample(store: PatchStore, tiny: Config, monke
     assert set(read) <= set(rows)
     engine.adapt_norms(torch.nn.Conv2d(3, 1, 1), store, rows, tiny, CPU)
     assert len(read) == 10, "a model without batch norms reads patches for nothing"
-
-
-FAULTS = """
-import resource, torch
-from pcam_kaggle.core.process import tune_malloc
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-tune_malloc()
-print([faults() for _ in range(12)][-1])
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
-def test_freed_memory_is_held_for_the_next_step() -> None:
-    # Huge pages are faulted in by the hundred, and would hide what is given back.
-    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    assert int(subprocess.check_output([sys.executable, "-c", FAULTS], env=small_pages)) < 100
