@@ -16,7 +16,7 @@ from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.models.backbone import GeM, copy_trained, enlarge, trained_state
+from pcam_kaggle.models.backbone import copy_trained, enlarge, trained_state
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.models.weights import import_timm, weights_file
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
@@ -255,19 +255,7 @@ def test_on_a_cpu_a_training_step_does_not_fuse_attention(monkeypatch: pytest.Mo
         model.eval()(images)
 
 
-def test_gem_lies_between_mean_and_maximum() -> None:
-    maps, pool = torch.rand(2, 5, 4, 4), GeM()
-    with torch.no_grad():
-        pool.power.fill_(1)
-        torch.testing.assert_close(pool(maps), maps.mean((2, 3), keepdim=True))
-        pool.power.fill_(200)
-        torch.testing.assert_close(pool(maps), maps.amax((2, 3), keepdim=True), rtol=0.05, atol=0)
-
-
 def test_pooling_is_that_of_the_config() -> None:
-    assert any(isinstance(module, GeM) for module in create(replace(RESNET, pool="gem")).modules())
-    with pytest.raises(UserError, match=r"pool=gem: the model does not pool maps"):
-        create(Config(model="timm:vit_tiny_patch16_224", pool="gem"))
     assert create(replace(RESNET, pool="catavgmax")).features(torch.rand(2, 3, 96, 96)).shape == (2, 1024)
     with pytest.raises(UserError, match=r"pool=catavgmax: "):
         create(replace(VIT, pool="catavgmax"))

@@ -178,7 +178,7 @@ def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}
     arguments |= {key: getattr(timm.layers, arguments[key]) for key in LAYER_ARGUMENTS if isinstance(arguments.get(key), str)}
-    if config.pool not in ("default", "gem"):
+    if config.pool != "default":
         arguments["global_pool"] = config.pool
     size = arguments.get("img_size", config.resize)
     if config.resize not in (0, size):
