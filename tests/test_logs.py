@@ -1,11 +1,12 @@
 """Log lines: progress on standard output, warnings on standard error, each once."""
 
 import logging
+import re
 
 import pytest
 from conftest import on_terminal
 
-from pcam_kaggle.core.logs import configure_logging, fold_context, logging_verbosity, progress, status_line
+from pcam_kaggle.core.logs import configure_logging, logging_verbosity, progress, status_line
 
 log = logging.getLogger("pcam_kaggle.test")
 
@@ -13,10 +14,9 @@ log = logging.getLogger("pcam_kaggle.test")
 def printed(capsys: pytest.CaptureFixture[str], verbosity: int) -> tuple[list[str], list[str]]:
     """Return the lines on standard output and error of one record per level."""
     configure_logging(verbosity)
-    with fold_context(3):
-        log.debug("details")
-        log.info("step %d", 1)
-        log.warning("careful")
+    log.debug("details")
+    log.info("step %d", 1)
+    log.warning("careful")
     out, err = capsys.readouterr()
     return out.splitlines(), err.splitlines()
 
@@ -28,23 +28,17 @@ def test_progress_and_warnings_have_their_streams(capsys: pytest.CaptureFixture[
     assert printed(capsys, 0) == ([], [])
 
 
-def test_verbose_lines_have_time_rank_and_fold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbose_lines_have_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = printed(capsys, 1)
-    assert [line.partition(" rank ")[2] for line in out] == ["0 fold 3: details", "0 fold 3: step 1"]
+    assert [re.sub(r"^[-\d]{10} [:,\d]{12} ", "TIME ", line) for line in out] == ["TIME details", "TIME step 1"]
     assert err[0].startswith("warning: ")
-    monkeypatch.setenv("RANK", "1")
-    out, err = printed(capsys, 1)
-    assert out == []
-    assert [line.partition(" rank ")[2] for line in err] == ["1 fold 3: details", "1 fold 3: step 1", "1 fold 3: careful"]
 
 
-def test_a_second_configuration_replaces_the_first_and_a_fold_has_its_context(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_configuration_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     for verbosity in (0, 1):
         configure_logging(verbosity)
         assert logging_verbosity() == verbosity
     assert len(printed(capsys, 1)[0]) == 2
-    log.info("done")
-    assert capsys.readouterr().out.endswith("fold -: done\n")
 
 
 @pytest.mark.parametrize(("verbosity", "rank", "is_shown"), [(0, "0", True), (-1, "0", False), (0, "1", False)])

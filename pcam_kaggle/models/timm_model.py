@@ -161,9 +161,8 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
 def _backbone_tensors(message: str, module: nn.Module, state: Tensors, original: Tensors) -> Tensors:
     """Return the tensors of `state` without a classifier; raises UserError unless they fill the backbone of `module`."""
     heads = classifier_prefixes(module)
-    weights, model = (
-        {name: value for name, value in tensors.items() if not name.startswith(heads)} for tensors in (state, module.state_dict())
-    )
+    both = state, module.state_dict()
+    weights, model = ({name: value for name, value in each.items() if not name.startswith(heads)} for each in both)
     shapes = {name: (tuple(weights[name].shape), tuple(model[name].shape)) for name in model if name in weights}
     if PATCH_KERNELS in shapes.keys() & original.keys() and original[PATCH_KERNELS].ndim == 4:
         # timm resamples the kernels of another patch size without a word, and no weights are made for that.

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from pcam_kaggle.core.config import PATCH_SIDE, Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.core.process import rank
 from pcam_kaggle.models.factory import create, macs
 from pcam_kaggle.models.weights import weights_sha256
@@ -74,7 +73,6 @@ def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, 
         number, fold = segment.fold, task.run.fold(segment.fold)
         with (
             fold.lock() if segment.is_split else nullcontext(),
-            fold_context(number),
             memory_errors(f"batch_size={task.config.batch_size}"),
             closing(train_fold(task, number, backend, loaders)) as rows,
         ):
