@@ -11,7 +11,7 @@ from filelock import FileLock
 from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import check_oof, read_numbers
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, PredictionsRecord, TeacherRecord
 
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "valid_loss", "seconds", "valid_seconds"]
@@ -113,7 +113,7 @@ class Fold:
 
     def oof(self) -> pd.DataFrame:
         """Return the OOF predictions (id, label, fold, probability), sorted by id; or raise UserError."""
-        return check_oof(self.folder / "oof.csv", self._predicted("oof.csv").assign(fold=self.number))
+        return self._predicted("oof.csv").assign(fold=self.number).astype({"label": "int64", "fold": "int64"})
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the OOF predictions and those of the test set (id, probability), sorted by id; or raise UserError."""
