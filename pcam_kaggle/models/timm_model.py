@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections import Counter, UserDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -89,16 +89,9 @@ def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay:
 
 def _filled(create: Callable[..., Any], overlay: dict[str, Any], tensors: Tensors, message: str) -> Any:
     """Return the model completely filled with `tensors`, or without any with timm's own; `message` begins a UserError."""
-    source = {"state_dict": _Shared(tensors)} if tensors else {}
+    source = {"state_dict": dict(tensors)} if tensors else {}
     with _complete_loading(message, tensors):
         return create(pretrained=True, pretrained_cfg_overlay=overlay | source)
-
-
-class _Shared(UserDict[str, Tensor]):
-    """Tensors that timm's deep copy of a configuration shares, since they may take gigabytes."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
-        return dict(self.data)
 
 
 def _wrapper(tensors: Tensors, model: Tensors, file: Path | None) -> str:
