@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pcam_kaggle.training.gpus import assign_folds, run_on_gpus
+from pcam_kaggle.training.gpus import run_on_gpus, spread
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,14 @@ from pcam_kaggle.training.gpus import assign_folds, run_on_gpus
         (dict.fromkeys(range(5), 32), 2, [[0, 2, 4], [1, 3]]),
         ({0: 2, 1: 8, 2: 3, 3: 3}, 2, [[1], [0, 2, 3]]),
         ({3: 0}, 4, [[3]]),
+        ({1: 5, 0: 5}, 0, [[1, 0]]),
     ],
 )
-def test_the_longest_queue_of_a_gpu_is_short(left: dict[int, int], gpus: int, expected: list[list[int]]) -> None:
-    assert assign_folds(left, gpus) == expected
+def test_the_longest_queue_of_a_gpu_is_short(
+    left: dict[int, int], gpus: int, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert spread(left) == expected
 
 
 def _note_start_method(folder: Path, items: list[int]) -> None:
