@@ -24,16 +24,12 @@ from pcam_kaggle.data.store import PatchStore
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
-def test_a_file_system_without_locks_is_warned_of_once(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_locks_is_refused(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.core.files.FileLock.acquire", Mock(side_effect=error))
-    for _ in range(2):
-        with locked(tmp_path / "store"):
-            (tmp_path / "store").touch()
-    assert package_log.messages == [f"{tmp_path}: its file system has no locks; don't let two processes write there"]
-    monkeypatch.setattr("pcam_kaggle.core.files.FileLock.acquire", Mock(side_effect=PermissionError(errno.EPERM, "")))
-    with pytest.raises(PermissionError), locked(tmp_path / "store"):
+    with (
+        pytest.raises(UserError, match=rf"store: can't be locked \(.*{error.args[-1]}\); use another"),
+        locked(tmp_path / "store"),
+    ):
         pass
 
 

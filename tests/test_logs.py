@@ -6,34 +6,39 @@ import re
 import pytest
 from conftest import on_terminal
 
-from pcam_kaggle.core.logs import configure_logging, fold_context, logging_verbosity, progress, status_line
+from pcam_kaggle.core.logs import configure_logging, logging_verbosity, progress, status_line
 
 log = logging.getLogger("pcam_kaggle.test")
 
 
-@pytest.mark.parametrize(
-    ("verbosity", "rank", "out", "err"),
-    [
-        (0, 0, ["step 1"], ["warning: careful"]),
-        (-1, 0, [], ["warning: careful"]),
-        (0, 1, [], []),
-        (1, 0, ["TIME rank 0 fold -: start", "TIME rank 0 fold 3: step 1"], ["warning: TIME rank 0 fold 3: careful"]),
-        (1, 1, [], ["TIME rank 1 fold -: start", "TIME rank 1 fold 3: step 1", "warning: TIME rank 1 fold 3: careful"]),
-    ],
-)
-def test_a_line_goes_to_its_stream_and_a_verbose_one_has_time_rank_and_fold(
-    verbosity: int, rank: int, out: list, err: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", str(rank))
-    # The second configuration replaces the first.
-    configure_logging(1 - verbosity)
+def printed(capsys: pytest.CaptureFixture[str], verbosity: int) -> tuple[list[str], list[str]]:
+    """Return the lines on standard output and error of one record per level."""
     configure_logging(verbosity)
-    assert logging_verbosity() == verbosity
-    log.debug("start")
-    with fold_context(3):
-        log.info("step %d", 1)
-        log.warning("careful")
-    assert [re.sub(r"20[-\d]+ [\d:,]+", "TIME", text).splitlines() for text in capsys.readouterr()] == [out, err]
+    log.debug("details")
+    log.info("step %d", 1)
+    log.warning("careful")
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+def test_progress_and_warnings_have_their_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed(capsys, 0) == (["step 1"], ["warning: careful"])
+    assert printed(capsys, -1) == ([], ["warning: careful"])
+    monkeypatch.setenv("RANK", "1")
+    assert printed(capsys, 0) == ([], [])
+
+
+def test_verbose_lines_have_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = printed(capsys, 1)
+    assert [re.sub(r"^[-\d]{10} [:,\d]{12} ", "TIME ", line) for line in out] == ["TIME details", "TIME step 1"]
+    assert err[0].startswith("warning: ")
+
+
+def test_a_second_configuration_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbosity in (0, 1):
+        configure_logging(verbosity)
+        assert logging_verbosity() == verbosity
+    assert len(printed(capsys, 1)[0]) == 2
 
 
 @pytest.mark.parametrize(("verbosity", "rank", "is_shown"), [(0, "0", True), (-1, "0", False), (0, "1", False)])

@@ -77,7 +77,7 @@ COMMON = (
     Option("--threads", type=_count, help="CPU threads; results repeat with a fixed number [OMP_NUM_THREADS, or free cores]"),
     Option("--debug", action="store_true", help="print the traceback of an error as well [PCAM_DEBUG=1]"),
     (
-        Option("-v", "--verbose", action="store_true", help="print details; lines start with time, process and fold"),
+        Option("-v", "--verbose", action="store_true", help="print details; lines start with the time"),
         Option("-q", "--quiet", action="store_true", help="print warnings and errors only"),
     ),
 )

@@ -43,8 +43,8 @@ class Config:
     """Side of the centre crop that the model reads, in pixels; even."""
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
     """Side to which the crop is enlarged for a timm model, in pixels; 0 for the side that the model needs, if it needs one."""
-    pool: Literal["default", "avg", "max", "avgmax", "catavgmax", "gem"] = "default"
-    """Global pooling of a timm model: its own, or another that it accepts; gem for convolutional models."""
+    pool: Literal["default", "avg", "max", "avgmax", "catavgmax"] = "default"
+    """Global pooling of a timm model: its own, or another that it accepts."""
     freeze: Annotated[Number, Field(ge=0, le=1)] = 0
     """Lower fraction of the layers of a timm model that keep their weights; 1 trains the classifier only."""
     grad_checkpointing: bool = False

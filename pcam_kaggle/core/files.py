@@ -1,15 +1,12 @@
 """Atomic writing of files and folders, and hashes that detect changed files."""
 
-import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,45 +15,32 @@ from filelock import FileLock, Timeout
 
 from pcam_kaggle.core.errors import UserError
 
-log = logging.getLogger(__name__)
-
 PART = ".part"
 AGAIN = "delete it and run the command again"
 # Loader processes live up to five seconds longer than a killed parent, and before filelock 4 they inherit its lock.
 LOCK_SECONDS = 10
-# What a file system without locks answers, such as NFS without its lock daemon.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, a file beside it, and delete partial files of killed processes.
 
-    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock; UserError after ten seconds. On a
-    file system without locks there is a warning instead.
+    Every process that writes into a run, a store, `folds/` or `submissions/` holds its lock; UserError after ten seconds,
+    or on a file system without locks.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held: AbstractContextManager[object] = nullcontext()
     try:
         held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{folder}: another process is writing there; wait until it ends, or use another folder") from None
     except (OSError, NotImplementedError) as error:
-        # Some versions of filelock raise the second.
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-            raise
-        _warn_of_no_locks(folder.parent)
+        raise UserError(f"{folder}: can't be locked ({error}); use another folder") from None
     with held:
         for partial in list(folder.rglob(f".*{PART}")):
             # A folder is left to `building`, which may need it.
             if not partial.is_dir():
                 partial.unlink(missing_ok=True)
         yield
-
-
-@cache
-def _warn_of_no_locks(folder: Path) -> None:
-    log.warning("%s: its file system has no locks; don't let two processes write there", folder)
 
 
 @contextmanager

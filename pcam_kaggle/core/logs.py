@@ -4,24 +4,22 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from io import TextIOWrapper
 from typing import TypeVar
 
 from pcam_kaggle.core.process import rank
 
 LOGGER = logging.getLogger("pcam_kaggle")
-VERBOSE_FORMAT = "%(asctime)s rank %(rank)d fold %(fold)s: %(message)s"
+VERBOSE_FORMAT = "%(asctime)s %(message)s"
 
 Item = TypeVar("Item")
-_fold: ContextVar[int | None] = ContextVar("fold", default=None)
 
 
 class ConsoleHandler(logging.Handler):
     """Prints progress on standard output and warnings, with the prefix "warning: ", on standard error.
 
-    A record of another rank than 0 is printed only if `verbosity` is positive, and on standard error. Streams are looked up for
-    each record, since notebooks replace them. A closed pipe ends the program, as it does for `print`.
+    Only rank 0 prints. Streams are looked up for each record, since notebooks replace them. A closed pipe ends the program, as
+    it does for `print`.
     """
 
     def __init__(self, verbosity: int, bar_position: int) -> None:
@@ -30,23 +28,21 @@ class ConsoleHandler(logging.Handler):
         self.setFormatter(logging.Formatter(VERBOSE_FORMAT if verbosity > 0 else None))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add `rank` and `fold` to `record`; return whether it is printed."""
-        fold = _fold.get()
-        record.__dict__.update(rank=rank(), fold="-" if fold is None else fold)
-        return rank() == 0 or self.verbosity > 0
+        """Return whether `record` is printed."""
+        return rank() == 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print `record` and flush the stream."""
         is_warning = record.levelno >= logging.WARNING
         prefix = "warning: " if is_warning else ""
-        print(f"{prefix}{self.format(record)}", file=sys.stderr if is_warning or rank() else sys.stdout, flush=True)
+        print(f"{prefix}{self.format(record)}", file=sys.stderr if is_warning else sys.stdout, flush=True)
 
 
 def configure_logging(verbosity: int = 0, bar_position: int = 0) -> None:
     """Print the package's log records; a second call replaces the settings of the first.
 
     Characters that standard output's encoding lacks are replaced from then on, also those of `print`.
-    A negative `verbosity` is for warnings only, 0 for progress too, a positive one for debug lines, with time, rank and fold.
+    A negative `verbosity` is for warnings only, 0 for progress too, a positive one for debug lines, with the time.
     `bar_position` is the line of this process's progress bars among those of other processes on the terminal.
     """
     # Standard error does so by default, and a notebook's streams take any character.
@@ -64,16 +60,6 @@ def logging_verbosity() -> int | None:
     """Return the `verbosity` given to `configure_logging`, None before its first call."""
     console = _console()
     return console.verbosity if console else None
-
-
-@contextmanager
-def fold_context(fold: int) -> Iterator[None]:
-    """Attach `fold` to the records logged in this context."""
-    token = _fold.set(fold)
-    try:
-        yield
-    finally:
-        _fold.reset(token)
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:

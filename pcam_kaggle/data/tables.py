@@ -83,18 +83,6 @@ def read_numbers(path: Path, columns: list[str]) -> pd.DataFrame:
     return pd.concat([table[["id"]], numbers], axis=1)
 
 
-def check_oof(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Return the OOF predictions `table` (id, label, fold, probability), read from `path`, with label and fold as int64.
-
-    Raises UserError if a number is not finite, or a label is not 0 or 1.
-    """
-    is_finite = np.isfinite(table[["label", "fold", "probability"]].to_numpy(np.float64)).all(axis=1)
-    if ids := table.loc[~is_finite | ~table["label"].isin([0, 1]), "id"].tolist():
-        problem = "rows hold a number that is not finite, or a label that is not 0 or 1"
-        raise UserError(f"{path}: {len(ids):,} {problem}, of id {examples(ids)}; predict again", ids)
-    return table.astype({"label": np.int64, "fold": np.int64})
-
-
 def labels_sha256(labels: pd.DataFrame) -> str:
     """Return the SHA-256 of the columns id and label, independent of the order of rows."""
     return sha256(csv_bytes(_by_id(labels[["id", "label"]].astype({"label": np.int8}))))

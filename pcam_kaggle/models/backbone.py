@@ -1,4 +1,4 @@
-"""A model of timm as this package runs it: input enlarged and normalised, lower layers frozen, pooling replaced."""
+"""A model of timm as this package runs it: input enlarged and normalised, lower layers frozen."""
 
 import copy
 from collections.abc import Callable
@@ -12,9 +12,6 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.models.cnn import Normalize
 from pcam_kaggle.models.timm_model import classifier_prefixes
 from pcam_kaggle.models.weights import import_timm
-
-# Exponent at the start, and the least value that is raised to it (Radenović et al. 2018).
-GEM_POWER, GEM_LEAST = 3.0, 1e-6
 
 
 class Backbone(nn.Module):
@@ -94,30 +91,6 @@ class Backbone(nn.Module):
     def _frozen_modules(self) -> list[tuple[str, nn.Module]]:
         trained = {name: [parameter.requires_grad for parameter in each.parameters()] for name, each in self.named_modules()}
         return [(name, self.get_submodule(name)) for name, flags in trained.items() if name and flags and not any(flags)]
-
-
-class GeM(nn.Module):
-    """Generalised mean over positions with a learnt exponent (Radenović et al. 2018, equation 3).
-
-    Shape: (n, channels, h, w) to (n, channels, 1, 1).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.power = nn.Parameter(torch.tensor([GEM_POWER]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool the maps `x`; powers of fp16 would overflow."""
-        raised = x.float().clamp(min=GEM_LEAST).pow(self.power)
-        return raised.mean((2, 3), keepdim=True).pow(1 / self.power).to(x.dtype)
-
-
-def use_gem(net: nn.Module) -> None:
-    """Replace the average pooling of timm's convolutional `net` by `GeM`; raises UserError if it does not pool so."""
-    pools: list[Any] = [module for module in net.modules() if isinstance(module, import_timm().layers.SelectAdaptivePool2d)]
-    if len(pools) != 1 or pools[0].pool_type != "avg" or not isinstance(pools[0].pool, nn.AdaptiveAvgPool2d):
-        raise UserError("pool=gem: the model does not pool maps of a convolution by their average; choose another pool")
-    pools[0].pool = GeM()
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.models.backbone import Backbone, use_gem
+from pcam_kaggle.models.backbone import Backbone
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.models.timm_model import create_timm
 
@@ -37,8 +37,6 @@ def _backbone(config: Config, weights: bool) -> Backbone:
     net: Any = create_timm(config, weights)
     expected = net.pretrained_cfg
     needed = config.resize or (expected["input_size"][-1] if expected.get("fixed_input_size") else 0)
-    if config.pool == "gem":
-        use_gem(net)
     if config.grad_checkpointing:
         net.set_grad_checkpointing(True)
     backbone = Backbone(net, expected["mean"], expected["std"], 0 if needed == config.side else needed)

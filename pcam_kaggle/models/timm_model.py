@@ -2,9 +2,8 @@
 
 import json
 import logging
-import math
 import re
-from collections import Counter, UserDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ HEAD_STD = 0.01
 LAYER_ARGUMENTS = ("mlp_layer", "norm_layer", "attn_layer")
 # Of self-supervised training, the network that is used afterwards: DINO's and MoCo's.
 PREFERRED = ("teacher.", "encoder_q.")
+PATCH_KERNELS = "patch_embed.proj.weight"
 
 Tensors = Mapping[str, Tensor]
 
@@ -67,9 +67,13 @@ def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay:
     message = f"{file or 'weights=pretrained'}: does not fit timm:{name}"
     try:
         model = _filled(create, overlay, tensors, message)
-    except UserError:
-        wrapper = _wrapper(tensors, create(pretrained_cfg_overlay=overlay).state_dict(), file) if tensors else ""
+    except Exception as error:
+        model = create(pretrained_cfg_overlay=overlay)
+        wrapper = _wrapper(tensors, model.state_dict(), file) if tensors else ""
         if not wrapper:
+            # timm's adaptation of weights to a model raises errors of any type where they are of another one.
+            if tensors and not isinstance(error, UserError):
+                _backbone_tensors(message, model, tensors, tensors)
             raise
         inside = {key.removeprefix(wrapper): value for key, value in tensors.items() if key.startswith(wrapper)}
         model = _filled(create, overlay, inside, f"{file}: {wrapper}* does not fit timm:{name}")
@@ -85,24 +89,9 @@ def _create_filled(create: Callable[..., Any], name: str, weights: str, overlay:
 
 def _filled(create: Callable[..., Any], overlay: dict[str, Any], tensors: Tensors, message: str) -> Any:
     """Return the model completely filled with `tensors`, or without any with timm's own; `message` begins a UserError."""
-    source = {"state_dict": _Shared(tensors)} if tensors else {}
-    try:
-        with _complete_loading(message, tensors):
-            return create(pretrained=True, pretrained_cfg_overlay=overlay | source)
-    except UserError:
-        raise
-    except Exception:
-        # timm's adaptation of weights to a model raises errors of any type where they are of another one.
-        if tensors and (advised := advice(tensors, create(pretrained_cfg_overlay=overlay).state_dict())):
-            raise UserError(f"{message}{advised}") from None
-        raise
-
-
-class _Shared(UserDict[str, Tensor]):
-    """Tensors that timm's deep copy of a configuration shares, since they may take gigabytes."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Tensor]:
-        return dict(self.data)
+    source = {"state_dict": dict(tensors)} if tensors else {}
+    with _complete_loading(message, tensors):
+        return create(pretrained=True, pretrained_cfg_overlay=overlay | source)
 
 
 def _wrapper(tensors: Tensors, model: Tensors, file: Path | None) -> str:
@@ -129,56 +118,13 @@ def classifier_prefixes(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-def advice(weights: Tensors, model: Tensors) -> str:
-    """Return as text what to set in `model_args` so that `weights` fit the tensors of `model`."""
-    if not weights.keys() & model.keys():
-        if any("embeddings." in name or "embedder." in name for name in weights):
-            return "; of the format of transformers, only ViT and DINOv2 are read: use the weights that timm has of this model"
-        return "; no name is the same, so they are another model's"
-    built = _transformer_arguments(model)
-    differing = {key: value for key, value in _transformer_arguments(weights).items() if built.get(key) != value}
-    return f"; set model_args='{json.dumps(differing)}'" if differing else ""
-
-
-def _transformer_arguments(tensors: Tensors) -> dict[str, Any]:
-    """Return the arguments of a vision transformer that can be read off its tensors; empty for another architecture."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    # DINOv2's own files call the layers of a packed SwiGLU w12 and w3, and the registers register_tokens.
-    first = shapes.get("blocks.0.mlp.fc1.weight") or shapes.get("blocks.0.mlp.w12.weight")
-    second = shapes.get("blocks.0.mlp.fc2.weight") or shapes.get("blocks.0.mlp.w3.weight")
-    if not first or not second:
-        return {}
-    hidden, width = first
-    # A packed SwiGLU splits the output of its first layer in two.
-    is_packed = hidden == 2 * second[1]
-    arguments: dict[str, Any] = {
-        "init_values": 1e-5 if any(name.endswith((".ls1.gamma", ".gamma_1")) for name in shapes) else None,
-        "reg_tokens": (shapes.get("reg_token") or shapes.get("register_tokens") or (1, 0))[1],
-        **({"mlp_layer": "SwiGLUPacked", "act_layer": "silu"} if is_packed else {"mlp_layer": "Mlp"}),
-        "mlp_ratio": round(hidden / width, 5),
-        "embed_dim": width,
-        "depth": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
-    }
-    if kernel := _patch_kernel(tensors):
-        arguments["patch_size"] = kernel[-1]
-    # A square number of positions leaves none for the class token; of DINOv2's own files, timm drops that one.
-    if {"cls_token", "pos_embed"} <= shapes.keys() and math.isqrt(shapes["pos_embed"][1]) ** 2 == shapes["pos_embed"][1]:
-        arguments["no_embed_class"] = True
-    return arguments
-
-
-def _patch_kernel(tensors: Tensors) -> tuple[int, ...]:
-    projection = tensors.get("patch_embed.proj.weight")
-    return () if projection is None else tuple(projection.shape[2:])
-
-
 def _arguments(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return arguments of `timm.create_model`, and what replaces fields of `pretrained_cfg`."""
     timm, name = import_timm(), config.model.removeprefix("timm:")
     arguments: dict[str, Any] = json.loads(config.model_args or "{}")
     overlay: dict[str, Any] = {key: tuple(arguments.pop(key)) for key in ("mean", "std") if key in arguments}
     arguments |= {key: getattr(timm.layers, arguments[key]) for key in LAYER_ARGUMENTS if isinstance(arguments.get(key), str)}
-    if config.pool not in ("default", "gem"):
+    if config.pool != "default":
         arguments["global_pool"] = config.pool
     size = arguments.get("img_size", config.resize)
     if config.resize not in (0, size):
@@ -195,11 +141,7 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
     load = nn.Module.load_state_dict
 
     def load_backbone(module: nn.Module, state: Tensors, *_: Any, **__: Any) -> Any:
-        heads = classifier_prefixes(module)
-        backbone = {name: value for name, value in state.items() if not name.startswith(heads)}
-        needed = {name: value for name, value in module.state_dict().items() if not name.startswith(heads)}
-        _check_fit(message, backbone, needed, original or backbone)
-        return load(module, backbone, strict=False)
+        return load(module, _backbone_tensors(message, module, state, original or state), strict=False)
 
     # Patched, since timm only logs what does not match, and loads into a model that it has not returned yet.
     nn.Module.load_state_dict = load_backbone  # type: ignore[method-assign, assignment]
@@ -209,8 +151,15 @@ def _complete_loading(message: str, original: Tensors) -> Iterator[None]:
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
-def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors) -> None:
+def _backbone_tensors(message: str, module: nn.Module, state: Tensors, original: Tensors) -> Tensors:
+    """Return the tensors of `state` without a classifier; raises UserError unless they fill the backbone of `module`."""
+    heads = classifier_prefixes(module)
+    both = state, module.state_dict()
+    weights, model = ({name: value for name, value in each.items() if not name.startswith(heads)} for each in both)
     shapes = {name: (tuple(weights[name].shape), tuple(model[name].shape)) for name in model if name in weights}
+    if PATCH_KERNELS in shapes.keys() & original.keys() and original[PATCH_KERNELS].ndim == 4:
+        # timm resamples the kernels of another patch size without a word, and no weights are made for that.
+        shapes[PATCH_KERNELS] = tuple(original[PATCH_KERNELS].shape), shapes[PATCH_KERNELS][1]
     groups = {
         "without a place in the model": [name for name in weights if name not in model],
         # Files of PyTorch before 0.4.1 lack these counts, which only a batch norm without a momentum reads.
@@ -218,10 +167,7 @@ def _check_fit(message: str, weights: Tensors, model: Tensors, original: Tensors
         "of another shape": [f"{name} {has} for {needs}" for name, (has, needs) in shapes.items() if has != needs],
     }
     details = [f"{group}: {item}" for group, items in groups.items() for item in items]
-    # timm resamples the kernels of another patch size without a word, and no weights are made for that.
-    if not details and _patch_kernel(original) in ((), _patch_kernel(model)):
-        return
-    # timm renames the tensors of some files.
-    named = original if original.keys() & model.keys() else weights
+    if not details:
+        return weights
     counts = ", ".join(f"{group}: {len(items)}" + (f" ({examples(items)})" if items else "") for group, items in groups.items())
-    raise UserError(f"{message}; tensors {counts}{advice(named, model)}", details)
+    raise UserError(f"{message}; tensors {counts}", details)

@@ -167,20 +167,16 @@ def import_timm() -> Any:
 
     Importing timm then fails (pytorch/vision#9085). Defining the operators' schemas is enough, since no model calls them.
     """
-    torchvision: Any = PathFinder.find_spec("torchvision")
-    operators: Any = PathFinder.find_spec("_C", torchvision.submodule_search_locations)
-    library = None
     try:
-        # torchvision does the same and ignores the error; a library that is already loaded is not loaded again.
-        torch.ops.load_library(operators.origin)
-    except OSError:
+        import timm
+    except RuntimeError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
+        import timm
 
-    # The schemas are removed when this object is deleted.
-    timm.torchvision_operators = library  # type: ignore[attr-defined]
+        # The schemas are removed when this object is deleted.
+        timm.torchvision_operators = library  # type: ignore[attr-defined]
     return timm
 
 

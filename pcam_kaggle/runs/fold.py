@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock
 
 from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import check_oof, read_numbers
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, PredictionsRecord, TeacherRecord
 
 LOG_COLUMNS = ["epoch", "train_loss", "valid_auc", "valid_loss", "seconds", "valid_seconds"]
@@ -51,11 +50,6 @@ class Fold:
     def best_checkpoint(self) -> Path:
         """Weights of the best epoch."""
         return self.folder / "best.pt"
-
-    def lock(self) -> FileLock:
-        """Return the lock of a fold that several processes train alternately; entering it waits for the other to end."""
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.run_folder / f".fold_{self.number}.lock")
 
     @property
     def is_started(self) -> bool:
@@ -113,7 +107,7 @@ class Fold:
 
     def oof(self) -> pd.DataFrame:
         """Return the OOF predictions (id, label, fold, probability), sorted by id; or raise UserError."""
-        return check_oof(self.folder / "oof.csv", self._predicted("oof.csv").assign(fold=self.number))
+        return self._predicted("oof.csv").assign(fold=self.number).astype({"label": "int64", "fold": "int64"})
 
     def predictions(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the OOF predictions and those of the test set (id, probability), sorted by id; or raise UserError."""

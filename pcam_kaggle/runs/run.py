@@ -14,7 +14,7 @@ from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, reading, sha256, write_csv, write_json
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.data.tables import check_oof, read_numbers
+from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.provenance import session_start
 from pcam_kaggle.runs.records import Environment, RunConfig
@@ -219,7 +219,7 @@ class Run:
         """Return the blended predictions (id, label and fold as int64, probability), sorted by id; or raise UserError."""
         file = self._blended("oof.csv", self.blend_metrics().oof_sha256)
         table = read_numbers(file, ["label", "fold", "probability"])
-        return check_oof(file, table).sort_values("id", ignore_index=True)
+        return table.astype({"label": "int64", "fold": "int64"}).sort_values("id", ignore_index=True)
 
     def test(self) -> pd.DataFrame:
         """Return the blended test predictions (id, probability); raises UserError as `oof` does."""

@@ -14,7 +14,8 @@ from pcam_kaggle.data.tables import read_sample
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.provenance import commit, versions
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import Ensemble, ensemble_auc
+from pcam_kaggle.scoring.held_out import Ensemble, ensemble_mean
+from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.results import Estimate
 
 log = logging.getLogger(__name__)
@@ -200,5 +201,5 @@ def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
 
 def _held_out_text(tables: dict[str, pd.DataFrame], made: SubmissionRecord) -> str:
     members = {name: table for name, table in tables.items() if name in made.members}
-    area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), members)
-    return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""
+    labels, mean, models = ensemble_mean(Ensemble(made.run, made.members, made.method == "rank"), members)
+    return f"{auc(labels, mean):.4f} ({models} model{'s' if models > 1 else ''})" if models else ""

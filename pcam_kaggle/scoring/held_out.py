@@ -132,12 +132,6 @@ def score_runs(
     )
 
 
-def ensemble_auc(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[float, int]:
-    """Return the AUC of the mean of the models of `ensemble`, and their number; NaN and 0 where `ensemble_mean` has none."""
-    labels, mean, models = ensemble_mean(ensemble, tables)
-    return (auc(labels, mean), models) if models else (float("nan"), 0)
-
-
 def ensemble_mean(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[Labels, Floats, int]:
     """Return labels and mean of the models of `ensemble`, both (n,), and their number, from tables of id, label, `fold_<k>`.
 

@@ -1,6 +1,5 @@
 """Augmentation: random changes of a uint8 RGB patch that keep its label, which is that of the centre square of 32 px."""
 
-from collections.abc import Callable
 from typing import Any
 
 import albumentations as A
@@ -14,58 +13,22 @@ from pcam_kaggle.data.stain import Image, Images, change, restain
 MAX_SHIFT = 4
 # Largest offset of a stain's optical density, relative to the strength of the jitter.
 STAIN_OFFSET = 0.4
-# The dihedral group D4, by the names of albumentations.
-SYMMETRIES: dict[str, Callable[[Image], Image]] = {
-    "e": lambda image: image,
-    "r90": lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
-    "r180": lambda image: cv2.rotate(image, cv2.ROTATE_180),
-    "r270": lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
-    "v": lambda image: cv2.flip(image, 0),
-    "h": lambda image: cv2.flip(image, 1),
-    "t": cv2.transpose,
-    "hvt": lambda image: cv2.transpose(cv2.rotate(image, cv2.ROTATE_180)),
-}
 
 
 def augmentation(side: int, stain_jitter: float, color_jitter: float) -> A.Compose:
     """Return the random augmentation of a train patch: uint8 (96, 96, 3) in, uint8 (side, side, 3) out; strengths in [0, 1)."""
-    factors = (1 - color_jitter, 1 + color_jitter)
+    factors, reach = (1 - color_jitter, 1 + color_jitter), side + 2 * MAX_SHIFT
     return A.Compose(
         [
-            ShiftedCrop(side, MAX_SHIFT),
-            SquareSymmetry(p=1.0),
+            A.CenterCrop(reach, reach, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101),
+            A.RandomCrop(side, side),
+            A.D4(p=1.0),
             StainJitter(stain_jitter),
             A.ColorJitter(brightness=factors, contrast=factors, saturation=factors, hue=(0.0, 0.0), p=1.0),
         ],
         # With a single image there are no shapes to compare.
         is_check_shapes=False,
     )
-
-
-class ShiftedCrop(A.ImageOnlyTransform):
-    """albumentations' CenterCrop to `side` + 2 `max_shift` px, reflecting, and RandomCrop, in a quarter of the time."""
-
-    def __init__(self, side: int, max_shift: int) -> None:
-        super().__init__(p=1.0)
-        self.side, self.max_shift = side, max_shift
-
-    def get_params(self) -> dict[str, int]:
-        """Draw the position of the crop, from 0 to 2 `max_shift`; `max_shift` is the centre."""
-        return {name: int((2 * self.max_shift + 1) * self.py_random.random()) for name in ("down", "right")}
-
-    def apply(self, img: Image, down: int, right: int, **params: Any) -> Image:
-        """Return the crop (side, side, 3) of `img` (h, w, 3) at the drawn position."""
-        padded = cv2.copyMakeBorder(img, *(self.max_shift,) * 4, cv2.BORDER_REFLECT_101)
-        top, left = (img.shape[0] - self.side) // 2 + down, (img.shape[1] - self.side) // 2 + right
-        return padded[top : top + self.side, left : left + self.side]
-
-
-class SquareSymmetry(A.D4):
-    """albumentations' D4, rotations and reflections of the square, with the same draws and pixels in a third of the time."""
-
-    def apply(self, img: Image, group_element: str, **params: Any) -> Image:
-        """Return `img` under the drawn symmetry."""
-        return SYMMETRIES[group_element](img)
 
 
 class StainJitter(A.ImageOnlyTransform):

@@ -1,14 +1,12 @@
-"""Processes of a training: one per GPU, the epochs that each trains, and the loader processes beside each."""
+"""Processes of a training: one per GPU, the folds that each trains, and the loader processes beside each."""
 
 import logging
-import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,19 +22,9 @@ from pcam_kaggle.training.loader import PREFETCH
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Hashable)
 # A container has 64 MB of it by default.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Epochs `start` to `until` of a fold, from 0, which one GPU trains; of a split fold, another GPU trains the others."""
-
-    fold: int
-    start: int
-    until: int
-    is_split: bool = False
 
 
 def loader_processes(trained: int, batch_bytes: int) -> int:
@@ -51,33 +39,12 @@ def loader_processes(trained: int, batch_bytes: int) -> int:
     return max(1, wanted)
 
 
-def round_robin(items: list[Item]) -> list[list[Item]]:
-    """Return the items of each GPU, dealt in turn; all in one list if there is at most one GPU."""
-    count = max(1, min(torch.cuda.device_count(), len(items)))
-    return [items[gpu::count] for gpu in range(count)]
-
-
-def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Segment]]:
-    """Assign the epochs that are left of each fold to GPUs so that all end at about the same time.
-
-    McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
-    that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
-    `done` are the finished epochs of each fold. GPUs without work are left out.
-    """
-    left = {fold: epochs - finished for fold, finished in done.items()}
-    limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
-    assignments: list[list[Segment]] = [[]]
-    used = 0
-    for fold, count in left.items():
-        fitting = min(count, limit - used)
-        middle, is_split = epochs - fitting, 0 < fitting < count
-        if fitting or not count:
-            assignments[-1].append(Segment(fold, middle, epochs, is_split))
-            used += fitting
-        if fitting < count:
-            assignments.append([Segment(fold, done[fold], middle, is_split)])
-            used = count - fitting
-    return assignments
+def spread(work: dict[Item, int]) -> list[list[Item]]:
+    """Return the items of each GPU, one list if there is none: those with most `work` go first, to the GPU with the least."""
+    queues: list[list[Item]] = [[] for _ in range(max(1, min(torch.cuda.device_count(), len(work))))]
+    for item in sorted(work, key=work.__getitem__, reverse=True):
+        min(queues, key=lambda queue: sum(work[each] for each in queue)).append(item)
+    return [[item for item in work if item in queue] for queue in queues]
 
 
 def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:

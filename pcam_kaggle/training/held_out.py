@@ -9,7 +9,6 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import file_sha256
-from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.core.paths import Workspace
 from pcam_kaggle.data.labelled import LabelledPatches
 from pcam_kaggle.data.listing import SHA1
@@ -70,9 +69,8 @@ def predict_unlabelled(run: Run, folds: list[Fold], patches: LabelledPatches, wo
 def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backend: Backend) -> pd.DataFrame:
     table, rows = patches.table.drop(columns="pixels"), np.arange(len(patches.table))
     for fold in folds:
-        with fold_context(fold.number):
-            model = load_best(fold, config, backend)
-            probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
+        model = load_best(fold, config, backend)
+        probabilities = predict_probabilities(model, patches, rows, config, backend, "evaluate")
         if not np.isfinite(probabilities).all():
             raise UserError(f"{fold.folder}: a probability is not a number; its model has diverged, train it again")
         table[f"fold_{fold.number}"] = probabilities

@@ -11,12 +11,11 @@ from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.files import locked
-from pcam_kaggle.core.logs import fold_context
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import on_first_rank
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
-from pcam_kaggle.training.gpus import round_robin, run_on_gpus
+from pcam_kaggle.training.gpus import run_on_gpus, spread
 from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.task import Task, open_session
 
@@ -28,7 +27,7 @@ def predict(task: Task, folds: list[int]) -> None:
 
     def work() -> None:
         with locked(task.run.folder):
-            run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
+            run_on_gpus(partial(_predict_folds, task, open_session(task)), spread(dict.fromkeys(folds, 1)))
 
     on_first_rank(work)
 
@@ -37,19 +36,18 @@ def _predict_folds(task: Task, backend: Backend, folds: list[int]) -> None:
     config, store = task.config, task.store
     for number in folds:
         fold, (_, valid) = task.run.fold(number), task.parts(number)
-        with fold_context(number):
-            net = load_best(fold, config, backend)
-            start = time.perf_counter()
-            tables = []
-            for split, ids in (("train", valid["id"].to_numpy()), ("test", store.ids("test"))):
-                rows = store.rows(split, ids)
-                probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
-                tables.append(pd.DataFrame({"id": ids, "probability": probabilities}))
-            oof, test = tables
-            rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
-            oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
-            fold.write_predictions(oof, test, store, rate)
-            log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
+        net = load_best(fold, config, backend)
+        start = time.perf_counter()
+        tables = []
+        for split, ids in (("train", valid["id"].to_numpy()), ("test", store.ids("test"))):
+            rows = store.rows(split, ids)
+            probabilities = predict_probabilities(net, store, rows, config, backend, f"predict {split}")
+            tables.append(pd.DataFrame({"id": ids, "probability": probabilities}))
+        oof, test = tables
+        rate = round((len(oof) + len(test)) / (time.perf_counter() - start), 1)
+        oof = oof.merge(valid[["id", "label"]], on="id")[["id", "label", "probability"]]
+        fold.write_predictions(oof, test, store, rate)
+        log.info(f"predict: fold {number}, {len(oof):,} out of fold, {len(test):,} test")
 
 
 def predict_probabilities(

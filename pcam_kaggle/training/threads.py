@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 FIXED = "OMP_NUM_THREADS"
 # Seconds between two readings, and the fraction of a core that the small programs of any machine take together.
 INTERVAL, NOISE = 1.0, 0.15
-# A change of load must last for so many readings.
-READINGS = 2
 
 
 def others_seconds() -> float:
@@ -60,7 +58,7 @@ class FreeCores:
 
     def __post_init__(self) -> None:
         self._time, self._seconds = self.clock(), self.others()
-        self._threads, self._wanted = self.most, [self.most] * READINGS
+        self._threads = self._wanted = self.most
         self.set_threads(self.most)
 
     def follow(self) -> None:
@@ -70,9 +68,10 @@ class FreeCores:
             return
         before, self._time, self._seconds = self._seconds, self._time + elapsed, self.others()
         busy = (self._seconds - before) / elapsed
-        self._wanted = [*self._wanted[1:], max(1, self.most - math.ceil(max(0.0, busy - NOISE)))]
-        if self._wanted == [self._wanted[0]] * READINGS and self._wanted[0] != self._threads:
-            self._threads = self._wanted[0]
+        last, self._wanted = self._wanted, max(1, self.most - math.ceil(max(0.0, busy - NOISE)))
+        # A change must last for two readings.
+        if self._wanted == last != self._threads:
+            self._threads = last
             self.set_threads(self._threads)
             log.info(
                 f"threads: {self._threads} of {self.most}, since other programs are busy on {busy:.1f} cores; from here on, "

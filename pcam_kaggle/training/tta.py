@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from pcam_kaggle.models.p4m import transform
+
 # Standard deviations at which the Gaussian ends.
 REACH = 3
-# The quarter turns, then those of the mirror image: whether the image is transposed, and the axes that are flipped then.
-SYMMETRIES = (
-    *((False, ()), (True, (-2,)), (False, (-2, -1)), (True, (-1,))),
-    *((False, (-1,)), (True, ()), (False, (-2,)), (True, (-2, -1))),
-)
-# Where each of them is shifted to, down and right.
+# Where each view is shifted to, down and right.
 CORNERS = (*((0, 0), (0, 1), (1, 1), (1, 0)), *((1, 1), (1, 0), (0, 0), (0, 1)))
 
 
@@ -50,10 +47,9 @@ def views(images: Tensor, count: int, shift: int) -> list[Tensor]:
         return [images]
     side = images.shape[-1]
     padded = pad(images, (shift,) * 4, mode="reflect")
-    # Transposed once for all views, in the memory format of the images: the model would copy each of them.
-    turned = torch.empty_like(padded).copy_(padded.mT)
     made = []
-    for (is_turned, flips), (down, right) in zip(SYMMETRIES[:count], CORNERS, strict=False):
-        top, left = (2 * shift * part for part in ((right, down) if is_turned else (down, right)))
-        made.append((turned if is_turned else padded)[..., top:, left:][..., :side, :side].flip(flips))
+    for symmetry, (down, right) in enumerate(CORNERS[:count]):
+        moved = padded[..., 2 * shift * down :, 2 * shift * right :][..., :side, :side]
+        # In the memory format of the images, which a rotation changes.
+        made.append(torch.empty_like(images).copy_(transform(moved, symmetry)))
     return made
