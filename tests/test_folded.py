@@ -8,7 +8,7 @@ from torch import nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.models.factory import create
-from pcam_kaggle.models.folded import fold_norms
+from pcam_kaggle.models.folded import MaxPool, fold_norms
 
 NETS: dict[str, dict[str, Any]] = {
     "bottleneck": {},
@@ -33,15 +33,17 @@ def trained(**fields: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("fields", NETS.values(), ids=NETS)
-def test_the_copy_computes_the_same_without_norms(fields: dict[str, Any]) -> None:
+def test_the_copy_computes_the_same_without_norms_and_pooling_indices(fields: dict[str, Any]) -> None:
     net = trained(**fields)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     folded = fold_norms(net)
     left = [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
     # A stem that pools first keeps its norm.
     assert len(left) == (0 if fields.get("body") == "plain" else 1)
+    assert not any(isinstance(module, nn.MaxPool2d) for module in folded.modules())
     assert before.keys() == net.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert any(isinstance(module, nn.MaxPool2d) for module in net.modules())
     images = torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = net(images)

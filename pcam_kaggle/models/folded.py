@@ -1,11 +1,13 @@
-"""The project's CNN for prediction: batch norms folded into the convolutions before them."""
+"""The project's CNN for prediction: batch norms folded into the convolutions before them, pooling without indices."""
 
 import copy
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pcam_kaggle.models.blocks import POOL_SIZE
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.models.p4m import GroupConv2d
 
@@ -14,7 +16,8 @@ def fold_norms(net: nn.Module) -> nn.Module:
     """Set `net` to evaluation mode and return a copy that computes the same with fewer passes over its feature maps.
 
     Each batch norm that follows a convolution is folded into it (Jacob et al. 2018, section 3.2), and group convolutions become
-    ordinary ones. The batch norm of a stem that pools first stays. A model of timm is returned unchanged.
+    ordinary ones. The batch norm of a stem that pools first stays. Pooling does not compute the positions of the maxima, which
+    only a backward pass needs. A model of timm is returned unchanged.
     """
     net.eval()
     if not isinstance(net, BottleneckCNN):
@@ -26,7 +29,20 @@ def fold_norms(net: nn.Module) -> nn.Module:
             if isinstance(layer, nn.Conv2d | GroupConv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, _fold(layer, norm))
                 setattr(parent, norm_name, nn.Identity())
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.MaxPool2d):
+                setattr(parent, name, MaxPool())
     return folded
+
+
+class MaxPool(nn.Module):
+    """Maximum over squares of 2 px: (n, channels, h, w) to (n, channels, h / 2, w / 2), rounded down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool feature maps `x`."""
+        height, width = (side // POOL_SIZE * POOL_SIZE for side in x.shape[2:])
+        rows = torch.maximum(x[..., 0:height:2, :], x[..., 1:height:2, :])
+        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
 def _fold(layer: nn.Conv2d | GroupConv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
