@@ -21,12 +21,12 @@ from pcam_kaggle.core.files import locked, read_json, reading, sha256, write, wr
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.models import backbone, cnn, factory, p4m, timm_model, weights
+from pcam_kaggle.models import backbone, cnn, factory, timm_model, weights
 from pcam_kaggle.runs.provenance import versions
 from pcam_kaggle.training import augment, device, engine, tta
 from pcam_kaggle.training.budget import ENDLESS, Budget
 from pcam_kaggle.training.device import Backend
-from pcam_kaggle.training.gpus import run_on_gpus, spread
+from pcam_kaggle.training.gpus import round_robin, run_on_gpus
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ SPLITS = ("train", "test")
 CHUNK = 16 * engine.PREDICT_BATCH
 # The fields and modules that features depend on.
 FEATURE_FIELDS = ("model", "model_args", "weights", "side", "resize", "pool", "tta", "tta_shift", "chroma_blur", "norm")
-CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, p4m, timm_model, weights, augment, device, engine, tta)
+CODE: tuple[ModuleType, ...] = (backbone, cnn, factory, timm_model, weights, augment, device, engine, tta)
 # For train and test, the features of the patches: float32 (n, features), in the order of `store.ids`.
 Features = dict[str, NDArray[np.float32]]
 
@@ -69,7 +69,7 @@ def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = 
         if todo:
             log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
             start = time.perf_counter()
-            run_on_gpus(partial(_embed_chunks, config, store, backend, budget), spread(dict.fromkeys(todo, 1)))
+            run_on_gpus(partial(_embed_chunks, config, store, backend, budget), round_robin(todo))
             made = [chunk.stop - chunk.start for chunk in todo if chunk.file.exists()]
             if made:
                 write_json(rate_file, {"images_per_second": sum(made) / (time.perf_counter() - start)})

@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -22,7 +22,7 @@ from pcam_kaggle.training.loader import PREFETCH
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item", bound=Hashable)
+Item = TypeVar("Item")
 # A container has 64 MB of it by default.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -39,12 +39,18 @@ def loader_processes(trained: int, batch_bytes: int) -> int:
     return max(1, wanted)
 
 
-def spread(work: dict[Item, int]) -> list[list[Item]]:
-    """Return the items of each GPU, one list if there is none: those with most `work` go first, to the GPU with the least."""
-    queues: list[list[Item]] = [[] for _ in range(max(1, min(torch.cuda.device_count(), len(work))))]
-    for item in sorted(work, key=work.__getitem__, reverse=True):
-        min(queues, key=lambda queue: sum(work[each] for each in queue)).append(item)
-    return [[item for item in work if item in queue] for queue in queues]
+def round_robin(items: list[Item]) -> list[list[Item]]:
+    """Return the items of each GPU, dealt in turn; all in one list if there is at most one GPU."""
+    count = max(1, min(torch.cuda.device_count(), len(items)))
+    return [items[gpu::count] for gpu in range(count)]
+
+
+def assign_folds(epochs: dict[int, int], gpus: int) -> list[list[int]]:
+    """Assign folds, with the `epochs` that are left of each, to GPUs: the longest first, to the GPU with the fewest epochs."""
+    queues: list[list[int]] = [[] for _ in range(min(gpus, len(epochs)))]
+    for fold in sorted(epochs, key=lambda fold: epochs[fold], reverse=True):
+        min(queues, key=lambda queue: sum(epochs[each] for each in queue)).append(fold)
+    return [sorted(queue) for queue in queues]
 
 
 def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:

@@ -15,7 +15,7 @@ from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.training.device import Backend
 from pcam_kaggle.training.distributed import on_first_rank
 from pcam_kaggle.training.engine import adapt_norms, predict_logits
-from pcam_kaggle.training.gpus import run_on_gpus, spread
+from pcam_kaggle.training.gpus import round_robin, run_on_gpus
 from pcam_kaggle.training.learner import load_best
 from pcam_kaggle.training.task import Task, open_session
 
@@ -27,7 +27,7 @@ def predict(task: Task, folds: list[int]) -> None:
 
     def work() -> None:
         with locked(task.run.folder):
-            run_on_gpus(partial(_predict_folds, task, open_session(task)), spread(dict.fromkeys(folds, 1)))
+            run_on_gpus(partial(_predict_folds, task, open_session(task)), round_robin(folds))
 
     on_first_rank(work)
 

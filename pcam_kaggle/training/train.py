@@ -29,7 +29,7 @@ from pcam_kaggle.training.device import Backend, choose_backend, configure_torch
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, world_size
 from pcam_kaggle.training.embed import mean_features
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
-from pcam_kaggle.training.gpus import loader_processes, run_on_gpus, spread
+from pcam_kaggle.training.gpus import assign_folds, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.schedule import learning_rate
@@ -53,7 +53,8 @@ def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
         loaders = loader_processes(len(folds), batch_bytes(config))
         log.info("train: %d of %d folds on %s", len(folds), config.n_splits, backend)
         log.debug("train: %d loader processes per training", loaders)
-        run_on_gpus(partial(_train_folds, task, backend, loaders, budget), spread(_epochs_left(task, folds)))
+        assignments = assign_folds(_epochs_left(task, folds), max(1, torch.cuda.device_count()))
+        run_on_gpus(partial(_train_folds, task, backend, loaders, budget), assignments)
 
 
 def _open(task: Task, folds: list[int]) -> Backend:
