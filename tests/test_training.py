@@ -233,7 +233,7 @@ def test_the_forecast_is_of_this_sessions_device(
     monkeypatch.setattr(Forecast, "seconds_to_stop", lambda self, fold: seen.append(self.epoch_seconds) or forecast(self, fold))
     trained = ({**row, "epoch": epoch, "seconds": epoch, "valid_seconds": 0.1} for epoch in (3, 2, 4))
     monkeypatch.setattr(training, "train_fold", lambda *_: trained)
-    training._train_folds(changed(task, epochs=5), CPU, 1, budget.ENDLESS, [0])
+    training._train_segments(task, CPU, 1, budget.ENDLESS, [gpus.Segment(0, 1, 5)])
     assert seen == [seconds, 3, 3, 4]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from pcam_kaggle.core.errors import UserError, program
 from pcam_kaggle.core.files import file_sha256, write_csv
@@ -50,6 +51,11 @@ class Fold:
     def best_checkpoint(self) -> Path:
         """Weights of the best epoch."""
         return self.folder / "best.pt"
+
+    def lock(self) -> FileLock:
+        """Return the lock of a fold that several processes train alternately; entering it waits for the other to end."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.run_folder / f".fold_{self.number}.lock")
 
     @property
     def is_started(self) -> bool:

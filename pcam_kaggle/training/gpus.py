@@ -1,12 +1,14 @@
-"""Processes of a training: one per GPU, the folds that each trains, and the loader processes beside each."""
+"""Processes of a training: one per GPU, the epochs that each trains, and the loader processes beside each."""
 
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +29,16 @@ Item = TypeVar("Item")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Epochs `start` to `until` of a fold, from 0, which one GPU trains; of a split fold, another GPU trains the others."""
+
+    fold: int
+    start: int
+    until: int
+    is_split: bool = False
+
+
 def loader_processes(trained: int, batch_bytes: int) -> int:
     """Return the number of loader processes of each of `trained` folds: PCAM_WORKERS, or a share of the CPUs; at least 1."""
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
@@ -45,12 +57,27 @@ def round_robin(items: list[Item]) -> list[list[Item]]:
     return [items[gpu::count] for gpu in range(count)]
 
 
-def assign_folds(epochs: dict[int, int], gpus: int) -> list[list[int]]:
-    """Assign folds, with the `epochs` that are left of each, to GPUs: the longest first, to the GPU with the fewest epochs."""
-    queues: list[list[int]] = [[] for _ in range(min(gpus, len(epochs)))]
-    for fold in sorted(epochs, key=lambda fold: epochs[fold], reverse=True):
-        min(queues, key=lambda queue: sum(epochs[each] for each in queue)).append(fold)
-    return [sorted(queue) for queue in queues]
+def assign_epochs(done: dict[int, int], epochs: int, gpus: int) -> list[list[Segment]]:
+    """Assign the epochs that are left of each fold to GPUs so that all end at about the same time.
+
+    McNaughton's rule (1959, theorem 3.1): one GPU is filled after the other, up to the mean of the epochs per GPU. The fold
+    that exceeds this limit ends there and begins on the next GPU, as the first that it trains. Its two parts do not overlap.
+    `done` are the finished epochs of each fold. GPUs without work are left out.
+    """
+    left = {fold: epochs - finished for fold, finished in done.items()}
+    limit = max(math.ceil(sum(left.values()) / gpus), *left.values())
+    assignments: list[list[Segment]] = [[]]
+    used = 0
+    for fold, count in left.items():
+        fitting = min(count, limit - used)
+        middle, is_split = epochs - fitting, 0 < fitting < count
+        if fitting or not count:
+            assignments[-1].append(Segment(fold, middle, epochs, is_split))
+            used += fitting
+        if fitting < count:
+            assignments.append([Segment(fold, done[fold], middle, is_split)])
+            used = count - fitting
+    return assignments
 
 
 def run_on_gpus(work: Callable[[list[Item]], None], assignments: list[list[Item]]) -> None:

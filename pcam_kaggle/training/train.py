@@ -29,7 +29,7 @@ from pcam_kaggle.training.device import Backend, choose_backend, configure_torch
 from pcam_kaggle.training.distributed import broadcast, on_first_rank, world_size
 from pcam_kaggle.training.embed import mean_features
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
-from pcam_kaggle.training.gpus import assign_folds, loader_processes, run_on_gpus
+from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.schedule import learning_rate
@@ -53,8 +53,9 @@ def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
         loaders = loader_processes(len(folds), batch_bytes(config))
         log.info("train: %d of %d folds on %s", len(folds), config.n_splits, backend)
         log.debug("train: %d loader processes per training", loaders)
-        assignments = assign_folds(_epochs_left(task, folds), max(1, torch.cuda.device_count()))
-        run_on_gpus(partial(_train_folds, task, backend, loaders, budget), assignments)
+        done = {number: len(run.fold(number).log()) for number in folds}
+        assignments = assign_epochs(done, config.epochs, max(1, torch.cuda.device_count()))
+        run_on_gpus(partial(_train_segments, task, backend, loaders, budget), assignments)
 
 
 def _open(task: Task, folds: list[int]) -> Backend:
@@ -64,19 +65,18 @@ def _open(task: Task, folds: list[int]) -> Backend:
     return open_session(task)
 
 
-def _epochs_left(task: Task, folds: list[int]) -> dict[int, int]:
-    return {number: task.config.epochs - len(task.run.fold(number).log()) for number in folds}
-
-
-def _train_folds(task: Task, backend: Backend, loaders: int, budget: Budget, folds: list[int]) -> None:
-    """Train `folds` in order, while `budget` has time for another epoch and the predictions of these folds."""
-    forecast, session = _forecast(task, backend, folds), list[EpochRow]()
+def _train_segments(task: Task, backend: Backend, loaders: int, budget: Budget, segments: list[Segment]) -> None:
+    """Train `segments` in order, while `budget` has time for another epoch and the predictions of these folds."""
+    forecast, session = _forecast(task, backend, segments), list[EpochRow]()
     left = forecast.epochs_left
-    for number in folds:
+    for segment in segments:
+        number, fold = segment.fold, task.run.fold(segment.fold)
         with (
+            fold.lock() if segment.is_split else nullcontext(),
             memory_errors(f"batch_size={task.config.batch_size}"),
             closing(train_fold(task, number, backend, loaders)) as rows,
         ):
+            left[number] = segment.until - len(fold.log())
             while left[number] > 0:
                 if broadcast(budget.left()) < forecast.seconds_to_stop(number):
                     log.info("train: out of time in fold %d; run the same command again, which resumes", number)
@@ -94,18 +94,20 @@ def _train_folds(task: Task, backend: Backend, loaders: int, budget: Budget, fol
                 )
                 if len(session) == 1 and budget.left() < math.inf:
                     log.info("train: %s", forecast.summary(budget.left()))
-            # Writes metrics.json.
-            next(rows, None)
+            if segment.until == task.config.epochs:
+                # Writes metrics.json.
+                next(rows, None)
 
 
-def _forecast(task: Task, backend: Backend, folds: list[int]) -> Forecast:
+def _forecast(task: Task, backend: Backend, segments: list[Segment]) -> Forecast:
     # A log does not tell which session's device an epoch was trained on.
     is_one_device = {entry.device for entry in task.run.environments()} <= {device_name(backend.kind)}
-    logs = pd.concat([task.run.fold(number).log() for number in folds])
+    logs = pd.concat([task.run.fold(segment.fold).log() for segment in segments])
     seconds, valid_seconds = logs[["seconds", "valid_seconds"]].max().fillna(0.0) * is_one_device
     passes = task.config.tta + (task.config.norm == "test")
     validations = passes * (1 + len(task.store.ids("test")) * task.config.n_splits / len(task.store.ids("train")))
-    return Forecast(_epochs_left(task, folds), validations, seconds, valid_seconds)
+    epochs_left = {segment.fold: segment.until - segment.start for segment in segments}
+    return Forecast(epochs_left, validations, seconds, valid_seconds)
 
 
 def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> Generator[EpochRow]:
