@@ -56,7 +56,7 @@ def _run_run(options: argparse.Namespace) -> None:
             return
         if session:
             finish(client, session, workspace)
-        print_result(workspace, kernel.runs)
+        print_result(workspace, [*kernel.recipes()])
         if not is_complete(workspace, kernel.plan.name):
             log.info("next: repeat the command with --resume (make: in ARGS), which trains what is missing")
         elif options.submit:

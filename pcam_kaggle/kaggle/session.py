@@ -199,7 +199,7 @@ def _are_own(workspace: Workspace, kernel: Kernel) -> bool | None:
     """Return whether what has the names of `kernel` here is from sessions that make the same; None if nothing has them."""
     recipes, own = kernel.recipes(), []
     # Members of a blend may have been trained for themselves.
-    for name in [kernel.plan.name] if experiment(kernel.settings.experiment).members else kernel.runs:
+    for name in [kernel.plan.name] if experiment(kernel.settings.experiment).members else recipes:
         run = Run(workspace.run(name))
         if run.is_experiment or run.has_score or (workspace.submissions / f"{name}.csv").exists():
             own.append(run.session_file.is_file() and Session.read(run.session_file).recipes.get(name) == recipes[name])
