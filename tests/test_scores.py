@@ -26,7 +26,7 @@ from pcam_kaggle.runs.submissions import (
     write_submission,
 )
 from pcam_kaggle.scoring.blend import blend
-from pcam_kaggle.scoring.held_out import Ensemble, ensemble_auc
+from pcam_kaggle.scoring.held_out import Ensemble, ensemble_mean
 
 
 @pytest.fixture
@@ -138,17 +138,17 @@ def test_the_auc_of_a_blend_is_that_of_its_members(ranked: bool, weight: float) 
     ensemble = Ensemble("both", {"a": weight, "b": 1 - weight}, ranked)
     shared = {"id": [f"{n:02}" for n in range(50)], "label": rng.integers(0, 2, 50)}
     a, b = (pd.DataFrame({**shared, "fold_0": rng.random(50), "fold_1": rng.random(50)}) for _ in range(2))
-    area, models = ensemble_auc(ensemble, {"a": a, "b": b})
+    labels, mean, models = ensemble_mean(ensemble, {"a": a, "b": b})
     columns = [table[["fold_0", "fold_1"]].rank() if ranked else table[["fold_0", "fold_1"]] for table in (a, b)]
     score = (weight * columns[0] + (1 - weight) * columns[1]).sum(axis=1)
     # Equal sums of ranks may differ in their last digit.
-    assert area == pytest.approx(roc_auc_score(shared["label"], score), abs=0.002 if ranked else 1e-9)
+    assert roc_auc_score(labels, mean) == pytest.approx(roc_auc_score(shared["label"], score), abs=0.002 if ranked else 1e-9)
     assert models == 2
     # Members join by id.
-    assert ensemble_auc(ensemble, {"a": a, "b": b.sample(frac=1, random_state=0)})[0] == pytest.approx(area)
+    assert ensemble_mean(ensemble, {"a": a, "b": b.sample(frac=1, random_state=0)})[1] == pytest.approx(mean)
     # Members of other folds, or one that was not evaluated, make the blend's AUC unknown.
-    assert ensemble_auc(ensemble, {"a": a, "b": b.drop(columns="fold_1")})[1] == 0
-    assert ensemble_auc(ensemble, {"a": a})[1] == 0
+    assert ensemble_mean(ensemble, {"a": a, "b": b.drop(columns="fold_1")})[2] == 0
+    assert ensemble_mean(ensemble, {"a": a, "b": None})[2] == 0
 
 
 def test_the_best_private_score_comes_first_and_a_damaged_record_is_left_out(

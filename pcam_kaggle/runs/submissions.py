@@ -14,7 +14,8 @@ from pcam_kaggle.data.tables import read_sample
 from pcam_kaggle.runs.evaluation import Evaluation
 from pcam_kaggle.runs.provenance import commit, versions
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.held_out import Ensemble, ensemble_auc
+from pcam_kaggle.scoring.held_out import Ensemble, ensemble_mean
+from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.results import Estimate
 
 log = logging.getLogger(__name__)
@@ -127,11 +128,15 @@ def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
     return table
 
 
-def record_score(folder: Path, name: str, public: float | None, private: float | None) -> None:
-    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged. Other scores are refused."""
-    file, given = folder / f"{name}.csv", {"public_score": public, "private_score": private}
-    scores = {key: score for key, score in given.items() if score is not None}
-    _record(file, SubmissionRecord.read(file.with_suffix(".json")), scores)
+def record_score(file: Path, **scores: float | None) -> SubmissionRecord:
+    """Record `public_score` and `private_score` of the submission `file`, in [0, 1] or UserError; None leaves one as it is."""
+    known = {key: float(score) for key, score in scores.items() if score is not None}
+    for key, score in known.items():
+        if not 0 <= score <= 1:
+            raise UserError(f"{key}={score}: must be in [0, 1]")
+    made = SubmissionRecord.read(file.with_suffix(".json")).model_copy(update=known)
+    made.write(file.with_suffix(".json"))
+    return made
 
 
 def record_scores(records: Records, scored: pd.DataFrame) -> Records:
@@ -140,17 +145,8 @@ def record_scores(records: Records, scored: pd.DataFrame) -> Records:
     for file, made in records.items():
         own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
         if len(own):
-            recorded[file] = _record(file, made, {key: float(score) for key, score in own.iloc[0][scores].dropna().items()})
+            recorded[file] = record_score(file, **own.iloc[0][scores].dropna())
     return recorded
-
-
-def _record(file: Path, made: SubmissionRecord, scores: dict[str, float]) -> SubmissionRecord:
-    for key, score in scores.items():
-        if not 0 <= score <= 1:
-            raise UserError(f"{key}={score}: must be in [0, 1]")
-    made = made.model_copy(update=scores)
-    made.write(file.with_suffix(".json"))
-    return made
 
 
 def describe(folder: Path, name: str) -> tuple[Path, str]:
@@ -191,14 +187,13 @@ def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
     runs = [Run(workspace.run(name)) for name in dict.fromkeys(name for each in made for name in each.members)]
     for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
-        found = {run.name: table for run in runs if (table := Evaluation(folder).current(run)) is not None}
+        found = {run.name: Evaluation(folder).current(run) for run in runs}
         shown[folder.name] = [_held_out_text(found, each) for each in made]
     for column, word in KAGGLE_SCORES.items():
         shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
     return shown
 
 
-def _held_out_text(tables: dict[str, pd.DataFrame], made: SubmissionRecord) -> str:
-    members = {name: table for name, table in tables.items() if name in made.members}
-    area, models = ensemble_auc(Ensemble(made.run, made.members, made.method == "rank"), members)
-    return f"{area:.4f} ({models} model{'s' if models > 1 else ''})" if models else ""
+def _held_out_text(tables: dict[str, pd.DataFrame | None], made: SubmissionRecord) -> str:
+    labels, mean, models = ensemble_mean(Ensemble(made.run, made.members, made.method == "rank"), tables)
+    return f"{auc(labels, mean):.4f} ({models} model{'s' if models > 1 else ''})" if models else ""
