@@ -93,14 +93,9 @@ class Job:
         """The runs to train."""
         return [Run(self.workspace.run(spec.name)) for spec in self.plan.runs]
 
-    @property
-    def store_folder(self) -> Path:
-        """The folder of the packed patches."""
-        return self.workspace.store_of(self.config.subset)
-
     def store(self) -> PatchStore:
         """Return the packed patches."""
-        return PatchStore(self.store_folder)
+        return PatchStore(self.workspace.store_of(self.config.subset))
 
     def labels(self) -> pd.DataFrame:
         """Return the labels of the packed train patches, columns id and label."""
@@ -119,11 +114,6 @@ def with_given_folds(planned: Plan, fold_file: Path, data: Data) -> Plan:
     n_splits = given_folds(fold_file, read_labels(data.labels))[0].n_splits
     log.info("folds: n_splits=%d, as in %s", n_splits, fold_file)
     return Plan(planned.name, tuple(replace(spec, config=replace(spec.config, n_splits=n_splits)) for spec in planned.runs))
-
-
-def time_limit(hours: float | None) -> Budget:
-    """Return the budget of `hours` from now, None for no limit."""
-    return Budget.of_hours(hours) if hours else ENDLESS
 
 
 def run_rehearsal(job: Job) -> None:
@@ -154,7 +144,7 @@ def kernel_job(
     """
     from pcam_kaggle.training.device import device_name, find_device
 
-    budget, workspace, kind = time_limit(hours), find_workspace(None), find_device()
+    budget, workspace, kind = Budget.of_hours(hours), find_workspace(None), find_device()
     if kind != "cuda" and not allow_cpu:
         raise UserError("no GPU: choose Settings, Accelerator, GPU T4 x2, and run all cells again; or set ALLOW_CPU = True")
     data = find_data(None, workspace.root)
