@@ -175,8 +175,6 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
                 f"folds ({examples(lacking)}); complete it or use --set groups=none",
                 lacking,
             )
-        if groups.nunique() < scheme.n_splits:
-            raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
         largest = groups.value_counts()
         if largest.iloc[0] * scheme.n_splits > 2 * len(table):
             size = f"{largest.index[0]} has {largest.iloc[0]:,} of {len(table):,} patches"
@@ -201,13 +199,12 @@ def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     replaced. Returns the folds, and whether anything was written.
     """
     file = folder / f"{scheme.name}.csv"
-    manifest_file = file.with_suffix(".json")
-    if file.exists() and manifest_file.exists():
+    if file.exists() and file.with_suffix(".json").exists():
         return load_folds(labels, scheme, slides, folder), False
     table = draw_folds(labels, scheme, slides) if scheme.given.empty else scheme.given
     manifest = _manifest(table, scheme, slides)
     write_csv(file, table)
-    manifest.write(manifest_file)
+    manifest.write(file.with_suffix(".json"))
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 
