@@ -75,7 +75,7 @@ class Kernel:
         return is_downloaded and not self.offline and self.weights in ("", "pretrained")
 
     def recipes(self) -> dict[str, list[Any]]:
-        """Return by run, that of the plan first, what it is made of: fields of each model other than the default, and sources."""
+        """Return by run, that of the plan first, what it is made of: fields of its models that are no default, and sources."""
         metadata, default = _metadata(self), asdict(Config()).items()
         sources = sorted([*metadata.dataset_sources, *metadata.model_sources])
         models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.runs}

@@ -62,18 +62,18 @@ class Session(Record):
     def updated(self, workspace: Workspace, **fields: float) -> "Session":
         """Write the session with other `fields` as the last one of its kernel, and return it."""
         session = self.model_copy(update=fields)
-        session.write(session_file(workspace, self.kernel.rpartition("/")[2]))
+        session.write(session_file(workspace, self.kernel))
         return session
 
 
-def session_file(workspace: Workspace, slug: str) -> Path:
-    """Return the file of the kernel's last session."""
-    return workspace.root / "sessions" / f"{slug}.json"
+def session_file(workspace: Workspace, kernel: str) -> Path:
+    """Return the file of the last session of `kernel`, named by its id or its slug."""
+    return workspace.root / "sessions" / f"{kernel.rpartition('/')[2]}.json"
 
 
-def last_session(workspace: Workspace, slug: str) -> Session | None:
+def last_session(workspace: Workspace, kernel: str) -> Session | None:
     """Return the kernel's last session; None if there was none."""
-    file = session_file(workspace, slug)
+    file = session_file(workspace, kernel)
     return Session.read(file) if file.is_file() else None
 
 
@@ -95,7 +95,7 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel,
         log.info("run: %s, since there is or was another %s", other.plan.name, kernel.plan.name)
         kernel = other
     # A run that lacks folds is left as it is unless it is to be resumed.
-    if is_complete(workspace, kernel.plan.name) or (not kernel.resume and _are_own(workspace, kernel)):
+    if Run(workspace.run(kernel.plan.name)).missing_folds() == 0 or (not kernel.resume and _are_own(workspace, kernel)):
         log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
         return kernel, None
     check_kernel(kernel)
@@ -123,7 +123,7 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
     is_over = client.status(name, session.version if session else 0).is_over
     if session and not _has_mark(client, session):
         problem = f"Kaggle shows another output, perhaps that of the latest version, {client.source(name)[0]}"
-        file = session_file(workspace, name.rpartition("/")[2])
+        file = session_file(workspace, name)
         raise UserError(f"{session}: {problem}; repeat the command later, or delete {file} and use `kaggle fetch`")
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder), session.version if session else 0)
@@ -140,12 +140,6 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
     for run in runs:
         for entry in run.environments()[-1:]:
             log.info("%s: %s", run.name, entry)
-
-
-def is_complete(workspace: Workspace, name: str) -> bool:
-    """Return whether the run `name` is blended of all its folds."""
-    run = Run(workspace.run(name))
-    return run.has_score and not run.blend_metrics().missing_folds
 
 
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:

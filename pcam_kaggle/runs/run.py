@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,6 @@ class Run:
         return self.folder / "config.json"
 
     @property
-    def environment_file(self) -> Path:
-        """List with an entry for each session that worked on the run."""
-        return self.folder / "environment.json"
-
-    @property
     def session_file(self) -> Path:
         """The session on Kaggle that it was imported from."""
         return self.folder / "session.json"
@@ -85,6 +81,10 @@ class Run:
     def folds(self) -> list[Fold]:
         """Return all folds of the config; raises UserError if the config is missing or does not tell their number."""
         return [self.fold(number) for number in range(Config(n_splits=self.made_from().config["n_splits"]).n_splits)]
+
+    def missing_folds(self) -> float:
+        """Return how many folds the blend was made without; infinity if there is no blend."""
+        return len(self.blend_metrics().missing_folds) if self.has_score else math.inf
 
     def predicted_folds(self) -> list[int]:
         """Return the numbers of the folds that have predictions; raises UserError as `folds` does."""
@@ -151,7 +151,7 @@ class Run:
 
     def environments(self) -> list[Environment]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""
-        file = self.environment_file
+        file = self.folder / "environment.json"
         if not file.exists():
             return []
         with reading(file):
@@ -163,7 +163,7 @@ class Run:
     def add_environment(self, entry: Environment) -> None:
         """Add `entry` to the environments, in place of an entry of the same session, which may have measured something else."""
         entries = {each.model_dump_json(exclude={"measured"}): each for each in [*self.environments(), entry]}
-        write_json(self.environment_file, [each.model_dump(mode="json") for each in entries.values()])
+        write_json(self.folder / "environment.json", [each.model_dump(mode="json") for each in entries.values()])
 
     def measure(self, seconds: dict[str, float]) -> None:
         """Add the `seconds` of stages and the rates of the last finished fold to the entry of this session, if it has one."""
