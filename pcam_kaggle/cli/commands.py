@@ -14,13 +14,12 @@ from pcam_kaggle.core.experiments import DEFAULT, DEMO, PRETRAINED, PROBE, exper
 from pcam_kaggle.core.paths import Data, Workspace, demo_workspace, find_data, find_workspace, runs_workspace
 from pcam_kaggle.pipeline.compare import compare_runs
 from pcam_kaggle.pipeline.held_out import HeldOutSet, evaluate, predict_patches
-from pcam_kaggle.pipeline.job import Job, Selection, with_given_folds
+from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_folds
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
 from pcam_kaggle.runs.import_run import import_predictions
 from pcam_kaggle.scoring.compare import Comparison
 from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
-from pcam_kaggle.training.budget import Budget
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
     chosen_plan = plan(chosen, changes, name, options.seeds, suffix)
     if options.fold_file:
         chosen_plan = with_given_folds(chosen_plan, options.fold_file, data)
-    job = Job(chosen_plan, data, workspace, selection, options.method, Budget.of_hours(options.hours), is_demo)
+    job = Job(chosen_plan, data, workspace, selection, options.method, time_limit(options.hours), is_demo)
     if is_demo:
         reason = "" if options.demo else ", since no data of the competition was found"
         log.info("This is the synthetic demo in %s%s.", workspace.root, reason)

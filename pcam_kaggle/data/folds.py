@@ -175,6 +175,8 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
                 f"folds ({examples(lacking)}); complete it or use --set groups=none",
                 lacking,
             )
+        if groups.nunique() < scheme.n_splits:
+            raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
         largest = groups.value_counts()
         if largest.iloc[0] * scheme.n_splits > 2 * len(table):
             size = f"{largest.index[0]} has {largest.iloc[0]:,} of {len(table):,} patches"

@@ -11,7 +11,7 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
-from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, find_data, find_workspace, unpack
 from pcam_kaggle.data.folds import attached_map, given_folds
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
@@ -63,8 +63,6 @@ class Job:
 
     def __post_init__(self) -> None:
         selection = self.selection
-        for name in selection.runs:
-            check_name(name)
         if selection.slides and not selection.slides.is_file():
             raise UserError(f"--slides {selection.slides}: no such file{unpack(selection.slides)}")
         # The folds of runs that are given are theirs, not this config's.
@@ -116,6 +114,11 @@ def with_given_folds(planned: Plan, fold_file: Path, data: Data) -> Plan:
     return Plan(planned.name, tuple(replace(spec, config=replace(spec.config, n_splits=n_splits)) for spec in planned.runs))
 
 
+def time_limit(hours: float | None) -> Budget:
+    """Return the budget of `hours` from now, None for no limit."""
+    return Budget.of_hours(hours) if hours else ENDLESS
+
+
 def run_rehearsal(job: Job) -> None:
     """Take a step of each model that is about to be trained, so that one that is too large or lacks weights fails at once."""
     configs = [
@@ -133,7 +136,7 @@ def run_rehearsal(job: Job) -> None:
 
 
 def kernel_job(
-    experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool, name: str = ""
+    experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool, name: str
 ) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
@@ -144,7 +147,7 @@ def kernel_job(
     """
     from pcam_kaggle.training.device import device_name, find_device
 
-    budget, workspace, kind = Budget.of_hours(hours), find_workspace(None), find_device()
+    budget, workspace, kind = time_limit(hours), find_workspace(None), find_device()
     if kind != "cuda" and not allow_cpu:
         raise UserError("no GPU: choose Settings, Accelerator, GPU T4 x2, and run all cells again; or set ALLOW_CPU = True")
     data = find_data(None, workspace.root)

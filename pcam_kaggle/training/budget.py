@@ -16,9 +16,9 @@ class Budget:
     end: float = math.inf
 
     @classmethod
-    def of_hours(cls, hours: float | None) -> "Budget":
-        """Return the budget that ends `hours` from now, None for no limit."""
-        return cls(time.monotonic() + 3600 * hours) if hours else cls()
+    def of_hours(cls, hours: float) -> "Budget":
+        """Return the budget that ends `hours` from now."""
+        return cls(time.monotonic() + 3600 * hours)
 
     def left(self) -> float:
         """Return the seconds left for training and prediction, negative when none are left."""
