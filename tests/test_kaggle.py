@@ -15,7 +15,7 @@ import pytest
 from conftest import Call, Pcam, on_terminal
 from kaggle_server import KERNEL, SECRET, STARTED, Kaggle, Reply, saved, use_token, zipped
 
-from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.files import PART, read_json
 from pcam_kaggle.core.paths import COMPETITION, Data, find_data
 from pcam_kaggle.kaggle.archive import PARTS
 from pcam_kaggle.kaggle.failures import NO_KERNEL, RULES
@@ -79,11 +79,11 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, target: 
     assert_complete(target, data)
 
 
-# The renames: the archive, the verified folder, then the four parts, of which train comes third.
+# The renames: the archive, then the four parts, of which train comes third.
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "error"),
     [
-        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (1, 2, 3, 5)),
+        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (0, 1, 3, 4)),
         (zipfile.ZipFile, "extract", 5, OSError(28, "no space")),
     ],
 )
@@ -106,7 +106,7 @@ def test_an_interrupted_install_is_completed(
         status = 2 if isinstance(error, OSError) else 130
         assert "no space" in call("download", status=status) or status == 130
     assert not Data(target).labels.exists()
-    assert not (target / ".download" / "unpacking").exists()
+    assert not list(target.rglob(f"*{PART}"))
     asked = len(kaggle.asked)
     if calls == 3:
         (target / "train").mkdir()

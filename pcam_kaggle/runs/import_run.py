@@ -25,11 +25,10 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
     Raises:
         UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
-            here, a name is not a plain file name, or another process is writing here. Nothing of that run is then copied.
+            here, or another process is writing here. Nothing of that run is then copied.
     """
     imported = []
     for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):
-        check_name(folder.name, f"{folder}: ")
         target = Run(workspace.run(folder.name))
         with locked(target.folder):
             if _import_run(source, Run(folder), target, workspace):
@@ -113,9 +112,8 @@ def _replace_fold(source: Fold, target: Fold) -> None:
         for name in FOLD_FILES:
             if (source.folder / name).is_file():
                 _copy(source.folder / name, folder / name)
-        for other in target.folder.glob("*"):
-            if other.name not in FOLD_FILES:
-                shutil.copytree(other, folder / other.name) if other.is_dir() else _copy(other, folder / other.name)
+        if target.folder.is_dir():
+            shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(*FOLD_FILES), dirs_exist_ok=True)
 
 
 def _beside(source: Path, run: Run, workspace: Workspace) -> Iterator[tuple[Path, Path]]:
@@ -123,7 +121,6 @@ def _beside(source: Path, run: Run, workspace: Workspace) -> Iterator[tuple[Path
     tables = []
     if run.is_experiment:
         made = run.made_from()
-        check_name(made.folds, f"{run.folder}: ")
         tables.append((source / "folds" / f"{made.folds}.csv", made.folds_sha256, workspace.folds))
     records = {file: SubmissionRecord.read(file) for file in sorted(source.glob("submissions/*.json"))}
     own = {file.with_suffix(".csv"): record.sha256 for file, record in records.items() if record.run == run.name}
