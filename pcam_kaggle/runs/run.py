@@ -69,10 +69,7 @@ class Run:
     @property
     def has_consistent_blend(self) -> bool:
         """Whether the blended predictions exist and are those that the score describes."""
-        if not self.has_score:
-            return False
-        made = self.blend_metrics()
-        return self._is_blended("oof.csv", made.oof_sha256) and self._is_blended("test.csv", made.test_sha256)
+        return self.has_score and self._is_blended("oof") and self._is_blended("test")
 
     def fold(self, number: int) -> Fold:
         """Return fold `number` (0-based), whether or not it exists."""
@@ -217,22 +214,23 @@ class Run:
 
     def oof(self) -> pd.DataFrame:
         """Return the blended predictions (id, label and fold as int64, probability), sorted by id; or raise UserError."""
-        file = self._blended("oof.csv", self.blend_metrics().oof_sha256)
+        file = self._blended("oof")
         table = read_numbers(file, ["label", "fold", "probability"])
         return check_oof(file, table).sort_values("id", ignore_index=True)
 
     def test(self) -> pd.DataFrame:
         """Return the blended test predictions (id, probability); raises UserError as `oof` does."""
-        return read_numbers(self._blended("test.csv", self.blend_metrics().test_sha256), ["probability"])
+        return read_numbers(self._blended("test"), ["probability"])
 
-    def _is_blended(self, name: str, digest: str) -> bool:
-        file = self.folder / name
-        return file.exists() and file_sha256(file) == digest
+    def _is_blended(self, name: str) -> bool:
+        file = self.folder / f"{name}.csv"
+        return file.exists() and file_sha256(file) == getattr(self.blend_metrics(), f"{name}_sha256")
 
-    def _blended(self, name: str, digest: str) -> Path:
-        if not self._is_blended(name, digest):
-            raise UserError(f"{self.folder / name}: has changed since it was blended; run `{program()} blend`")
-        return self.folder / name
+    def _blended(self, name: str) -> Path:
+        file = self.folder / f"{name}.csv"
+        if not self._is_blended(name):
+            raise UserError(f"{file}: has changed since it was blended; run `{program()} blend`")
+        return file
 
 
 def _made_from(experiment: str, config: Config, store: PatchStore, folds: Folds) -> RunConfig:

@@ -64,19 +64,9 @@ def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame
         raise UserError(f"{target}: holds another submission, which is not replaced; use --name for a new one, or delete it")
     if target.exists() and target.with_suffix(".json").exists():
         return table, False
-    record = SubmissionRecord(
-        sha256=digest,
-        run=run.name,
-        members=metrics.members,
-        method=metrics.method,
-        oof_auc=metrics.pooled,
-        oof_auc_ranked=metrics.ranked,
-        fold_auc=metrics.fold_auc,
-        missing_folds=metrics.missing_folds,
-        commit=commit(),
-        packages=versions(),
-    )
-    record.write(target.with_suffix(".json"))
+    made = metrics.model_dump(include={"members", "method", "fold_auc", "missing_folds"})
+    made |= {"oof_auc": metrics.pooled, "oof_auc_ranked": metrics.ranked, "commit": commit(), "packages": versions()}
+    SubmissionRecord(sha256=digest, run=run.name, **made).write(target.with_suffix(".json"))
     write_csv(target, table)
     return table, True
 
