@@ -129,16 +129,6 @@ def record_score(file: Path, **scores: float | None) -> SubmissionRecord:
     return made
 
 
-def record_scores(records: Records, scored: pd.DataFrame) -> Records:
-    """Record the scores in `scored` (description, public_score, private_score); return the records of those that have one."""
-    recorded, scores = {}, [*KAGGLE_SCORES]
-    for file, made in records.items():
-        own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
-        if len(own):
-            recorded[file] = record_score(file, **own.iloc[0][scores].dropna())
-    return recorded
-
-
 def describe(folder: Path, name: str) -> tuple[Path, str]:
     """Return the file of submission `name` and its description on Kaggle; UserError if missing, changed or the demo's."""
     file = folder / f"{name}.csv"
@@ -155,10 +145,17 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
 
 
 def print_scores(workspace: Workspace, scored: pd.DataFrame | None = None) -> None:
-    """Print all submissions with their local scores and Kaggle's, after recording those in `scored` (see `record_scores`)."""
+    """Print all submissions with their local scores and Kaggle's, after recording those in `scored`.
+
+    `scored` has the columns description, public_score and private_score; the first row of a submission that has one counts.
+    """
     with locked(workspace.submissions):
-        records = read_submissions(workspace.submissions)
-        recorded = {} if scored is None else record_scores(records, scored)
+        records, recorded, columns = read_submissions(workspace.submissions), {}, [*KAGGLE_SCORES]
+        if scored is not None:
+            rated = scored[scored[columns].notna().any(axis=1)]
+            for file, made in records.items():
+                if len(own := rated[rated["description"].str.endswith(made.mark)]):
+                    recorded[file] = record_score(file, **own.iloc[0][columns].dropna())
         table = score_table(workspace, records | recorded)
     print("no submissions yet" if table.empty else table.to_string(index=False))
     if scored is not None:
