@@ -1,7 +1,6 @@
 """A session on Kaggle: pushed, followed, downloaded, submitted and scored. Interrupted, the same command resumes it."""
 
 import contextlib
-import itertools
 import logging
 import secrets
 import tempfile
@@ -277,10 +276,7 @@ def _has_mark(client: Client, session: Session) -> bool:
 
 def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Event) -> None:
     """Append the last line of each piece of the log of `kernel` to `lines` until `over` is set."""
-    seen = 0
     while not over.wait(POLL_SECONDS):
         with contextlib.suppress(UserError):
-            # A new connection starts at the first piece.
-            for piece in itertools.islice(client.follow_log(kernel), seen, None):
-                seen += 1
+            for piece in client.follow_log(kernel):
                 lines += piece.strip().splitlines()[-1:]
