@@ -122,16 +122,6 @@ def test_an_interrupted_import_is_completed_here_and_by_others(
         assert contents(completed.root, complete) == complete
 
 
-def test_a_fold_is_repaired_and_other_files_in_it_are_kept(session: Path, here: Workspace) -> None:
-    import_runs(session, here)
-    complete, fold = files_of(session), here.root / RUN / "fold_1"
-    (fold / "notes.txt").write_text("mine")
-    (fold / "best.pt").unlink()
-    import_runs(session, here)
-    assert (fold / "notes.txt").read_text() == "mine"
-    assert contents(here.root, complete) == complete
-
-
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_a_fold_is_not_lost_between_two_renames(is_replaced: bool, session: Path, here: Workspace) -> None:
     import_runs(session, here)

@@ -83,7 +83,8 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, target: 
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "error"),
     [
-        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (0, 1, 3, 4)),
+        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (1, 2, 3, 4)),
+        (Path, "replace", 0, KeyboardInterrupt()),
         (zipfile.ZipFile, "extract", 5, OSError(28, "no space")),
     ],
 )
@@ -152,17 +153,6 @@ def test_a_wrong_archive_is_downloaded_again(kaggle: Kaggle, data: Data, target:
     assert_complete(target, data)
 
 
-def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, call: Call) -> None:
-    kaggle.replies["SaveKernel"] = STARTED
-    kernel = f"someone/{KERNEL}"
-    printed = call("run", "--detach", "-e", "quick", "--hours", "2", "--resume")
-    assert f"quick, version 3 of {kernel} at {STARTED['url']}" in printed
-    expected = {"slug": kernel, "kernelDataSources": [kernel], "competitionDataSources": [COMPETITION], "isPrivate": True}
-    expected |= {"machineShape": "NvidiaTeslaT4", "enableGpu": True, "enableInternet": False}
-    assert expected.items() <= kaggle.bodies["SaveKernel"].items()
-    assert '\\nEXPERIMENT = \\"quick\\"\\n' in kaggle.bodies["SaveKernel"]["text"]
-
-
 RECIPES = TOKEN, ACCEPT, NETWORK, LATER, CREATE, SOURCES, LOOK = (
     "KAGGLE_API_TOKEN or ~/.kaggle/access_token",
     RULES,
@@ -204,22 +194,14 @@ def test_each_kind_of_refusal_has_one_recipe(
 QUOTA, STATUS = "GetAcceleratorQuotaStatistics", "GetKernelSessionStatus"
 FAILED = {"status": "ERROR", "failureMessage": "out of\nmemory"}
 RESERVED = {"timeUsed": "36000s", "timeReserved": "18000s", "totalTimeAllowed": "108000s"}
-UNKNOWN = [f"someone/weights-{number}" for number in range(7)]
 
 
 @pytest.mark.parametrize(
     ("command", "name", "reply", "expected"),
     [
         ("run", "SaveKernel", {"error": 'The requested title "PCam submission" is already in use'}, "already in use"),
-        (
-            "run",
-            "SaveKernel",
-            STARTED | {"invalidDatasetSources": UNKNOWN, "invalidCompetitionSources": [COMPETITION]},
-            f"8 of the sources as not valid: {', '.join(UNKNOWN[:5])} and 3 more; stop the session at {STARTED['url']}",
-        ),
         ("scores", "ListSubmissions", {"code": 400, "message": "no such thing"}, "no such thing"),
         ("scores", "ListSubmissions", {"submissions": [{"ref": 1, "status": "LOST"}]}, "can't read Kaggle's reply"),
-        ("scores", "ListSubmissions", {"submissions": {"ref": 1}}, "can't read Kaggle's reply"),
         ("status", QUOTA, {"quotaRefreshTime": "soon"}, "kaggle quota: "),
     ],
 )
