@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
-from pcam_kaggle.core.paths import SLIDE_MAPS, Data, Workspace, attached_folder
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
@@ -90,14 +90,6 @@ def fold_inputs(
     return labels, scheme, read_slides(path) if path else None
 
 
-def attached_map(handle: str) -> Path | None:
-    """Return the slide map in the attached dataset `handle` (owner/name), None for ""; UserError if it holds none."""
-    found = Data(folder).slides() if (folder := attached_folder(handle)) else None
-    if handle and not found:
-        raise UserError(f"slides {handle}: not attached, or without {' or '.join(SLIDE_MAPS)}; correct --slides")
-    return found
-
-
 def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Scheme, pd.DataFrame | None]:
     """Return the scheme of the folds in the CSV `file` (id, fold and perhaps group), and its groups (id, wsi) or None.
 
@@ -130,28 +122,22 @@ def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:
     return None
 
 
-def stain_groups(store: PatchStore) -> pd.DataFrame:
-    """Cluster the train patches into 50 groups of similar stain (k-means with seed 0 on their stain vectors).
+def stain_map(store: PatchStore, folder: Path) -> pd.DataFrame:
+    """Return 50 groups of train patches of similar stain (k-means with seed 0 on their stain vectors), as written to `folder`.
 
     The groups replace slides if there is no slide map: a slide is stained and scanned once, so the stains of its patches are
     more similar than those of two slides. Returned like a slide map: columns id and wsi, the latter `stain_00` to `stain_49`.
     """
-    ids = store.ids("train")
-    if len(ids) < STAIN_GROUPS:
-        raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
-    rows = store.rows("train", ids)
-    vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
-    clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
-    return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
-
-
-def stain_map(store: PatchStore, folder: Path) -> pd.DataFrame:
-    """Return the `stain_groups` of `store`, which are computed once and written to `folder`."""
     file = folder / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
-        groups = stain_groups(store)
+        ids = store.ids("train")
+        if len(ids) < STAIN_GROUPS:
+            raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
+        rows = store.rows("train", ids)
+        vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
+        clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
         with locked(folder):
-            write_csv(file, groups)
+            write_csv(file, pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]}))
     return read_slides(file)
 
 

@@ -92,18 +92,15 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
 
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
     """Return the folds of `run` that `target` lacks or has of an earlier epoch."""
-    if target.is_experiment and not _is_same_run(run.made_from(), target.made_from()):
-        raise UserError(
-            f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
-        )
+    if target.is_experiment:
+        theirs, ours = run.made_from(), target.made_from()
+        # The hash of pretrained weights is recorded when the first fold starts.
+        hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
+        if theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) != ours or len(hashes) > 1:
+            problem = "holds a run with another config, other folds or other patches; move one of them"
+            raise UserError(f"{run.folder}: {target.folder} {problem}")
     numbers = range(run.config().n_splits)
     return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
-
-
-def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
-    # The hash of pretrained weights is recorded when the first fold starts.
-    hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
-    return theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) == ours and len(hashes) < 2
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
