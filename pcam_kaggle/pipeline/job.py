@@ -11,17 +11,7 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
-from pcam_kaggle.core.paths import (
-    DEMO_SUFFIX,
-    SLIDE_MAPS,
-    Data,
-    Workspace,
-    attached,
-    attached_folder,
-    find_data,
-    find_workspace,
-    unpack,
-)
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, attached_folder, find_data, find_workspace, unpack
 from pcam_kaggle.data.folds import given_folds
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
@@ -168,7 +158,7 @@ def kernel_job(
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
     slide_map = Data(folder).slides() if (folder := attached_folder(slides)) else None
     if slides and not slide_map:
-        raise UserError(f"slides {slides}: not attached, or without {' or '.join(SLIDE_MAPS)}; correct --slides")
+        raise UserError(f"slides {slides}: not attached, or without patch_id_wsi*.csv; correct --slides")
     runs = plan(experiment, with_folder_settings(changes), name or changed_name(experiment, changes), seeds)
     job = Job(runs, data, workspace, Selection(slide_map), budget=budget)
     log.info("%s on %s, from %s", runs.name, device_name(kind), data.root)
