@@ -1,13 +1,12 @@
 """Stains are measured where they were put, and a patch keeps its label's reasons when its stain changes."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from pcam_kaggle.data.folds import stain_map
+from pcam_kaggle.data.folds import stain_groups
 from pcam_kaggle.data.stain import STAINS, restain, stain_vectors
 
 
@@ -42,7 +41,7 @@ def test_the_identity_changes_nothing() -> None:
     assert np.array_equal(restain(image, np.eye(3, 4)), image)
 
 
-def test_groups_of_like_stain_are_made_of_one_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_like_stain_are_made_of_one_slide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcam_kaggle.data.folds.STAIN_GROUPS", 6)
     # Six slides, each with stains of its own.
     vectors = STAINS[:2] + np.random.default_rng(3).normal(0, 0.12, (6, 2, 3))
@@ -50,9 +49,8 @@ def test_groups_of_like_stain_are_made_of_one_slide(tmp_path: Path, monkeypatch:
     slides, rows = np.arange(240) % 6, np.arange(240)
     patches = np.stack([stained(vectors[slide], number) for number, slide in enumerate(slides)])
     ids = np.array([f"patch_{number:03d}" for number in rows], dtype=object)
-    manifest = SimpleNamespace(train_sha256="0" * 64)
-    store = SimpleNamespace(manifest=manifest, ids=lambda _: ids, rows=lambda *_: rows, images=lambda some: patches[some])
-    groups = stain_map(store, tmp_path)
+    store = SimpleNamespace(ids=lambda _: ids, rows=lambda *_: rows, images=lambda some: patches[some])
+    groups = stain_groups(store)
     assert adjusted_rand_score(slides, groups["wsi"]) > 0.9
     assert sorted(groups["wsi"].unique()) == [f"stain_0{cluster}" for cluster in range(6)]
-    assert stain_map(store, tmp_path / "again").equals(groups)
+    assert stain_groups(store).equals(groups)

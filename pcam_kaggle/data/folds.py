@@ -122,22 +122,28 @@ def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:
     return None
 
 
-def stain_map(store: PatchStore, folder: Path) -> pd.DataFrame:
-    """Return 50 groups of train patches of similar stain (k-means with seed 0 on their stain vectors), as written to `folder`.
+def stain_groups(store: PatchStore) -> pd.DataFrame:
+    """Cluster the train patches into 50 groups of similar stain (k-means with seed 0 on their stain vectors).
 
     The groups replace slides if there is no slide map: a slide is stained and scanned once, so the stains of its patches are
     more similar than those of two slides. Returned like a slide map: columns id and wsi, the latter `stain_00` to `stain_49`.
     """
+    ids = store.ids("train")
+    if len(ids) < STAIN_GROUPS:
+        raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
+    rows = store.rows("train", ids)
+    vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
+    clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
+    return pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]})
+
+
+def stain_map(store: PatchStore, folder: Path) -> pd.DataFrame:
+    """Return the `stain_groups` of `store`, which are computed once and written to `folder`."""
     file = folder / f"stain_groups_{store.manifest.train_sha256[:12]}.csv"
     if not file.exists():
-        ids = store.ids("train")
-        if len(ids) < STAIN_GROUPS:
-            raise UserError(f"groups=stain: {len(ids)} train patches are too few for {STAIN_GROUPS} groups; use groups=none")
-        rows = store.rows("train", ids)
-        vectors = [stain_vectors(image).ravel() for row in rows for image in store.images(row[None])]
-        clusters = KMeans(STAIN_GROUPS, n_init=1, random_state=0).fit_predict(np.stack(vectors))
+        groups = stain_groups(store)
         with locked(folder):
-            write_csv(file, pd.DataFrame({"id": ids, "wsi": [f"stain_{cluster:02d}" for cluster in clusters]}))
+            write_csv(file, groups)
     return read_slides(file)
 
 
