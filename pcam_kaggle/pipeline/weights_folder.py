@@ -22,7 +22,7 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
     given = dict(assignment.partition("=")[::2] for assignment in assignments)
     folder = _folder(given.get("weights", ""))
     files = sorted(folder.rglob("config.json")) if folder else []
-    if len(files) > 1:
+    if folder and len(files) > 1:
         found = examples([str(file.relative_to(folder)) for file in files])
         raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
     content = read_json(files[0]) if files else {}
