@@ -133,7 +133,9 @@ def _operating_points(scored: Scored, workspace: Workspace) -> Section:
 
 def _held_out_mean(run: Run, evaluation: Evaluation, workspace: Workspace) -> tuple[Labels, Floats]:
     ensemble = run.ensemble()
-    return ensemble_mean(ensemble, {name: evaluation.current(Run(workspace.run(name))) for name in ensemble.weights})[:2]
+    members = {name: evaluation.current(Run(workspace.run(name))) for name in ensemble.weights}
+    labels, mean, _ = ensemble_mean(ensemble, {name: table for name, table in members.items() if table is not None})
+    return labels, mean
 
 
 def _test_set(scored: Scored, workspace: Workspace) -> Section:

@@ -174,13 +174,14 @@ def score_table(workspace: Workspace, records: Records) -> pd.DataFrame:
     shown = pd.DataFrame({"submission": ledger["name"], "OOF AUC": [each.oof_auc.text() for each in made]})
     runs = [Run(workspace.run(name)) for name in dict.fromkeys(name for each in made for name in each.members)]
     for folder in sorted(path for path in workspace.evaluations.glob("*") if path.is_dir()):
-        found = {run.name: Evaluation(folder).current(run) for run in runs}
+        found = {run.name: table for run in runs if (table := Evaluation(folder).current(run)) is not None}
         shown[folder.name] = [_held_out_text(found, each) for each in made]
     for column, word in KAGGLE_SCORES.items():
         shown[word] = ["" if pd.isna(value) else f"{value:.4f}" for value in ledger[column]]
     return shown
 
 
-def _held_out_text(tables: dict[str, pd.DataFrame | None], made: SubmissionRecord) -> str:
-    labels, mean, models = ensemble_mean(Ensemble(made.run, made.members, made.method == "rank"), tables)
+def _held_out_text(tables: dict[str, pd.DataFrame], made: SubmissionRecord) -> str:
+    members = {name: table for name, table in tables.items() if name in made.members}
+    labels, mean, models = ensemble_mean(Ensemble(made.run, made.members, made.method == "rank"), members)
     return f"{auc(labels, mean):.4f} ({models} model{'s' if models > 1 else ''})" if models else ""

@@ -132,16 +132,16 @@ def score_runs(
     )
 
 
-def ensemble_mean(ensemble: Ensemble, tables: dict[str, pd.DataFrame | None]) -> tuple[Labels, Floats, int]:
+def ensemble_mean(ensemble: Ensemble, tables: dict[str, pd.DataFrame]) -> tuple[Labels, Floats, int]:
     """Return labels and mean of the models of `ensemble`, both (n,), and their number, from tables of id, label, `fold_<k>`.
 
     Both arrays are empty, of 0 models, unless all members have a table, of the same folds.
     """
-    members = {run: table for run in ensemble.weights if (table := tables.get(run)) is not None}
-    if members.keys() != ensemble.weights.keys() or len({tuple(each.filter(like="fold_")) for each in members.values()}) != 1:
+    folds = {tuple(table.filter(like="fold_")) for table in tables.values()}
+    if tables.keys() < ensemble.weights.keys() or len(folds) != 1:
         return np.empty(0, int), np.empty(0), 0
-    first = next(iter(members.values()))
-    models = ensemble.models({run: table.set_index("id").loc[first["id"]] for run, table in members.items()})
+    first = next(iter(tables.values()))
+    models = ensemble.models({run: table.set_index("id").loc[first["id"]] for run, table in tables.items()})
     return first["label"].to_numpy(int), np.mean([*models.values()], axis=0), len(models)
 
 

@@ -47,6 +47,7 @@ def predict_held_out(
         backend=backend.record(),
     )
     table = evaluation.predictions(run.name, sources)
+    log.debug("evaluate: %s: %s", run.name, "predicts" if table is None else "up to date")
     if table is None:
         table = _predict(folds, patches, config, backend)
         evaluation.write_predictions(run.name, sources, table)
