@@ -111,8 +111,8 @@ MARK = ""
 # %% package [markdown]
 # ## The package
 #
-# The package's modules that the notebook needs, as they are in the repository, each after the modules that it imports. The
-# cells are folded; in exported HTML, drag the lower right corner of one to read it.
+# The package's modules, as they are in the repository, except the command line and Kaggle's client. The cells are folded; in
+# exported HTML, drag the lower right corner of one to read it.
 
 # %% environment-text [markdown]
 # ## Job

@@ -122,16 +122,6 @@ def test_an_interrupted_import_is_completed_here_and_by_others(
         assert contents(completed.root, complete) == complete
 
 
-def test_a_fold_is_repaired_and_other_files_in_it_are_kept(session: Path, here: Workspace) -> None:
-    import_runs(session, here)
-    complete, fold = files_of(session), here.root / RUN / "fold_1"
-    (fold / "notes.txt").write_text("mine")
-    (fold / "best.pt").unlink()
-    import_runs(session, here)
-    assert (fold / "notes.txt").read_text() == "mine"
-    assert contents(here.root, complete) == complete
-
-
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_a_fold_is_not_lost_between_two_renames(is_replaced: bool, session: Path, here: Workspace) -> None:
     import_runs(session, here)
@@ -208,27 +198,22 @@ PICKLE = b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: change(run / "config.json", folds="../../outside"), "is not a plain file name"),
         (lambda run: change(run / "config.json", config={"unheard_of": 1}), "config.json: .*unheard_of"),
         (lambda run: change(run / "config.json", config={"n_splits": 10**9}), "config.json: .*n_splits"),
-        (lambda run: other_values(run / "../../submissions/bottleneck.csv"), "not what bottleneck.json describes"),
+        (lambda run: other_values(run / "../../submissions/bottleneck.csv"), "bottleneck.csv: has changed since"),
         (lambda run: other_values(run / "fold_0/oof.csv"), "oof.csv: not what predictions.json describes"),
         (lambda run: (run / "fold_0/metrics.json").write_text("{}"), "metrics.json: fold: Field required"),
         (lambda run: (run / "fold_0/best.pt").write_bytes(PICKLE), "best.pt: not a complete checkpoint"),
         (lambda run: (run / "fold_0/log.csv").write_text("epoch"), "log.csv: not a training log"),
-        (lambda run: (run / "../../folds/stratified_3_42.csv").write_text("id\n"), "not the folds that the run"),
-        (lambda run: run.rename(run.parent / "a name"), "'a name' is not a plain file name"),
+        (lambda run: (run / "../../folds/stratified_3_42.csv").write_text("id\n"), "42.csv: has changed since the run"),
     ],
 )
-def test_a_damaged_run_is_not_imported(
-    damage: Callable[[Path], object], message: str, session: Path, here: Workspace, tmp_path: Path
-) -> None:
+def test_a_damaged_run_is_not_imported(damage: Callable[[Path], object], message: str, session: Path, here: Workspace) -> None:
     damage(session / RUN)
     with pytest.raises(UserError, match=message) as caught:
         import_runs(session, here)
     assert "\n" not in str(caught.value)
     assert not [path for path in here.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert not (tmp_path / "outside.csv").exists()
 
 
 def import_theirs(work: Path, data: Data, change: Callable = lambda oof, test: (oof, test)) -> int:

@@ -15,7 +15,7 @@ import pytest
 from conftest import Call, Pcam, on_terminal
 from kaggle_server import KERNEL, SECRET, STARTED, Kaggle, Reply, saved, use_token, zipped
 
-from pcam_kaggle.core.files import read_json
+from pcam_kaggle.core.files import PART, read_json
 from pcam_kaggle.core.paths import COMPETITION, Data, find_data
 from pcam_kaggle.kaggle.archive import PARTS
 from pcam_kaggle.kaggle.failures import NO_KERNEL, RULES
@@ -79,11 +79,12 @@ def test_an_interrupted_download_is_resumed(kaggle: Kaggle, data: Data, target: 
     assert_complete(target, data)
 
 
-# The renames: the archive, the verified folder, then the four parts, of which train comes third.
+# The renames: the archive, then the four parts, of which train comes third.
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "error"),
     [
-        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (1, 2, 3, 5)),
+        *((Path, "rename", calls, KeyboardInterrupt()) for calls in (1, 2, 3, 4)),
+        (Path, "replace", 0, KeyboardInterrupt()),
         (zipfile.ZipFile, "extract", 5, OSError(28, "no space")),
     ],
 )
@@ -106,7 +107,7 @@ def test_an_interrupted_install_is_completed(
         status = 2 if isinstance(error, OSError) else 130
         assert "no space" in call("download", status=status) or status == 130
     assert not Data(target).labels.exists()
-    assert not (target / ".download" / "unpacking").exists()
+    assert not list(target.rglob(f"*{PART}"))
     asked = len(kaggle.asked)
     if calls == 3:
         (target / "train").mkdir()
@@ -152,17 +153,6 @@ def test_a_wrong_archive_is_downloaded_again(kaggle: Kaggle, data: Data, target:
     assert_complete(target, data)
 
 
-def test_a_push_carries_the_notebook_and_the_users_name(kaggle: Kaggle, call: Call) -> None:
-    kaggle.replies["SaveKernel"] = STARTED
-    kernel = f"someone/{KERNEL}"
-    printed = call("run", "--detach", "-e", "quick", "--hours", "2", "--resume")
-    assert f"quick, version 3 of {kernel} at {STARTED['url']}" in printed
-    expected = {"slug": kernel, "kernelDataSources": [kernel], "competitionDataSources": [COMPETITION], "isPrivate": True}
-    expected |= {"machineShape": "NvidiaTeslaT4", "enableGpu": True, "enableInternet": False}
-    assert expected.items() <= kaggle.bodies["SaveKernel"].items()
-    assert '\\nEXPERIMENT = \\"quick\\"\\n' in kaggle.bodies["SaveKernel"]["text"]
-
-
 RECIPES = TOKEN, ACCEPT, NETWORK, LATER, CREATE, SOURCES, LOOK = (
     "KAGGLE_API_TOKEN or ~/.kaggle/access_token",
     RULES,
@@ -204,22 +194,14 @@ def test_each_kind_of_refusal_has_one_recipe(
 QUOTA, STATUS = "GetAcceleratorQuotaStatistics", "GetKernelSessionStatus"
 FAILED = {"status": "ERROR", "failureMessage": "out of\nmemory"}
 RESERVED = {"timeUsed": "36000s", "timeReserved": "18000s", "totalTimeAllowed": "108000s"}
-UNKNOWN = [f"someone/weights-{number}" for number in range(7)]
 
 
 @pytest.mark.parametrize(
     ("command", "name", "reply", "expected"),
     [
         ("run", "SaveKernel", {"error": 'The requested title "PCam submission" is already in use'}, "already in use"),
-        (
-            "run",
-            "SaveKernel",
-            STARTED | {"invalidDatasetSources": UNKNOWN, "invalidCompetitionSources": [COMPETITION]},
-            f"8 of the sources as not valid: {', '.join(UNKNOWN[:5])} and 3 more; stop the session at {STARTED['url']}",
-        ),
         ("scores", "ListSubmissions", {"code": 400, "message": "no such thing"}, "no such thing"),
         ("scores", "ListSubmissions", {"submissions": [{"ref": 1, "status": "LOST"}]}, "can't read Kaggle's reply"),
-        ("scores", "ListSubmissions", {"submissions": {"ref": 1}}, "can't read Kaggle's reply"),
         ("status", QUOTA, {"quotaRefreshTime": "soon"}, "kaggle quota: "),
     ],
 )

@@ -4,16 +4,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import Call, Pcam
 from kaggle_server import KERNEL, STARTED, Content, Kaggle, Reply, quota, saved, use_token
 
-from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import locked, read_json
+from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle import session
 from pcam_kaggle.kaggle.failures import RULES
 
@@ -235,8 +233,9 @@ def test_a_version_that_was_started_since_is_named(
 
 
 def test_a_session_that_lacks_a_source_is_kept(kaggle: Kaggle, account: Account, call: Call) -> None:
-    kaggle.replies["SaveKernel"] = lambda body: account.push(body) | {"invalidDatasetSources": ["them/x"]}
-    assert "left out 1 of the sources as not valid: them/x; stop the session at" in call("run", status=2)
+    invalid = {"invalidDatasetSources": ["them/x"], "invalidCompetitionSources": ["y"]}
+    kaggle.replies["SaveKernel"] = lambda body: account.push(body) | invalid
+    assert "left out 2 of the sources as not valid: them/x, y; stop the session at" in call("run", status=2)
     assert "output: bottleneck imported" in call("run")
     assert len(account.pushed) == 1
 
@@ -298,6 +297,7 @@ def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account,
     assert second == first
     assert third == first.replace("HOURS = 3.0", "HOURS = 4.0") != first
     expected = {"datasetDataSources": ["them/encoder"], "machineShape": "NvidiaL4", "kernelDataSources": [f"someone/{KERNEL}"]}
+    expected |= {"competitionDataSources": [COMPETITION], "isPrivate": True, "enableGpu": True, "enableInternet": False}
     assert expected.items() <= kaggle.bodies["SaveKernel"].items()
     # Options that say what to train are not mixed with those of the last session.
     assert "mine-seeds2, version 3" in call("run", "--resume", "-e", "quick", status=2)
@@ -382,21 +382,6 @@ def test_a_session_survives_a_lost_connection(kaggle: Kaggle, call: Call) -> Non
     replies: list[Reply] = [{"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
     kaggle.replies["GetKernelSessionStatus"] = lambda _: replies.pop(0) if len(replies) > 1 else replies[0]
     assert call("run").count("; the session continues") == 2
-
-
-def test_a_log_that_is_sent_again_from_its_beginning_is_not_shown_again(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "POLL_SECONDS", 0.02)
-    lines, over, sent = [""], threading.Event(), []
-
-    def follow_log(_: str) -> Iterator[str]:
-        yield from ("prepare\nfold 0\n", "\n", "fold 1")[: len(sent) + 1]
-        sent.append(len(lines))
-        if len(sent) == 5:
-            over.set()
-        raise UserError("the connection is lost")
-
-    session._read_log(SimpleNamespace(follow_log=follow_log), "", lines, over)
-    assert lines == ["", "fold 0", "fold 1"]
 
 
 @pytest.mark.parametrize(

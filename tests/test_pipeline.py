@@ -3,8 +3,6 @@
 import itertools
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from conftest import TINY, Outcome
 from pytest import MonkeyPatch
 
 from pcam_kaggle.cli.main import main
-from pcam_kaggle.core import files
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.experiments import EXPERIMENTS, Experiment
 from pcam_kaggle.core.files import file_sha256, read_json
@@ -75,14 +72,6 @@ def test_given_folds_are_used_in_place_of_drawn_ones(data: Data, pcam: Command, 
     assert "can't be combined with --slides or groups=none" in pcam("folds", *given, "--groups", "none").err
 
 
-def test_the_order_of_labels_does_not_matter(data: Data, pcam: Command, finished_run: Path, tmp_path: Path) -> None:
-    finished_run.rename(tmp_path / "first")
-    pd.read_csv(data.labels).sample(frac=1, random_state=1).to_csv(data.labels, index=False)
-    assert pcam("pipeline").status == 0
-    first, second = (tmp_path / name / "submissions/bottleneck.csv" for name in ("first", "work"))
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_the_printed_commands_lead_from_one_fold_to_its_submission(pcam: Command, tmp_path: Path) -> None:
     assert pcam("prepare").status == pcam("folds").status == 0
     stages, arguments = [], ["train", "--folds", "2"]
@@ -126,21 +115,6 @@ def test_a_changed_test_set_is_predicted_again(data: Data, pcam: Command, finish
     sample.iloc[1:].to_csv(data.sample, index=False)
     assert "holds another submission" in pcam("pipeline").err
     assert len(pd.read_csv(finished_run / "runs" / "bottleneck" / "test.csv")) == 6
-
-
-def test_a_second_living_process_in_a_run_is_refused(pcam: Command, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    run = tmp_path / "work" / "runs" / "bottleneck"
-    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    hold = "import sys, time\nfrom pathlib import Path\nfrom pcam_kaggle.core.files import locked\n"
-    hold += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        refused = pcam("pipeline")
-        other.kill()
-    assert (refused.status, refused.err.count("\n")) == (2, 1)
-    assert refused.err.startswith(f"error: {run}: another process is writing there")
-    assert not (run / "fold_0").exists()
-    assert pcam("train", "--folds", "0").status == 0
 
 
 def test_another_config_needs_another_name(pcam: Command, finished_run: Path) -> None:

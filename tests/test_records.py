@@ -80,7 +80,7 @@ def test_scores_of_a_held_out_set_are_computed_when_they_are_read() -> None:
 @pytest.mark.parametrize("is_list", [False, True])
 def test_environments_of_earlier_versions_are_read(is_list: bool, tmp_path: Path) -> None:
     run, entry, backend = Run(tmp_path), {"backend": BACKEND, "started": "before"}, BackendRecord(**BACKEND)
-    run.environment_file.write_text(json.dumps([entry] if is_list else entry))
+    (run.folder / "environment.json").write_text(json.dumps([entry] if is_list else entry))
     first, second = Environment(backend=backend, started="before"), Environment(backend=backend)
     assert run.environments() == [first]
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_environments_of_earlier_versions_are_read(is_list: bool, tmp_path: Path
     run.add_environment(measured)
     assert run.environments() == [measured, second]
     for damaged in ("{", '[{"device": 3}]'):
-        run.environment_file.write_text(damaged)
+        (run.folder / "environment.json").write_text(damaged)
         with pytest.raises(UserError, match=r"environment\.json: not in the format of this version"):
             run.environments()
 

@@ -63,7 +63,7 @@ def shared_reported(shared_data: Data, tmp_path_factory: pytest.TempPathFactory)
     assert main(["evaluate", "bottleneck", "other", "--work", str(work), *patches]) == 0
     shutil.copytree(work / "runs" / "other", work / "runs" / "broken")
     (work / "runs" / "broken" / "fold_0" / "oof.csv").write_text("id,<b>label</b>\n")
-    record_score(work / "submissions", "other", 0.7, 0.6)
+    record_score(work / "submissions" / "other.csv", public_score=0.7, private_score=0.6)
     return root
 
 

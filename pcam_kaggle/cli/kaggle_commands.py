@@ -14,8 +14,9 @@ from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
 from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
-from pcam_kaggle.kaggle.session import fetch, finish, is_complete, last_session, pending, session_file, start, submit_and_wait
+from pcam_kaggle.kaggle.session import fetch, finish, last_session, pending, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
+from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def _run_run(options: argparse.Namespace) -> None:
             return
         if session:
             finish(client, session, workspace)
-        print_result(workspace, kernel.runs)
-        if not is_complete(workspace, kernel.plan.name):
+        print_result(workspace, [*kernel.recipes()])
+        if Run(workspace.run(kernel.plan.name)).missing_folds():
             log.info("next: repeat the command with --resume (make: in ARGS), which trains what is missing")
         elif options.submit:
             submit_and_wait(client, workspace, kernel.plan.name)
@@ -80,7 +81,7 @@ def _run_status(options: argparse.Namespace) -> None:
 def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
-    fetch(client, name, workspace, pending(client, workspace, name.rpartition("/")[2]))
+    fetch(client, name, workspace, pending(client, workspace, name))
     log.info("next: make compare, or %s kaggle submit NAME", program())
 
 
@@ -94,14 +95,15 @@ def _run_submit(options: argparse.Namespace) -> None:
 
 
 def _run_scores(options: argparse.Namespace) -> None:
-    workspace, given = find_workspace(options.work), (options.public, options.private)
-    if bool(options.name) != (given != (None, None)):
+    workspace = find_workspace(options.work)
+    if bool(options.name) != ((options.public, options.private) != (None, None)):
         raise UserError("kaggle scores: a score recorded by hand needs NAME and --public or --private")
     if not options.name:
         print_scores(workspace, Client().submissions())
         return
     with locked(workspace.submissions):
-        record_score(workspace.submissions, options.name, *given)
+        file = workspace.submissions / f"{options.name}.csv"
+        record_score(file, public_score=options.public, private_score=options.private)
     print_scores(workspace)
 
 

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.files import csv_bytes, file_sha256, locked, sha256, write_csv
-from pcam_kaggle.core.paths import SLIDE_MAPS, Data, Workspace, attached_folder
+from pcam_kaggle.core.paths import Data, Workspace
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
@@ -88,14 +88,6 @@ def fold_inputs(
         raise UserError(f"groups=slides: no slide map in {data.root}; give one with --slides, or use --set groups=auto")
     scheme = Scheme(config.n_splits, "slides" if path else "stratified", subset=config.subset)
     return labels, scheme, read_slides(path) if path else None
-
-
-def attached_map(handle: str) -> Path | None:
-    """Return the slide map in the attached dataset `handle` (owner/name), None for ""; UserError if it holds none."""
-    found = Data(folder).slides() if (folder := attached_folder(handle)) else None
-    if handle and not found:
-        raise UserError(f"slides {handle}: not attached, or without {' or '.join(SLIDE_MAPS)}; correct --slides")
-    return found
 
 
 def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Scheme, pd.DataFrame | None]:
@@ -201,13 +193,12 @@ def make_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
     replaced. Returns the folds, and whether anything was written.
     """
     file = folder / f"{scheme.name}.csv"
-    manifest_file = file.with_suffix(".json")
-    if file.exists() and manifest_file.exists():
+    if file.exists() and file.with_suffix(".json").exists():
         return load_folds(labels, scheme, slides, folder), False
     table = draw_folds(labels, scheme, slides) if scheme.given.empty else scheme.given
     manifest = _manifest(table, scheme, slides)
     write_csv(file, table)
-    manifest.write(manifest_file)
+    manifest.write(file.with_suffix(".json"))
     return Folds(table[["id", "label", "fold"]], manifest), True
 
 

@@ -7,17 +7,13 @@ import zlib
 from pathlib import Path
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import locked
+from pcam_kaggle.core.files import building, locked
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import COMPETITION, Data
 from pcam_kaggle.kaggle.client import Client
 
 # Contents of the competition's archive, in the order in which they are installed.
 PARTS = ("sample_submission.csv", "test", "train", "train_labels.csv")
-
-
-class ArchiveError(UserError):
-    """The archive is damaged or not the competition's."""
 
 
 def download(data: Data) -> bool:
@@ -48,32 +44,27 @@ def download(data: Data) -> bool:
 
 def _fetch(waiting: Path, unpacked: Path) -> None:
     """Download the archive if necessary, and unpack it; the folder `unpacked` exists once all files are verified."""
-    archive, unpacking = waiting / f"{COMPETITION}.zip", waiting / "unpacking"
+    archive = waiting / f"{COMPETITION}.zip"
     if not archive.is_file():
         Client().download_archive(waiting / "partial").rename(archive)
     try:
-        unpack(archive, unpacking)
-        unpacking.rename(unpacked)
-    except ArchiveError as error:
+        with building(unpacked, lambda _: True) as unpacking:
+            unpack(archive, unpacking)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         shutil.rmtree(waiting)
-        raise UserError(f"{error}; it is deleted, and the next call downloads it again") from None
-    finally:
-        shutil.rmtree(unpacking, ignore_errors=True)
+        raise UserError(f"{archive.name}: damaged ({error}); it is deleted, and the next call downloads it again") from None
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack the ZIP `archive` into `target`, whose parent exists, verifying checksums; raises ArchiveError if damaged."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            names = file.namelist()
-            if missing := sorted({*PARTS} - {name.partition("/")[0] for name in names}):
-                raise ArchiveError(f"{archive.name}: lacks {examples(missing)}, so it is not the competition's")
-            size = sum(member.file_size for member in file.infolist())
-            free = shutil.disk_usage(target.parent).free
-            if size > free:
-                needed = f"{archive.name} needs {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-                raise UserError(f"{target.parent}: {needed}; make room and run the command again, which resumes")
-            for name in progress(names, "unpack"):
-                file.extract(name, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ArchiveError(f"{archive.name}: damaged ({error})") from None
+    """Unpack the ZIP `archive` into `target`, verifying checksums; raises what zipfile does, or ValueError, if damaged."""
+    with zipfile.ZipFile(archive) as file:
+        names = file.namelist()
+        if missing := sorted({*PARTS} - {name.partition("/")[0] for name in names}):
+            raise ValueError(f"lacks {examples(missing)}, so it is not the competition's")
+        size = sum(member.file_size for member in file.infolist())
+        free = shutil.disk_usage(target.parent).free
+        if size > free:
+            needed = f"{archive.name} needs {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+            raise UserError(f"{target.parent}: {needed}; make room and run the command again, which resumes")
+        for name in progress(names, "unpack"):
+            file.extract(name, target)

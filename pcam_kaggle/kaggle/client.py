@@ -121,11 +121,13 @@ class Client:
         left_out = [name for kind in kinds for name in getattr(reply, f"invalid_{kind}") or ()]
         return reply.version_number or 0, str(reply.url), left_out
 
-    def _ask(self, method: str, kind: Any, kernel: str, version: int, **fields: object) -> Any:
-        """Return the reply of `method` to a request of `kind` with `fields`."""
+    def _ask(self, method: str, kernel: str, version: int, **fields: object) -> Any:
+        """Return the reply of `method` to its request with `fields`."""
+        from kagglesdk.kernels.types import kernels_api_service
         from requests import HTTPError
 
-        request, self.tells_versions = kind(), version > 0
+        request = getattr(kernels_api_service, f"Api{method.title().replace('_', '')}Request")()
+        self.tells_versions = version > 0
         request.user_name, _, request.kernel_slug = kernel.partition("/")
         for name, value in (fields | ({"version_label": f"v{version}"} if version else {})).items():
             setattr(request, name, value)
@@ -136,25 +138,21 @@ class Client:
             code = error.response.status_code if error.response is not None else 500
             if not version or code in (401, 403, 429) or code >= 500:
                 raise
-        return self._ask(method, kind, kernel, 0, **fields)
+        return self._ask(method, kernel, 0, **fields)
 
     def source(self, kernel: str, version: int = 0) -> tuple[int, str]:
         """Return the number of the latest version of `kernel`, and the notebook of `version`; Refused if there is none."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
-
         with asking("status"):
-            reply = self._ask("get_kernel", ApiGetKernelRequest, kernel, version)
+            reply = self._ask("get_kernel", kernel, version)
             return reply.metadata.current_version_number or 0, reply.blob.source or ""
 
     def status(self, kernel: str, version: int = 0) -> Status:
         """Return the status of the session of `version` of `kernel`."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
-
         # The token of an OAuth login expires within the hours of a session.
         if time.monotonic() - self._logged_in > LOGIN_SECONDS:
             self._log_in()
         with asking("status"):
-            reply = self._ask("get_kernel_session_status", ApiGetKernelSessionStatusRequest, kernel, version)
+            reply = self._ask("get_kernel_session_status", kernel, version)
             return Status(reply.status.name, " ".join((reply.failure_message or "").split()))
 
     def follow_log(self, kernel: str) -> Iterator[str]:
@@ -165,12 +163,10 @@ class Client:
 
     def output(self, kernel: str, folder: Path, version: int = 0, names: Collection[str] = SAVED_FOLDERS) -> None:
         """Download the files and folders `names` that the session of `version` of `kernel` has saved into `folder`."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
-
         page: dict[str, object] = {"page_size": PAGE_SIZE}
         with asking("fetch"):
             while page:
-                reply = self._ask("list_kernel_session_output", ApiListKernelSessionOutputRequest, kernel, version, **page)
+                reply = self._ask("list_kernel_session_output", kernel, version, **page)
                 for file in reply.files or ():
                     if file.file_name.partition("/")[0] in names:
                         _save(file.url, folder / file.file_name)

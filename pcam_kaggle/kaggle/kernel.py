@@ -1,6 +1,5 @@
 """What is pushed to Kaggle: the notebook with its settings, and its metadata."""
 
-import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from pydantic import ConfigDict
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, experiment, plan
-from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.core.records import Record
 from pcam_kaggle.kaggle.notebook import NOTEBOOK, ROOT, Settings, notebook
 
@@ -21,19 +19,6 @@ MOST_HOURS = 11.5
 DEFAULT_ACCELERATOR = "NvidiaTeslaT4"
 # Kaggle's names of the accelerators that a session can use. The P100 was retired on 2026-09-15; who asks for it gets a T4.
 ACCELERATORS = (DEFAULT_ACCELERATOR, "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
-# What the notebook relies on; Kaggle's defaults differ.
-NEEDED = {
-    "code_file": str(NOTEBOOK),
-    "language": "python",
-    "kernel_type": "notebook",
-    "is_private": True,
-    "enable_gpu": True,
-    "enable_tpu": False,
-    "enable_internet": False,
-    "docker_image_pinning_type": "latest",
-    "machine_shape": DEFAULT_ACCELERATOR,
-    "competition_sources": [COMPETITION],
-}
 
 
 class Metadata(Record):
@@ -41,7 +26,6 @@ class Metadata(Record):
 
     model_config = ConfigDict(extra="allow")
 
-    id: str
     title: str
     dataset_sources: list[str]
     kernel_sources: list[str]
@@ -90,56 +74,44 @@ class Kernel:
         is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.runs)
         return is_downloaded and not self.offline and self.weights in ("", "pretrained")
 
-    @property
-    def runs(self) -> list[str]:
-        """The names of all runs that its session makes, that of the plan first."""
-        return list(dict.fromkeys([self.plan.name, *(run.name for run in self.plan.runs)]))
-
-    def recipes(self, root: Path = ROOT) -> dict[str, list[Any]]:
-        """Return what each of its `runs` is made of: fields of each model that are not the default, and sources."""
-        metadata, default = _metadata(self, root), asdict(Config()).items()
+    def recipes(self) -> dict[str, list[Any]]:
+        """Return by run, that of the plan first, what it is made of: fields of its models that are no default, and sources."""
+        metadata, default = _metadata(self), asdict(Config()).items()
         sources = sorted([*metadata.dataset_sources, *metadata.model_sources])
         models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.runs}
         return {self.plan.name: [*models.values(), *sources]} | {name: [model, *sources] for name, model in models.items()}
 
-    def slug(self, root: Path = ROOT) -> str:
-        """Return the last part of its id; `root` has the metadata. Raises UserError if Kaggle can't make one of the title."""
-        if not self.title:
-            return Metadata.read(root / METADATA).id.rpartition("/")[2]
-        slug = slugged(self.title)
+    def slug(self) -> str:
+        """Return the last part of its id; raises UserError if Kaggle can't make one of the title."""
+        title = self.title or Metadata.read(ROOT / METADATA).title
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         # Kaggle has its own rules for other characters.
-        if len(slug) < 5 or not re.fullmatch(r"[A-Za-z0-9 _-]+", self.title):
-            raise UserError(f"--title {self.title!r}: use at least five letters, digits, spaces and dashes")
+        if len(slug) < 5 or not re.fullmatch(r"[A-Za-z0-9 _-]+", title):
+            raise UserError(f"--title {title!r}: use at least five letters, digits, spaces and dashes")
         return slug
 
 
-def check_kernel(kernel: Kernel, root: Path = ROOT) -> None:
-    """Raise UserError unless Kaggle can run `kernel` with the files in the repository `root`; it accepts most mistakes."""
+def check_kernel(kernel: Kernel) -> None:
+    """Raise UserError unless Kaggle can run `kernel` with the files in the repository; it accepts most mistakes."""
     if kernel.accelerator not in ACCELERATORS:
         raise UserError(f"--accelerator {kernel.accelerator}: can't be used; choose one of {', '.join(ACCELERATORS)}")
     if kernel.settings.hours > MOST_HOURS:
         raise UserError(f"--hours {kernel.settings.hours:g}: Kaggle ends a session after 12; use at most {MOST_HOURS}")
-    kernel.slug(root)
-    metadata = _metadata(kernel, root)
-    content = metadata.model_dump()
-    wrong = [f"{key} must be {json.dumps(value)}" for key, value in NEEDED.items() if content.get(key) != value]
-    if metadata.id.rpartition("/")[2] != slugged(metadata.title):
-        wrong.append(f"id must end with {slugged(metadata.title)!r}, as Kaggle makes it of the title")
-    if wrong:
-        raise UserError(f"{root / METADATA}: {'; '.join(wrong)}")
+    kernel.slug()
+    metadata = _metadata(kernel)
     weights = {run.config.weights for run in kernel.plan.runs} - {""}
     attached = {*metadata.dataset_sources, *metadata.model_sources} - {kernel.settings.slides}
     if weights and not kernel.internet and (not attached or "pretrained" in weights):
         needed = f"{kernel.settings.experiment}: needs pretrained weights ({', '.join(sorted(weights))})"
         raise UserError(f"{needed}, and the session can't download them; attach a dataset or model with --weights owner/name")
-    if (root / NOTEBOOK).read_bytes() != notebook():
-        raise UserError(f"{root / NOTEBOOK}: does not match the package; run `make notebook`")
+    if (ROOT / NOTEBOOK).read_bytes() != notebook():
+        raise UserError(f"{ROOT / NOTEBOOK}: does not match the package; run `make notebook`")
 
 
-def pack(kernel: Kernel, owner: str, folder: Path, root: Path = ROOT) -> str:
+def pack(kernel: Kernel, owner: str, folder: Path) -> str:
     """Write what Kaggle's client pushes into `folder`; return the id, owner/slug."""
-    metadata = _metadata(kernel, root)
-    name = f"{owner}/{kernel.slug(root)}"
+    metadata = _metadata(kernel)
+    name = f"{owner}/{kernel.slug()}"
     changed = {
         "id": name,
         "title": kernel.title or metadata.title,
@@ -154,14 +126,9 @@ def pack(kernel: Kernel, owner: str, folder: Path, root: Path = ROOT) -> str:
     return name
 
 
-def slugged(title: str) -> str:
-    """Return the slug that Kaggle makes of `title`."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _metadata(kernel: Kernel, root: Path) -> Metadata:
+def _metadata(kernel: Kernel) -> Metadata:
     """Return the tracked metadata, with the weights and the slide map of `kernel` among the sources."""
-    metadata = Metadata.read(root / METADATA)
+    metadata = Metadata.read(ROOT / METADATA)
     for option, source in (("--weights", kernel.weights), ("--slides", kernel.settings.slides)):
         if source in ("", "pretrained"):
             continue

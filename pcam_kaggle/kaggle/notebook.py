@@ -1,6 +1,5 @@
 """The notebook that contains the package: the cells of notebooks/kernel.py with settings and the package's files inserted."""
 
-import ast
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -49,39 +48,10 @@ class Settings:
         return re.sub(r"^(([A-Z_]+).*) = .*$", lambda line: f"{line[1]} = {values[line[2].lower()]}", code, flags=re.MULTILINE)
 
 
-def required_modules(names: set[str]) -> list[str]:
-    """Return the modules `names` (dotted, below the package) and all that they import, each after those it imports."""
-    found: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        if name not in found:
-            for other in sorted(imported_modules(_file(name).read_text(encoding="utf-8"))):
-                visit(other)
-            found[name] = None
-
-    for name in sorted(names):
-        visit(name)
-    return list(found)
-
-
-def imported_modules(source: str) -> set[str]:
-    """Return the dotted names, below the package, of the modules that Python `source` imports, also inside of functions."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    named = [(node.module or "", alias.name) for node in nodes for alias in node.names]
-    found = {part for module, name in named for part in (module, f"{module}.{name}")}
-    below = {name.removeprefix("pcam_kaggle.") for name in found if name.startswith("pcam_kaggle.")}
-    return {name for name in below if _file(name).is_file()}
-
-
-def _file(module: str) -> Path:
-    return PACKAGE / f"{module.replace('.', '/')}.py"
-
-
 def notebook(settings: Settings = Settings(), kaggle: dict[str, Any] = UPLOADED) -> bytes:
     """Return the notebook with `settings` and the metadata `kaggle`, as UTF-8 JSON."""
-    source = CELLS.read_text(encoding="utf-8")
     cells = []
-    for name, kind, text in re.findall(CELL, source):
+    for name, kind, text in re.findall(CELL, CELLS.read_text(encoding="utf-8")):
         if kind:
             cells.append(_cell("markdown", name, re.sub(r"^# ?", "", text, flags=re.MULTILINE)))
         elif name == "settings":
@@ -92,23 +62,22 @@ def notebook(settings: Settings = Settings(), kaggle: dict[str, Any] = UPLOADED)
         if name == "package":
             # JupyterLab folds the section of such a heading.
             cells[-1]["metadata"] = {"jp-MarkdownHeadingCollapsed": True}
-            cells += _package_cells(required_modules(imported_modules(source)))
+            cells += _package_cells()
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}} | ({"kaggle": kaggle} if kaggle else {})
     content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def _package_cells(modules: list[str]) -> list[dict[str, Any]]:
-    folders = sorted({name.rpartition(".")[0] for name in modules})
+def _package_cells() -> list[dict[str, Any]]:
+    folders = sorted({file.parent.name for file in PACKAGE.glob("*/__init__.py")} - {"cli", "kaggle"})
     make = f"""from pathlib import Path
 
 for folder in {json.dumps(folders)}:
     Path("pcam_kaggle", folder).mkdir(parents=True, exist_ok=True)"""
     cells = [_cell("code", "folders", make, FOLDED)]
-    files = [_file(name) for name in ["__init__", *(f"{folder}.__init__" for folder in folders), *modules]]
-    # A template is named like the module that reads it.
-    for file in [*files, *filter(Path.is_file, (file.with_suffix(".html") for file in files))]:
+    files = (file for folder in folders for file in sorted(PACKAGE.joinpath(folder).iterdir()))
+    for file in [PACKAGE / "__init__.py", *(file for file in files if file.suffix in (".py", ".html"))]:
         code = f"%%writefile {file.relative_to(ROOT)}\n{file.read_text(encoding='utf-8')}"
         name = "-".join(file.relative_to(PACKAGE).parts).removesuffix(".py").replace(".", "-")
         cells.append(_cell("code", f"file-{name}", code, FOLDED))

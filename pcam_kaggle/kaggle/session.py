@@ -1,7 +1,6 @@
 """A session on Kaggle: pushed, followed, downloaded, submitted and scored. Interrupted, the same command resumes it."""
 
 import contextlib
-import itertools
 import logging
 import secrets
 import tempfile
@@ -62,18 +61,18 @@ class Session(Record):
     def updated(self, workspace: Workspace, **fields: float) -> "Session":
         """Write the session with other `fields` as the last one of its kernel, and return it."""
         session = self.model_copy(update=fields)
-        session.write(session_file(workspace, self.kernel.rpartition("/")[2]))
+        session.write(session_file(workspace, self.kernel))
         return session
 
 
-def session_file(workspace: Workspace, slug: str) -> Path:
-    """Return the file of the kernel's last session."""
-    return workspace.root / "sessions" / f"{slug}.json"
+def session_file(workspace: Workspace, kernel: str) -> Path:
+    """Return the file of the last session of `kernel`, named by its id or its slug."""
+    return workspace.root / "sessions" / f"{kernel.rpartition('/')[2]}.json"
 
 
-def last_session(workspace: Workspace, slug: str) -> Session | None:
+def last_session(workspace: Workspace, kernel: str) -> Session | None:
     """Return the kernel's last session; None if there was none."""
-    file = session_file(workspace, slug)
+    file = session_file(workspace, kernel)
     return Session.read(file) if file.is_file() else None
 
 
@@ -95,7 +94,7 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel,
         log.info("run: %s, since there is or was another %s", other.plan.name, kernel.plan.name)
         kernel = other
     # A run that lacks folds is left as it is unless it is to be resumed.
-    if is_complete(workspace, kernel.plan.name) or (not kernel.resume and _are_own(workspace, kernel)):
+    if Run(workspace.run(kernel.plan.name)).missing_folds() == 0 or (not kernel.resume and _are_own(workspace, kernel)):
         log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
         return kernel, None
     check_kernel(kernel)
@@ -123,7 +122,7 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
     is_over = client.status(name, session.version if session else 0).is_over
     if session and not _has_mark(client, session):
         problem = f"Kaggle shows another output, perhaps that of the latest version, {client.source(name)[0]}"
-        file = session_file(workspace, name.rpartition("/")[2])
+        file = session_file(workspace, name)
         raise UserError(f"{session}: {problem}; repeat the command later, or delete {file} and use `kaggle fetch`")
     with tempfile.TemporaryDirectory() as folder:
         client.output(name, Path(folder), session.version if session else 0)
@@ -140,12 +139,6 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
     for run in runs:
         for entry in run.environments()[-1:]:
             log.info("%s: %s", run.name, entry)
-
-
-def is_complete(workspace: Workspace, name: str) -> bool:
-    """Return whether the run `name` is blended of all its folds."""
-    run = Run(workspace.run(name))
-    return run.has_score and not run.blend_metrics().missing_folds
 
 
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
@@ -199,7 +192,7 @@ def _are_own(workspace: Workspace, kernel: Kernel) -> bool | None:
     """Return whether what has the names of `kernel` here is from sessions that make the same; None if nothing has them."""
     recipes, own = kernel.recipes(), []
     # Members of a blend may have been trained for themselves.
-    for name in [kernel.plan.name] if experiment(kernel.settings.experiment).members else kernel.runs:
+    for name in [kernel.plan.name] if experiment(kernel.settings.experiment).members else recipes:
         run = Run(workspace.run(name))
         if run.is_experiment or run.has_score or (workspace.submissions / f"{name}.csv").exists():
             own.append(run.session_file.is_file() and Session.read(run.session_file).recipes.get(name) == recipes[name])
@@ -283,10 +276,7 @@ def _has_mark(client: Client, session: Session) -> bool:
 
 def _read_log(client: Client, kernel: str, lines: list[str], over: threading.Event) -> None:
     """Append the last line of each piece of the log of `kernel` to `lines` until `over` is set."""
-    seen = 0
     while not over.wait(POLL_SECONDS):
         with contextlib.suppress(UserError):
-            # A new connection starts at the first piece.
-            for piece in itertools.islice(client.follow_log(kernel), seen, None):
-                seen += 1
+            for piece in client.follow_log(kernel):
                 lines += piece.strip().splitlines()[-1:]

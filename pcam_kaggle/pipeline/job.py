@@ -11,8 +11,8 @@ import pandas as pd
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.experiments import Plan, changed_name, plan
-from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, check_name, find_data, find_workspace, unpack
-from pcam_kaggle.data.folds import attached_map, given_folds
+from pcam_kaggle.core.paths import DEMO_SUFFIX, Data, Workspace, attached, attached_folder, find_data, find_workspace, unpack
+from pcam_kaggle.data.folds import given_folds
 from pcam_kaggle.data.listing import Ids
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_labels
@@ -63,8 +63,6 @@ class Job:
 
     def __post_init__(self) -> None:
         selection = self.selection
-        for name in selection.runs:
-            check_name(name)
         if selection.slides and not selection.slides.is_file():
             raise UserError(f"--slides {selection.slides}: no such file{unpack(selection.slides)}")
         # The folds of runs that are given are theirs, not this config's.
@@ -93,14 +91,9 @@ class Job:
         """The runs to train."""
         return [Run(self.workspace.run(spec.name)) for spec in self.plan.runs]
 
-    @property
-    def store_folder(self) -> Path:
-        """The folder of the packed patches."""
-        return self.workspace.store_of(self.config.subset)
-
     def store(self) -> PatchStore:
         """Return the packed patches."""
-        return PatchStore(self.store_folder)
+        return PatchStore(self.workspace.store_of(self.config.subset))
 
     def labels(self) -> pd.DataFrame:
         """Return the labels of the packed train patches, columns id and label."""
@@ -143,7 +136,7 @@ def run_rehearsal(job: Job) -> None:
 
 
 def kernel_job(
-    experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool, name: str = ""
+    experiment: str, changes: Sequence[str], hours: float, seeds: int, slides: str, allow_cpu: bool, name: str
 ) -> Job:
     """Return the job of a Kaggle session that ends after `hours`, after importing runs from attached outputs of the notebook.
 
@@ -163,8 +156,11 @@ def kernel_job(
     for source in attached():
         imported = import_runs(source, workspace)
         log.info("%s: %s", source, f"resuming {', '.join(imported)}" if imported else "attached")
+    slide_map = Data(folder).slides() if (folder := attached_folder(slides)) else None
+    if slides and not slide_map:
+        raise UserError(f"slides {slides}: not attached, or without patch_id_wsi*.csv; correct --slides")
     runs = plan(experiment, with_folder_settings(changes), name or changed_name(experiment, changes), seeds)
-    job = Job(runs, data, workspace, Selection(attached_map(slides)), budget=budget)
+    job = Job(runs, data, workspace, Selection(slide_map), budget=budget)
     log.info("%s on %s, from %s", runs.name, device_name(kind), data.root)
     run_rehearsal(job)
     return job

@@ -40,7 +40,7 @@ def _once(stage: Stage) -> Stage:
 @_once
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
-    folder, selection = job.store_folder, job.selection
+    folder, selection = job.workspace.store_of(job.config.subset), job.selection
     made, new = prepare(job.data, folder, selection.ids, selection.skip_damaged, job.config.subset)
     skipped = f", {made.skipped} skipped, see {folder / 'skipped.csv'}" if made.skipped else ""
     _report(job, f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}{skipped}", new)

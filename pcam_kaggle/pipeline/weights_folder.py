@@ -26,9 +26,9 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
         found = examples([str(file.relative_to(folder)) for file in files])
         raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
     content = read_json(files[0]) if files else {}
-    if files and "architecture" not in content and "model" not in given:
-        raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
     if "architecture" not in content:
+        if files and "model" not in given:
+            raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
         return list(assignments)
     added = [] if "model" in given else [f"model=timm:{content['architecture'].partition('.')[0]}"]
     try:

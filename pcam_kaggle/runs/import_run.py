@@ -1,6 +1,5 @@
 """Runs that were trained elsewhere, or their predictions alone: validated, and copied into this workspace."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +25,10 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
     Raises:
         UserError: A file is damaged, the run here has another config, folds or a submission of that name have other content
-            here, a name is not a plain file name, or another process is writing here. Nothing of that run is then copied.
+            here, or another process is writing here. Nothing of that run is then copied.
     """
     imported = []
     for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):
-        check_name(folder.name, f"{folder}: ")
         target = Run(workspace.run(folder.name))
         with locked(target.folder):
             if _import_run(source, Run(folder), target, workspace):
@@ -65,7 +63,7 @@ def import_predictions(name: str, oof: Path, test: Path, data: Data, workspace: 
 
 def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bool:
     folds = _newer_folds(run, target) if run.is_experiment else []
-    use_blend = folds or _missing_folds(run) < _missing_folds(target)
+    use_blend = folds or run.missing_folds() < target.missing_folds()
     # A session may end between the files of a blend, and blending again is cheap.
     blend = [run.folder / name for name in BLEND_FILES] if use_blend and run.has_consistent_blend else []
     if not (folds or blend):
@@ -73,12 +71,7 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
     for fold in folds:
         _check_fold(fold)
     environments = run.environments()
-    fold_files = _fold_files(source / "folds", run) if run.is_experiment else ()
-    beside = [(file, workspace.folds / file.name) for file in fold_files]
-    beside += [(file, workspace.submissions / file.name) for file in _submissions(source / "submissions", run.name)]
-    for file, copy in beside:
-        if file.suffix == ".csv" and copy.exists() and file_sha256(copy) != file_sha256(file):
-            raise UserError(f"{copy}: differs from {file}; move it away, or import the run into another folder with --work")
+    beside = [*_beside(source, run, workspace)]
     # These first: once the run is copied, the next call finds nothing to do.
     with locked(workspace.folds), locked(workspace.submissions):
         for file, copy in beside:
@@ -99,18 +92,15 @@ def _import_run(source: Path, run: Run, target: Run, workspace: Workspace) -> bo
 
 def _newer_folds(run: Run, target: Run) -> list[Fold]:
     """Return the folds of `run` that `target` lacks or has of an earlier epoch."""
-    if target.is_experiment and not _is_same_run(run.made_from(), target.made_from()):
-        raise UserError(
-            f"{run.folder}: {target.folder} holds a run with another config, other folds or other patches; move one of them"
-        )
+    if target.is_experiment:
+        theirs, ours = run.made_from(), target.made_from()
+        # The hash of pretrained weights is recorded when the first fold starts.
+        hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
+        if theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) != ours or len(hashes) > 1:
+            problem = "holds a run with another config, other folds or other patches; move one of them"
+            raise UserError(f"{run.folder}: {target.folder} {problem}")
     numbers = range(run.config().n_splits)
     return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
-
-
-def _is_same_run(theirs: RunConfig, ours: RunConfig) -> bool:
-    # The hash of pretrained weights is recorded when the first fold starts.
-    hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
-    return theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) == ours and len(hashes) < 2
 
 
 def _replace_fold(source: Fold, target: Fold) -> None:
@@ -119,33 +109,27 @@ def _replace_fold(source: Fold, target: Fold) -> None:
         for name in FOLD_FILES:
             if (source.folder / name).is_file():
                 _copy(source.folder / name, folder / name)
-        for other in target.folder.glob("*"):
-            if other.name not in FOLD_FILES:
-                shutil.copytree(other, folder / other.name) if other.is_dir() else _copy(other, folder / other.name)
+        if target.folder.is_dir():
+            shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns(*FOLD_FILES), dirs_exist_ok=True)
 
 
-def _missing_folds(run: Run) -> float:
-    """Return how many folds the blend was made without; infinity if there is no blend."""
-    return len(run.blend_metrics().missing_folds) if run.has_score else math.inf
-
-
-def _fold_files(folder: Path, run: Run) -> Iterator[Path]:
-    made = run.made_from()
-    check_name(made.folds, f"{run.folder}: ")
-    table, manifest = (folder / f"{made.folds}{suffix}" for suffix in (".csv", ".json"))
-    if table.is_file() and manifest.is_file():
-        if file_sha256(table) != made.folds_sha256:
-            raise UserError(f"{table}: not the folds that the run {run.name} was trained on; download it again")
-        yield from (table, manifest)
-
-
-def _submissions(folder: Path, name: str) -> Iterator[Path]:
-    for file in sorted(folder.glob("*.json")):
-        made, table = SubmissionRecord.read(file), file.with_suffix(".csv")
-        if made.run == name and table.exists():
-            if file_sha256(table) != made.sha256:
-                raise UserError(f"{table}: not what {file.name} describes; download it again")
-            yield from (table, file)
+def _beside(source: Path, run: Run, workspace: Workspace) -> Iterator[tuple[Path, Path]]:
+    """Yield the fold file and the submissions of `run` in `source`, each before its JSON, and their places in `workspace`."""
+    tables = []
+    if run.is_experiment:
+        made = run.made_from()
+        tables.append((source / "folds" / f"{made.folds}.csv", made.folds_sha256, workspace.folds))
+    records = {file: SubmissionRecord.read(file) for file in sorted(source.glob("submissions/*.json"))}
+    own = {file.with_suffix(".csv"): record.sha256 for file, record in records.items() if record.run == run.name}
+    for table, digest, target in [*tables, *((file, digest, workspace.submissions) for file, digest in own.items())]:
+        copy, record = target / table.name, table.with_suffix(".json")
+        if not (table.is_file() and record.is_file()):
+            continue
+        if file_sha256(table) != digest:
+            raise UserError(f"{table}: has changed since the run {run.name} was made; download it again")
+        if copy.exists() and file_sha256(copy) != digest:
+            raise UserError(f"{copy}: differs from {table}; move it away, or import the run into another folder with --work")
+        yield from ((table, copy), (record, target / record.name))
 
 
 def _progress(fold: Fold) -> tuple[int, bool, bool]:

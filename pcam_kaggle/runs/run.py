@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,6 @@ class Run:
         return self.folder / "config.json"
 
     @property
-    def environment_file(self) -> Path:
-        """List with an entry for each session that worked on the run."""
-        return self.folder / "environment.json"
-
-    @property
     def session_file(self) -> Path:
         """The session on Kaggle that it was imported from."""
         return self.folder / "session.json"
@@ -73,10 +69,7 @@ class Run:
     @property
     def has_consistent_blend(self) -> bool:
         """Whether the blended predictions exist and are those that the score describes."""
-        if not self.has_score:
-            return False
-        made = self.blend_metrics()
-        return self._is_blended("oof.csv", made.oof_sha256) and self._is_blended("test.csv", made.test_sha256)
+        return self.has_score and self._is_blended("oof") and self._is_blended("test")
 
     def fold(self, number: int) -> Fold:
         """Return fold `number` (0-based), whether or not it exists."""
@@ -85,6 +78,10 @@ class Run:
     def folds(self) -> list[Fold]:
         """Return all folds of the config; raises UserError if the config is missing or does not tell their number."""
         return [self.fold(number) for number in range(Config(n_splits=self.made_from().config["n_splits"]).n_splits)]
+
+    def missing_folds(self) -> float:
+        """Return how many folds the blend was made without; infinity if there is no blend."""
+        return len(self.blend_metrics().missing_folds) if self.has_score else math.inf
 
     def predicted_folds(self) -> list[int]:
         """Return the numbers of the folds that have predictions; raises UserError as `folds` does."""
@@ -151,7 +148,7 @@ class Run:
 
     def environments(self) -> list[Environment]:
         """Return an entry per session that worked on the run, oldest first; raises UserError if the file is damaged."""
-        file = self.environment_file
+        file = self.folder / "environment.json"
         if not file.exists():
             return []
         with reading(file):
@@ -163,7 +160,7 @@ class Run:
     def add_environment(self, entry: Environment) -> None:
         """Add `entry` to the environments, in place of an entry of the same session, which may have measured something else."""
         entries = {each.model_dump_json(exclude={"measured"}): each for each in [*self.environments(), entry]}
-        write_json(self.environment_file, [each.model_dump(mode="json") for each in entries.values()])
+        write_json(self.folder / "environment.json", [each.model_dump(mode="json") for each in entries.values()])
 
     def measure(self, seconds: dict[str, float]) -> None:
         """Add the `seconds` of stages and the rates of the last finished fold to the entry of this session, if it has one."""
@@ -217,22 +214,23 @@ class Run:
 
     def oof(self) -> pd.DataFrame:
         """Return the blended predictions (id, label and fold as int64, probability), sorted by id; or raise UserError."""
-        file = self._blended("oof.csv", self.blend_metrics().oof_sha256)
+        file = self._blended("oof")
         table = read_numbers(file, ["label", "fold", "probability"])
         return table.astype({"label": "int64", "fold": "int64"}).sort_values("id", ignore_index=True)
 
     def test(self) -> pd.DataFrame:
         """Return the blended test predictions (id, probability); raises UserError as `oof` does."""
-        return read_numbers(self._blended("test.csv", self.blend_metrics().test_sha256), ["probability"])
+        return read_numbers(self._blended("test"), ["probability"])
 
-    def _is_blended(self, name: str, digest: str) -> bool:
-        file = self.folder / name
-        return file.exists() and file_sha256(file) == digest
+    def _is_blended(self, name: str) -> bool:
+        file = self.folder / f"{name}.csv"
+        return file.exists() and file_sha256(file) == getattr(self.blend_metrics(), f"{name}_sha256")
 
-    def _blended(self, name: str, digest: str) -> Path:
-        if not self._is_blended(name, digest):
-            raise UserError(f"{self.folder / name}: has changed since it was blended; run `{program()} blend`")
-        return self.folder / name
+    def _blended(self, name: str) -> Path:
+        file = self.folder / f"{name}.csv"
+        if not self._is_blended(name):
+            raise UserError(f"{file}: has changed since it was blended; run `{program()} blend`")
+        return file
 
 
 def _made_from(experiment: str, config: Config, store: PatchStore, folds: Folds) -> RunConfig:

@@ -64,19 +64,9 @@ def write_submission(run: Run, sample: Path, target: Path) -> tuple[pd.DataFrame
         raise UserError(f"{target}: holds another submission, which is not replaced; use --name for a new one, or delete it")
     if target.exists() and target.with_suffix(".json").exists():
         return table, False
-    record = SubmissionRecord(
-        sha256=digest,
-        run=run.name,
-        members=metrics.members,
-        method=metrics.method,
-        oof_auc=metrics.pooled,
-        oof_auc_ranked=metrics.ranked,
-        fold_auc=metrics.fold_auc,
-        missing_folds=metrics.missing_folds,
-        commit=commit(),
-        packages=versions(),
-    )
-    record.write(target.with_suffix(".json"))
+    made = metrics.model_dump(include={"members", "method", "fold_auc", "missing_folds"})
+    made |= {"oof_auc": metrics.pooled, "oof_auc_ranked": metrics.ranked, "commit": commit(), "packages": versions()}
+    SubmissionRecord(sha256=digest, run=run.name, **made).write(target.with_suffix(".json"))
     write_csv(target, table)
     return table, True
 
@@ -128,28 +118,13 @@ def write_ledger(folder: Path, records: Records | None = None) -> pd.DataFrame:
     return table
 
 
-def record_score(folder: Path, name: str, public: float | None, private: float | None) -> None:
-    """Record Kaggle's scores of the submission `name`, AUCs in [0, 1]; None leaves one unchanged. Other scores are refused."""
-    file, given = folder / f"{name}.csv", {"public_score": public, "private_score": private}
-    scores = {key: score for key, score in given.items() if score is not None}
-    _record(file, SubmissionRecord.read(file.with_suffix(".json")), scores)
-
-
-def record_scores(records: Records, scored: pd.DataFrame) -> Records:
-    """Record the scores in `scored` (description, public_score, private_score); return the records of those that have one."""
-    recorded, scores = {}, [*KAGGLE_SCORES]
-    for file, made in records.items():
-        own = scored[scored["description"].str.endswith(made.mark) & scored[scores].notna().any(axis=1)]
-        if len(own):
-            recorded[file] = _record(file, made, {key: float(score) for key, score in own.iloc[0][scores].dropna().items()})
-    return recorded
-
-
-def _record(file: Path, made: SubmissionRecord, scores: dict[str, float]) -> SubmissionRecord:
-    for key, score in scores.items():
+def record_score(file: Path, **scores: float | None) -> SubmissionRecord:
+    """Record `public_score` and `private_score` of the submission `file`, in [0, 1] or UserError; None leaves one as it is."""
+    known = {key: float(score) for key, score in scores.items() if score is not None}
+    for key, score in known.items():
         if not 0 <= score <= 1:
             raise UserError(f"{key}={score}: must be in [0, 1]")
-    made = made.model_copy(update=scores)
+    made = SubmissionRecord.read(file.with_suffix(".json")).model_copy(update=known)
     made.write(file.with_suffix(".json"))
     return made
 
@@ -170,10 +145,17 @@ def describe(folder: Path, name: str) -> tuple[Path, str]:
 
 
 def print_scores(workspace: Workspace, scored: pd.DataFrame | None = None) -> None:
-    """Print all submissions with their local scores and Kaggle's, after recording those in `scored` (see `record_scores`)."""
+    """Print all submissions with their local scores and Kaggle's, after recording those in `scored`.
+
+    `scored` has the columns description, public_score and private_score; the first row of a submission that has one counts.
+    """
     with locked(workspace.submissions):
-        records = read_submissions(workspace.submissions)
-        recorded = {} if scored is None else record_scores(records, scored)
+        records, recorded, columns = read_submissions(workspace.submissions), {}, [*KAGGLE_SCORES]
+        if scored is not None:
+            rated = scored[scored[columns].notna().any(axis=1)]
+            for file, made in records.items():
+                if len(own := rated[rated["description"].str.endswith(made.mark)]):
+                    recorded[file] = record_score(file, **own.iloc[0][columns].dropna())
         table = score_table(workspace, records | recorded)
     print("no submissions yet" if table.empty else table.to_string(index=False))
     if scored is not None:
