@@ -87,7 +87,7 @@ class Plot(NamedTuple):
         with mpl.rc_context({**STYLE, "svg.hashsalt": self.title}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         svg = "<svg" + buffer.getvalue().partition("<svg")[2]
-        svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
         svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
         # Two decimals of a point are enough for any screen and reduce the size by two thirds.
@@ -280,7 +280,7 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
 
 @mpl.rc_context(STYLE)
 def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
-    """Plot Kaggle scores over OOF AUC; `ledger` has oof_auc, public_score, private_score, NaN where unknown."""
+    """Plot the scores of `ledger` (oof_auc, public_score, private_score; NaN where unknown); raises UserError if it has none."""
     figure, ax = _panel()
     counts = []
     for word, colour, marker in (("public", PRIMARY, "o"), ("private", SECONDARY, "^")):
@@ -288,6 +288,8 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
         if len(known):
             ax.scatter(known["oof_auc"], known[f"{word}_score"], color=colour, marker=marker, s=24, label=word)
             counts.append(f"{len(known)} with a {word} score")
+    if not counts:
+        raise UserError("no submission has a score of Kaggle")
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle score (LB)")
     ax.legend(loc="best")
     return Plot(figure, "Kaggle scores versus OOF AUC", f"Submissions: {', '.join(counts)}.")

@@ -42,9 +42,8 @@ OPERATING_POINTS = (
     "so they are optimistic. Thresholds of a blend by rank are ranks. n/a: no patch is positive."
 )
 TEST_SET = (
-    "Of a run with models, a test patch counts once for each of them. D is the largest difference between the cumulative "
-    f"distributions (Kolmogorov-Smirnov); over {figures.DIFFERENT}, the caption says that they differ. There is no p-value, "
-    "since patches of a slide are correlated. Sets with other fractions of tumour differ, too."
+    "A test patch counts once for each model of a run. D is the largest difference between the cumulative distributions "
+    "(Kolmogorov-Smirnov), without a p-value, since patches of a slide are correlated. Other fractions of tumour raise it, too."
 )
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -211,15 +210,12 @@ def _mistakes(report: Report, section: Section) -> None:
     mistakes = gallery.worst_mistakes(report.oof, MISTAKES_PER_LABEL)
     patches = report.patches(mistakes, report.name)
     maps, left_out = ensemble_maps(mistakes, patches, report.run(report.name).ensemble(), report.workspace)
-    section.text = (
-        f"{report.name}: the patches with tumour with the lowest probabilities, and those without tumour with the highest. The "
-        f"square marks the centre of {gallery.LABELLED_SIDE} px that decides the label."
-    )
+    section.text = f"{report.name}. The square marks the centre of {gallery.LABELLED_SIDE} px that decides the label."
     beside: list[list[gallery.Picture]] = []
     if maps is not None:
         section.text += (
-            " Next to each patch is its Grad-CAM map, from the model that was not trained on the patch, or the weighted mean "
-            "of those of a blend's members: bright regions contributed most to the prediction."
+            " Beside it is the Grad-CAM map by the model that was not trained on the patch, or the weighted mean of those of a "
+            "blend's members: bright regions contributed most to the prediction."
         )
         beside = [[(gallery.jpeg(*each), "Grad-CAM map of the same patch")] for each in zip(patches, maps, strict=True)]
     if left_out:
@@ -283,8 +279,6 @@ def _leaderboard(report: Report, section: Section) -> None:
     records = read_submissions(report.workspace.submissions).values()
     scores = [(made.oof_auc.value, made.public_score, made.private_score) for made in records]
     table = pd.DataFrame(scores, columns=["oof_auc", *KAGGLE_SCORES], dtype=float)
-    if table[[*KAGGLE_SCORES]].isna().all(axis=None):
-        raise UserError("no submission has a score of Kaggle")
     section.plots = [figures.cv_versus_lb(table)]
 
 
