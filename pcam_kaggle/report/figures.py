@@ -280,7 +280,7 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
 
 @mpl.rc_context(STYLE)
 def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
-    """Plot the scores of `ledger` (oof_auc, public_score, private_score; NaN where unknown); raises UserError if it has none."""
+    """Plot the scores of `ledger` (oof_auc, public_score, private_score; NaN where unknown); raises UserError without any."""
     figure, ax = _panel()
     counts = []
     for word, colour, marker in (("public", PRIMARY, "o"), ("private", SECONDARY, "^")):
