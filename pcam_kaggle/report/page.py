@@ -67,7 +67,7 @@ class Section:
 class Report:
     """What the sections are made of.
 
-    `name` and `oof` are of the reference; `scored` are the runs that can be scored, with their OOF tables, `suspects` is a CSV.
+    `name` and `oof` are of the reference, `runs` in the order of the table, `scored` with OOF tables; `suspects` is a CSV to write.
     """
 
     comparison: Comparison
@@ -75,6 +75,7 @@ class Report:
     suspects: Path
     name: str
     oof: pd.DataFrame
+    runs: list[ComparedRun]
     scored: list[tuple[ComparedRun, pd.DataFrame]]
 
     def run(self, name: str) -> Run:
@@ -114,7 +115,7 @@ def write_report(comparison: Comparison, workspace: Workspace, target: Path) -> 
     runs = [by_name[name] for name in display_table(comparison)["run"]]
     scored = [(run, run.scored()[0]) for run in runs if not run.problem]
     suspects = target.with_name(f"{target.stem}-suspect-labels.csv")
-    report = Report(comparison, workspace, suspects, comparison.reference.name, oof, scored)
+    report = Report(comparison, workspace, suspects, comparison.reference.name, oof, runs, scored)
     sections = []
     for anchor, (title, text, fill) in SECTIONS.items():
         sections.append(section := Section(anchor, title, text))
@@ -189,7 +190,7 @@ def _held_out_mean(report: Report, name: str, evaluation: Evaluation) -> tuple[L
 
 
 def _learning(report: Report, section: Section) -> None:
-    logs = {run.name: report.run(run.name).logs() for run in report.comparison.runs}
+    logs = {run.name: report.run(run.name).logs() for run in report.runs}
     section.plots = [figures.learning(name, folds) for name, folds in logs.items() if folds]
     if not section.plots:
         raise UserError("none of these runs has a log; blends and probes have no epochs")
