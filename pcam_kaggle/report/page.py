@@ -67,7 +67,7 @@ class Section:
 class Report:
     """What the sections are made of.
 
-    `name` and `oof` are of the reference, `runs` in the order of the table, `scored` with OOF tables; `suspects` is a CSV to write.
+    `name` and `oof` are of the reference, `runs` in the order of the table, `scored` with OOF tables; `suspects` is a CSV file.
     """
 
     comparison: Comparison
