@@ -153,7 +153,8 @@ from pcam_kaggle.pipeline.stages import (
     run_submission,
     run_train,
 )
-from pcam_kaggle.report.gallery import ERRORS, augmented, curves, draw_examples, patch_gallery, worst_mistakes
+from pcam_kaggle.report.figures import learning, roc
+from pcam_kaggle.report.gallery import ERRORS, augmentation_tiles, draw_examples, patch_tiles, worst_mistakes
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.report.summary import summary
 
@@ -177,20 +178,20 @@ _ = run_folds(job)
 store = job.store()
 examples = draw_examples(job.labels())
 patches = store.images(store.rows("train", examples["id"].to_numpy()))
-patch_gallery(patches, examples["label"])
+patch_tiles(patches, examples)
 
 # %% augmentation-text [markdown]
 # ## Augmentation
 #
-# The same patches as the model sees them in training: shifted by a few pixels, rotated or reflected, with changed stain and
-# colour.
+# Patches, and beside each random versions as the model sees them in training: shifted by a few pixels, rotated or reflected,
+# with changed stain and colour.
 
 # %% augmentation
 config = job.plan.runs[0].config
 if config.probe:
     print("A logistic regression on the features of a frozen model is fitted without augmentation.")
 else:
-    display(patch_gallery(augmented(patches, config), examples["label"], marked=False))
+    display(augmentation_tiles(patches[::4], examples[::4], config))
 
 # %% train-text [markdown]
 # ## Training
@@ -243,7 +244,9 @@ if done:
 
 # %% curves
 if done:
-    display(curves({run.name: run.logs() for run in done.runs}, done.run.oof()))
+    logs = {run.name: run.logs() for run in done.runs}
+    plots = [learning(name, folds) for name, folds in logs.items() if folds]
+    display(HTML("".join(plot.html for plot in [*plots, roc(done.run.name, done.run.oof())])))
 
 # %% mistakes-text [markdown]
 # ## Worst mistakes
@@ -255,7 +258,7 @@ if done:
 if done:
     wrong = worst_mistakes(done.run.oof())
     patches = store.images(store.rows("train", wrong["id"].to_numpy()))
-    display(patch_gallery(patches, wrong["label"], wrong["probability"], titles=ERRORS))
+    display(patch_tiles(patches, wrong, ERRORS))
 
 # %% summary-text [markdown]
 # ## Result

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.data.store import PatchStore
-from pcam_kaggle.report.gallery import Gallery, augmented, curves, draw_examples, patch_gallery, worst_mistakes
+from pcam_kaggle.report.gallery import augmentation_tiles, augmented, draw_examples, patch_tiles, worst_mistakes
 from pcam_kaggle.report.summary import summary
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.tables import score_lines
@@ -20,10 +20,10 @@ TABLE = pd.DataFrame({"id": list("abcdef"), "label": [1, 0, 1, 0, 1, 0], "fold":
 TABLE["probability"] = [0.9, 0.8, 0.2, 0.1, 0.2, 0.8]
 
 
-def pictures(gallery: Gallery) -> dict[str, np.ndarray]:
-    """Return the pictures in the HTML of `gallery`, uint8 (h, w, 3), by their text alternatives."""
-    found = re.findall(r'<img alt="(.*?)" .*?src="data:image/png;base64,(.*?)">', gallery._repr_html_())
-    return {name: cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR) for name, data in found}
+def pictures(markup: str) -> list[np.ndarray]:
+    """Return the JPEGs in the HTML `markup`, uint8 (h, w, 3)."""
+    found = re.findall(r'<img src="data:image/jpeg;base64,(.*?)"', markup)
+    return [cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR) for data in found]
 
 
 def test_examples_are_of_both_labels_and_those_with_tumour_come_first() -> None:
@@ -39,38 +39,30 @@ def test_the_worst_mistakes_are_the_lowest_positives_and_the_highest_negatives()
     assert worst_mistakes(TABLE)["id"].tolist() == ["c", "e", "a", "f", "b", "d"]
 
 
-def test_patches_are_shown_by_label_with_the_labelled_centre() -> None:
-    # The patches are grey, so black and white pixels are the mark.
-    patches = np.full((6, 96, 96, 3), 128, np.uint8)
-    shown = pictures(patch_gallery(patches, TABLE["label"]))
-    assert list(shown) == ["Tumour in the centre", "No tumour in the centre"]
-    for picture in shown.values():
-        # The first patch, without its edges.
-        is_grey = (picture[:, : picture.shape[1] // 4] == 128).all(axis=2)
-        rows, columns = (is_grey.any(axis=axis).nonzero()[0] for axis in (1, 0))
-        tile = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, 0]
-        assert abs(tile.shape[0] - tile.shape[1]) <= 2
-        for axis in (0, 1):
-            marked = (tile == 0).any(axis=axis).nonzero()[0]
-            ends = np.array([marked[0], marked[-1] + 1]) * 96 / tile.shape[1 - axis]
-            assert np.abs(ends - [32, 64]).max() < 2
-    plain = pictures(patch_gallery(patches, TABLE["label"], marked=False))
-    assert (shown["Tumour in the centre"] != plain["Tumour in the centre"]).any()
-    assert not (plain["Tumour in the centre"][60:] == 0).any()
+def test_patches_are_shown_under_the_heading_of_their_label_with_the_labelled_centre() -> None:
+    patches = np.stack([np.full((96, 96, 3), 80 if label else 180, np.uint8) for label in TABLE["label"]])
+    shown = patch_tiles(patches, TABLE, ("one", "zero"), side=192)
+    one, zero = shown.split("<h3>zero</h3>")
+    for part, level in ((one, 80), (zero, 180)):
+        for picture in pictures(part):
+            assert picture.shape == (192, 192, 3)
+            assert picture[20, 20, 0] == picture[96, 96, 0] == level
+            for axis in (0, 1):
+                marked = (picture[..., 0] < 40).any(axis=axis).nonzero()[0]
+                assert np.abs(marked[[0, -1]] - [64, 127]).max() <= 2
+    captions = [re.findall("<figcaption>(.*?)</figcaption>", part) for part in (one, zero)]
+    assert captions[0] == ["a, fold 0, probability 0.9000", "c, fold 0, probability 0.2000", "e, fold 1, probability 0.2000"]
+    assert [caption[0] for caption in captions[1]] == ["b", "d", "f"]
+    assert shown._repr_html_().count("max-width: 100%") == shown.count("<img") == 6
+    assert "<h3>one" not in patch_tiles(patches[:1], pd.DataFrame({"id": ["<b>"], "label": [0]}), ("one", "zero"))
+    assert "<b>" not in patch_tiles(patches[:1], pd.DataFrame({"id": ["<b>"], "label": [0]}))
 
 
-def test_each_title_is_above_the_patches_of_its_label() -> None:
-    patches = np.stack([np.full((64, 64, 3), 50 if label else 200, np.uint8) for label in TABLE["label"]])
-    gallery = patch_gallery(patches, TABLE["label"], TABLE["probability"], titles=("one", "zero"), marked=False)
-    shown = pictures(gallery)
-    values = {name: [value for value in (50, 200) if (shown[name] == value).mean() > 0.2] for name in shown}
-    assert values == {"one": [50], "zero": [200]}
-    titles = [[ax.get_title() for ax in plot.figure.axes if ax.get_title()] for plot in gallery.plots]
-    assert titles == [["0.900", "0.200", "0.200"], ["0.800", "0.100", "0.800"]]
-    # No picture is wider than the window.
-    markup = gallery._repr_html_()
-    assert markup.count("max-width: 98%") == markup.count("margin: 0 1%") == markup.count("<img") == 2
-    assert len(patch_gallery(patches, TABLE["label"] * 0).plots) == 1
+def test_versions_are_beside_their_patch_without_a_mark() -> None:
+    patches = np.full((2, 96, 96, 3), 128, np.uint8)
+    shown = augmentation_tiles(patches, TABLE[:2], Config(side=64, stain_jitter=0, color_jitter=0))
+    assert [len(pictures(tile)) for tile in shown.split("<figure ")[1:]] == [6, 6]
+    assert [(picture == 128).all() for picture in pictures(shown)] == 2 * [False, *5 * [True]]
 
 
 def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
@@ -82,14 +74,6 @@ def test_augmented_patches_are_those_of_training(store: PatchStore) -> None:
     expected = np.stack([augment(image=patch)["image"] for patch in patches])
     assert (shown == expected).all()
     assert shown.shape == (8, 64, 64, 3)
-
-
-def test_curves_are_those_of_the_report() -> None:
-    log = pd.DataFrame({"epoch": [1.0, 2.0], "train_loss": [0.5, 0.4], "valid_auc": [0.6, 0.7]})
-    gallery = curves({"one": {0: log, 1: log}, "probe": {}, "two": {0: log}}, TABLE)
-    assert list(pictures(gallery)) == ["Learning curves of one", "Learning curves of two", "ROC curves"]
-    assert len(gallery.plots[0].figure.axes[0].lines) == 3
-    assert "<figcaption>Out of fold: pooled AUC 0.5556. Line: mean over folds. Band: range" in gallery._repr_html_()
 
 
 def test_the_summary_names_scores_and_the_next_step(finished_run: Path) -> None:

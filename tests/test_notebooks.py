@@ -30,8 +30,8 @@ def test_runs_are_inspected_and_compared(pcam: Pcam, finished_run: Path, monkeyp
     monkeypatch.setenv("PCAM_WORK", str(finished_run))
     notebook = executed("inspect_run.ipynb")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output["data"]["text/html"].count("<img") for output in outputs if "data" in output]
-    assert [count for count in pictures if count] == [2, 2, 2]
+    pictures = [output["data"]["text/html"].count("<figure") for output in outputs if "data" in output]
+    assert [count for count in pictures if count] == [16, 4, 16]
     assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
 
     assert pcam("pipeline", "--set", "seed=1", "--name", "other").status == 0
@@ -49,4 +49,4 @@ def test_the_exploration_runs_and_names_what_is_damaged(data: Data, monkeypatch:
     outputs = {cell.id: str(cell.get("outputs", "")) for cell in notebook.cells}
     assert damaged.stem in outputs["damaged"]
     assert "36 labelled patches" in outputs["imports"]
-    assert all("image/png" in outputs[name] for name in ("patches", "stain"))
+    assert all(kind in outputs[name] for name, kind in (("patches", "image/jpeg"), ("stain", "image/png")))

@@ -25,9 +25,9 @@ from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.models.cnn import BottleneckCNN
 from pcam_kaggle.models.factory import create
 from pcam_kaggle.pipeline.compare import compare_runs
-from pcam_kaggle.report import figures, mistakes
+from pcam_kaggle.report import figures, gallery
 from pcam_kaggle.report.explain import embedding, ensemble_maps, feature_module, features, grad_cam
-from pcam_kaggle.report.mistakes import suspect_labels
+from pcam_kaggle.report.gallery import suspect_labels
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import record_score
@@ -114,7 +114,6 @@ def test_the_report_has_all_figures_runs_and_no_external_references(workspace: W
     cells = r"\s*".join(f"<td>{cell}</td>" for cell in row)
     assert re.search(rf"other</th>\s*<td>95 % sensitivity</td>\s*{cells}", page[page.index("<h3>On others") :])
     assert "Left out" not in page
-    assert "Not available" not in page
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     rows = [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in body.split("</tr>")]
     assert any(row.startswith("half unfinished: folds 1, 2 lack predictions") for row in rows)
@@ -128,7 +127,7 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     assert "needs two runs" in page
     assert "Scores on others" not in page
     assert "Left out: " in page
-    assert re.search(r"bottleneck: Left out: \S*fold_1/test\.csv: missing", page)
+    assert re.search(r"Left out: \S*bottleneck/fold_1/test\.csv: missing", page)
     for fold in (0, 1):
         (workspace.root / "runs" / "bottleneck" / f"fold_{fold}" / "best.pt").unlink()
     shutil.rmtree(workspace.submissions)
@@ -140,7 +139,12 @@ def test_missing_inputs_are_reported(workspace: Workspace) -> None:
     pd.DataFrame({"id": ids, "wsi": ids}).to_csv(apart, index=False)
     page = made(workspace, "bottleneck", slides=apart)
     assert "Not evaluated on others with the present models: bottleneck." in page
-    for reason in ("no such checkpoint", "no submission has a score", "have no such slides", "no run here has a model"):
+    for reason in (
+        "no such checkpoint",
+        "no submission has a score",
+        "no slide has patches of both labels",
+        "no run here has a model",
+    ):
         assert reason in page
     assert filled(page)["mistakes"] == 12
     shutil.rmtree(workspace.store)
@@ -218,7 +222,7 @@ def test_labels_are_suspect_where_every_run_contradicts_them(runs: str, found: s
 
 
 def test_suspect_labels_rest_on_runs_that_are_not_blends(blended: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mistakes, "CERTAIN", 0.0)
+    monkeypatch.setattr(gallery, "CERTAIN", 0.0)
     assert filled(made(blended, "bottleneck", "other", "both"))["suspects"] == 12
     table = pd.read_csv(blended.root / "reports" / "runs-suspect-labels.csv")
     assert sorted(table) == ["id", "label", "probability_bottleneck", "probability_other"]
@@ -273,7 +277,7 @@ def test_a_browser_renders_every_section_without_errors(
     fixture, name, empty = case
     workspace: Workspace = request.getfixturevalue(fixture)
     folder = workspace.root
-    monkeypatch.setattr(mistakes, "CERTAIN", 0.0)
+    monkeypatch.setattr(gallery, "CERTAIN", 0.0)
     page = made(workspace, *name.split())
     if dark:
         page = page.replace("(prefers-color-scheme: dark)", "(min-width: 1px)")
@@ -319,7 +323,7 @@ def test_figures_of_all_patches_are_small() -> None:
     other = ("base", oof)
     plots = [figures.slide_aucs("a", oof, slides), figures.roc("a", oof, other), figures.precision_recall("a", oof, other)]
     plots += [figures.histogram("a", oof), figures.reliability("a", oof)]
-    assert max(len(plot.svg) for plot in plots if plot) < 60_000
+    assert max(len(plot.svg) for plot in plots) < 60_000
 
 
 def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
@@ -349,7 +353,7 @@ def test_an_inset_has_the_corner_that_good_curves_enter(draw: Callable[..., figu
 @pytest.mark.parametrize(("shift", "distance"), [(0, "0.000"), (50, "0.050"), (250, "0.250")])
 def test_test_probabilities_are_said_to_differ_where_they_do(shift: int, distance: str) -> None:
     ranks = np.arange(1, 1000)
-    plot = figures.oof_and_test("run", ranks / 2000, np.repeat(ranks + shift, 5) / 2000)
+    plot = figures.oof_and_test("run", pd.DataFrame({"probability": ranks / 2000}), np.repeat(ranks + shift, 5) / 2000)
     assert f"mean probability 0.250 out of fold, {0.25 + shift / 2000:.3f} on the test set; D = {distance}." in plot.caption
     assert ("They differ" in plot.caption) == (shift == 250)
 
@@ -368,7 +372,8 @@ def test_slides_with_one_label_are_excluded() -> None:
     assert plot
     assert "2 slides, median 0.5000" in plot.caption
     assert "lowest 0.0000 (two); excluded, with one label only: 1." in plot.caption
-    assert figures.slide_aucs("run", oof, slides.iloc[4:]) is None
+    with pytest.raises(UserError, match="run: no slide has patches of both labels"):
+        figures.slide_aucs("run", oof, slides.iloc[4:])
 
 
 def test_captions_count_scores_and_name_the_best_epoch() -> None:

@@ -121,18 +121,12 @@ def attached() -> list[Path]:
 
 def attached_folder(handle: str) -> Path | None:
     """Return the folder, if any, of an attached dataset (owner/name) or model (owner/name/framework/variation/version)."""
-    parts = handle.split("/")
-    kind = {2: "datasets", 5: "models"}.get(len(parts))
-    return (_below([kind, *parts]) or _below(parts[1:])) if kind else None
-
-
-def _below(parts: list[str]) -> Path | None:
-    """Return the folder at `parts` below Kaggle's inputs, where handles such as `pyTorch` are in lower case."""
-    found: Path | None = KAGGLE_ROOT / "input"
-    for part in parts:
-        inside = found.iterdir() if found and found.is_dir() else ()
-        found = next((path for path in sorted(inside) if path.name.lower() == part.lower() and path.is_dir()), None)
-    return found
+    kind = {2: "datasets", 5: "models"}.get(len(handle.split("/")))
+    # Kaggle mounts handles such as `pyTorch` in lower case.
+    pattern = re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", handle)
+    layouts = (f"{kind}/{pattern}", pattern.partition("/")[2]) if kind else ()
+    found = (path for layout in layouts for path in sorted((KAGGLE_ROOT / "input").glob(layout)) if path.is_dir())
+    return next(found, None)
 
 
 def find_workspace(work: str | None, kaggle: Path = KAGGLE_ROOT) -> Workspace:

@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from scipy.stats import ks_2samp, rankdata
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
+from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.scoring.metrics import Floats, Labels, auc, calibration_bins, calibration_error
 from pcam_kaggle.scoring.results import Unit
 
 # The SVG of a figure has the text colour and the CSS variables of the page instead, in light and dark mode.
 TEXT, PRIMARY, SECONDARY, GREY = "#010203", "#0072b2", "#d55e00", "#7f7f7f"
-PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: "var(--primary)", SECONDARY: "var(--secondary)", GREY: "var(--grey)"}
+PAGE_COLOURS = {TEXT: "currentColor", PRIMARY: f"var(--primary, {PRIMARY})", SECONDARY: f"var(--secondary, {SECONDARY})"}
+PAGE_COLOURS |= {GREY: f"var(--grey, {GREY})"}
 GROUP_COLOURS = [PRIMARY, SECONDARY, "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#e7ba52", "#bcbd22", "#17becf"]
 # Inches of 96 px. A panel fits a phone without scaling its text.
 WIDTH, HEIGHT = 3.7, 3.1
@@ -51,6 +53,21 @@ Curve = Callable[[Labels, Floats], Floats]
 Reference = tuple[str, pd.DataFrame] | None
 
 
+class Html(str):
+    """HTML, which jinja2 and notebooks do not escape."""
+
+    def __html__(self) -> str:
+        return self
+
+    _repr_html_ = __html__
+
+
+def html_figure(content: str, width: int, caption: str) -> Html:
+    """Return the HTML `content`, `width` px wide, with a `caption` as a figure beside others, never wider than the window."""
+    style = f"display: inline-block; vertical-align: top; width: {width}px; max-width: 100%; margin: 0 14px 14px 0"
+    return Html(f'<figure style="{style}">{content}<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+
 class Plot(NamedTuple):
     """A figure, its text alternative and the caption below it."""
 
@@ -59,13 +76,18 @@ class Plot(NamedTuple):
     caption: str
 
     @property
+    def html(self) -> Html:
+        """The figure with its caption."""
+        return html_figure(self.svg, round(96 * self.figure.get_figwidth()), self.caption)
+
+    @property
     def svg(self) -> str:
         """The figure as an `<svg>` element; `title` must be unique in the page, since the ids derive from it."""
         buffer = io.StringIO()
         with mpl.rc_context({**STYLE, "svg.hashsalt": self.title}):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         svg = "<svg" + buffer.getvalue().partition("<svg")[2]
-        svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg).replace("xlink:href", "href")
         svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
         # Two decimals of a point are enough for any screen and reduce the size by two thirds.
@@ -154,12 +176,15 @@ def histogram(name: str, oof: pd.DataFrame) -> Plot:
 
 
 @mpl.rc_context(STYLE)
-def oof_and_test(name: str, oof: Floats, test: Floats) -> Plot:
-    """Return the histograms of the probabilities `oof` (n,) and `test` (m,) as fractions; the caption says if they differ."""
-    parts = {"out of fold": (oof, len(oof)), "test": (test, len(test))}
+def oof_and_test(name: str, oof: pd.DataFrame, test: Floats) -> Plot:
+    """Return the histograms of the probabilities of `oof` and `test` (n,) as fractions; the caption says if they differ."""
+    trained = oof["probability"].to_numpy()
+    parts = {"out of fold": (trained, len(trained)), "test": (test, len(test))}
     figure = _histograms(parts, ("Probability of tumour", "Fraction of patches"))
-    distance = ks_2samp(oof, test, method="asymp").statistic
-    caption = f"{name}: mean probability {oof.mean():.3f} out of fold, {test.mean():.3f} on the test set; D = {distance:.3f}."
+    distance = ks_2samp(trained, test, method="asymp").statistic
+    caption = (
+        f"{name}: mean probability {trained.mean():.3f} out of fold, {test.mean():.3f} on the test set; D = {distance:.3f}."
+    )
     if distance > DIFFERENT:
         caption += f" They differ: at some threshold, the shares of positives are {100 * distance:.0f} percentage points apart."
     return Plot(figure, f"OOF and test probabilities of {name}", caption)
@@ -184,12 +209,12 @@ def reliability(name: str, oof: pd.DataFrame) -> Plot:
 
 
 @mpl.rc_context(STYLE)
-def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = "slide") -> Plot | None:
-    """Return the AUC within each of the `slides` (id, wsi), sorted; None where none has patches of both labels."""
+def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = "slide") -> Plot:
+    """Return the AUC within each of the `slides` (id, wsi), sorted; raises UserError if none has patches of both labels."""
     table = oof.merge(slides, on="id")
     both = table.groupby("wsi").filter(lambda part: part["label"].nunique() == 2)
     if both.empty:
-        return None
+        raise UserError(f"{name}: no {unit} has patches of both labels")
     areas = both.groupby("wsi")[["label", "probability"]].apply(lambda part: auc(*part.to_numpy().T)).sort_values()
     named = len(areas) <= MAX_NAMED_SLIDES
     figure, ax = _panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
@@ -255,7 +280,7 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
 
 @mpl.rc_context(STYLE)
 def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
-    """Plot Kaggle scores over OOF AUC; `ledger` has oof_auc, public_score, private_score, NaN where unknown."""
+    """Plot the scores of `ledger` (oof_auc, public_score, private_score; NaN where unknown); raises UserError without any."""
     figure, ax = _panel()
     counts = []
     for word, colour, marker in (("public", PRIMARY, "o"), ("private", SECONDARY, "^")):
@@ -263,6 +288,8 @@ def cv_versus_lb(ledger: pd.DataFrame) -> Plot:
         if len(known):
             ax.scatter(known["oof_auc"], known[f"{word}_score"], color=colour, marker=marker, s=24, label=word)
             counts.append(f"{len(known)} with a {word} score")
+    if not counts:
+        raise UserError("no submission has a score of Kaggle")
     ax.set(xlabel="OOF AUC (CV)", ylabel="Kaggle score (LB)")
     ax.legend(loc="best")
     return Plot(figure, "Kaggle scores versus OOF AUC", f"Submissions: {', '.join(counts)}.")
