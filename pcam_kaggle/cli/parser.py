@@ -13,6 +13,16 @@ from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS, PRETRAINED
 from pcam_kaggle.core.paths import user_path
 
 METHODS = ("mean", "rank", "climb")
+# Former commands of `kaggle`.
+RENAMED = {
+    "check": "status",
+    "build": "notebook",
+    "push": "run --detach",
+    "logs": "status --log",
+    "output": "fetch",
+    "leaderboard": "scores",
+    "ledger": "scores",
+}
 KAGGLE = "Kaggle: data, training in a session, submissions and scores; run, status, fetch, notebook need a clone"
 
 
@@ -35,7 +45,10 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with status 2."""
+        """Print `message` and exit with status 2; of a former command it names the new one."""
+        former = re.search(r"invalid choice: '([a-z]+)'", message)
+        if former and former[1] in RENAMED and self.prog.endswith(" kaggle"):
+            message = f"`kaggle {former[1]}` is now `kaggle {RENAMED[former[1]]}`"
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
