@@ -87,7 +87,9 @@ def _run_fetch(options: argparse.Namespace) -> None:
 
 def _run_submit(options: argparse.Namespace) -> None:
     workspace = find_workspace(options.work)
-    last = last_session(workspace, Kernel(title=options.title).slug())
+    last = None if options.name else last_session(workspace, Kernel(title=options.title).slug())
+    if last and not Run(workspace.run(last.run)).session_file.is_file():
+        raise UserError(f"{last}: its run is not here; run `{program()} kaggle fetch`, or name the submission")
     file, description = describe(workspace.submissions, options.name or (last.run if last else DEFAULT))
     Client().submit(file, description)
     log.info("submit: %s, %s", file, description)

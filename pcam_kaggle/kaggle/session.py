@@ -129,16 +129,27 @@ def fetch(client: Client, name: str, workspace: Workspace, session: Session | No
         if not Path(folder, "runs").is_dir():
             raise UserError(f"{name}: has saved no runs; read its log with `{program()} kaggle status --log`")
         imported = ", ".join(import_runs(Path(folder), workspace))
-        runs = [Run(workspace.run(path.name)) for path in sorted(Path(folder, "runs").iterdir())]
-        for run in runs:
-            if session and run.name in session.recipes and run.folder.is_dir():
-                session.write(run.session_file)
-    if session:
-        session.updated(workspace, is_over=is_over)
+        saved = [Run(path) for path in sorted(Path(folder, "runs").iterdir())]
+        if session:
+            _mark(session, saved, workspace)
+            session.updated(workspace, is_over=is_over)
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
-    for run in runs:
+    for run in [Run(workspace.run(run.name)) for run in saved]:
         for entry in run.environments()[-1:]:
             log.info("%s: %s", run.name, entry)
+
+
+def _mark(session: Session, saved: list[Run], workspace: Workspace) -> None:
+    """Write `session` into the runs here that are copies of those it has `saved`; UserError if that of its plan is another."""
+    for other in saved:
+        run = Run(workspace.run(other.name))
+        if other.name not in session.recipes or not run.folder.is_dir():
+            continue
+        if run.is_copy_of(other):
+            session.write(run.session_file)
+        # A member of a blend may have been trained here as well.
+        elif run.name == session.run:
+            raise UserError(f"{run.folder}: is another run than that of {session}; move it away and repeat the command")
 
 
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
