@@ -14,7 +14,7 @@ from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
 from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
-from pcam_kaggle.kaggle.session import fetch, finish, last_session, pending, session_file, start, submit_and_wait
+from pcam_kaggle.kaggle.session import fetch, finish, last_session, session_file, shown_session, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -81,7 +81,7 @@ def _run_status(options: argparse.Namespace) -> None:
 def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
-    fetch(client, name, workspace, pending(client, workspace, name))
+    fetch(client, name, workspace, shown_session(client, workspace, name))
     log.info("next: make compare, or %s kaggle submit NAME", program())
 
 

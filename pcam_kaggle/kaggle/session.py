@@ -108,31 +108,31 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel,
 
 
 def finish(client: Client, session: Session, workspace: Workspace) -> None:
-    """Follow `session` and import the runs that it has saved; if it fails, the command starts a new one."""
+    """Follow `session` and import the runs that it has saved; UserError if it has failed or saved none."""
     status = _follow(client, session)
-    if status.name != "COMPLETE":
-        session.updated(workspace, is_over=True)
-        advice = f"read its log with `{program()} kaggle status --log` and repeat the command for a new session"
-        raise UserError(f"{session}: ended as {status}; {advice}")
     fetch(client, session.kernel, workspace, session)
+    if status.name != "COMPLETE":
+        advice = "what it saved is imported; repeat the command, with --resume if folds are missing"
+        raise UserError(f"{session}: ended as {status}; {advice}")
 
 
 def fetch(client: Client, name: str, workspace: Workspace, session: Session | None = None) -> None:
     """Import what `session` of the kernel `name` (owner/slug) has saved, or its latest session, whichever that is, if None."""
-    is_over = client.status(name, session.version if session else 0).is_over
-    if session and not _has_mark(client, session):
-        problem = f"Kaggle shows another output, perhaps that of the latest version, {client.source(name)[0]}"
-        file = session_file(workspace, name)
-        raise UserError(f"{session}: {problem}; repeat the command later, or delete {file} and use `kaggle fetch`")
+    version = session.version if session else 0
+    status = client.status(name, version)
     with tempfile.TemporaryDirectory() as folder:
-        client.output(name, Path(folder), session.version if session else 0)
+        if session is None or _is_shown(client, session, status, workspace):
+            client.output(name, Path(folder), version)
         if not Path(folder, "runs").is_dir():
-            raise UserError(f"{name}: has saved no runs; read its log with `{program()} kaggle status --log`")
+            if session:
+                session.updated(workspace, is_over=status.is_over)
+            problem = f"{'ended as' if status.is_over else 'is'} {status} and has saved no runs"
+            raise UserError(f"{session or name}: {problem}; read its log with `{program()} kaggle status --log`")
         imported = ", ".join(import_runs(Path(folder), workspace))
         saved = [Run(path) for path in sorted(Path(folder, "runs").iterdir())]
         if session:
             _mark(session, saved, workspace)
-            session.updated(workspace, is_over=is_over)
+            session.updated(workspace, is_over=status.is_over)
     log.info("output: %s imported into %s", imported or "nothing new", workspace.root / "runs")
     for run in [Run(workspace.run(run.name)) for run in saved]:
         for entry in run.environments()[-1:]:
@@ -150,6 +150,19 @@ def _mark(session: Session, saved: list[Run], workspace: Workspace) -> None:
         # A member of a blend may have been trained here as well.
         elif run.name == session.run:
             raise UserError(f"{run.folder}: is another run than that of {session}; move it away and repeat the command")
+
+
+def _is_shown(client: Client, session: Session, status: Status, workspace: Workspace) -> bool:
+    """Return whether Kaggle shows an output of `session`; UserError if it shows that of another version."""
+    if _has_mark(client, session):
+        return True
+    tells_versions, (latest, _) = client.tells_versions, client.source(session.kernel)
+    # A session that is running or has failed may have saved nothing.
+    if status.name != "COMPLETE" and (tells_versions or latest == session.version):
+        return False
+    problem = f"Kaggle shows another output, perhaps that of the latest version, {latest}"
+    file = session_file(workspace, session.kernel)
+    raise UserError(f"{session}: {problem}; repeat the command later, or delete {file} and use `kaggle fetch`")
 
 
 def submit_and_wait(client: Client, workspace: Workspace, run: str) -> None:
@@ -224,6 +237,12 @@ def pending(client: Client, workspace: Workspace, slug: str) -> Session | None:
         if session.mark in source + client.source(session.kernel, version)[1]:
             return session.updated(workspace, version=version)
     return None
+
+
+def shown_session(client: Client, workspace: Workspace, kernel: str) -> Session | None:
+    """Return the kernel's session that is not downloaded yet, or else the last one if Kaggle shows its output."""
+    last = last_session(workspace, kernel)
+    return pending(client, workspace, kernel) or (last if last and _has_mark(client, last) else None)
 
 
 def _push(client: Client, kernel: Kernel, hours: float, workspace: Workspace) -> Session:
