@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -37,13 +37,15 @@ PATIENCE_SECONDS = 1800.0
 # For which Kaggle may still show what was before a push or a submission.
 LAG_SECONDS = 600.0
 
+Reply = TypeVar("Reply")
+
 
 class Session(Record):
     """The last session of a pushed kernel (owner/slug), or the one that a run was imported from.
 
     It makes `run` and its members, as `request` asks, each of its recipe. `mark` is a text in its notebook and its output, by
     which the version is found if it is 0: the push is not confirmed yet. It `is_over` if it has failed or is downloaded.
-    `sent` is when its submission was sent last, in seconds since 1970.
+    `pushed` is when it was pushed, and `sent` when its submission was sent last, in seconds since 1970.
     """
 
     kernel: str
@@ -51,6 +53,7 @@ class Session(Record):
     mark: str
     version: int = 0
     is_over: bool = False
+    pushed: float = 0.0
     sent: float = 0.0
     request: Kernel = Kernel()
     recipes: dict[str, list[Any]] = {}
@@ -201,15 +204,22 @@ def _submissions(
     client: Client, mark: str, seconds: float, text: str, is_reached: Callable[[pd.DataFrame], bool]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return all submissions and those with `mark`, requested until `is_reached` by the latter or for `seconds`."""
+
+    def ask() -> tuple[pd.DataFrame, pd.DataFrame]:
+        found = client.submissions()
+        return found, found[found["description"].str.endswith(mark)]
+
+    return _poll(ask, lambda reply: is_reached(reply[1]), seconds, text)
+
+
+def _poll(ask: Callable[[], Reply], is_reached: Callable[[Reply], bool], seconds: float, text: str) -> Reply:
+    """Return the reply of `ask`, called until `is_reached` by it or for `seconds`; `text` is shown meanwhile."""
     until = time.monotonic() + seconds
     with status_line() as show:
-        while True:
-            found = client.submissions()
-            own = found[found["description"].str.endswith(mark)]
-            if is_reached(own) or time.monotonic() >= until:
-                return found, own
+        while not is_reached(reply := ask()) and time.monotonic() < until:
             show(text)
             time.sleep(POLL_SECONDS)
+    return reply
 
 
 def _are_own(workspace: Workspace, kernel: Kernel) -> bool | None:
@@ -230,13 +240,20 @@ def pending(client: Client, workspace: Workspace, slug: str) -> Session | None:
         return None
     if session.version:
         return session
+    seconds, text = session.pushed + LAG_SECONDS - time.time(), "push: had no reply, and Kaggle does not show the version yet"
+    version = _poll(lambda: _pushed_version(client, session), bool, seconds, text)
+    return session.updated(workspace, version=version) if version else None
+
+
+def _pushed_version(client: Client, session: Session) -> int:
+    """Return the version whose notebook has the mark of `session`; 0 if Kaggle shows none."""
     with contextlib.suppress(Refused):
         latest, source = client.source(session.kernel)
         # Kaggle may still show the version before.
         version = latest if session.mark in source else latest + 1
         if session.mark in source + client.source(session.kernel, version)[1]:
-            return session.updated(workspace, version=version)
-    return None
+            return version
+    return 0
 
 
 def shown_session(client: Client, workspace: Workspace, kernel: str) -> Session | None:
@@ -252,7 +269,7 @@ def _push(client: Client, kernel: Kernel, hours: float, workspace: Workspace) ->
         name = pack(replace(kernel, settings=replace(kernel.settings, hours=hours, mark=mark)), client.owner, Path(folder))
         session = Session(kernel=name, run=kernel.plan.name, mark=mark, request=kernel, recipes=kernel.recipes())
         # If Kaggle's reply does not arrive, `pending` recognises the pushed version by its mark.
-        session.updated(workspace)
+        session.updated(workspace, pushed=time.time())
         try:
             version, url, left_out = client.push(Path(folder))
         except Refused:
