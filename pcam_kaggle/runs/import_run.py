@@ -129,7 +129,9 @@ def _beside(source: Path, run: Run, workspace: Workspace) -> Iterator[tuple[Path
             raise UserError(f"{table}: has changed since the run {run.name} was made; download it again")
         if copy.exists() and file_sha256(copy) != digest:
             raise UserError(f"{copy}: differs from {table}; move it away, or import the run into another folder with --work")
-        yield from ((table, copy), (record, target / record.name))
+        # The record here may have Kaggle's scores.
+        if not (copy.exists() and (target / record.name).exists()):
+            yield from ((table, copy), (record, target / record.name))
 
 
 def _progress(fold: Fold) -> tuple[int, bool, bool]:
