@@ -101,6 +101,10 @@ def start(client: Client, kernel: Kernel, workspace: Workspace) -> tuple[Kernel,
         log.info("output: %s (up to date)", workspace.run(kernel.plan.name))
         return kernel, None
     check_kernel(kernel)
+    last = last_session(workspace, kernel.slug())
+    if kernel.resume and not (last and last.recipes.keys() & kernel.recipes().keys()):
+        known, name = last or "none", kernel.plan.name
+        log.warning("--resume: the last session known here (%s) did not make %s, which may start from zero", known, name)
     quota, hours = client.quota(), kernel.settings.hours
     if quota and quota.left < LEAST_HOURS:
         raise UserError(f"quota: {quota}, and a session needs half an hour; wait until the quota is renewed")
