@@ -73,7 +73,6 @@ class Run:
 
     def is_copy_of(self, other: "Run") -> bool:
         """Return whether this run is an imported `other`: it has tables of it, and none differs; the logs hold durations."""
-        # Those of the folds tell everything but a blend of other runs, which has none.
         tables = [*other.folder.glob("fold_*/*.csv")] or [*other.folder.glob("*.csv")]
         pairs = [(table, self.folder / table.relative_to(other.folder)) for table in tables]
         same = [file_sha256(table) == file_sha256(own) for table, own in pairs if own.is_file()]
