@@ -14,7 +14,7 @@ from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
 from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
-from pcam_kaggle.kaggle.session import Session, fetch, finish, last_session, session_file, shown_session, start, submit_and_wait
+from pcam_kaggle.kaggle.session import Session, fetch, finish, last_session, pending, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -65,15 +65,10 @@ def _kernel(options: argparse.Namespace, last: Session | None) -> Kernel:
             kernel = last.request
         elif options.resume:
             raise UserError(f"--resume: the last session made {last.run}; say with -e and its options what to resume")
-    return replace(
-        kernel,
-        settings=replace(kernel.settings, hours=options.hours or kernel.settings.hours),
-        resume=options.resume,
-        accelerator=options.accelerator or kernel.accelerator,
-        public=options.public or kernel.public,
-        title=options.title,
-        offline=options.no_internet or kernel.offline,
-    )
+    settings = replace(kernel.settings, hours=options.hours or kernel.settings.hours)
+    accelerator, public = options.accelerator or kernel.accelerator, options.public or kernel.public
+    offline = options.no_internet or kernel.offline
+    return Kernel(settings, kernel.weights, options.resume, accelerator, public, options.title, offline)
 
 
 def _run_status(options: argparse.Namespace) -> None:
@@ -91,7 +86,7 @@ def _run_status(options: argparse.Namespace) -> None:
 def _run_fetch(options: argparse.Namespace) -> None:
     client, workspace = Client(), find_workspace(options.work)
     name = _name(client, options)
-    fetch(client, name, workspace, shown_session(client, workspace, name))
+    fetch(client, name, workspace, pending(client, workspace, name))
     log.info("next: make compare, or %s kaggle submit NAME", program())
 
 
