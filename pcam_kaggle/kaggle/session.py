@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LEAST_HOURS, SPARE_HOURS = 0.5, 0.2
 # Between two requests of a session's status or of a submission's score.
 POLL_SECONDS = 20.0
-# For which Kaggle may be unreachable while a session is followed, and for which a score is awaited.
+# For which Kaggle may be unreachable or refuse a request while a session is followed, and for which a score is awaited.
 PATIENCE_SECONDS = 1800.0
 # For which Kaggle may still show what was before a push or a submission.
 LAG_SECONDS = 600.0
