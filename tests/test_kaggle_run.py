@@ -432,7 +432,7 @@ def test_waiting_has_an_end(
 
 @pytest.mark.usefixtures("account")
 def test_a_session_survives_a_lost_connection(kaggle: Kaggle, call: Call) -> None:
-    replies: list[Reply] = [404, {"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
+    replies: list[Reply] = [404, 404, {"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
     kaggle.replies["GetKernelSessionStatus"] = lambda _: replies.pop(0) if len(replies) > 1 else replies[0]
     assert call("run").count("; the session continues") == 3
 

@@ -63,7 +63,7 @@ def _kernel(options: argparse.Namespace, last: Session | None) -> Kernel:
         if kernel == Kernel() and last.recipes:
             log.info("settings: those of the last session, which makes %s", last.run)
             kernel = last.request
-        elif options.resume:
+        elif options.resume and [*kernel.recipes().values()] != [*last.recipes.values()]:
             raise UserError(f"--resume: the last session made {last.run}; say with -e and its options what to resume")
     settings = replace(kernel.settings, hours=options.hours or kernel.settings.hours)
     accelerator, public = options.accelerator or kernel.accelerator, options.public or kernel.public
