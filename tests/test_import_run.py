@@ -24,6 +24,7 @@ from pcam_kaggle.runs.fold import FOLD_FILES
 from pcam_kaggle.runs.import_run import import_runs
 from pcam_kaggle.runs.records import Environment
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.runs.submissions import record_score
 
 RUN = Path("runs") / "bottleneck"
 
@@ -93,7 +94,7 @@ def test_a_blend_comes_with_its_members_and_the_one_of_more_folds_is_used(
         assert import_runs(source, here) == []
 
 
-@pytest.mark.parametrize(("is_update", "at"), [*product([False], range(1, 28, 3)), *product([True], range(4, 21, 2))])
+@pytest.mark.parametrize(("is_update", "at"), [*product([False], range(1, 28, 3)), *product([True], range(0, 17, 2))])
 def test_an_interrupted_import_is_completed_here_and_by_others(
     is_update: bool, at: int, session: Path, here: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,14 @@ def test_the_sessions_of_both_places_are_kept(session: Path, here: Workspace, tm
         import_runs(source, here)
         shutil.rmtree(here.root / RUN / "fold_1")
     assert Run(here.root / RUN).environments() == [Environment.model_validate(theirs), *ours]
+
+
+def test_kaggles_scores_are_kept(session: Path, here: Workspace) -> None:
+    import_runs(session, here)
+    record_score(here.submissions / "bottleneck.csv", public_score=0.9)
+    shutil.rmtree(here.root / RUN / "fold_1")
+    assert import_runs(session, here) == ["bottleneck"]
+    assert read_json(here.submissions / "bottleneck.json")["public_score"] == 0.9
 
 
 def test_a_hash_of_weights_that_one_place_lacks_is_no_other_config(session: Path, here: Workspace) -> None:

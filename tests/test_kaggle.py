@@ -292,7 +292,7 @@ def test_output_is_verified_and_used(kaggle: Kaggle, session: Path, home: Path, 
     assert re.search(r"^train.*\(up to date\)", pcam("pipeline").out, re.MULTILINE)
 
 
-def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Path, call: Call) -> None:
+def test_a_submission_goes_and_scores_come_back(kaggle: Kaggle, session: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
     file = session / "submissions" / "bottleneck.csv"
     kaggle.replies["StartSubmissionUpload"] = {"token": "abc", "createUrl": kaggle.address("/upload")}
     kaggle.replies["ListSubmissions"] = {}
@@ -322,5 +322,7 @@ def test_a_submission_goes_and_its_scores_come_back(kaggle: Kaggle, session: Pat
     for wrong in (["bottleneck"], ["--public", "0.9"]):
         assert "needs NAME and --public or --private" in call("scores", *wrong, status=2, work=session)
     file.write_text("id,label\nx,0.5\n")
-    assert "has changed" in call("submit", status=2, work=session)
+    # Outside of a clone.
+    monkeypatch.setattr("pcam_kaggle.kaggle.kernel.ROOT", session)
+    assert "has changed" in call("submit", "bottleneck", status=2, work=session)
     assert len(kaggle.asked) == asked

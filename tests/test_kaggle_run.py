@@ -1,6 +1,7 @@
 """`kaggle run`, from the push to the scores, with Kaggle's real client against a local server."""
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 from conftest import Call, Pcam
 from kaggle_server import KERNEL, STARTED, Content, Kaggle, Reply, quota, saved, use_token
 
-from pcam_kaggle.core.files import locked, read_json
+from pcam_kaggle.core.files import locked, read_json, write_json
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle import session
 from pcam_kaggle.kaggle.failures import RULES
@@ -21,7 +22,7 @@ MonkeyPatch = pytest.MonkeyPatch
 class Account:
     """A user's pushed versions, statuses to come, and submissions.
 
-    For so many requests `behind` of the latest version's status Kaggle shows the version before, whose status is `older`. So
+    For so many requests `behind` of the latest version Kaggle shows the version before, whose status is `older`. So
     many requests `unlisted` do not list the last submission; if `is_full`, submissions are accepted and never listed.
     """
 
@@ -55,10 +56,11 @@ class Account:
         return {"status": self._next_status() if self._version(body) == len(self.pushed) else self.older}
 
     def _kernel(self, body: Content) -> Reply:
-        latest, version = self._version({}), self._version(body)
-        if not 1 <= version <= len(self.pushed):
+        version = self._version(body)
+        self.behind -= self.behind > 0
+        if version < 1:
             return 404
-        return {"metadata": {"currentVersionNumber": latest}, "blob": {"source": self.pushed[version - 1]}}
+        return {"metadata": {"currentVersionNumber": version}, "blob": {"source": self.pushed[version - 1]}}
 
     def _mark(self, body: Content) -> bytes:
         source = ["", *self.pushed][self._version(body)]
@@ -96,6 +98,7 @@ def account(kaggle: Kaggle, session: Path, monkeypatch: MonkeyPatch) -> Account:
 def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:
     work = tmp_path / "work"
     account.unlisted, account.pending = 2, 4
+    account.statuses[:0] = ["QUEUED"] * 20
     assert pcam("pipeline", "--name", "local").status == 0
     printed = call("run", "--submit", work=work)
     steps = [
@@ -107,6 +110,8 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         *("submit: ", "does not list it yet", "waiting for the scores", "scores: of bottleneck"),
     ]
     assert re.search(".*".join(map(re.escape, steps)), printed, re.DOTALL), printed
+    # The log before may be that of the last session.
+    assert "queued, " not in printed
     made = read_json(work / "submissions" / "bottleneck.json")
     assert (made["public_score"], made["private_score"]) == (0.9512, 0.9401)
     assert "0.9512  0.9401" in printed
@@ -153,8 +158,8 @@ def test_a_push_without_a_reply_is_repeated_unless_it_arrived(
     kaggle: Kaggle, account: Account, older: list[str], arrives: bool, reply: Reply, home: Path, call: Call
 ) -> None:
     account.pushed += older
-    # Kaggle may still show the version before.
-    account.behind = len(older)
+    # Kaggle still shows the version before, or no notebook.
+    account.behind = 1
     kaggle.replies["SaveKernel"] = lambda body: reply if not arrives or account.push(body) else None
     call("run", "--detach", status=2)
     assert read_json(home / "sessions" / f"{KERNEL}.json")["version"] == 0
@@ -183,12 +188,42 @@ def test_a_failure_leaves_no_session(
     assert account.pushed == []
 
 
-def test_after_a_failed_session_the_same_command_starts_a_new_one(kaggle: Kaggle, account: Account, call: Call) -> None:
-    kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "Your notebook\nran out of memory"}
-    assert f"version 1 of someone/{KERNEL}: ended as error (Your notebook ran out of memory);" in call("run", status=2)
-    kaggle.replies["GetKernelSessionStatus"] = {"status": "COMPLETE"}
+@pytest.mark.parametrize("has_saved", [False, True])
+def test_what_a_failed_session_saved_is_used(kaggle: Kaggle, account: Account, has_saved: bool, home: Path, call: Call) -> None:
+    failed = {"status": "ERROR", "failureMessage": "Your notebook\nran out of memory"}
+    complete = kaggle.replies | {"GetKernelSessionStatus": {"status": "COMPLETE"}}
+    kaggle.replies |= {"GetKernelSessionStatus": failed} | ({} if has_saved else {"ListKernelSessionOutput": 404})
+    err = call("run", status=2)
+    assert f"version 1 of someone/{KERNEL}: ended as error (Your notebook ran out of memory)" in err
+    assert ("has saved no runs" if not has_saved else "is imported, repeat the command with --resume") in err
+    kaggle.replies |= complete
+    if has_saved:
+        shutil.rmtree(home / "runs")
+        call("fetch")
     call("run")
-    assert len(account.pushed) == 2
+    assert len(account.pushed) == 2 - has_saved
+
+
+def test_a_run_trained_here_is_not_the_sessions(account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:
+    work = tmp_path / "work"
+    call("run", "--detach", work=work)
+    assert pcam("pipeline").status == 0
+    assert "is another run than that of bottleneck, version 1" in call("run", "--submit", status=2, work=work)
+    assert "its run is not here; run" in call("submit", status=2, work=work)
+    (work / "runs" / "bottleneck").rename(tmp_path / "moved")
+    assert "bottleneck imported" in call("run", work=work)
+    assert len(account.pushed) == 1
+
+
+def test_what_is_asked_for_is_told_apart(account: Account, session: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
+    options, warned = ("-e", "pretrained", "--weights", "me/both"), []
+    monkeypatch.setattr("pcam_kaggle.kaggle.session.log.warning", lambda *parts: warned.append(parts))
+    # A dataset may hold weights and a slide map. There is no session to resume.
+    call("run", *options, "--slides", "me/both", "--resume", "--detach")
+    assert len(warned) == 1
+    assert "is not downloaded yet" in call("run", *options, status=2)
+    assert "bottleneck: has another config than blend blends" in call("run", "-e", "blend", status=2, work=session)
+    assert len(account.pushed) == 1
 
 
 def test_another_request_does_not_replace_a_session_that_is_not_downloaded(account: Account, call: Call) -> None:
@@ -216,14 +251,19 @@ def test_a_version_that_was_started_since_is_named(
 ) -> None:
     monkeypatch.setattr(session, "LAG_SECONDS", 0.1)
     call("run", "--detach")
+    replies = kaggle.replies.copy()
+    kaggle.replies |= {"GetKernelSessionStatus": {"status": "RUNNING"}, "ListKernelSessionOutput": {}}
+    assert "is running and has saved no runs" in call("fetch", status=2)
     account.pushed.append("no mark")
     file = home / "sessions" / f"{KERNEL}.json"
     kaggle.refusal = 404
-    for command in ("run", "fetch"):
+    for command, status in (("run", "ERROR"), ("run", "COMPLETE"), ("fetch", "COMPLETE")):
+        kaggle.replies["GetKernelSessionStatus"] = {"status": status}
         err = call(command, status=2)
         assert f"bottleneck, version 1 of someone/{KERNEL}: " in err
         assert f"the latest version, 2; repeat the command later, or delete {file}" in err
     assert not (home / "runs").exists()
+    kaggle.replies = replies
     # Where Kaggle shows each version, the first is there.
     kaggle.refusal = None
     assert "output: bottleneck imported" in call("run")
@@ -283,7 +323,7 @@ def test_a_local_run_is_not_submitted_for_the_sessions(
     assert "push: bottleneck-kaggle-kaggle, version 2" in other
 
 
-def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account, call: Call) -> None:
+def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account, home: Path, call: Call) -> None:
     kaggle.replies["GetKernelSessionStatus"] = {"status": "ERROR"}
     options = ("-e", "pretrained", "--set", "epochs=3", "--weights", "them/encoder", "--seeds", "2", "--name", "mine")
     call("run", *options, "--accelerator", "NvidiaL4", "--hours", "3", status=2)
@@ -292,15 +332,24 @@ def test_the_last_sessions_options_are_resumed(kaggle: Kaggle, account: Account,
     call("run", "-e", "quick", status=2)
     kaggle.replies["SaveKernel"] = account.push
     call("run", "--resume", status=2)
-    assert "settings: those of the last session, which makes mine-seeds2" in call("run", "--resume", "--detach", "--hours", "4")
+    assert "those of the last session, which makes mine-seeds2" in call("run", "--resume", "--detach", "--hours", "11")
     first, second, third = (re.sub(r"push \w+", "", text) for text in account.pushed)
     assert second == first
-    assert third == first.replace("HOURS = 3.0", "HOURS = 4.0") != first
+    assert third == first.replace("HOURS = 3.0", "HOURS = 11.0") != first
     expected = {"datasetDataSources": ["them/encoder"], "machineShape": "NvidiaL4", "kernelDataSources": [f"someone/{KERNEL}"]}
     expected |= {"competitionDataSources": [COMPETITION], "isPrivate": True, "enableGpu": True, "enableInternet": False}
     assert expected.items() <= kaggle.bodies["SaveKernel"].items()
     # Options that say what to train are not mixed with those of the last session.
     assert "mine-seeds2, version 3" in call("run", "--resume", "-e", "quick", status=2)
+    assert "the last session made mine-seeds2; say with -e" in call("run", "--resume", "--set", "epochs=1", status=2)
+    file = home / "sessions" / f"{KERNEL}.json"
+    write_json(file, read_json(file) | {"is_over": True})
+    call("run", "--resume", "--detach", "--accelerator", "NvidiaL4X1", "--public", "--no-internet")
+    assert kaggle.bodies["SaveKernel"].items() >= {"machineShape": "NvidiaL4X1", "isPrivate": False}.items()
+    assert 'EXPERIMENT = \\"pretrained' in account.pushed[-1]
+    # As earlier versions wrote it.
+    write_json(file, read_json(file) | {"recipes": {}})
+    assert "say with -e" in call("run", "--resume", status=2)
 
 
 def test_a_submission_that_is_never_listed_can_be_repeated(account: Account, monkeypatch: MonkeyPatch, call: Call) -> None:
@@ -321,7 +370,8 @@ def test_missing_folds_are_resumed(kaggle: Kaggle, account: Account, pcam: Pcam,
     # Without --resume there is nothing to do, with it a new session gets the output of the first.
     call("run")
     assert len(account.pushed) == 1
-    saved(kaggle, tmp_path / "session")
+    assert pcam("pipeline").status == 0
+    saved(kaggle, tmp_path / "work")
     call("run", "--resume", "--hours", "4")
     assert len(account.pushed) == 2
     assert kaggle.bodies["SaveKernel"]["kernelDataSources"] == [f"someone/{KERNEL}"]
@@ -339,6 +389,9 @@ def test_a_blend_of_fewer_seeds_is_resumed(kaggle: Kaggle, account: Account, pca
     for options, pushed in (((), 1), ((), 1), (("--resume",), 2)):
         assert re.search("bottleneck-seed42:\n.*with --resume", call("run", "--seeds", "2", *options), re.DOTALL)
         assert len(account.pushed) == pushed
+    # Another blend is not there because its members are.
+    call("run", "--seeds", "3", "--detach")
+    assert len(account.pushed) == 3
 
 
 def test_one_process_works_on_a_kernel(account: Account, home: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
@@ -379,9 +432,9 @@ def test_waiting_has_an_end(
 
 @pytest.mark.usefixtures("account")
 def test_a_session_survives_a_lost_connection(kaggle: Kaggle, call: Call) -> None:
-    replies: list[Reply] = [{"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
+    replies: list[Reply] = [404, 404, {"status": "RUNNING"}, None, 502, {"status": "COMPLETE"}]
     kaggle.replies["GetKernelSessionStatus"] = lambda _: replies.pop(0) if len(replies) > 1 else replies[0]
-    assert call("run").count("; the session continues") == 2
+    assert call("run").count("; the session continues") == 3
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pcam_kaggle.kaggle.client import Client
 from pcam_kaggle.kaggle.failures import Refused
 from pcam_kaggle.kaggle.kernel import Kernel
 from pcam_kaggle.kaggle.notebook import CELLS, NOTEBOOK, ROOT, Settings, notebook
-from pcam_kaggle.kaggle.session import fetch, finish, last_session, pending, session_file, start, submit_and_wait
+from pcam_kaggle.kaggle.session import Session, fetch, finish, last_session, pending, session_file, start, submit_and_wait
 from pcam_kaggle.pipeline.compare import print_result
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, print_scores, record_score
@@ -37,21 +37,10 @@ def _run_notebook(_: argparse.Namespace) -> None:
 
 
 def _run_run(options: argparse.Namespace) -> None:
-    settings = Settings(
-        options.experiment or DEFAULT, tuple(options.set), options.hours, options.seeds, options.slides, name=options.name
-    )
-    kernel = Kernel(
-        settings, options.weights, options.resume, options.accelerator, options.public, options.title, options.no_internet
-    )
     workspace, client = find_workspace(options.work), _log_in()
-    with locked(session_file(workspace, kernel.slug()).with_suffix("")):
-        last = last_session(workspace, kernel.slug())
-        given = replace(kernel, settings=replace(settings, hours=Settings().hours), resume=False, title="")
-        if last and (options.resume or options.submit) and not options.experiment and given == Kernel():
-            hours = last.request.settings.hours if options.hours == Settings().hours else options.hours
-            kernel = replace(last.request, resume=options.resume, settings=replace(last.request.settings, hours=hours))
-            log.info("settings: those of the last session, which makes %s", last.run)
-        kernel, session = start(client, kernel, workspace)
+    file = session_file(workspace, Kernel(title=options.title).slug())
+    with locked(file.with_suffix("")):
+        kernel, session = start(client, _kernel(options, last_session(workspace, file.stem)), workspace)
         if options.detach:
             log.info("next: repeat the command without --detach, which follows and downloads the session")
             return
@@ -64,6 +53,22 @@ def _run_run(options: argparse.Namespace) -> None:
             submit_and_wait(client, workspace, kernel.plan.name)
         else:
             log.info("next: repeat the command with --submit (make: in ARGS)")
+
+
+def _kernel(options: argparse.Namespace, last: Session | None) -> Kernel:
+    """Return the kernel of `options`; those that say what to train are those of the `last` session if none is given."""
+    name, changes = options.experiment or DEFAULT, tuple(options.set)
+    kernel = Kernel(Settings(name, changes, seeds=options.seeds, slides=options.slides, name=options.name), options.weights)
+    if last and (options.resume or options.submit) and not options.experiment:
+        if kernel == Kernel() and last.recipes:
+            log.info("settings: those of the last session, which makes %s", last.run)
+            kernel = last.request
+        elif options.resume and [*kernel.recipes().values()] != [*last.recipes.values()]:
+            raise UserError(f"--resume: the last session made {last.run}; say with -e and its options what to resume")
+    settings = replace(kernel.settings, hours=options.hours or kernel.settings.hours)
+    accelerator, public = options.accelerator or kernel.accelerator, options.public or kernel.public
+    offline = options.no_internet or kernel.offline
+    return Kernel(settings, kernel.weights, options.resume, accelerator, public, options.title, offline)
 
 
 def _run_status(options: argparse.Namespace) -> None:
@@ -87,7 +92,9 @@ def _run_fetch(options: argparse.Namespace) -> None:
 
 def _run_submit(options: argparse.Namespace) -> None:
     workspace = find_workspace(options.work)
-    last = last_session(workspace, Kernel(title=options.title).slug())
+    last = None if options.name else last_session(workspace, Kernel(title=options.title).slug())
+    if last and not Run(workspace.run(last.run)).session_file.is_file():
+        raise UserError(f"{last}: its run is not here; run `{program()} kaggle fetch`, or name the submission")
     file, description = describe(workspace.submissions, options.name or (last.run if last else DEFAULT))
     Client().submit(file, description)
     log.info("submit: %s, %s", file, description)

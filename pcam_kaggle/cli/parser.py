@@ -155,7 +155,7 @@ SESSION = (
     SET,
     SEEDS,
     Option("--name", default="", help="name of the run [that of experiment and changes, with -kaggle if another run has it]"),
-    Option("--hours", type=_hours, default=11.0, help="longest duration of a session [11]"),
+    Option("--hours", type=_hours, help="longest duration of a session [11]"),
     Option(
         "--weights",
         default="",
@@ -164,7 +164,7 @@ SESSION = (
     ),
     Option("--slides", default="", metavar="owner/name", help="dataset with a slide map to attach, patch_id_wsi*.csv [none]"),
     Option("--resume", action="store_true", help="train what the notebook's last session lacks; without -e, with its options"),
-    Option("--accelerator", metavar="NAME", default="NvidiaTeslaT4", help="Kaggle's name of the GPU [NvidiaTeslaT4]"),
+    Option("--accelerator", metavar="NAME", help="Kaggle's name of the GPU [NvidiaTeslaT4]"),
     Option("--no-internet", action="store_true", help="no download of the weights that the experiment needs; attach --weights"),
     Option("--public", action="store_true", help="let everyone see the notebook"),
     TITLE,

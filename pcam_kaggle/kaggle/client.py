@@ -15,7 +15,7 @@ import pandas as pd
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.paths import COMPETITION
-from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Unreachable, asking, disconnected, refused
+from pcam_kaggle.kaggle.failures import CREDENTIALS, RULES, Refused, Unreachable, asking, disconnected, refused
 
 # Files or submissions that Kaggle lists at once.
 PAGE_SIZE = 200
@@ -140,11 +140,12 @@ class Client:
                 raise
         return self._ask(method, kernel, 0, **fields)
 
-    def source(self, kernel: str, version: int = 0) -> tuple[int, str]:
-        """Return the number of the latest version of `kernel`, and the notebook of `version`; Refused if there is none."""
-        with asking("status"):
-            reply = self._ask("get_kernel", kernel, version)
+    def source(self, kernel: str) -> tuple[int, str]:
+        """Return the number of the latest version of `kernel`, and its notebook; 0 and empty if Kaggle shows none."""
+        with contextlib.suppress(Refused), asking("status"):
+            reply = self._ask("get_kernel", kernel, 0)
             return reply.metadata.current_version_number or 0, reply.blob.source or ""
+        return 0, ""
 
     def status(self, kernel: str, version: int = 0) -> Status:
         """Return the status of the session of `version` of `kernel`."""

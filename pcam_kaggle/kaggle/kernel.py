@@ -78,6 +78,7 @@ class Kernel:
         """Return by run, that of the plan first, what it is made of: fields of its models that are no default, and sources."""
         metadata, default = _metadata(self), asdict(Config()).items()
         sources = sorted([*metadata.dataset_sources, *metadata.model_sources])
+        sources += [f"slides={self.settings.slides}"] if self.settings.slides else []
         models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.runs}
         return {self.plan.name: [*models.values(), *sources]} | {name: [model, *sources] for name, model in models.items()}
 
@@ -100,7 +101,7 @@ def check_kernel(kernel: Kernel) -> None:
     kernel.slug()
     metadata = _metadata(kernel)
     weights = {run.config.weights for run in kernel.plan.runs} - {""}
-    attached = {*metadata.dataset_sources, *metadata.model_sources} - {kernel.settings.slides}
+    attached = {*metadata.dataset_sources, *metadata.model_sources} - ({kernel.settings.slides} - {kernel.weights})
     if weights and not kernel.internet and (not attached or "pretrained" in weights):
         needed = f"{kernel.settings.experiment}: needs pretrained weights ({', '.join(sorted(weights))})"
         raise UserError(f"{needed}, and the session can't download them; attach a dataset or model with --weights owner/name")

@@ -97,8 +97,8 @@ def _newer_folds(run: Run, target: Run) -> list[Fold]:
         # The hash of pretrained weights is recorded when the first fold starts.
         hashes = {theirs.weights_sha256, ours.weights_sha256} - {None}
         if theirs.model_copy(update={"weights_sha256": ours.weights_sha256}) != ours or len(hashes) > 1:
-            problem = "holds a run with another config, other folds or other patches; move one of them"
-            raise UserError(f"{run.folder}: {target.folder} {problem}")
+            problem = "has another config, other folds or other patches than the run to import"
+            raise UserError(f"{target.folder}: {problem}; move it away, or use another folder with --work")
     numbers = range(run.config().n_splits)
     return [run.fold(number) for number in numbers if _progress(run.fold(number)) > _progress(target.fold(number))]
 
@@ -128,8 +128,10 @@ def _beside(source: Path, run: Run, workspace: Workspace) -> Iterator[tuple[Path
         if file_sha256(table) != digest:
             raise UserError(f"{table}: has changed since the run {run.name} was made; download it again")
         if copy.exists() and file_sha256(copy) != digest:
-            raise UserError(f"{copy}: differs from {table}; move it away, or import the run into another folder with --work")
-        yield from ((table, copy), (record, target / record.name))
+            raise UserError(f"{copy}: differs from that of the imported run; move it away, or use another folder with --work")
+        # The record here may have Kaggle's scores.
+        if not (copy.exists() and (target / record.name).exists()):
+            yield from ((table, copy), (record, target / record.name))
 
 
 def _progress(fold: Fold) -> tuple[int, bool, bool]:

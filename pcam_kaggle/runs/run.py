@@ -71,6 +71,13 @@ class Run:
         """Whether the blended predictions exist and are those that the score describes."""
         return self.has_score and self._is_blended("oof") and self._is_blended("test")
 
+    def is_copy_of(self, other: "Run") -> bool:
+        """Return whether this run is an imported `other`: it has tables of it, and none differs; the logs hold durations."""
+        tables = [*other.folder.glob("fold_*/*.csv")] or [*other.folder.glob("*.csv")]
+        pairs = [(table, self.folder / table.relative_to(other.folder)) for table in tables]
+        same = [file_sha256(table) == file_sha256(own) for table, own in pairs if own.is_file()]
+        return bool(same) and all(same)
+
     def fold(self, number: int) -> Fold:
         """Return fold `number` (0-based), whether or not it exists."""
         return Fold(self.folder, number)
