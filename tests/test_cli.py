@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import pytest
-from conftest import Outcome
+from conftest import Others, Outcome
 
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
@@ -132,11 +132,14 @@ def test_folds_of_a_blend_are_those_of_its_members(finished_run: Path, pcam: Com
     assert "bottleneck has folds 0 to 2" in pcam(*blend, "3").err
 
 
-def test_runs_of_the_demo_are_not_compared_in_silence(finished_run: Path, cli: Command, tmp_path: Path) -> None:
+def test_runs_of_the_demo_are_not_used_in_silence(finished_run: Path, cli: Command, others: Others, tmp_path: Path) -> None:
+    assert cli("compare").err == f"error: {tmp_path / 'runs'}: holds no run\n"
     finished_run.rename(tmp_path / "demo")
     outcome = cli("compare", "--format", "json")
     assert (outcome.status, outcome.out[0]) == (0, "{")
-    assert "these are the synthetic demo's" in outcome.err
+    predicted = cli("evaluate", "bottleneck", "--patches", str(others.patches), "--out", str(tmp_path / "out.csv"))
+    assert predicted.status == 0
+    assert all("these are the synthetic demo's" in err for err in (outcome.err, predicted.err))
     assert cli("blend", "bottleneck", "--name", "other").out.startswith("This is the synthetic demo")
 
 

@@ -111,7 +111,7 @@ def _run_compare(options: argparse.Namespace) -> None:
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    workspace = runs_workspace(find_workspace(options.work))
+    workspace = _workspace_with_runs(options)
     of_scores = (options.runs[1:], options.labels, options.slides, options.name, options.baseline)
     if not (options.labels or options.out) or (options.out and any(of_scores)):
         raise UserError("give either --labels, to score runs, or --out, to write the predictions of one run, without scores")
@@ -136,12 +136,17 @@ def _run_report(options: argparse.Namespace) -> None:
 
 
 def _comparison(options: argparse.Namespace) -> tuple[Workspace, Comparison]:
-    """Return the compared runs and their workspace; if they are the demo's, standard error says so."""
+    workspace = _workspace_with_runs(options)
+    return workspace, compare_runs(workspace, options.runs, options.baseline, options.slides, options.folds)
+
+
+def _workspace_with_runs(options: argparse.Namespace) -> Workspace:
+    """Return the workspace whose runs are read; if it is the demo's, standard error says so."""
     real = find_workspace(options.work)
     found = runs_workspace(real)
-    if found != real and (found.root / "runs").is_dir():
+    if found != real:
         log.warning("%s: has no runs; these are the synthetic demo's, in %s", real.root, found.root)
-    return found, compare_runs(found, options.runs, options.baseline, options.slides, options.folds)
+    return found
 
 
 def _run_config(options: argparse.Namespace) -> None:

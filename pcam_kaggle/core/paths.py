@@ -144,5 +144,7 @@ def demo_workspace(workspace: Workspace) -> Workspace:
 
 
 def runs_workspace(workspace: Workspace) -> Workspace:
-    """Return `workspace` if it has runs, otherwise the demo's."""
-    return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
+    """Return the demo's workspace if it alone has runs, otherwise `workspace`."""
+    demo = demo_workspace(workspace)
+    has_runs = [(each.root / "runs").is_dir() for each in (workspace, demo)]
+    return demo if has_runs == [False, True] else workspace
