@@ -258,3 +258,13 @@ def test_what_cannot_be_predicted_is_one_line(finished_run: Path, capsys: pytest
         assert main(line) == 2
         assert message in capsys.readouterr().err
         assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["", "config.json/new/out.csv"])
+def test_a_file_that_cannot_be_written_is_noticed_at_the_start(
+    name: str, finished_run: Path, others: Others, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = finished_run / "runs/bottleneck" / name
+    line = ["evaluate", "bottleneck", "--work", str(finished_run), "--patches", str(others.patches), "--out", str(out)]
+    assert main(line) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {out}: is a folder, or can't be written in {finished_run}")
