@@ -17,6 +17,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv
 from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.data.folds import FoldsManifest
 from pcam_kaggle.pipeline.compare import compare_runs, print_result
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
@@ -338,6 +339,20 @@ def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path,
     write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
     assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
     assert "has none of the 720 patches" in capsys.readouterr().err
+
+
+def test_given_folds_are_those_of_a_file_that_has_their_groups(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, drawn = "given_0a1b2c3d", "slides_3_42"
+    write_run(work, by_slide("given", 1.0, 3, given))
+    for scheme in (given, drawn):
+        digest = file_sha256(work / "folds" / f"{scheme}.csv")
+        counts = {"patches": [], "positives": [], "slides": None, "unmapped": None, "labels_sha256": "", "slides_sha256": None}
+        made = FoldsManifest(scheme=scheme, n_splits=FOLDS, seed=None, csv_sha256=digest, **counts)
+        made.write(work / "folds" / f"{scheme}.json")
+    rows = json.loads(compared(work, capsys, "given", "a", "--baseline", "given"))["runs"]
+    assert [(row["unit"], row["interval_unit"]) for row in rows] == [("slide", "slide")] * 2
+    assert main(["blend", "given", "a", "--work", str(work)]) == 0
+    assert Run(work / "runs" / "given-a").blend_metrics().scheme == drawn
 
 
 def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
