@@ -225,7 +225,9 @@ def import_theirs(work: Path, data: Data, change: Callable = lambda oof, test: (
     return main([*line, "--oof", str(work / "oof.csv"), "--test", str(work / "test.csv")])
 
 
-def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pcam: Callable, finished_run: Path) -> None:
+def test_imported_predictions_are_compared_blended_and_submitted(
+    data: Data, pcam: Callable, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work, runs = finished_run, finished_run / "runs"
     assert import_theirs(work, data) == 0
     for names in (["theirs"], ["bottleneck", "theirs"]):
@@ -235,7 +237,13 @@ def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pca
     assert Run(runs / "bottleneck-theirs").blend_metrics().pooled.value == pytest.approx(pooled)
     test, sent = (pd.read_csv(work / name, index_col="id") for name in ("test.csv", "submissions/theirs.csv"))
     np.testing.assert_allclose(sent["label"], test.loc[sent.index, "probability"])
-    assert main(["report", "--work", str(work)]) == 0
+    assert main(["report", "theirs", "bottleneck", "--baseline", "theirs", "--work", str(work)]) == 0
+    has_no_models = f"{runs / 'theirs'}: was imported as predictions and has no models"
+    assert (work / "reports" / "theirs+bottleneck.html").read_text().count(has_no_models) == 2
+    for name in ("theirs", "bottleneck-theirs"):
+        line = ["evaluate", name, "--work", str(work), "--patches", str(data.patches("test")), "--out", str(work / "out.csv")]
+        assert main(line) == 2
+        assert has_no_models in capsys.readouterr().err
     assert len({r.scheme + r.problem + r.unpaired_reason for r in compare_runs(Workspace(work, work), []).runs}) == 1
     assert import_theirs(work, data) == 2
     shutil.rmtree(runs / "theirs")

@@ -100,6 +100,7 @@ def _common_folds(runs: list[Run], chosen: tuple[int, ...] | None) -> dict[str, 
     """Return the folds `chosen` of each run, by default those that are trained; raises UserError if they differ or are not."""
     trained = {}
     for run in runs:
+        run.check_models()
         folds = run.chosen_folds(chosen)
         trained[run.name] = [fold for fold in folds if fold.is_trained]
         untrained = [fold.number for fold in folds if not fold.is_trained]
