@@ -355,6 +355,15 @@ def test_given_folds_are_those_of_a_file_that_has_their_groups(work: Path, capsy
     assert Run(work / "runs" / "given-a").blend_metrics().scheme == drawn
 
 
+def test_another_report_has_another_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("pcam_kaggle.report.page.write_report", lambda *arguments: names.append(arguments[2].name))
+    write_run(work, by_slide("a-b", 1.0, 3))
+    for arguments in ([], ["--folds", "0,2"], ["a", "b"], ["a-b"]):
+        assert main(["report", *arguments, "--work", str(work)]) == 0
+    assert names == ["runs.html", "runs-folds-0-2.html", "a+b.html", "a-b.html"]
+
+
 def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path, "stratified_3_42")
     write_csv(tmp_path / "map.csv", SLIDE_MAP[5:])

@@ -129,7 +129,9 @@ def _run_report(options: argparse.Namespace) -> None:
     from pcam_kaggle.report.page import write_report
 
     workspace, comparison = _comparison(options)
-    target = workspace.root / "reports" / f"{'-'.join(options.runs) or 'runs'}.html"
+    # No run has a + in its name.
+    folds = f"-folds-{'-'.join(map(str, options.folds))}" if options.folds else ""
+    target = workspace.root / "reports" / f"{'+'.join(options.runs) or 'runs'}{folds}.html"
     write_report(comparison, workspace, target)
     log.info("report: %s", target)
     log.info("next: open it in a browser")
