@@ -145,7 +145,10 @@ IMPORT = (
     Option("name", help="name of the run to make"),
     Option("--oof", type=user_path, required=True, help="CSV of id,fold,probability: out of fold, of all train patches"),
     Option("--test", type=user_path, required=True, help="CSV of id,probability: of all test patches"),
-    Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
+    (
+        Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
+        Option("--demo", action="store_true", help="use the labels of the synthetic patches, and work in demo/"),
+    ),
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
