@@ -77,6 +77,11 @@ def test_device_and_workers_reach_the_processes_of_the_gpus(kind: str, cli: Comm
     assert cli("train", "--device", kind, "--workers", "3") == (0, f"{kind},3,{'' if kind == 'cpu' else '0'}\n", "")
 
 
+def test_an_empty_variable_is_none() -> None:
+    code = "from pcam_kaggle.cli.parser import parser\nprint(parser().parse_args(['train']).workers)"
+    assert python(code, PCAM_WORKERS="").stdout == "None\n"
+
+
 def test_messages_name_the_program_as_it_was_started(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for started, name in (("/bin/pcam", "pcam"), ("/a/pcam_kaggle/__main__.py", "python -m pcam_kaggle")):
         monkeypatch.setattr(sys, "argv", [started])
