@@ -17,7 +17,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import FoldsManifest
+from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.pipeline.compare import compare_runs, print_result
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
@@ -342,17 +342,15 @@ def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path,
 
 
 def test_given_folds_are_those_of_a_file_that_has_their_groups(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given, drawn = "given_0a1b2c3d", "slides_3_42"
-    write_run(work, by_slide("given", 1.0, 3, given))
-    for scheme in (given, drawn):
-        digest = file_sha256(work / "folds" / f"{scheme}.csv")
-        counts = {"patches": [], "positives": [], "slides": None, "unmapped": None, "labels_sha256": "", "slides_sha256": None}
-        made = FoldsManifest(scheme=scheme, n_splits=FOLDS, seed=None, csv_sha256=digest, **counts)
-        made.write(work / "folds" / f"{scheme}.json")
+    table = fold_table("slides_3_42")
+    given, grouped = Scheme(FOLDS, "given", None, 0, table.drop(columns="group")), Scheme(FOLDS, "grouped", None, 0, table)
+    for scheme, groups in ((given, None), (grouped, SLIDE_MAP)):
+        make_folds(table, scheme, groups, work / "folds")
+    write_run(work, by_slide("given", 1.0, 3, given.name))
     rows = json.loads(compared(work, capsys, "given", "a", "--baseline", "given"))["runs"]
     assert [(row["unit"], row["interval_unit"]) for row in rows] == [("slide", "slide")] * 2
     assert main(["blend", "given", "a", "--work", str(work)]) == 0
-    assert Run(work / "runs" / "given-a").blend_metrics().scheme == drawn
+    assert Run(work / "runs" / "given-a").blend_metrics().scheme == grouped.name
 
 
 def test_another_report_has_another_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

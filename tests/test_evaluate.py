@@ -251,20 +251,12 @@ def test_what_cannot_be_predicted_is_one_line(finished_run: Path, capsys: pytest
         (lambda folder: (folder / "000.tif").unlink(), [], "holds no TIF"),
         (Path.exists, ["second"], "give either"),
         (Path.exists, ["--labels", "labels.csv"], "give either --labels"),
+        (Path.exists, ["--out", "/"], "--out /: is a folder"),
+        (Path.exists, ["--out", "/dev/null/out.csv"], "--out /dev/null/out.csv: is a folder, or can't be written"),
     ):
         root, out = write_patches(finished_run / message[-9:], ".tif", 1), finished_run / "out.csv"
         add(root)
-        line = ["evaluate", "bottleneck", *options, "--work", str(finished_run), "--patches", str(root), "--out", str(out)]
+        line = ["evaluate", "--out", str(out), "bottleneck", *options, "--work", str(finished_run), "--patches", str(root)]
         assert main(line) == 2
         assert message in capsys.readouterr().err
         assert not out.exists()
-
-
-@pytest.mark.parametrize("name", ["", "config.json/new/out.csv"])
-def test_a_file_that_cannot_be_written_is_noticed_at_the_start(
-    name: str, finished_run: Path, others: Others, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = finished_run / "runs/bottleneck" / name
-    line = ["evaluate", "bottleneck", "--work", str(finished_run), "--patches", str(others.patches), "--out", str(out)]
-    assert main(line) == 2
-    assert capsys.readouterr().err.startswith(f"error: --out {out}: is a folder, or can't be written in {finished_run}")

@@ -144,7 +144,6 @@ def demo_workspace(workspace: Workspace) -> Workspace:
 
 
 def runs_workspace(workspace: Workspace) -> Workspace:
-    """Return the demo's workspace if it alone has runs, otherwise `workspace`."""
-    demo = demo_workspace(workspace)
-    has_runs = [(each.root / "runs").is_dir() for each in (workspace, demo)]
-    return demo if has_runs == [False, True] else workspace
+    """Return `workspace` if it has runs or the demo's has none either, otherwise the demo's."""
+    with_runs = [each for each in (workspace, demo_workspace(workspace)) if (each.root / "runs").is_dir()]
+    return with_runs[0] if with_runs else workspace

@@ -110,8 +110,7 @@ def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Sche
     if (kinds < 2).any():
         needs = f"each needs both, also in subset={subset}; choose a larger one" if subset else "each needs both"
         raise UserError(f"{file}: fold {kinds.idxmin()} of 0 to {count - 1} is missing or lacks a label; {needs}")
-    table = table.astype({"fold": np.int64})
-    return Scheme(count, "given" if groups is None else "grouped", None, subset, table), groups
+    return Scheme(count, "given" if groups is None else "grouped", None, subset, table.astype({"fold": np.int64})), groups
 
 
 def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:

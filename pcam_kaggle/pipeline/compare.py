@@ -76,10 +76,7 @@ def read_run(run: Run, folds: Path) -> ComparedRun:
 
 
 def with_groups(made: Made, folder: Path) -> Made:
-    """Return `made` on the fold file in `folder` that has its folds and, if any of these files does, groups.
-
-    Only folds that were given can lack groups that another file has.
-    """
+    """Return `made` on an equal fold file in `folder`, one with groups if there is any: folds that were given may lack them."""
     file = folder / f"{made.scheme}.csv"
     same = find_folds(read_text(file), folder) if made.scheme.startswith("given_") and file.is_file() else None
     return replace(made, scheme=same.scheme, folds_sha256=same.csv_sha256) if same else made

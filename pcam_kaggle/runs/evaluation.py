@@ -42,20 +42,16 @@ class Evaluation:
         return read_numbers(table, ["label", *(f"fold_{number}" for number in sources.checkpoints)])
 
     def current(self, run: Run) -> pd.DataFrame | None:
-        """Return the stored predictions of `run` by its present checkpoints for the set that `result_file` has the scores of.
-
-        None if there are none, or with a warning if a file is damaged.
-        """
+        """Return the predictions by the present checkpoints of `run` for the scored patches, None if there are none or damaged."""
         record = self._files(run.name)[1]
         if not (record.is_file() and self.result_file.is_file()):
             return None
         try:
-            sources = HeldOutRecord.read(record).sources
+            # Predictions of an evaluation that failed may be of patches or labels that have been corrected since.
+            sources, scored = HeldOutRecord.read(record).sources, EvaluationResult.read(self.result_file)
             best = {number: run.fold(number).best_checkpoint for number in sources.checkpoints}
             hashes = {number: file_sha256(file) for number, file in best.items() if file.is_file()}
-            # An evaluation that failed may have left predictions of a set that has been corrected since.
-            patches = EvaluationResult.read(self.result_file).patches_sha256
-            is_current = (hashes, patches) == (sources.checkpoints, sources.patches_sha256)
+            is_current = (hashes, scored.patches_sha256) == (sources.checkpoints, sources.patches_sha256)
             return self.predictions(run.name, sources) if is_current else None
         except UserError as error:
             log.warning("left out: %s", error)
