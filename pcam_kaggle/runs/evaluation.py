@@ -42,7 +42,7 @@ class Evaluation:
         return read_numbers(table, ["label", *(f"fold_{number}" for number in sources.checkpoints)])
 
     def current(self, run: Run) -> pd.DataFrame | None:
-        """Return the predictions by the present checkpoints of `run` for the scored patches, None if there are none or damaged."""
+        """Return the predictions of `run` by its present checkpoints for the scored patches; None if lacking or damaged."""
         record = self._files(run.name)[1]
         if not (record.is_file() and self.result_file.is_file()):
             return None
