@@ -71,7 +71,7 @@ def read_run(run: Run, folds: Path) -> ComparedRun:
     compared = ComparedRun(run.name)
     with _problem_of(compared):
         (_read_experiment if run.is_experiment else _read_blend)(run, compared)
-        compared = with_groups(compared, folds)
+        return with_groups(compared, folds)
     return compared
 
 
