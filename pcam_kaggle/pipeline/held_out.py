@@ -82,7 +82,7 @@ def predict_patches(workspace: Workspace, name: str, patches: Path, out: Path, f
     The columns of the CSV `out` are id, the mean of the models (probability; mean_rank of a blend of ranks), and `fold_<k>`.
     """
     # Predictions may take hours, and are not stored elsewhere.
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = next((folder for folder in out.absolute().parents if folder.exists()), out)
     if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"--out {out}: is a folder, or can't be written in {parent}; name another file")
     ensemble = Run(workspace.run(name)).ensemble()
