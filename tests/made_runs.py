@@ -50,7 +50,7 @@ def by_slide(name: str, signal: float, seed: int, scheme: str = "slides_3_42") -
 def fold_table(scheme: str) -> pd.DataFrame:
     """Return the fold file of `scheme`, with its groups if any."""
     table = pd.DataFrame({"id": IDS, "label": LABELS, "fold": FOLD})
-    return table if scheme.startswith("stratified") else table.assign(group=SLIDE_MAP["wsi"])
+    return table if scheme.startswith(("stratified", "given")) else table.assign(group=SLIDE_MAP["wsi"])
 
 
 def write_run(

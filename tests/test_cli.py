@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import pytest
-from conftest import Outcome
+from conftest import Others, Outcome
 
 from pcam_kaggle.cli import commands
 from pcam_kaggle.cli.main import main
@@ -77,6 +77,11 @@ def test_device_and_workers_reach_the_processes_of_the_gpus(kind: str, cli: Comm
     assert cli("train", "--device", kind, "--workers", "3") == (0, f"{kind},3,{'' if kind == 'cpu' else '0'}\n", "")
 
 
+def test_an_empty_variable_is_none() -> None:
+    code = "from pcam_kaggle.cli.parser import parser\nprint(parser().parse_args(['train']).workers)"
+    assert python(code, PCAM_WORKERS="").stdout == "None\n"
+
+
 def test_messages_name_the_program_as_it_was_started(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for started, name in (("/bin/pcam", "pcam"), ("/a/pcam_kaggle/__main__.py", "python -m pcam_kaggle")):
         monkeypatch.setattr(sys, "argv", [started])
@@ -132,11 +137,14 @@ def test_folds_of_a_blend_are_those_of_its_members(finished_run: Path, pcam: Com
     assert "bottleneck has folds 0 to 2" in pcam(*blend, "3").err
 
 
-def test_runs_of_the_demo_are_not_compared_in_silence(finished_run: Path, cli: Command, tmp_path: Path) -> None:
+def test_runs_of_the_demo_are_not_used_in_silence(finished_run: Path, cli: Command, others: Others, tmp_path: Path) -> None:
+    assert cli("compare").err == f"error: {tmp_path / 'runs'}: holds no run\n"
     finished_run.rename(tmp_path / "demo")
     outcome = cli("compare", "--format", "json")
     assert (outcome.status, outcome.out[0]) == (0, "{")
-    assert "these are the synthetic demo's" in outcome.err
+    predicted = cli("evaluate", "bottleneck", "--patches", str(others.patches), "--out", str(tmp_path / "out.csv"))
+    assert predicted.status == 0
+    assert all("these are the synthetic demo's" in err for err in (outcome.err, predicted.err))
     assert cli("blend", "bottleneck", "--name", "other").out.startswith("This is the synthetic demo")
 
 

@@ -17,6 +17,7 @@ from pcam_kaggle.cli.main import main
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.files import file_sha256, read_json, write_csv
 from pcam_kaggle.core.paths import Workspace
+from pcam_kaggle.data.folds import Scheme, make_folds
 from pcam_kaggle.pipeline.compare import compare_runs, print_result
 from pcam_kaggle.report.page import write_report
 from pcam_kaggle.runs.run import Run
@@ -338,6 +339,27 @@ def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path,
     write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
     assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
     assert "has none of the 720 patches" in capsys.readouterr().err
+
+
+def test_given_folds_are_those_of_a_file_that_has_their_groups(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = fold_table("slides_3_42")
+    given, grouped = Scheme(FOLDS, "given", None, 0, table.drop(columns="group")), Scheme(FOLDS, "grouped", None, 0, table)
+    for scheme, groups in ((given, None), (grouped, SLIDE_MAP)):
+        make_folds(table, scheme, groups, work / "folds")
+    write_run(work, by_slide("given", 1.0, 3, given.name))
+    rows = json.loads(compared(work, capsys, "given", "a", "--baseline", "given"))["runs"]
+    assert [(row["unit"], row["interval_unit"]) for row in rows] == [("slide", "slide")] * 2
+    assert main(["blend", "given", "a", "--work", str(work)]) == 0
+    assert Run(work / "runs" / "given-a").blend_metrics().scheme == grouped.name
+
+
+def test_another_report_has_another_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("pcam_kaggle.report.page.write_report", lambda *arguments: names.append(arguments[2].name))
+    write_run(work, by_slide("a-b", 1.0, 3))
+    for arguments in ([], ["--folds", "0,2"], ["a", "b"], ["a-b"]):
+        assert main(["report", *arguments, "--work", str(work)]) == 0
+    assert names == ["runs.html", "runs-folds-0-2.html", "a+b.html", "a-b.html"]
 
 
 def test_a_map_replaces_ungrouped_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

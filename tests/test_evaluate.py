@@ -251,10 +251,12 @@ def test_what_cannot_be_predicted_is_one_line(finished_run: Path, capsys: pytest
         (lambda folder: (folder / "000.tif").unlink(), [], "holds no TIF"),
         (Path.exists, ["second"], "give either"),
         (Path.exists, ["--labels", "labels.csv"], "give either --labels"),
+        (Path.exists, ["--out", "/"], "--out /: is a folder"),
+        (Path.exists, ["--out", "/dev/null/out.csv"], "--out /dev/null/out.csv: is a folder, or can't be written"),
     ):
         root, out = write_patches(finished_run / message[-9:], ".tif", 1), finished_run / "out.csv"
         add(root)
-        line = ["evaluate", "bottleneck", *options, "--work", str(finished_run), "--patches", str(root), "--out", str(out)]
+        line = ["evaluate", "--out", str(out), "bottleneck", *options, "--work", str(finished_run), "--patches", str(root)]
         assert main(line) == 2
         assert message in capsys.readouterr().err
         assert not out.exists()

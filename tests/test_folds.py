@@ -184,3 +184,5 @@ def test_given_folds_are_named_by_content_and_found_by_it(labels: pd.DataFrame, 
     make_folds(labels, SLIDES, slides[50:], tmp_path)
     assert find_folds(table, tmp_path).scheme == SLIDES.name
     assert given_folds(file, labels, 100)[0].given["id"].tolist() == draw_subset(labels, 100)["id"].tolist()
+    with pytest.raises(UserError, match=r"lacks a label; each needs both, also in subset=6; choose a larger one$"):
+        given_folds(file, labels, 6)

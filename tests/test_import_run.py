@@ -1,6 +1,7 @@
 """Import of a run: the newer state of a fold wins, and only valid files of a run are copied."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -225,16 +226,18 @@ def test_a_damaged_run_is_not_imported(damage: Callable[[Path], object], message
     assert not [path for path in here.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def import_theirs(work: Path, data: Data, change: Callable = lambda oof, test: (oof, test)) -> int:
+def import_theirs(work: Path, data: Data, change: Callable = lambda oof, test: (oof, test), *options: str) -> int:
     rng, oof, test = np.random.default_rng(1), Run(work / RUN).oof(), pd.read_csv(data.sample)[["id"]]
     tables = (table.assign(probability=rng.random(len(table))) for table in (oof.drop(columns="label"), test))
     for name, table in zip(("oof", "test"), change(*tables), strict=True):
         table.sample(frac=1).to_csv(work / f"{name}.csv", index=False)
-    line = ["import", "theirs", "--data", str(data.root), "--work", str(work)]
+    line = ["import", "theirs", *(options or ("--data", str(data.root))), "--work", str(work)]
     return main([*line, "--oof", str(work / "oof.csv"), "--test", str(work / "test.csv")])
 
 
-def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pcam: Callable, finished_run: Path) -> None:
+def test_imported_predictions_are_compared_blended_and_submitted(
+    data: Data, pcam: Callable, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work, runs = finished_run, finished_run / "runs"
     assert import_theirs(work, data) == 0
     for names in (["theirs"], ["bottleneck", "theirs"]):
@@ -244,7 +247,12 @@ def test_imported_predictions_are_compared_blended_and_submitted(data: Data, pca
     assert Run(runs / "bottleneck-theirs").blend_metrics().pooled.value == pytest.approx(pooled)
     test, sent = (pd.read_csv(work / name, index_col="id") for name in ("test.csv", "submissions/theirs.csv"))
     np.testing.assert_allclose(sent["label"], test.loc[sent.index, "probability"])
-    assert main(["report", "--work", str(work)]) == 0
+    assert main(["report", "theirs", "bottleneck", "--baseline", "theirs", "--work", str(work)]) == 0
+    has_no_models = f"{runs / 'theirs'}: was imported as predictions and has no models"
+    assert (work / "reports" / "theirs+bottleneck.html").read_text().count(has_no_models) == 2
+    line = ["evaluate", "bottleneck-theirs", "--work", str(work), "--patches", str(work), "--out", str(work / "out.csv")]
+    assert main(line) == 2
+    assert has_no_models in capsys.readouterr().err
     assert len({r.scheme + r.problem + r.unpaired_reason for r in compare_runs(Workspace(work, work), []).runs}) == 1
     assert import_theirs(work, data) == 2
     shutil.rmtree(runs / "theirs")
@@ -265,3 +273,12 @@ def test_unusable_predictions_are_not_imported(data: Data, finished_run: Path, c
         assert import_theirs(finished_run, data, change) == 2
         assert message in capsys.readouterr().err
         assert not [*finished_run.glob("runs/theirs"), *finished_run.glob("folds/given*")]
+
+
+@pytest.mark.parametrize("demo", ["", "demo"])
+def test_the_printed_command_blends(demo: str, data: Data, finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(data.root, finished_run / "demo" / "data")
+    assert import_theirs(finished_run, data, lambda oof, test: (oof, test), *(["--demo"] if demo else [])) == 0
+    _, _, command = capsys.readouterr().out.splitlines()[-1].partition("next: python -m pcam_kaggle ")
+    assert main(shlex.split(command)) == 0
+    assert Run(finished_run / demo / "runs" / "theirs").has_score

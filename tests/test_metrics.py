@@ -65,8 +65,9 @@ def test_operating_points_match_scikit_learn_with_ties(decimals: int, signal: fl
     labels = np.repeat([0, 1], [130, 100])
     probabilities = (rng.normal(0.4, 0.2, 230) + signal * labels).clip(0, 1).round(decimals)
     points = operating_points(labels, probabilities)
-    for _, point in points.iterrows():
-        assigned = probabilities >= point["threshold"]
+    printed = operating_table({"run": (labels, probabilities)})["threshold"].astype(float)
+    for (_, point), applied in zip(points.iterrows(), printed, strict=True):
+        assigned = probabilities >= applied
         assert point[["TN", "FP", "FN", "TP"]].tolist() == confusion_matrix(labels, assigned).ravel().tolist()
         assert point["sensitivity"] == pytest.approx(recall_score(labels, assigned))
         assert point["specificity"] == pytest.approx(recall_score(labels, assigned, pos_label=0))

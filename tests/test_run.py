@@ -84,12 +84,13 @@ def test_an_incomplete_blend_is_written_again(name: str, loss: str, tmp_path: Pa
     assert file.read_text() == before
 
 
-def test_damaged_logs_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_logs_are_left_out_and_damaged_ones_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     run = Run(tmp_path)
     row = dict.fromkeys(("epoch", "train_loss", "valid_auc", "seconds", "valid_seconds"), 1.0)
-    for number in (0, 2):
+    for number in (0, 1, 2):
         run.fold(number).write_log([row, row])
+    (run.fold(1).folder / "log.csv").write_text("epoch,train_loss,valid_auc\n")
     (run.fold(2).folder / "log.csv").write_text("damaged")
     (tmp_path / "fold_0_old").mkdir()
     assert {number: len(log) for number, log in run.logs().items()} == {0: 2}

@@ -132,6 +132,13 @@ def test_the_auc_on_held_out_slides_is_of_present_models(workspace: Workspace, p
     assert scores(workspace)["others"].tolist() == ["", ""]
 
 
+def test_the_auc_on_held_out_slides_is_of_the_set_that_was_scored_last(workspace: Workspace) -> None:
+    result = workspace.evaluations / "others" / "result.json"
+    assert scores(workspace)["others"].tolist() != [""]
+    write_json(result, read_json(result) | {"patches_sha256": "of corrected labels"})
+    assert scores(workspace)["others"].tolist() == [""]
+
+
 @pytest.mark.parametrize(("ranked", "weight"), [(False, 0.5), (True, 0.5), (False, 0.9)])
 def test_the_auc_of_a_blend_is_that_of_its_members(ranked: bool, weight: float) -> None:
     rng = np.random.default_rng(3)

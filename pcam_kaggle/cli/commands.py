@@ -18,7 +18,6 @@ from pcam_kaggle.pipeline.job import Job, Selection, time_limit, with_given_fold
 from pcam_kaggle.pipeline.stages import STAGES, run_all, run_stage
 from pcam_kaggle.pipeline.weights_folder import with_folder_settings
 from pcam_kaggle.runs.import_run import import_predictions
-from pcam_kaggle.scoring.compare import Comparison
 from pcam_kaggle.scoring.tables import render_comparison, render_evaluation
 
 log = logging.getLogger(__name__)
@@ -30,13 +29,20 @@ def _run_stage(options: argparse.Namespace) -> None:
     run_stage(job, options.command)
     if options.command != order[-1]:
         following = order[order.index(options.command) + 1]
-        given = [word for pair in _given(options) for word in pair if (pair[0], following) != ("--folds", "submission")]
-        demo = ["--demo"] if options.demo else []
-        log.info("next: %s %s", program(), shlex.join([following, *demo, *given]))
+        given = [pair for pair in _given(options) if (pair[0], following) != ("--folds", "submission")]
+        _log_next(options, [following], given)
     elif job.demo:
         log.info("This was the synthetic demo: its submission means nothing for Kaggle.")
     else:
         log.info("next: submit %s to Kaggle", job.submission())
+
+
+def _log_next(options: argparse.Namespace, command: Sequence[str], given: Sequence[tuple[str, str]] = ()) -> None:
+    """Log the words of `command`, with the options `given`, in the folders of this one."""
+    work = options.work if options.work != os.environ.get("PCAM_WORK") else None
+    words = ["--demo"] if options.demo else []
+    words += [word for pair in (("--data", options.data), ("--work", work), *given) if pair[1] for word in pair]
+    log.info("next: %s %s", program(), shlex.join([*command, *words]))
 
 
 def _job(options: argparse.Namespace, default: str | None = None, changes: Sequence[str] = (), suffix: str = "") -> Job:
@@ -80,10 +86,8 @@ def _folders(options: argparse.Namespace) -> tuple[Data, Workspace, bool]:
 
 
 def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return the options of a job that were given and that the next stage takes too, except --demo, with their values."""
+    """Return the options of a job that were given and that the next stage takes too, except for folders, with their values."""
     pairs = [
-        ("--data", options.data),
-        ("--work", options.work if options.work != os.environ.get("PCAM_WORK") else None),
         ("-e", options.experiment),
         ("--name", options.name or "-".join(options.members)),
         ("--seeds", options.seeds if options.seeds > 1 else None),
@@ -99,19 +103,23 @@ def _given(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _run_import(options: argparse.Namespace) -> None:
     workspace = find_workspace(options.work)
-    data = find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
+    demo = demo_workspace(workspace)
+    data = Data(demo.root / "data") if options.demo else find_data(options.data or os.environ.get("PCAM_DATA"), workspace.root)
     if data is None:
         raise UserError("no data of the competition found, whose labels are needed; name its folder with --data")
-    run = import_predictions(options.name, options.oof, options.test, data, workspace)
-    log.info("import: %s; next: %s blend %s, alone or with other runs", run.folder, program(), run.name)
+    run = import_predictions(options.name, options.oof, options.test, data, demo if options.demo else workspace)
+    log.info("import: %s, to blend alone or with other runs", run.folder)
+    _log_next(options, ["blend", run.name])
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    print(render_comparison(_comparison(options)[1], options.format), end="")
+    workspace = _workspace_with_runs(options)
+    comparison = compare_runs(workspace, options.runs, options.baseline, options.slides, options.folds)
+    print(render_comparison(comparison, options.format), end="")
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
-    workspace = runs_workspace(find_workspace(options.work))
+    workspace = _workspace_with_runs(options)
     of_scores = (options.runs[1:], options.labels, options.slides, options.name, options.baseline)
     if not (options.labels or options.out) or (options.out and any(of_scores)):
         raise UserError("give either --labels, to score runs, or --out, to write the predictions of one run, without scores")
@@ -128,20 +136,23 @@ def _run_report(options: argparse.Namespace) -> None:
     # matplotlib takes a second to import, which no other command has to wait for.
     from pcam_kaggle.report.page import write_report
 
-    workspace, comparison = _comparison(options)
-    target = workspace.root / "reports" / f"{'-'.join(options.runs) or 'runs'}.html"
+    workspace = _workspace_with_runs(options)
+    comparison = compare_runs(workspace, options.runs, options.baseline, options.slides, options.folds)
+    # No run has a + in its name.
+    folds = f"-folds-{'-'.join(map(str, options.folds))}" if options.folds else ""
+    target = workspace.root / "reports" / f"{'+'.join(options.runs) or 'runs'}{folds}.html"
     write_report(comparison, workspace, target)
     log.info("report: %s", target)
     log.info("next: open it in a browser")
 
 
-def _comparison(options: argparse.Namespace) -> tuple[Workspace, Comparison]:
-    """Return the compared runs and their workspace; if they are the demo's, standard error says so."""
+def _workspace_with_runs(options: argparse.Namespace) -> Workspace:
+    """Return the workspace whose runs are read; if it is the demo's, standard error says so."""
     real = find_workspace(options.work)
     found = runs_workspace(real)
-    if found != real and (found.root / "runs").is_dir():
+    if found != real:
         log.warning("%s: has no runs; these are the synthetic demo's, in %s", real.root, found.root)
-    return found, compare_runs(found, options.runs, options.baseline, options.slides, options.folds)
+    return found
 
 
 def _run_config(options: argparse.Namespace) -> None:

@@ -90,7 +90,7 @@ DEVICE = Option(
 WORKERS = Option(
     "--workers",
     type=_count,
-    default=os.environ.get("PCAM_WORKERS"),
+    default=os.environ.get("PCAM_WORKERS") or None,
     help="processes that load train patches, for each GPU [PCAM_WORKERS, or one for each CPU, divided by the GPUs]",
 )
 EXPERIMENT = Option("-e", "--experiment", help=f"named settings: {', '.join(EXPERIMENTS)} [{DEFAULT}; probe: {PRETRAINED}]")
@@ -145,7 +145,10 @@ IMPORT = (
     Option("name", help="name of the run to make"),
     Option("--oof", type=user_path, required=True, help="CSV of id,fold,probability: out of fold, of all train patches"),
     Option("--test", type=user_path, required=True, help="CSV of id,probability: of all test patches"),
-    Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
+    (
+        Option("--data", help="the competition's folder, for labels and test ids [PCAM_DATA]"),
+        Option("--demo", action="store_true", help="use the labels of the synthetic patches, and work in demo/"),
+    ),
 )
 # What `commands` reads of a command that lacks the option.
 DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
@@ -189,9 +192,7 @@ COMMANDS = (
         "score runs on labelled patches of held-out slides, or predict patches without labels",
         (*HELD_OUT, FOLDS, BASELINE, FORMAT, DEVICE),
     ),
-    Command(
-        "report", "write an HTML report of runs with figures and the patches that are worst predicted", (*COMPARED, DEVICE)
-    ),
+    Command("report", "write an HTML report of runs with figures and the patches that are worst predicted", COMPARED),
     Command("config", "list all settings of an experiment: value, allowed values, meaning", (EXPERIMENT, SET)),
     Command("kaggle run", "train an experiment in a notebook on Kaggle, download its runs, compare them", SESSION),
     Command("kaggle status", "print login, GPU quota and the status of the notebook's last session", (TITLE, LOG)),

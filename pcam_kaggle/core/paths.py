@@ -144,5 +144,6 @@ def demo_workspace(workspace: Workspace) -> Workspace:
 
 
 def runs_workspace(workspace: Workspace) -> Workspace:
-    """Return `workspace` if it has runs, otherwise the demo's."""
-    return workspace if (workspace.root / "runs").is_dir() else demo_workspace(workspace)
+    """Return `workspace` if it has runs or the demo's has none either, otherwise the demo's."""
+    with_runs = [each for each in (workspace, demo_workspace(workspace)) if (each.root / "runs").is_dir()]
+    return with_runs[0] if with_runs else workspace

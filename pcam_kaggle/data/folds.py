@@ -100,16 +100,17 @@ def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Sche
         raise UserError(f"{file}: {len(others):,} ids lack a label or a row here ({examples(others)}); fix the rows", others)
     count = max(2, table["fold"].nunique())
     table = labels.merge(table).astype({"label": np.int64})
-    kinds = table.groupby("fold")["label"].nunique().reindex(range(count), fill_value=0)
-    if (kinds < 2).any():
-        raise UserError(f"{file}: fold {kinds.idxmin()} of 0 to {count - 1} is missing or lacks a label; each needs both")
     if groups is not None:
         table["group"] = table["id"].map(groups.set_index("id")["wsi"]).fillna(UNMAPPED)
         folds = table.groupby("group")["fold"].nunique()
         if (folds > 1).any():
             raise UserError(f"{file}: group {folds.idxmax()} is in several folds; leave out the column group if it may be")
-    table = table[table["id"].isin(draw_subset(labels, subset)["id"])].astype({"fold": np.int64}).reset_index(drop=True)
-    return Scheme(count, "given" if groups is None else "grouped", None, subset, table), groups
+    table = table[table["id"].isin(draw_subset(labels, subset)["id"])].reset_index(drop=True)
+    kinds = table.groupby("fold")["label"].nunique().reindex(range(count), fill_value=0)
+    if (kinds < 2).any():
+        needs = f"each needs both, also in subset={subset}; choose a larger one" if subset else "each needs both"
+        raise UserError(f"{file}: fold {kinds.idxmin()} of 0 to {count - 1} is missing or lacks a label; {needs}")
+    return Scheme(count, "given" if groups is None else "grouped", None, subset, table.astype({"fold": np.int64})), groups
 
 
 def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:

@@ -3,18 +3,20 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from pcam_kaggle.core.errors import UserError, examples, program
 from pcam_kaggle.core.paths import Workspace
-from pcam_kaggle.data.folds import read_groups
-from pcam_kaggle.data.tables import read_numbers, read_slides
+from pcam_kaggle.data.folds import find_folds, read_groups
+from pcam_kaggle.data.tables import read_numbers, read_slides, read_text
 from pcam_kaggle.runs.records import IMPORTED
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import score
+from pcam_kaggle.scoring.blend import RunPredictions, score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison, choose_folds, compare, find_reference, lacks
 from pcam_kaggle.scoring.intervals import Clusters, family_of, unit_of
 from pcam_kaggle.scoring.results import Unit
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # The groups (id, wsi) to resample, None to resample patches, and their unit.
 Groups = tuple[pd.DataFrame | None, Unit]
+Made = TypeVar("Made", ComparedRun, RunPredictions)
 
 
 def compare_runs(
@@ -44,7 +47,7 @@ def compare_runs(
     unknown = [name for name in (*names, baseline) if name and name not in found]
     if unknown or not found:
         raise UserError(f"{root}: holds {examples(found) or 'no run'}" + (f", not {', '.join(unknown)}" if unknown else ""))
-    compared = [read_run(Run(root / name)) for name in found if not names or name in (*names, baseline)]
+    compared = [read_run(Run(root / name), workspace.folds) for name in found if not names or name in (*names, baseline)]
     chosen: dict[str, Sequence[int]] = {}
     groups: dict[str, Groups] = {}
     for run in compared:
@@ -63,12 +66,20 @@ def compare_runs(
     return compare(compared, reference, family_of(baseline), *groups[reference.folds_sha256])
 
 
-def read_run(run: Run) -> ComparedRun:
-    """Return `run` with the folds that it has predicted, or why it can't be scored: not predicted, not blended, or damaged."""
+def read_run(run: Run, folds: Path) -> ComparedRun:
+    """Return `run` with what it has predicted, on a fold file in `folds`, or why it is not scored: unfinished or damaged."""
     compared = ComparedRun(run.name)
     with _problem_of(compared):
         (_read_experiment if run.is_experiment else _read_blend)(run, compared)
+        return with_groups(compared, folds)
     return compared
+
+
+def with_groups(made: Made, folder: Path) -> Made:
+    """Return `made` on an equal fold file in `folder`, one with groups if there is any: folds that were given may lack them."""
+    file = folder / f"{made.scheme}.csv"
+    same = find_folds(read_text(file), folder) if made.scheme.startswith("given_") and file.is_file() else None
+    return replace(made, scheme=same.scheme, folds_sha256=same.csv_sha256) if same else made
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Evaluation: the models of runs on a held-out set, labelled patches that they were not trained on."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def predict_patches(workspace: Workspace, name: str, patches: Path, out: Path, f
 
     The columns of the CSV `out` are id, the mean of the models (probability; mean_rank of a blend of ranks), and `fold_<k>`.
     """
+    # Predictions may take hours, and are not stored elsewhere.
+    parent = next((folder for folder in out.absolute().parents if folder.exists()), out)
+    if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--out {out}: is a folder, or can't be written in {parent}; name another file")
     ensemble = Run(workspace.run(name)).ensemble()
     trained = _common_folds([Run(workspace.run(run)) for run in ensemble.weights], folds)
     read = read_unlabelled(patches)
@@ -95,6 +100,7 @@ def _common_folds(runs: list[Run], chosen: tuple[int, ...] | None) -> dict[str, 
     """Return the folds `chosen` of each run, by default those that are trained; raises UserError if they differ or are not."""
     trained = {}
     for run in runs:
+        run.check_models()
         folds = run.chosen_folds(chosen)
         trained[run.name] = [fold for fold in folds if fold.is_trained]
         untrained = [fold.number for fold in folds if not fold.is_trained]

@@ -109,7 +109,7 @@ class Job:
 
 def with_given_folds(planned: Plan, fold_file: Path, data: Data) -> Plan:
     """Return `planned` with as many folds as the CSV `fold_file` has; raises UserError as `given_folds` does."""
-    n_splits = given_folds(fold_file, read_labels(data.labels))[0].n_splits
+    n_splits = given_folds(fold_file, read_labels(data.labels), planned.runs[0].config.subset)[0].n_splits
     log.info("folds: n_splits=%d, as in %s", n_splits, fold_file)
     return Plan(planned.name, tuple(replace(spec, config=replace(spec.config, n_splits=n_splits)) for spec in planned.runs))
 

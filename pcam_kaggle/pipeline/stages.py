@@ -13,7 +13,7 @@ from pcam_kaggle.core.files import locked
 from pcam_kaggle.data.demo import make_demo
 from pcam_kaggle.data.folds import fold_inputs, load_folds, make_folds
 from pcam_kaggle.data.prepare import prepare
-from pcam_kaggle.pipeline.compare import resampled_groups
+from pcam_kaggle.pipeline.compare import resampled_groups, with_groups
 from pcam_kaggle.pipeline.job import Job, run_rehearsal
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import write_ledger, write_submission
@@ -132,6 +132,7 @@ def run_blend(job: Job) -> bool:
 
 def _blend(job: Job, members: list[RunPredictions], method: Method, out: Run) -> tuple[BlendMetrics, bool]:
     """Blend `members` into `out`; intervals and tests resample the groups of their folds, or of the job's slide map."""
+    members = [with_groups(member, job.workspace.folds) for member in members]
     first = members[0]
     groups, unit = resampled_groups(first.scheme, first.oof, job.workspace.folds, job.selection.slides)
     with locked(out.folder):

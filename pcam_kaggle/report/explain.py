@@ -50,6 +50,7 @@ def ensemble_maps(
 
 def _member_maps(chosen: pd.DataFrame, patches: Images, run: Run) -> NDArray[np.float32]:
     """Return the maps of each patch by the model of its own fold, without TTA."""
+    run.check_models()
     config = run.config()
     maps = np.zeros(patches.shape[:3], np.float32)
     margin = (patches.shape[1] - config.side) // 2

@@ -263,6 +263,7 @@ def _augmentation(report: Report, section: Section) -> None:
     run = report.run(report.name)
     if not run.is_experiment or run.config().probe:
         raise UserError(f"{run.name} was not trained on augmented patches itself; blends and probes are not")
+    run.check_models()
     examples = gallery.draw_examples(report.oof, EXAMPLES_PER_LABEL)
     section.tiles = gallery.augmentation_tiles(report.patches(examples, run.name), examples, run.config())
     section.text = f"{run.name}: train patches, and beside each random versions as the model sees them in training."

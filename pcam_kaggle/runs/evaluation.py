@@ -11,6 +11,7 @@ from pcam_kaggle.core.files import file_sha256, write_csv
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.records import HeldOutRecord, HeldOutSources
 from pcam_kaggle.runs.run import Run
+from pcam_kaggle.scoring.held_out import EvaluationResult
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +42,17 @@ class Evaluation:
         return read_numbers(table, ["label", *(f"fold_{number}" for number in sources.checkpoints)])
 
     def current(self, run: Run) -> pd.DataFrame | None:
-        """Return the stored predictions of `run`, None if none are by its present checkpoints, or with a warning if damaged."""
+        """Return the predictions of `run` by its present checkpoints for the scored patches; None if lacking or damaged."""
         record = self._files(run.name)[1]
-        if not record.is_file():
+        if not (record.is_file() and self.result_file.is_file()):
             return None
         try:
-            sources = HeldOutRecord.read(record).sources
+            # Predictions of an evaluation that failed may be of patches or labels that have been corrected since.
+            sources, scored = HeldOutRecord.read(record).sources, EvaluationResult.read(self.result_file)
             best = {number: run.fold(number).best_checkpoint for number in sources.checkpoints}
             hashes = {number: file_sha256(file) for number, file in best.items() if file.is_file()}
-            return self.predictions(run.name, sources) if hashes == sources.checkpoints else None
+            is_current = (hashes, scored.patches_sha256) == (sources.checkpoints, sources.patches_sha256)
+            return self.predictions(run.name, sources) if is_current else None
         except UserError as error:
             log.warning("left out: %s", error)
             return None

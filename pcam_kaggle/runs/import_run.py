@@ -7,7 +7,7 @@ from pathlib import Path
 from pcam_kaggle.core.errors import UserError, examples
 from pcam_kaggle.core.files import building, file_sha256, locked, write
 from pcam_kaggle.core.paths import Data, Workspace, check_name
-from pcam_kaggle.data.folds import find_folds, given_folds, make_folds
+from pcam_kaggle.data.folds import given_folds, make_folds
 from pcam_kaggle.data.tables import read_labels, read_numbers, read_sample
 from pcam_kaggle.runs import checkpoint
 from pcam_kaggle.runs.fold import FOLD_FILES, Fold
@@ -39,8 +39,7 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 def import_predictions(name: str, oof: Path, test: Path, data: Data, workspace: Workspace) -> Run:
     """Make the run `name` of predictions in CSVs: `oof` (id, fold, probability), and `test` (id, probability) of every fold.
 
-    Its folds are those of an equal fold file in `workspace`, or new ones. Raises UserError as `given_folds`, for wrong ids or
-    probabilities, and if the run exists.
+    Raises UserError as `given_folds`, for wrong ids or probabilities, and if the run exists.
     """
     check_name(name)
     run, labels = Run(workspace.run(name)), read_labels(data.labels)
@@ -52,7 +51,7 @@ def import_predictions(name: str, oof: Path, test: Path, data: Data, workspace: 
         raise UserError(f"{oof}: {len(ids):,} probabilities are outside of [0, 1] (ids {examples(ids)}); correct them", ids)
     submission_table(tests, read_sample(data.sample)["id"], test, data.sample)
     with locked(workspace.folds):
-        made = find_folds(scheme.given, workspace.folds) or make_folds(labels, scheme, groups, workspace.folds)[0].manifest
+        made = make_folds(labels, scheme, groups, workspace.folds)[0].manifest
     config = RunConfig(experiment=IMPORTED, config={"n_splits": made.n_splits}, folds=made.scheme, folds_sha256=made.csv_sha256)
     with locked(run.folder), building(run.folder, lambda _: False) as folder:
         for number, part in scheme.given.merge(predicted).groupby("fold"):

@@ -18,7 +18,7 @@ from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.fold import Fold
 from pcam_kaggle.runs.provenance import session_start
-from pcam_kaggle.runs.records import Environment, RunConfig
+from pcam_kaggle.runs.records import IMPORTED, Environment, RunConfig
 from pcam_kaggle.scoring.blend import Blend, RunPredictions
 from pcam_kaggle.scoring.held_out import Ensemble
 from pcam_kaggle.scoring.results import BlendMetrics
@@ -95,7 +95,7 @@ class Run:
         return [fold.number for fold in self.folds() if fold.has_predictions]
 
     def logs(self) -> dict[int, pd.DataFrame]:
-        """Return the training logs by fold number; a blend has none, and damaged ones are left out with a warning."""
+        """Return the training logs of an epoch or more by fold number; damaged ones are left out with a warning."""
         logs = {}
         names = [file.parent.name.removeprefix("fold_") for file in self.folder.glob("fold_*/log.csv")]
         for number in sorted(int(name) for name in names if name.isdecimal()):
@@ -103,7 +103,7 @@ class Run:
                 logs[number] = self.fold(number).log()
             except UserError as error:
                 log.warning("left out: %s", error)
-        return logs
+        return {number: table for number, table in logs.items() if len(table)}
 
     def made_from(self) -> RunConfig:
         """Return what the run was made from; raises UserError if there is no such run or the file is damaged."""
@@ -117,6 +117,11 @@ class Run:
             return Config(**self.made_from().config)
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}; use the version that trained it") from None
+
+    def check_models(self) -> None:
+        """Raise UserError if there is no such run, or if it has no models, since it was imported as predictions."""
+        if self.made_from().experiment == IMPORTED:
+            raise UserError(f"{self.folder}: was imported as predictions and has no models; name another run")
 
     def check(self, config: Config, store: PatchStore, folds: Folds) -> None:
         """Raise UserError if an existing run was made from another config, folds, patches or teacher's predictions."""

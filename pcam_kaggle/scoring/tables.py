@@ -216,11 +216,20 @@ def evaluation_sentences(result: EvaluationResult) -> list[str]:
 def operating_table(predicted: Mapping[str, tuple[Labels, Floats]]) -> pd.DataFrame:
     """Return the operating points of each run as text, four rows each; `predicted` has labels and probabilities (n,) by run."""
     tables = {run: operating_points(*made) for run, made in predicted.items()}
+    for run, (_, probabilities) in predicted.items():
+        tables[run]["threshold"] = [_threshold(value, probabilities) for value in tables[run]["threshold"]]
     shown = pd.concat(tables, names=["run", "operating point"]).reset_index()
-    forms = {"threshold": ".6g"} | dict.fromkeys(["sensitivity", "specificity", "PPV", "F1"], ".4f")
-    for column in shown.columns[2:]:
+    forms = dict.fromkeys(["sensitivity", "specificity", "PPV", "F1"], ".4f")
+    for column in shown.columns[3:]:
         shown[column] = [_number(value, forms.get(column, ",")) for value in shown[column]]
     return shown
+
+
+def _threshold(value: float, probabilities: Floats) -> str:
+    """Return `value` to 6 digits, or as many more as it takes to divide `probabilities` (n,) in the same way."""
+    below = np.max(probabilities, where=probabilities < value, initial=-np.inf)
+    texts = (f"{value:.{digits}g}" for digits in range(6, 18))
+    return next(text for text in texts if below < float(text) <= value)
 
 
 def render_evaluation(result: EvaluationResult, form: str) -> str:
