@@ -52,6 +52,9 @@ def building(folder: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """
     target = folder.resolve()
     temporary, old = (target.with_name(f".{target.name}{kind}{PART}") for kind in ("", ".old"))
+    # A process was killed between the two renames below.
+    if old.exists() and is_ours(old) and not target.exists():
+        old.replace(target)
     is_replaceable = folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))
     if os.path.lexists(folder) and not is_replaceable:
         raise UserError(f"{folder}: exists and was not made by this program; move it away, or use another folder with --work")
