@@ -110,7 +110,6 @@ def test_one_command_leads_from_the_push_to_the_scores(account: Account, pcam: P
         *("submit: ", "does not list it yet", "waiting for the scores", "scores: of bottleneck"),
     ]
     assert re.search(".*".join(map(re.escape, steps)), printed, re.DOTALL), printed
-    # The log before may be that of the last session.
     assert "queued, " not in printed
     made = read_json(work / "submissions" / "bottleneck.json")
     assert (made["public_score"], made["private_score"]) == (0.9512, 0.9401)
@@ -204,7 +203,8 @@ def test_what_a_failed_session_saved_is_used(kaggle: Kaggle, account: Account, h
     assert len(account.pushed) == 2 - has_saved
 
 
-def test_a_run_trained_here_is_not_the_sessions(account: Account, pcam: Pcam, tmp_path: Path, call: Call) -> None:
+@pytest.mark.usefixtures("account")
+def test_a_run_trained_here_is_not_the_sessions(pcam: Pcam, tmp_path: Path, call: Call) -> None:
     work = tmp_path / "work"
     call("run", "--detach", work=work)
     assert pcam("pipeline").status == 0
@@ -212,10 +212,10 @@ def test_a_run_trained_here_is_not_the_sessions(account: Account, pcam: Pcam, tm
     assert "its run is not here; run" in call("submit", status=2, work=work)
     (work / "runs" / "bottleneck").rename(tmp_path / "moved")
     assert "bottleneck imported" in call("run", work=work)
-    assert len(account.pushed) == 1
 
 
-def test_what_is_asked_for_is_told_apart(account: Account, session: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
+@pytest.mark.usefixtures("account")
+def test_what_is_asked_for_is_told_apart(session: Path, monkeypatch: MonkeyPatch, call: Call) -> None:
     options, warned = ("-e", "pretrained", "--weights", "me/both"), []
     monkeypatch.setattr("pcam_kaggle.kaggle.session.log.warning", lambda *parts: warned.append(parts))
     # A dataset may hold weights and a slide map. There is no session to resume.
@@ -223,7 +223,6 @@ def test_what_is_asked_for_is_told_apart(account: Account, session: Path, monkey
     assert len(warned) == 1
     assert "is not downloaded yet" in call("run", *options, status=2)
     assert "bottleneck: has another config than blend blends" in call("run", "-e", "blend", status=2, work=session)
-    assert len(account.pushed) == 1
 
 
 def test_another_request_does_not_replace_a_session_that_is_not_downloaded(account: Account, call: Call) -> None:
@@ -389,7 +388,6 @@ def test_a_blend_of_fewer_seeds_is_resumed(kaggle: Kaggle, account: Account, pca
     for options, pushed in (((), 1), ((), 1), (("--resume",), 2)):
         assert re.search("bottleneck-seed42:\n.*with --resume", call("run", "--seeds", "2", *options), re.DOTALL)
         assert len(account.pushed) == pushed
-    # Another blend is not there because its members are.
     call("run", "--seeds", "3", "--detach")
     assert len(account.pushed) == 3
 
