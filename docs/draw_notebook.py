@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle.notebook import Settings, notebook
 
-SETTINGS = Settings("quick", ("width=8", "epochs=3", "tta=1"), allow_cpu=True)
+SETTINGS = Settings("quick", allow_cpu=True)
 STAGES = ("settings", "prepare", "patches", "augmentation", "train", "curves", "mistakes", "summary")
 # Width of the window and the stages of each picture.
 PICTURES = {"notebook.jpg": (1400, STAGES), "notebook_narrow.jpg": (400, ("settings", "curves", "summary"))}

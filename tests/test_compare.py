@@ -265,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Run], object], str]] = {
     ),
     "old": (lambda run: (run.config_file.unlink(), edit(run, "metrics.json", scheme="")), "blended by an earlier version"),
     "not-finite": (lambda run: edit_oof(run, "probability", np.inf), "oof.csv: holds a number that is not finite"),
-    "label-2": (lambda run: edit_oof(run, "label", 2), "is not 0 or 1, of id p0717"),
+    "label-2": (lambda run: edit_oof(run, "label", 2), "a label is neither 0 nor 1"),
 }
 
 
