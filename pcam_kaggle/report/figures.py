@@ -220,6 +220,7 @@ def slide_aucs(name: str, oof: pd.DataFrame, slides: pd.DataFrame, unit: Unit = 
     figure, ax = _panel(height=max(HEIGHT, 0.6 + 0.17 * len(areas)) if named else HEIGHT + 1)
     ax.scatter(areas, range(len(areas)), color=PRIMARY, s=14 if named else 7)
     ax.axvline(areas.median(), color=GREY, linewidth=1, linestyle=":")
+    ax.locator_params(axis="x", nbins=4)
     ax.set(xlabel=f"AUC within the {unit}", ylabel="" if named else f"{unit.capitalize()}s, sorted")
     ax.set_yticks(range(len(areas)) if named else [], areas.index if named else [])
     omitted = table["wsi"].nunique() - len(areas)
