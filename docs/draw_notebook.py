@@ -61,7 +61,7 @@ def convert(made: nbformat.NotebookNode, folder: Path) -> Path:
     return page.with_suffix(".html")
 
 
-def draw(page: Path, width: int, target: Path, quality: int = 75) -> None:
+def draw(page: Path, width: int, target: Path, quality: int = 48) -> None:
     """Write a picture of the HTML file `page`, `width` pixels wide, to `target`."""
     frame, shot = page.with_name("frame.html"), page.with_name("shot.png")
     frame.write_text(
