@@ -186,3 +186,6 @@ def test_given_folds_are_named_by_content_and_found_by_it(labels: pd.DataFrame, 
     assert given_folds(file, labels, 100)[0].given["id"].tolist() == draw_subset(labels, 100)["id"].tolist()
     with pytest.raises(UserError, match=r"lacks a label; each needs both, also in subset=6; choose a larger one$"):
         given_folds(file, labels, 6)
+    for file in tmp_path.glob("*.csv"):
+        file.write_text("id,label\n")
+    assert find_folds(table, tmp_path) is None

@@ -116,9 +116,12 @@ def given_folds(file: Path, labels: pd.DataFrame, subset: int = 0) -> tuple[Sche
 def find_folds(table: pd.DataFrame, folder: Path) -> FoldsManifest | None:
     """Return the manifest of the fold file in `folder` with the id, label and fold of `table`, if any, whatever its scheme."""
     columns = ["id", "label", "fold"]
+    wanted = table.reindex(columns=columns).astype(str)
     # Folds that were drawn come before given ones, which may lack the groups.
     for file in sorted(folder.glob("*.csv"), reverse=True):
-        if (manifest := file.with_suffix(".json")).is_file() and read_text(file)[columns].equals(table[columns].astype(str)):
+        manifest = file.with_suffix(".json")
+        # A damaged file, which lacks a column, is not equal.
+        if manifest.is_file() and read_text(file).reindex(columns=columns).equals(wanted):
             return FoldsManifest.read(manifest)
     return None
 
