@@ -238,7 +238,7 @@ def _report(job: Job, text: str, new: bool, *worked: Run) -> bool:
     log.info("%s%s", text, "" if new else " (up to date)")
     if new and rank() == 0:
         stage, passed = text.partition(":")[0], time.perf_counter() - job.started
-        job.seconds[stage] = round(job.seconds.get(stage, 0.0) + passed - sum(job.seconds.values()), 1)
+        job.seconds[stage] = job.seconds.get(stage, 0.0) + passed - sum(job.seconds.values())
         job.worked.update(worked)
         for run in job.worked:
             run.measure(job.seconds)

@@ -179,7 +179,7 @@ class Run:
         for entry in [each for each in self.environments() if each.started == session_start()][-1:]:
             folds = [fold.metrics() for fold in self.folds() if fold.is_trained][-1:]
             measured = {key: getattr(fold, key) for fold in folds for key in ("images_per_second", "loader_wait", "steps")}
-            measured |= {f"{stage}_seconds": value for stage, value in seconds.items()}
+            measured |= {f"{stage}_seconds": round(value, 1) for stage, value in seconds.items()}
             self.add_environment(entry.model_copy(update={"measured": measured}))
 
     def predictions(self, chosen: Sequence[int] | None = None) -> RunPredictions:
