@@ -76,7 +76,7 @@ print(f"Python {platform.python_version()}, torch {found['torch']}; all packages
 # bottleneck, quick, plain,
 # bottleneck_d4, best; with internet or
 # attached weights: lite0, pretrained,
-# blend
+# dinov2, bottleneck_distilled, blend
 EXPERIMENT = "bottleneck"
 
 # fields of its config, such as

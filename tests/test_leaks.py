@@ -60,11 +60,15 @@ def test_weights_do_not_see_the_labels_of_their_fold(data: Data, once: Config, t
     table = task.folds.table
     turned = table.assign(label=table["label"].where(table["fold"] != 1, 1 - table["label"]))
     for name, labels in (("as_is", table), ("turned", turned)):
-        for fold in (0, 1):
-            list(train_fold(replace(task, run=Run(tmp_path / name), folds=replace(task.folds, table=labels)), fold, CPU))
-    nets = {name: [weights(tmp_path / name / f"fold_{fold}") for fold in (0, 1)] for name in ("as_is", "turned")}
-    assert same(nets["as_is"][1], nets["turned"][1])
-    assert not same(nets["as_is"][0], nets["turned"][0])
+        for run, config in (("teacher", once), ("student", replace(once, teacher="teacher"))):
+            own = replace(task, run=Run(tmp_path / name / run), config=config, folds=replace(task.folds, table=labels))
+            own.run.open("tiny", config, task.store, task.folds)
+            for fold in (0, 1):
+                list(train_fold(own, fold, CPU))
+    for run in ("teacher", "student"):
+        nets = {name: [weights(tmp_path / name / run / f"fold_{fold}") for fold in (0, 1)] for name in ("as_is", "turned")}
+        assert same(nets["as_is"][1], nets["turned"][1])
+        assert not same(nets["as_is"][0], nets["turned"][0])
 
 
 def test_weights_do_not_see_the_pixels_of_their_fold_nor_the_test_set(data: Data, once: Config, tmp_path: Path) -> None:

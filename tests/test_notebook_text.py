@@ -152,4 +152,4 @@ def test_the_comment_of_the_experiment_names_all_but_the_demo(cells: Cells) -> N
     comment = " ".join(line.removeprefix("# ") for line in cells["settings"].source.split("\nEXPERIMENT")[0].splitlines())
     without, _, needs = comment.partition("; with internet or attached weights: ")
     assert {*without.split(", "), *needs.split(", ")} == set(EXPERIMENTS) - {DEMO}
-    assert needs == "lite0, pretrained, blend"
+    assert needs == "lite0, pretrained, dinov2, bottleneck_distilled, blend"

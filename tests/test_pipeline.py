@@ -359,6 +359,23 @@ def test_a_member_not_begun_in_time_is_left_out(run_stage: Command, tmp_path: Pa
     assert (work / "submissions" / "both.csv").exists()
 
 
+def test_a_teacher_is_trained_before_its_student(
+    run_stage: Command, tiny: Config, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "student", Experiment("", replace(tiny, teacher="one")))
+    runs = tmp_path / "work" / "runs"
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "left", lambda _: -1.0 if (runs / "one/fold_0/metrics.json").exists() else 1e6)
+        assert "missing: all of" in run_stage("pipeline", "student", "--subset", "30", "--hours", "1").out
+    assert not (runs / "student-subset30").exists()
+    assert run_stage("pipeline", "student", "--subset", "30").status == 0
+    assert read_json(runs / "student-subset30" / "metrics.json")["members"] == {"student-subset30": 1.0}
+    assert not (tmp_path / "work" / "submissions" / "one.csv").exists()
+    # The teacher has the folds of its student, and no predictions.
+    assert read_json(runs / "one" / "config.json")["config"]["subset"] == 30
+    assert not (runs / "one" / "fold_0" / "predictions.json").exists()
+
+
 @pytest.mark.parametrize("stage", ["pipeline", "train"])
 def test_weights_that_a_later_member_lacks_are_missed_at_once(
     stage: str, run_stage: Command, tiny: Config, tmp_path: Path, monkeypatch: MonkeyPatch

@@ -21,7 +21,6 @@ from sklearn.metrics import log_loss
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import write_csv
 from pcam_kaggle.core.logs import configure_logging
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
@@ -40,6 +39,7 @@ from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.predict import predict, predict_probabilities
 from pcam_kaggle.training.schedule import MovingAverage, ema_weight, learning_rate
 from pcam_kaggle.training.task import Task, open_session
+from pcam_kaggle.training.teacher import load_teacher
 from pcam_kaggle.training.train import FoldData, train, train_fold
 
 CPU = Backend("cpu", "fp32", "channels_last")
@@ -300,44 +300,47 @@ def test_a_step_has_the_learning_rate_of_its_end(task: Task, monkeypatch: pytest
     assert given == pytest.approx([learning_rate(task.config, (step + 1) / 3) for step in range(6)])
 
 
-def teach(task: Task, fold: int, first: float = 0.1) -> pd.DataFrame:
-    """Write a teacher's predictions of the test patches in the run `old`; return them."""
-    answers = pd.DataFrame({"id": task.store.ids("test")[::-1], "probability": np.linspace(first, 0.7, 7)})
-    write_csv(task.run.folder.with_name("old") / f"fold_{fold}" / "test.csv", answers)
-    return answers
+def taught(task: Task, folds: list[int]) -> Task:
+    """Train `folds` of the run `old`; return the task of a run of one epoch that it teaches."""
+    train(changed(task, "old"), folds)
+    return changed(task, teacher="old", epochs=1)
 
 
-def test_a_teachers_answers_are_learnt_for_its_own_fold(task: Task) -> None:
-    task = changed(task, teacher="old", epochs=1)
-    with pytest.raises(UserError, match=r"old/fold_1/test.csv: no predictions of the teacher"):
-        finish(task, 1)
-    answers = teach(task, 1)
-    data = FoldData(task, 1)
-    learnt = dict(zip(data.train.rows, data.train.targets, strict=True))
-    for name, probability in answers.itertuples(index=False):
-        assert learnt[task.store.rows("test", np.array([name], object))[0]] == pytest.approx(probability)
-    assert not set(data.valid_rows) & set(learnt)
+def test_a_student_learns_what_its_teacher_says_of_the_same_augmented_patches(task: Task) -> None:
+    student = taught(task, [1])
+    with pytest.raises(UserError, match=r"old/fold_0: the teacher's training is not finished"):
+        finish(student, 0)
+    data = FoldData(student, 1)
+    assert set(data.train.rows) == set(FoldData(task, 1).train.rows) | set(task.store.rows("test", task.store.ids("test")))
+    learner = Learner(create(student.config), student.config, CPU, 8, load_teacher(student, 1, CPU))
+    learner.model.eval()
+    patches, no_targets = data.train[0]
+    learner.load(patches, no_targets, 1e-3, 1.0)
+    logits = learner.model(CPU.images(patches)).detach()
+    learner.compute()
+    teacher = load_best(student.run.fold(1).teacher("old"), task.config, CPU)
+    rows = task.store.rows("test", task.store.ids("test"))
+    engine.adapt_norms(teacher, task.store, rows, task.config, CPU)
+    targets = teacher(CPU.images(patches)).detach().sigmoid()
+    assert learner.loss.item() == pytest.approx(log_loss_of(targets, logits), rel=1e-5)
 
 
-def test_a_student_does_not_resume_with_another_teacher(task: Task, tmp_path: Path) -> None:
-    teacher = Run(tmp_path / "old")
-    teacher.open("tiny", task.config, task.store, task.folds)
-    student = changed(task, teacher="old")
-    for fold in range(3):
-        teach(task, fold)
+def log_loss_of(targets: torch.Tensor, logits: torch.Tensor) -> float:
+    return float(-(targets * logits.sigmoid().log() + (1 - targets) * (-logits).sigmoid().log()).mean())
+
+
+def test_a_student_does_not_resume_with_another_teacher(task: Task) -> None:
+    student = changed(taught(task, [0, 1, 2]), epochs=2)
+    teacher = student.run.fold(0).teacher("old").best_checkpoint
     train(student, [1])
     next(train_fold(student, 0, CPU))
-    teach(task, 2, first=0.5)
-    train(student, [2])
-    teach(task, 0, first=0.5)
-    with pytest.raises(UserError, match="other predictions of its teacher old"):
+    own = teacher.read_bytes()
+    shutil.copy(student.run.fold(2).teacher("old").best_checkpoint, teacher)
+    with pytest.raises(UserError, match="other models of its teacher old"):
         train(student, [0])
-    teach(task, 0)
+    teacher.write_bytes(own)
     train(student, [0])
-    (student.run.fold(0).folder / "teacher.json").unlink()
-    with pytest.raises(UserError, match=r"teacher.json: missing, so the teacher may have changed"):
-        next(train_fold(student, 0, CPU))
-    shutil.rmtree(teacher.folder)
+    shutil.rmtree(task.run.folder.with_name("old"))
     student.run.check(student.config, student.store, student.folds)
 
 

@@ -86,7 +86,7 @@ class Config:
     average_epochs: Annotated[Number, Field(ge=0, le=10_000)] = 3.0
     """Horizon of the exponential moving average of the weights, in epochs; 0 for none."""
     teacher: str = ""
-    """Run whose predictions of the test patches are trained on too; each fold uses the teacher's model of that fold."""
+    """Run whose model of the same fold labels each augmented patch, in place of the labels; test patches are trained on too."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training and prediction; auto: the fastest that the device has units for."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42

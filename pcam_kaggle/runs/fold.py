@@ -25,7 +25,7 @@ FOLD_FILES = ("teacher.json", "best.pt", "log.csv", *PREDICTIONS, "last.pt", "me
 class Fold:
     """Fold `number` (0-based) of the run in `run_folder`, whose files are, in the order in which they are written.
 
-    - `teacher.json`: name and hash of the teacher's predictions, if the fold is trained on any
+    - `teacher.json`: name of the teacher and hash of its model, if the fold has one
     - `last.pt`: state after the last finished epoch, from which training resumes; a probe has none
     - `best.pt`: EMA of the weights in the epoch with the highest validation AUC, without those of frozen layers
     - `log.csv`: a row per finished epoch; a probe has none
@@ -138,30 +138,21 @@ class Fold:
         record = PredictionsRecord(sources=sources, files=hashes, images_per_second=rate)
         record.write(self.folder / "predictions.json")
 
-    def teacher_predictions(self, teacher: str) -> pd.DataFrame:
-        """Return the test predictions (id, probability) of the run `teacher`; record their hash when the fold starts."""
-        source, record = self._teacher_files(teacher)
-        if not source.exists():
-            raise UserError(f"{source}: no predictions of the teacher; train and predict that run first")
-        if self.is_started and not record.exists():
-            raise UserError(f"{record}: missing, so the teacher may have changed; delete {self.folder} to train it again")
-        if not self.is_started:
-            TeacherRecord(teacher=teacher, test_sha256=file_sha256(source)).write(record)
-        return read_numbers(source, PREDICTIONS["test.csv"])
+    def teacher(self, name: str) -> "Fold":
+        """Return the same fold of the run called `name`, whose model teaches this one."""
+        return Fold(self.run_folder.parent / name, self.number)
 
-    def teacher_ids(self, teacher: str) -> set[str]:
-        """Return the ids of the test patches that this fold was trained on with the predictions of the run `teacher`."""
-        return set(read_numbers(self._teacher_files(teacher)[0], PREDICTIONS["test.csv"])["id"])
+    def record_teacher(self, name: str) -> None:
+        """Record the hash of the teacher's model; raises UserError if the teacher's training is not finished."""
+        teacher = self.teacher(name)
+        if not teacher.is_trained:
+            raise UserError(f"{teacher.folder}: the teacher's training is not finished; train that run first")
+        TeacherRecord(teacher=name, best_sha256=file_sha256(teacher.best_checkpoint)).write(self.folder / "teacher.json")
 
-    def teacher_has_changed(self, teacher: str) -> bool:
-        """Return whether this fold has started with other predictions of the run `teacher` than there are now."""
-        source, record = self._teacher_files(teacher)
-        if not (self.is_started and record.exists() and source.exists()):
-            return False
-        return TeacherRecord.read(record).test_sha256 != file_sha256(source)
-
-    def _teacher_files(self, teacher: str) -> tuple[Path, Path]:
-        return Fold(self.run_folder.parent / teacher, self.number).folder / "test.csv", self.folder / "teacher.json"
+    def teacher_has_changed(self, name: str) -> bool:
+        """Return whether this fold has started with another model of the run called `name` than there is now."""
+        best, record = self.teacher(name).best_checkpoint, self.folder / "teacher.json"
+        return self.is_started and best.exists() and TeacherRecord.read(record).best_sha256 != file_sha256(best)
 
     def _sources(self, store: PatchStore) -> PredictionSources:
         hashes = store.manifest.model_dump(include={"train_sha256", "test_sha256"})

@@ -69,10 +69,13 @@ class PredictionsRecord(Record):
 
 
 class TeacherRecord(Record):
-    """`teacher.json` of a fold: the run whose test predictions it is trained on, and their hash."""
+    """`teacher.json` of a fold: the run whose model of that fold labels what it is trained on, and the hash of the model.
+
+    Earlier versions recorded the hash of predictions that were trained on instead.
+    """
 
     teacher: str
-    test_sha256: str
+    best_sha256: str = ""
 
 
 class BackendRecord(Record):

@@ -124,7 +124,7 @@ class Run:
             raise UserError(f"{self.folder}: was imported as predictions and has no models; name another run")
 
     def check(self, config: Config, store: PatchStore, folds: Folds) -> None:
-        """Raise UserError if an existing run was made from another config, folds, patches or teacher's predictions."""
+        """Raise UserError if an existing run was made from another config, folds, patches or teacher."""
         advice = "use --name for a new run, or delete the folder"
         if not self.is_experiment:
             if any(self.folder.glob("fold_*/*.pt")):
@@ -136,7 +136,7 @@ class Run:
         differ += [f"{key} ({old.get(key)} → {new})" for key, new in wanted.config.items() if old.get(key) != new]
         differ += [f"{key} (no longer a field)" for key in old.keys() - wanted.config.keys()]
         if config.teacher and any(self.fold(number).teacher_has_changed(config.teacher) for number in range(config.n_splits)):
-            differ.append(f"predictions of its teacher {config.teacher}")
+            differ.append(f"models of its teacher {config.teacher}")
         if differ:
             raise UserError(f"{self.folder}: holds a run with other {examples(differ)}; {advice}", differ)
 

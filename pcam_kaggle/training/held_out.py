@@ -80,15 +80,15 @@ def _predict(folds: list[Fold], patches: LabelledPatches, config: Config, backen
 def refuse_trained(run: Run, folds: list[Fold], patches: LabelledPatches, workspace: Workspace) -> None:
     """Raise UserError if `run` was trained or validated on one of `patches`: its id, or its pixels under another id.
 
-    The ids are those of the fold file, which must exist, and with a teacher those of the test patches.
+    The ids are those of the fold file, which must exist, and with a teacher those of the test patches, which it labelled.
     """
     made = run.made_from()
     file = workspace.folds / f"{made.folds}.csv"
     if not file.is_file() or file_sha256(file) != made.folds_sha256:
         raise UserError(f"{file}: missing or not the folds of {run.name}, so its train patches are not known; restore it")
     trained = set(read_numbers(file, ["fold"])["id"])
-    if teacher := made.config.get("teacher"):
-        trained |= {name for fold in folds for name in fold.teacher_ids(teacher)}
+    if made.config.get("teacher"):
+        trained |= {name for fold in folds for name in fold.predictions()[1]["id"]}
     if not all(SHA1.fullmatch(name) for name in trained):
         log.warning("%s: its train ids are not SHA-1s, so train patches under other names are not recognised", run.name)
     table = patches.table

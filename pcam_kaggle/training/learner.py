@@ -48,11 +48,14 @@ class Learner:
     """A model on the device, its EMA and its optimizer, and the step that changes them.
 
     A step reads `patches` (uint8, (count, side, side, 3)), `targets` (float32, (count,)), the learning rate and the weight of
-    the EMA from tensors that stay in place, so that a CUDA graph, `replay`, may repeat it. Frozen layers are shared.
+    the EMA from tensors that stay in place, so that a CUDA graph, `replay`, may repeat it. Frozen layers are shared. A `teach`
+    returns the targets of the images of a step, as `load_teacher` says, in place of those that were loaded.
     """
 
-    def __init__(self, model: nn.Module, config: Config, backend: Backend, count: int) -> None:
-        self.model, self.ema, self.backend = model, copy_trained(model), backend
+    def __init__(
+        self, model: nn.Module, config: Config, backend: Backend, count: int, teach: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.model, self.ema, self.backend, self.teach = model, copy_trained(model), backend, teach
         self.optimizer = create_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(backend.kind, enabled=backend.precision == "fp16")
         self.patches = torch.zeros(count, config.side, config.side, 3, dtype=torch.uint8, device=backend.kind)
@@ -76,9 +79,11 @@ class Learner:
 
     def compute(self) -> None:
         """Take a step eagerly."""
+        images = self.backend.images(self.patches)
+        targets = self.teach(images) if self.teach else self.targets
         with self.backend.autocast():
-            logits = self.model(self.backend.images(self.patches))
-        loss = binary_cross_entropy_with_logits(logits.float(), self.targets)
+            logits = self.model(images)
+        loss = binary_cross_entropy_with_logits(logits.float(), targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         average_gradients(self.model)

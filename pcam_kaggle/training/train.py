@@ -34,6 +34,7 @@ from pcam_kaggle.training.learner import EpochRow, Learner, best_row
 from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.task import Task, open_session
+from pcam_kaggle.training.teacher import check_teacher, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,7 @@ def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
     run, config, manifest = task.run, task.config, task.folds.manifest
     create(config, weights=False)
     if config.teacher:
-        teacher = Run(run.folder.parent / config.teacher)
-        if teacher.made_from().folds_sha256 != manifest.csv_sha256:
-            # The teacher's model of a fold saw labels of this run's validation.
-            raise UserError(f"{teacher.folder}: the teacher has other folds; use one trained on {manifest.scheme}")
+        check_teacher(Run(run.folder.parent / config.teacher), config, manifest)
     configure_torch()
     with locked(run.folder) if rank() == 0 else nullcontext():
         backend = on_first_rank(partial(_open, task, folds))
@@ -138,15 +136,15 @@ def _write_events(folder: Path, row: EpochRow) -> None:
 
 
 class FoldData:
-    """Train batches of a fold, test patches of its teacher last, and rows and labels (n,) of its validation patches."""
+    """Train batches of a fold, with a teacher also of test patches, and rows and labels (n,) of its validation patches."""
 
     def __init__(self, task: Task, number: int) -> None:
         store, (train, valid) = task.store, task.parts(number)
         rows, targets = store.rows("train", train["id"].to_numpy()), train["label"].to_numpy(np.float64)
         if task.config.teacher:
-            taught = task.run.fold(number).teacher_predictions(task.config.teacher)
-            rows = np.concatenate([rows, store.rows("test", taught["id"].to_numpy())])
-            targets = np.concatenate([targets, taught["probability"].to_numpy()])
+            rows = np.concatenate([rows, store.rows("test", store.ids("test"))])
+            # Replaced by what the teacher says of each augmented patch.
+            targets = np.full(len(rows), np.nan)
         self.train = TrainBatches(store, rows, targets, task.config, number)
         self.valid_rows, self.valid_labels = store.rows("train", valid["id"].to_numpy()), valid["label"].to_numpy()
 
@@ -156,7 +154,7 @@ def _start(task: Task, number: int, backend: Backend, count: int) -> tuple[Learn
     torch.manual_seed(_seed(config, number, 0))
     # Checkpoints lack frozen layers.
     model = backend.place(create(config, weights=not fold.is_started or config.freeze > 0))
-    learner = Learner(model, config, backend, count)
+    learner = Learner(model, config, backend, count, load_teacher(task, number, backend) if config.teacher else None)
     rows = learner.resume(fold.last_checkpoint) if fold.is_started else []
     if rows:
         log.debug("fold %d: resumes after epoch %d", number, len(rows))
