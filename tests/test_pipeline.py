@@ -206,12 +206,10 @@ def test_ids_and_slides_that_look_like_something_else_survive_every_table(
         data.table(split).write_text("\n".join(rows))
     ids = [[row.split(",")[0] for row in data.table(split).read_text().splitlines()] for split in ("train", "test")]
     (data.root / "patch_id_wsi.csv").write_text("id,wsi\n" + "".join(f"{n},{odd[k % 7]}\n" for k, n in enumerate(ids[0][1:])))
-    (data.patches("train") / "NA.tif").write_bytes(b"II*")
-    for command in (["pipeline", "--ids", "names", "--skip-damaged"], ["blend", "bottleneck", "--name", "other"]):
+    for command in (["pipeline", "--ids", "names"], ["blend", "bottleneck", "--name", "other"]):
         assert pcam(*command).status == 0
     run = Run(tmp_path / "work" / "runs" / "bottleneck")
-    assert sorted(run.oof()["id"]) == sorted({*ids[0]} - {"id", "NA"})
-    assert (tmp_path / "work/store/skipped.csv").read_text().splitlines()[1].startswith("NA,")
+    assert sorted(run.oof()["id"]) == sorted({*ids[0]} - {"id"})
     submission = (tmp_path / "work/submissions/bottleneck.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in submission] == ids[1]
     assert main(["compare", "--work", str(tmp_path / "work"), "--slides", str(data.slides())]) == 0

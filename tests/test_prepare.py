@@ -50,15 +50,12 @@ def flip_bit(_: Data, tif: Path) -> None:
 
 
 BLACK = np.zeros((96, 96, 3), np.uint8)
-UNREADABLE: dict[str, Fault] = {
+FAULTS: dict[str, Fault] = {
     "flipped bit": flip_bit,
     "two extensions": lambda _, tif: shutil.copy(tif, tif.with_suffix(".TIFF")),
     "folder": lambda _, tif: (tif.unlink(), tif.mkdir()),
     "dangling link": lambda _, tif: (tif.unlink(), tif.symlink_to("nowhere")),
     "link to itself": lambda _, tif: (tif.unlink(), tif.symlink_to(tif.name)),
-}
-FAULTS: dict[str, Fault] = {
-    **UNREADABLE,
     "cut short": lambda _, tif: tif.write_bytes(tif.read_bytes()[: tif.stat().st_size // 2]),
     "removed": lambda _, tif: tif.unlink(),
     "too narrow": lambda _, tif: write_tif(tif, BLACK[:, 1:]),
@@ -83,17 +80,6 @@ def test_a_fault_is_one_line(name: str, data: Data, pcam: Command, tmp_path: Pat
     assert not [path for path in (tmp_path / "work").rglob("*") if path.suffix != ".lock" and path.name != "error-details.txt"]
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_skip_damaged_skips_whatever_can_not_be_read(name: str, data: Data, tmp_path: Path) -> None:
-    named = first_tif(data).stem
-    UNREADABLE[name](data, first_tif(data))
-    made, _ = prepare(data, tmp_path / "store", skip_damaged=True)
-    assert (made.train, made.skipped) == (len(pd.read_csv(data.labels)) - 1, 1)
-    assert named not in PatchStore(tmp_path / "store").ids("train")
-    assert pd.read_csv(tmp_path / "store" / "skipped.csv")["id"].tolist() == [named]
-    assert not prepare(data, tmp_path / "store", skip_damaged=True)[1]
-
-
 def test_how_a_file_keeps_its_pixels_and_spells_its_extension_makes_no_difference(data: Data, store: PatchStore) -> None:
     for number, tif in enumerate([*data.patches("train").glob("*.tif"), *data.patches("test").glob("*.tif")]):
         cv2.imwrite(str(tif), cv2.imread(str(tif)), [cv2.IMWRITE_TIFF_COMPRESSION, 5])
@@ -109,20 +95,6 @@ def test_a_fault_leaves_the_old_store(data: Data, store: PatchStore, tmp_path: P
         prepare(data, store.folder)
     assert PatchStore(store.folder).manifest == store.manifest
     assert not list(tmp_path.glob(".store*.part"))
-
-
-def test_skip_damaged_keeps_both_labels(data: Data, tmp_path: Path) -> None:
-    labels = pd.read_csv(data.labels)
-    positive, negative = (labels["id"][labels["label"] == label] for label in (1, 0))
-    for name in (*positive[2:], *negative[2:]):
-        (data.patches("train") / f"{name}.tif").unlink()
-    # Most patches may be missing.
-    made, _ = prepare(data, tmp_path / "store", skip_damaged=True)
-    assert (made.train, made.skipped) == (4, 32)
-    for name in positive[:2]:
-        (data.patches("train") / f"{name}.tif").unlink()
-    with pytest.raises(UserError, match="one label is left"):
-        prepare(data, tmp_path / "store", skip_damaged=True)
 
 
 def test_ids_that_are_names_are_declared_not_guessed(data: Data, tmp_path: Path) -> None:
@@ -242,15 +214,11 @@ IN_PIXELS = {
     "cut short": (each(lambda tif: tif.write_bytes(tif.read_bytes()[:9999])), SAME + "can't be decoded.*copy the file again"),
     "resized": (each(lambda tif: write_tif(tif, LARGE)), SAME + "is 224x224 px RGB, not 96x96 px RGB"),
 }
-# Train patches with these are skipped on request.
-SKIPPED = {
+MISTAKES = {
     **IN_PIXELS,
     "capital ids": (ids(lambda names: names.str.upper()), SAME + "its id is no SHA-1 in lower case"),
     "other ids": (other_kind_of_ids, SAME + "its id is no SHA-1 .*--ids names"),
     "half copied": (half_copied, "of .* patches have the same problem: missing, though listed in"),
-}
-MISTAKES = {
-    **SKIPPED,
     "PNG": (move_to(lambda tif: f"{tif.stem}.png"), r"holds \d+ PNG or JPEG files .* and 0 TIFs; take the original TIFs"),
     "JPEG by class": (move_to(lambda tif: f"{int(tif.stem, 16) % 2}/{tif.stem}.JPG"), r"patches are in 2 subfolders \(0, 1\)"),
     "nested": (move_to(lambda tif: f"inner/{tif.name}"), r"patches are in 1 subfolders \(inner\); move them into"),
@@ -274,9 +242,6 @@ def test_one_mistake_about_a_whole_split_is_named_once(
     assert split in str(caught.value) or data.table(split).name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
-    if name not in SKIPPED or split == "test":
-        with pytest.raises(UserError, match=cause):
-            prepare(data, tmp_path / "store", skip_damaged=True)
     assert not list(tmp_path.glob("store*"))
 
 

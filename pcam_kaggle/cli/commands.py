@@ -53,7 +53,7 @@ def _job(options: argparse.Namespace, default: str | None = None, changes: Seque
     data, workspace, is_demo = _folders(options)
     chosen = options.experiment or default or (DEMO if is_demo else DEFAULT)
     short = [f"{field}={value}" for field in ("groups", "subset") if (value := getattr(options, field))]
-    selection = Selection(options.slides, options.ids, options.skip_damaged, options.folds, runs, options.fold_file)
+    selection = Selection(options.slides, options.ids, options.folds, runs, options.fold_file)
     name, changes = options.name or "-".join(runs), with_folder_settings([*changes, *options.set, *short])
     chosen_plan = plan(chosen, changes, name, options.seeds, suffix)
     if options.fold_file:

@@ -96,7 +96,6 @@ WORKERS = Option(
 EXPERIMENT = Option("-e", "--experiment", help=f"named settings: {', '.join(EXPERIMENTS)} [{DEFAULT}; probe: {PRETRAINED}]")
 SET = Option("--set", action="append", default=[], metavar="key=value", help="change a setting that `config` lists; repeatable")
 IDS = Option("--ids", choices=["sha1", "names"], help="what ids are: SHA-1 of the pixels, or any names [dataset.json, or sha1]")
-SKIP_DAMAGED = Option("--skip-damaged", action="store_true", help="leave damaged train patches out instead of stopping")
 FOLDS = Option("--folds", type=_folds, metavar="0,2", help="numbers of the folds to work on, from 0 [all]")
 SEEDS = Option("--seeds", type=_count, default=1, metavar="3", help="train and blend so many seeds, <name>-seed42 … [1]")
 HOURS = Option("--hours", type=_hours, help="end training after so many hours; unfinished folds are left out [no limit]")
@@ -128,8 +127,8 @@ JOB = (
     Option("--groups", help="keep patches together: slides, stain (similar ones) or none [slides if known]"),
     Option("--subset", metavar="5000", help="use a sample of so many train patches [all]"),
 )
-PIPELINE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, SEEDS, HOURS, METHOD, DEVICE, WORKERS)
-PROBE = (*JOB, IDS, SKIP_DAMAGED, FOLDS, HOURS, METHOD, DEVICE)
+PIPELINE = (*JOB, IDS, FOLDS, SEEDS, HOURS, METHOD, DEVICE, WORKERS)
+PROBE = (*JOB, IDS, FOLDS, HOURS, METHOD, DEVICE)
 BLENDED = Option("members", nargs="*", help="names of the runs to blend [the experiment's]")
 COMPARED = (RUNS, COMPARED_FOLDS, BASELINE, SLIDES)
 HELD_OUT = (
@@ -151,7 +150,7 @@ IMPORT = (
     ),
 )
 # What `commands` reads of a command that lacks the option.
-DEFAULTS = {"members": (), "ids": None, "skip_damaged": False, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
+DEFAULTS = {"members": (), "ids": None, "folds": None, "seeds": 1, "hours": None, "method": "mean"}
 DEFAULTS |= {"device": None, "workers": None}
 SESSION = (
     EXPERIMENT,
@@ -177,7 +176,7 @@ SESSION = (
     ),
 )
 COMMANDS = (
-    Command("prepare", "check every patch and pack all of them into store/, which training reads", (*JOB, IDS, SKIP_DAMAGED)),
+    Command("prepare", "check every patch and pack all of them into store/, which training reads", (*JOB, IDS)),
     Command("folds", "draw the folds of cross-validation, into folds/", JOB),
     Command("train", "train a model per fold and predict with it; resumes", (*JOB, FOLDS, SEEDS, HOURS, DEVICE, WORKERS)),
     Command("predict", "predict each fold's validation patches and the test set", (*JOB, FOLDS, SEEDS, DEVICE)),

@@ -172,8 +172,8 @@ def read_patches(split: Split, ids: Ids) -> tuple[NDArray[np.uint8], list[str]]:
     return pixels, [digest for digest, _ in read]
 
 
-def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem], advice: str = "fix them") -> None:
-    """Raise UserError if there are `problems`: one that most patches of a split have, or else examples and `advice`."""
+def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem]) -> None:
+    """Raise UserError if there are `problems`: one that most patches of a split have, or else examples."""
     lines = list(map(str, problems))
     for split in splits:
         total = max(len(split.rows), len(split.tifs))
@@ -184,7 +184,7 @@ def raise_problems(root: Path, splits: Iterable[Split], problems: list[Problem],
                 found = f"{split.folder}: {count:,} of {total:,} patches have the same problem: {reason}"
                 raise UserError(f"{found} ({examples([problem.file for problem in same])}); {same[0].advice}", lines)
     if problems:
-        raise UserError(f"{root}: patches that can't be used: {len(lines):,}; {advice}: {examples(lines)}", lines)
+        raise UserError(f"{root}: patches that can't be used: {len(lines):,}; fix them: {examples(lines)}", lines)
 
 
 def _is_image(file: os.DirEntry[str] | Path) -> bool:

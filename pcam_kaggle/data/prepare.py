@@ -47,15 +47,12 @@ class Declaration(Record):
     ids: Ids = "sha1"
 
 
-def prepare(
-    data: Data, store: Path, ids: Ids | None = None, skip_damaged: bool = False, subset: int = 0
-) -> tuple[StoreManifest, bool]:
+def prepare(data: Data, store: Path, ids: Ids | None = None, subset: int = 0) -> tuple[StoreManifest, bool]:
     """Pack the patches of `data`, of train only a `subset` unless 0, into the folder `store`, unless it holds them already.
 
     `patches.npy` is uint8 (n, 96, 96, 3) RGB, `index.csv` has the id and split of each row, and `manifest.json` the hashes of
-    the content. The ID scheme is by default what dataset.json declares, or `sha1`. With `skip_damaged`, damaged train patches
-    are listed in `skipped.csv`. Hidden files are ignored, and those that are not listed, with a warning. Returns the manifest,
-    and whether the store was written.
+    the content. The ID scheme is by default what dataset.json declares, or `sha1`. Hidden files are ignored, and those that are
+    not listed, with a warning. Returns the manifest, and whether the store was written.
 
     Patches that are damaged or missing are a UserError that lists all of them; the old store is then unchanged.
     """
@@ -65,38 +62,25 @@ def prepare(
     train, test = (read_split(name, data.patches(name), data.table(name), listed[name]) for name in ("train", "test"))
     labels = draw_subset(labels, subset)
     splits = [train.only(set(labels["id"])), test]
-    signature = _signature(data, splits, ids, skip_damaged)
+    signature = _signature(data, splits, ids)
     with locked(store):
         manifest = existing = complete_manifest(store)
         if manifest is None or manifest.signature != signature:
             with building(store, is_store) as folder:
-                manifest = _build(data, labels, splits, folder, ids, skip_damaged, signature)
+                manifest = _build(data, labels, splits, folder, ids, signature)
                 manifest.write(folder / "manifest.json")
     for split in splits:
         warn_of_unlisted(split)
     return manifest, manifest is not existing
 
 
-def _build(
-    data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, skip_damaged: bool, signature: str
-) -> StoreManifest:
-    listed = [problem for split in splits for problem in listing_problems(split, ids)]
+def _build(data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, signature: str) -> StoreManifest:
     # Before the files are read, which takes minutes.
-    _raise_fatal(data, splits, listed, skip_damaged)
+    raise_problems(data.root, splits, [problem for split in splits for problem in listing_problems(split, ids)])
     rows = [row for split in splits for row in split.rows]
     read = _pack(data, rows, folder / "patches.npy", ids)
-    damaged = [problem for _, problem in read if problem]
-    _raise_fatal(data, splits, damaged, skip_damaged)
-    problems = {(problem.split, problem.id): problem for problem in (*damaged, *listed)}
-    skipped = pd.DataFrame([(problem.id, problem.reason) for problem in problems.values()], columns=["id", "reason"])
-    if labels.loc[~labels["id"].isin(skipped["id"]), "label"].nunique() < 2:
-        advice = f"fix them, many have this problem: {skipped['reason'].mode()[0]}"
-        lines = list(map(str, problems.values()))
-        raise UserError(f"{data.root}: without the {len(lines):,} damaged patches at most one label is left; {advice}", lines)
-    if len(skipped):
-        write_csv(folder / "skipped.csv", skipped)
-    kinds = ["skipped" if (row.split, row.id) in problems else row.split for row in rows]
-    index = pd.DataFrame({"id": [row.id for row in rows], "split": kinds})
+    raise_problems(data.root, splits, [problem for _, problem in read if problem])
+    index = pd.DataFrame({"id": [row.id for row in rows], "split": [row.split for row in rows]})
     write_csv(folder / "index.csv", index)
     index["pixels"] = [digest for digest, _ in read]
     _warn_of_equal_pixels(index, labels)
@@ -105,9 +89,8 @@ def _build(
     }
     return StoreManifest(
         ids=ids,
-        train=kinds.count("train"),
-        test=kinds.count("test"),
-        skipped=len(skipped),
+        train=len(splits[0].rows),
+        test=len(splits[1].rows),
         in_both=tuple(sorted(set.intersection(*({row.id for row in split.rows} for split in splits)))),
         train_sha256=hashes["train"],
         test_sha256=hashes["test"],
@@ -117,14 +100,8 @@ def _build(
     )
 
 
-def _raise_fatal(data: Data, splits: list[Split], problems: list[Problem], skip_damaged: bool) -> None:
-    fatal = [problem for problem in problems if not (skip_damaged and problem.split == "train")]
-    skip = ", or skip those of train with --skip-damaged" if any(problem.split == "train" for problem in fatal) else ""
-    raise_problems(data.root, splits, fatal, f"fix them{skip}")
-
-
 def _warn_of_equal_pixels(index: pd.DataFrame, labels: pd.DataFrame) -> None:
-    used = index[index["split"] != "skipped"].drop_duplicates("id").merge(labels, "left", "id")
+    used = index.drop_duplicates("id").merge(labels, "left", "id")
     equal = used[used["pixels"].duplicated(keep=False)]
     by_label, by_split = (equal.groupby("pixels")[column].transform("nunique") > 1 for column in ("label", "split"))
     kinds = (
@@ -140,9 +117,10 @@ def _warn_of_equal_pixels(index: pd.DataFrame, labels: pd.DataFrame) -> None:
             log.warning("patches with the pixels of another one%s: %s (%s)", kind, f"{is_kind.sum():,}", examples(pairs))
 
 
-def _signature(data: Data, splits: list[Split], ids: Ids, skip_damaged: bool) -> str:
-    """Hash the inputs of a store: name, size and time of every patch's file, the bytes of both tables, and the options."""
-    parts = [ids, str(skip_damaged), file_sha256(data.labels), file_sha256(data.sample)]
+def _signature(data: Data, splits: list[Split], ids: Ids) -> str:
+    """Hash the inputs of a store: name, size and time of every patch's file, the bytes of both tables, and the ID scheme."""
+    # Earlier versions had an option here, without which their stores are still up to date.
+    parts = [ids, str(False), file_sha256(data.labels), file_sha256(data.sample)]
     for split in splits:
         for entry in split.tifs:
             # A dangling link has no status but its own.

@@ -16,15 +16,15 @@ from pcam_kaggle.data.tables import read_text
 class StoreManifest(Record):
     """The manifest.json of a store.
 
-    `train`, `test` and `skipped` are numbers of patches; `in_both` are the ids that train and test share; `train_sha256` and
+    `train` and `test` are numbers of patches; `in_both` are the ids that train and test share; `train_sha256` and
     `test_sha256` hash ids and pixels, `signature` the inputs: names, sizes and times of files, the tables, and the options.
-    `bytes` is the size of patches.npy. The index of earlier versions has a column perceptual_hash, too.
+    `bytes` is the size of patches.npy. The index of earlier versions has a column perceptual_hash, too,
+    and rows of damaged patches, whose split is skipped.
     """
 
     ids: str
     train: int
     test: int
-    skipped: int
     in_both: tuple[str, ...]
     train_sha256: str
     test_sha256: str

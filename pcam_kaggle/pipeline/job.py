@@ -35,7 +35,6 @@ class Selection:
 
     slides: Path | None = None
     ids: Ids | None = None
-    skip_damaged: bool = False
     folds: tuple[int, ...] | None = None
     runs: tuple[str, ...] = ()
     fold_file: Path | None = None

@@ -41,9 +41,8 @@ def _once(stage: Stage) -> Stage:
 def run_prepare(job: Job) -> bool:
     """Pack the patches; return whether anything was done."""
     folder, selection = job.workspace.store_of(job.config.subset), job.selection
-    made, new = prepare(job.data, folder, selection.ids, selection.skip_damaged, job.config.subset)
-    skipped = f", {made.skipped} skipped, see {folder / 'skipped.csv'}" if made.skipped else ""
-    _report(job, f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}{skipped}", new)
+    made, new = prepare(job.data, folder, selection.ids, job.config.subset)
+    _report(job, f"prepare: {made.train:,} train and {made.test:,} test patches in {folder}", new)
     if made.in_both:
         log.warning("ids in both train and test: %s (%s)", f"{len(made.in_both):,}", examples(made.in_both))
     return new

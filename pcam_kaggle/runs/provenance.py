@@ -28,7 +28,7 @@ def session_environment(backend: BackendRecord, device: str, store: PatchStore) 
         pcam_kaggle=__version__,
         commit=commit(),
         packages=versions(),
-        data=store.manifest.model_dump(include={"train", "test", "skipped", "train_sha256", "test_sha256"}),
+        data=store.manifest.model_dump(include={"train", "test", "train_sha256", "test_sha256"}),
     )
 
 

@@ -1,11 +1,9 @@
 """The loops over batches: a train epoch, a prediction pass and the adaptation of batch norms."""
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -89,78 +87,39 @@ def in_parts(compute: Callable[[list[Rows]], Computed], rows: Rows, config: Conf
     return computed
 
 
-class _ReachedError(Exception):
-    """A part of a batch has reached a batch norm before the other parts."""
-
-
 def adapt_norms(net: nn.Module, patches: Patches, rows: Rows, config: Config, backend: Backend) -> None:
     """Replace the statistics of the batch norms of `net`, if any, by those of the patches to predict (Schneider et al. 2020).
 
-    They are means over batches of NORM_BATCH patches, drawn from those in `rows` (n,) with a fixed seed and normalised by their
-    own statistics. Neither the order of `rows` nor the patches that are predicted together matter.
+    They are means over batches of NORM_BATCH patches, fewer where memory does not suffice, drawn from those in `rows` (n,) with
+    a fixed seed and normalised by their own statistics. The order of `rows` does not matter.
     """
     net.eval()
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
     drawn = np.random.default_rng(0).permutation(np.sort(rows))[:NORM_PATCHES]
+    for norm in norms:
+        # The running statistics are then those of the last batch.
+        norm.train().momentum = 1.0
 
-    def statistics(parts: list[Rows]) -> dict[nn.BatchNorm2d, Tensor]:
-        return _batch_statistics(lambda part: net(net_input(patches.images(part), config, backend)), norms, parts)
+    def statistics(parts: list[Rows]) -> list[list[Tensor]]:
+        found = []
+        for part in parts:
+            net(net_input(patches.images(part), config, backend))
+            found.append([torch.stack(_statistics(norm)) for norm in norms])
+        return found
 
     with torch.inference_mode(), backend.autocast():
         batches = np.array_split(drawn, math.ceil(len(drawn) / NORM_BATCH))
-        found = [in_parts(statistics, batch, config) for batch in batches]
-        for norm in found[0]:
-            _set_statistics(norm, *torch.stack([each[norm] for each in found]).mean(0))
+        found = [each for batch in batches for each in in_parts(statistics, batch, config)]
+        for norm, *of_batches in zip(norms, *found, strict=True):
+            for buffer, mean in zip(_statistics(norm), torch.stack(of_batches).mean(0), strict=True):
+                buffer.copy_(mean)
     net.eval()
 
 
-def _batch_statistics(
-    forward: Callable[[Rows], object], norms: list[nn.BatchNorm2d], parts: list[Rows]
-) -> dict[nn.BatchNorm2d, Tensor]:
-    """Return mean and unbiased variance, (2, features), for each of `norms`, of a batch that is normalised by its own.
-
-    A pass over a part ends at the first norm that other parts have yet to reach. The last one to reach it passes it with the
-    statistics of all, so a batch in one part takes one pass, and in several parts about as many passes as norms for each.
-    """
-    found: dict[nn.BatchNorm2d, Tensor] = {}
-    moments: list[tuple[int, Tensor]] = []
-    for norm in norms:
-        norm.train().momentum = 1.0
-
-    def reach(norm: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        if norm in found:
-            return output
-        statistics = torch.stack([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
-        moments.append((inputs[0].numel() // norm.num_features, statistics))
-        if len(moments) < len(parts):
-            raise _ReachedError
-        if len(parts) > 1:
-            n = statistics.new_tensor([count for count, _ in moments])[:, None]
-            means, variances = torch.stack([each for _, each in moments], 1)
-            mean = (n * means).sum(0) / n.sum()
-            squares = ((n - 1) * variances + n * (means - mean) ** 2).sum(0)
-            statistics = torch.stack([mean, squares / (n.sum() - 1)])
-            _set_statistics(norm, mean, squares / n.sum())
-            output = norm.eval().forward(inputs[0])
-        moments.clear()
-        found[norm] = statistics
-        return output
-
-    with ExitStack() as hooks:
-        for norm in norms:
-            hooks.enter_context(norm.register_forward_hook(reach))
-        for part in itertools.cycle(parts):
-            with suppress(_ReachedError):
-                forward(part)
-                break
-    return found
-
-
-def _set_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    norm.get_buffer("running_mean").copy_(mean)
-    norm.get_buffer("running_var").copy_(variance)
+def _statistics(norm: nn.BatchNorm2d) -> list[Tensor]:
+    return [norm.get_buffer("running_mean"), norm.get_buffer("running_var")]
 
 
 def predict_logits(

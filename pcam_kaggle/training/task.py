@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pandas as pd
 
 from pcam_kaggle.core.config import Config
-from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.data.folds import Folds
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.runs.provenance import session_environment
@@ -24,13 +23,9 @@ class Task:
     folds: Folds
 
     def parts(self, number: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return train and validation part of fold `number` (id, label, fold), undamaged; UserError if one lacks a label."""
-        table = self.folds.table[self.folds.table["id"].isin(self.store.ids("train"))]
-        is_valid = table["fold"] == number
-        parts = table[~is_valid], table[is_valid]
-        if any(part["label"].nunique() < 2 for part in parts):
-            raise UserError(f"fold {number}: without the damaged patches it has one label; replace them")
-        return parts
+        """Return train and validation part of fold `number` (id, label, fold)."""
+        table, is_valid = self.folds.table, self.folds.table["fold"] == number
+        return table[~is_valid], table[is_valid]
 
 
 def open_session(task: Task) -> Backend:
