@@ -1,6 +1,5 @@
-"""The competition's archive: downloaded, verified and unpacked; each step resumes."""
+"""The competition's archive: downloaded, verified and unpacked; an interrupted step resumes."""
 
-import os
 import shutil
 import zipfile
 import zlib
@@ -12,47 +11,31 @@ from pcam_kaggle.core.logs import progress
 from pcam_kaggle.core.paths import COMPETITION, Data
 from pcam_kaggle.kaggle.client import Client
 
-# Contents of the competition's archive, in the order in which they are installed.
+# Contents of the competition's archive.
 PARTS = ("sample_submission.csv", "test", "train", "train_labels.csv")
 
 
 def download(data: Data) -> bool:
     """Download, verify and unpack the competition into the folder of `data`; return False if it was complete already.
 
-    An interrupted call is resumed: the hidden folder `.download` has the partial download, then the archive, then the verified
-    files. These are moved to their places with train_labels.csv last: its presence means that the data are complete.
-
-    Raises UserError if the archive is damaged (it is then deleted) or does not fit on the disk, or if one of `PARTS` exists.
+    An interrupted call is resumed: `.download` beside the folder has the partial download, then the archive, until all files
+    are verified. Raises UserError if the archive is damaged (it is then deleted) or does not fit on the disk, or if the folder
+    exists and is not empty.
     """
-    waiting = data.root / ".download"
-    if data.labels.is_file():
-        shutil.rmtree(waiting, ignore_errors=True)
-        return False
-    with locked(data.root):
-        unpacked = waiting / "unpacked"
-        new = [part for part in PARTS if not unpacked.is_dir() or (unpacked / part).exists()]
-        existing = [str(data.root / part) for part in new if os.path.lexists(data.root / part)]
-        if existing:
-            raise UserError(f"{', '.join(existing)}: exists already and was not downloaded by this program; move it away")
-        if not unpacked.is_dir():
-            _fetch(waiting, unpacked)
-        for part in new:
-            (unpacked / part).rename(data.root / part)
-        shutil.rmtree(waiting)
-    return True
-
-
-def _fetch(waiting: Path, unpacked: Path) -> None:
-    """Download the archive if necessary, and unpack it; the folder `unpacked` exists once all files are verified."""
+    waiting = data.root.with_name(".download")
     archive = waiting / f"{COMPETITION}.zip"
-    if not archive.is_file():
-        Client().download_archive(waiting / "partial").rename(archive)
-    try:
-        with building(unpacked, lambda _: True) as unpacking:
-            unpack(archive, unpacking)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        shutil.rmtree(waiting)
-        raise UserError(f"{archive.name}: damaged ({error}); it is deleted, and the next call downloads it again") from None
+    is_new = not data.labels.is_file()
+    if is_new:
+        with locked(data.root), building(data.root, lambda _: False) as folder:
+            if not archive.is_file():
+                Client().download_archive(waiting / "partial").rename(archive)
+            try:
+                unpack(archive, folder)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+                archive.unlink()
+                raise UserError(f"{archive}: damaged ({error}); it is deleted, and the next call downloads it again") from None
+    shutil.rmtree(waiting, ignore_errors=True)
+    return is_new
 
 
 def unpack(archive: Path, target: Path) -> None:
