@@ -213,12 +213,6 @@ def test_characters_that_the_terminal_lacks_are_replaced(encoding: str, monkeypa
     assert shown[-1] == "mean ± SD of /data/? …".encode(encoding, "replace").decode(encoding)
 
 
-def test_a_name_that_is_not_utf_8_is_one_line(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(commands.COMMANDS, "compare", lambda _: "/data/\udcff/labels.csv".encode())
-    line = r"error: the name of a file or folder is not valid UTF-8: '/data/\udcff'; rename it"
-    assert cli("compare") == (2, "", f"{line}\n")
-
-
 @pytest.mark.parametrize("folder", ["/a folder/x", "/it's mine", '/a "b"'])
 def test_make_passes_a_folder_as_one_word(folder: str) -> None:
     # Without the variables of the make that may run the tests.

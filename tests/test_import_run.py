@@ -47,7 +47,7 @@ def contents(folder: Path, names: Iterable[Path]) -> dict[Path, bytes]:
 
 def files_of(folder: Path) -> dict[Path, bytes]:
     """Return the files of the run in `folder`, relative to it."""
-    files = (path.relative_to(folder) for path in (folder / RUN).rglob("*.*") if path.parent.name != "events")
+    files = (path.relative_to(folder) for path in (folder / RUN).rglob("*.*"))
     return contents(folder, files)
 
 

@@ -259,16 +259,6 @@ def test_best_reloaded_gives_the_stored_auc(task: Task) -> None:
     assert losses[fold.metrics().epoch] == pytest.approx(log_loss(data.valid_labels, 1 / (1 + np.exp(-logits))), rel=1e-6)
 
 
-def test_tensorboard_sees_the_log(task: Task) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = finish(task, 0)
-    seen = events.EventAccumulator(str(folder / "events")).Reload()
-    log = pd.read_csv(folder / "log.csv")
-    for name in ("valid_auc", "valid_loss", "train_loss", "lr"):
-        points = [(point.step, point.value) for point in seen.Scalars(name)]
-        np.testing.assert_allclose(points, log[["epoch", name]], rtol=1e-6)
-
-
 @pytest.mark.parametrize("epochs", [1, 2, 10])
 def test_the_learning_rate_rises_once_and_falls_once(epochs: int) -> None:
     config = replace(Config(), epochs=epochs, lr=1.0)

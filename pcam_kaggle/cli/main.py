@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(options.verbose - options.quiet)
     try:
         _run(options)
-    except (UserError, OSError, UnicodeEncodeError) as error:
+    except (UserError, OSError) as error:
         if options.debug or os.environ.get("PCAM_DEBUG", "0") not in ("", "0"):
             # What the error was raised from is shown, too.
             error.__suppress_context__ = False
@@ -50,15 +50,11 @@ def _run(options: argparse.Namespace) -> None:
     COMMANDS[options.command](options)
 
 
-def _message(error: UserError | OSError | UnicodeEncodeError, options: argparse.Namespace) -> str:
+def _message(error: UserError | OSError, options: argparse.Namespace) -> str:
     """Return `error` in one line; write the full list behind it to a file if the message shows only a part."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; --debug shows where it was raised"
-    if isinstance(error, UnicodeEncodeError):
-        # UTF-8 lacks only what stands for the bytes of a name that is none.
-        name = ascii(error.object[max(0, error.start - 40) : error.end])
-        return f"the name of a file or folder is not valid UTF-8: {name}; rename it"
     if len(error.details) <= EXAMPLES:
         return str(error)
     from pcam_kaggle.core.files import write

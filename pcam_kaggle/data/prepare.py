@@ -67,14 +67,14 @@ def prepare(data: Data, store: Path, ids: Ids | None = None, subset: int = 0) ->
         manifest = existing = complete_manifest(store)
         if manifest is None or manifest.signature != signature:
             with building(store, is_store) as folder:
-                manifest = _build(data, labels, splits, folder, ids, signature)
+                manifest = _build(data, splits, folder, ids, signature)
                 manifest.write(folder / "manifest.json")
     for split in splits:
         warn_of_unlisted(split)
     return manifest, manifest is not existing
 
 
-def _build(data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, ids: Ids, signature: str) -> StoreManifest:
+def _build(data: Data, splits: list[Split], folder: Path, ids: Ids, signature: str) -> StoreManifest:
     # Before the files are read, which takes minutes.
     raise_problems(data.root, splits, [problem for split in splits for problem in listing_problems(split, ids)])
     rows = [row for split in splits for row in split.rows]
@@ -83,7 +83,7 @@ def _build(data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, 
     index = pd.DataFrame({"id": [row.id for row in rows], "split": [row.split for row in rows]})
     write_csv(folder / "index.csv", index)
     index["pixels"] = [digest for digest, _ in read]
-    _warn_of_equal_pixels(index, labels)
+    _warn_of_equal_pixels(index)
     hashes = {
         split: sha256("\n".join(patches["id"] + " " + patches["pixels"]).encode()) for split, patches in index.groupby("split")
     }
@@ -100,21 +100,11 @@ def _build(data: Data, labels: pd.DataFrame, splits: list[Split], folder: Path, 
     )
 
 
-def _warn_of_equal_pixels(index: pd.DataFrame, labels: pd.DataFrame) -> None:
-    used = index.drop_duplicates("id").merge(labels, "left", "id")
-    equal = used[used["pixels"].duplicated(keep=False)]
-    by_label, by_split = (equal.groupby("pixels")[column].transform("nunique") > 1 for column in ("label", "split"))
-    kinds = (
-        (" but with another label", "label", by_label),
-        (" in train and in test", "split", by_split),
-        ("", "id", ~by_label & ~by_split),
-    )
-    for kind, column, is_kind in kinds:
-        # The first two of each group that differ in the column.
-        differing = equal[is_kind].drop_duplicates(["pixels", column]).groupby("pixels", sort=False)["id"]
-        pairs = [" = ".join(ids[:2]) for _, ids in differing]
-        if pairs:
-            log.warning("patches with the pixels of another one%s: %s (%s)", kind, f"{is_kind.sum():,}", examples(pairs))
+def _warn_of_equal_pixels(index: pd.DataFrame) -> None:
+    equal = index.drop_duplicates("id").groupby("pixels", sort=False)["id"].filter(lambda ids: len(ids) > 1)
+    pairs = [" = ".join(ids) for _, ids in equal.groupby(index["pixels"], sort=False)]
+    if pairs:
+        log.warning("patches with the pixels of another one: %s (%s)", f"{len(equal):,}", examples(pairs))
 
 
 def _signature(data: Data, splits: list[Split], ids: Ids) -> str:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -124,17 +122,6 @@ def train_fold(task: Task, number: int, backend: Backend, loaders: int = 1) -> G
     on_first_rank(partial(_write_metrics, task, data, learner, rows))
 
 
-def _write_events(folder: Path, row: EpochRow) -> None:
-    """Write a row of log.csv for TensorBoard, if it is installed; older events of that epoch and later ones are hidden."""
-    if find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(folder), purge_step=row["epoch"]) as writer:
-            for name, value in row.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, row["epoch"])
-
-
 class FoldData:
     """Train batches of a fold, with a teacher also of test patches, and rows and labels (n,) of its validation patches."""
 
@@ -186,7 +173,6 @@ def _finish_epoch(
         loader_wait=round(learner.waited / train_seconds, 3),
     )
     learner.save(fold, [*rows, row])
-    _write_events(fold.folder / "events", row)
     return row
 
 
