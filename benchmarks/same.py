@@ -25,7 +25,7 @@ D4 = ("symmetry=d4", "width=16", "max_width=32", "head=pool")
 TIMM = ("model=timm:resnet10t", "resize=64", "tta=1", "epochs=1")
 DEFAULT_NET = ("side=64", "n_splits=3", "epochs=1", "batch_size=32", "precision=bf16")
 WHEEL = ("side=64", "n_splits=3", "tta=1", "precision=fp32", "pool=catavgmax")
-SCORES = "kaggle scores climbed-not-for-kaggle --public 0.9 --private 0.8"
+SCORES = "kaggle scores blended-not-for-kaggle --public 0.9 --private 0.8"
 # The commands, each with its fields; `{held_out}` is a folder of labelled patches.
 COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipeline -e bottleneck --name adamw --set optimizer=adamw", TINY),
@@ -37,11 +37,11 @@ COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipeline -e bottleneck --name taught --set teacher=muon", TINY),
     ("pipeline -e bottleneck --name many --seeds 2", TINY),
     ("probe -e lite0 --name probe", WHEEL),
-    ("blend adamw muon --name climbed --method climb", ()),
+    ("blend adamw muon --name blended", ()),
     ("blend adamw d4 --name ranked --method rank", ()),
-    ("submission --name climbed", ()),
-    ("evaluate muon climbed ranked --patches {held_out}/patches --labels {held_out}/labels.csv --ids names --format json", ()),
-    ("compare adamw muon d4 climbed --format json", ()),
+    ("submission --name blended", ()),
+    ("evaluate muon blended ranked --patches {held_out}/patches --labels {held_out}/labels.csv --ids names --format json", ()),
+    ("compare adamw muon d4 blended --format json", ()),
     ("compare stratified --format json", ()),
     (SCORES, ()),
 )

@@ -1,4 +1,4 @@
-"""Blending joins by id, averages probabilities or ranks, and uses weights only with a significant gain."""
+"""Blending joins by id, and averages probabilities or ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_runs import FOLD, FOLDS, IDS, LABELS, SLIDE, N, noisy, predictions, write_run
+from made_runs import FOLD, FOLDS, IDS, LABELS, noisy, write_run
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import Method, RunPredictions, blend, climb, cross_climb
-from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference
+from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
+from pcam_kaggle.scoring.intervals import interval
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.tables import score_lines
 
 
-@pytest.mark.parametrize("method", ["mean", "rank", "climb"])
+@pytest.mark.parametrize("method", ["mean", "rank"])
 def test_a_blend_does_not_depend_on_the_order_of_rows(method: Method, tmp_path: Path) -> None:
     outputs = []
     for number, order in enumerate((pd.DataFrame.copy, lambda table: table.sample(frac=1, random_state=3))):
@@ -39,8 +39,6 @@ def test_the_mean_and_its_metrics() -> None:
     assert made.metrics.model_dump(exclude={"ranked", "oof_sha256", "test_sha256"}) == {
         "members": {"a": 0.5, "b": 0.5},
         "method": "mean",
-        "asked": "mean",
-        "gain_of_weights": None,
         "scheme": "stratified_3_42",
         "folds_sha256": members[0].folds_sha256,
         "missing_folds": [],
@@ -53,7 +51,7 @@ def test_the_mean_and_its_metrics() -> None:
     }
 
 
-def test_one_fold_has_no_deviation_and_no_weights() -> None:
+def test_one_fold_has_no_deviation() -> None:
     alone = noisy("a", 1, 1)
     inside = alone.oof[alone.oof["fold"] == 1].reset_index(drop=True)
     one = replace(alone, oof=inside, tests=alone.tests[1:2], missing=[0, 2])
@@ -61,8 +59,6 @@ def test_one_fold_has_no_deviation_and_no_weights() -> None:
     assert (metrics.sd, metrics.missing_folds, metrics.folds) == (None, [0, 2], [1])
     assert [line for line in score_lines(metrics) if "missing" in line] == ["missing: folds 0, 2"]
     assert not any("SD over folds" in line for line in score_lines(metrics))
-    with pytest.raises(UserError, match="there is one; use mean"):
-        blend([one], "climb")
 
 
 def test_rank_blending_ignores_the_scale_of_a_fold() -> None:
@@ -75,73 +71,6 @@ def test_rank_blending_ignores_the_scale_of_a_fold() -> None:
     pd.testing.assert_frame_equal(first.test, second.test, check_exact=True)
     plain = blend([scaled], "mean").metrics
     assert plain.pooled.value < plain.ranked.value == pytest.approx(first.metrics.pooled.value)
-
-
-def test_weights_are_used_only_with_a_significant_gain() -> None:
-    good = blend([noisy("good", 0.4, 1), *(noisy(f"bad{n}", 8, n) for n in (2, 3, 4))], "climb").metrics
-    assert good.method == "climb"
-    assert good.members["good"] > 0.9
-    assert good.gain_of_weights.low > 0
-    alike = [noisy(f"m{n}", 1, n) for n in range(4)]
-    made = blend(alike, "climb")
-    assert (made.metrics.method, made.metrics.asked) == ("mean", "climb")
-    assert set(made.metrics.members.values()) == {0.25}
-    np.testing.assert_allclose(made.oof["probability"], np.mean([each.oof["probability"] for each in alike], axis=0))
-
-
-MEAN = "(unit: slide): not known to be more than noise, so the mean is used"
-
-
-@pytest.mark.parametrize(
-    ("clusters", "method", "line"),
-    [
-        (PATCHES, "climb", "(unit: patch): weights are used"),
-        (Clusters("slide", SLIDE), "mean", MEAN),
-        (Clusters("slide", np.where(LABELS == 1, 0, SLIDE)), "mean", f"[n/a (a single slide with positive patches)] {MEAN}"),
-    ],
-)
-def test_the_gain_of_weights_is_tested_over_the_clusters(clusters: Clusters, method: str, line: str) -> None:
-    """The weights gain on a third of the slides: significant over patches but not over slides."""
-    rng = np.random.default_rng(5)
-    good = np.where(SLIDE < 6, 3.0 * LABELS, 0.0) + rng.normal(size=N)
-    members = [predictions(f"m{n}", logits, "slides_3_42") for n, logits in enumerate([good, *rng.normal(size=(2, N))])]
-    metrics = blend(members, "climb", clusters).metrics
-    assert metrics.method == method
-    _, gain = cross_climb(LABELS, FOLD, np.stack([each.oof["probability"] for each in members]))
-    assert metrics.gain_of_weights.value == pytest.approx(gain.value, abs=1e-12)
-    assert score_lines(metrics)[-1].endswith(line)
-
-
-def test_weights_of_a_fold_do_not_depend_on_its_labels() -> None:
-    values = np.stack([noisy(f"m{n}", 1 + n, n).oof["probability"] for n in range(4)])
-    inside = FOLD == 1
-    # Equal to the labels in one fold and random elsewhere: weights that leak labels of that fold would select it.
-    leaky = np.where(inside, LABELS, np.random.default_rng(9).random(N))
-    values = np.vstack([values, leaky])
-    blended, _ = cross_climb(LABELS, FOLD, values)
-    others, _ = cross_climb(np.where(inside, 1 - LABELS, LABELS), FOLD, values)
-    np.testing.assert_array_equal(blended[inside], others[inside])
-    assert climb(LABELS, values).sum() == pytest.approx(1)
-
-
-def test_weights_of_a_fold_come_from_all_other_folds() -> None:
-    values = np.stack([noisy(f"m{n}", 1 + n / 2, n).oof["probability"] for n in range(3)])
-    blended, gain = cross_climb(LABELS, FOLD, values)
-    for fold in range(FOLDS):
-        inside = fold == FOLD
-        np.testing.assert_array_equal(blended[inside], climb(LABELS[~inside], values[:, ~inside]) @ values[:, inside])
-    assert gain == paired_difference(LABELS, blended, values.mean(axis=0))
-
-
-def test_climb_starts_with_the_best_and_adds_what_helps_more_than_once() -> None:
-    labels = np.array([0, 0, 1, 1])
-    best, helps, hurts = np.array([1, 3, 2, 4.0]), np.array([2, 0, 1.5, 1]), np.array([4, 3, 2, 1.0])
-    assert climb(labels, np.stack([hurts, best, helps])).tolist() == [0, 0.5, 0.5]
-    assert climb(labels, np.stack([hurts, np.array([1, 2, 3, 4.0])])).tolist() == [0, 1]
-    values = np.stack([noisy(f"m{n}", 1 + n / 2, n).oof["probability"] for n in range(3)])
-    weights = climb(LABELS, values)
-    assert len({*weights.tolist(), 0.0}) > 2
-    assert auc(LABELS, weights @ values) > max(auc(LABELS, column) for column in values)
 
 
 FIRST, SECOND = noisy("a", 1, 1), noisy("b", 1, 2)

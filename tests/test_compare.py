@@ -335,7 +335,7 @@ def test_a_missing_fold_file_is_an_error_unless_a_slide_map_is_given(work: Path,
     slides = work / "map.csv"
     write_csv(slides, SLIDE_MAP)
     assert json.loads(compared(work, capsys, "--slides", str(slides))) == before
-    assert blended(work, "--method", "climb", "--slides", str(slides)).gain_of_weights.unit == "slide"
+    assert blended(work, "--slides", str(slides)).pooled.unit == "slide"
     write_csv(slides, pd.DataFrame({"id": ["other"], "wsi": ["s00"]}))
     assert main(["compare", "--work", str(work), "--slides", str(slides)]) == 2
     assert "has none of the 720 patches" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pcam_kaggle.runs.records import BackendRecord, Environment, FoldMetrics, He
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import SubmissionRecord
 from pcam_kaggle.scoring.held_out import EvaluationResult
-from pcam_kaggle.scoring.results import BlendMetrics, Difference, Estimate
+from pcam_kaggle.scoring.results import BlendMetrics, Estimate
 
 ESTIMATE = {"value": 0.9, "low": 0.8, "high": 1.0}
 DIFFERENCE = ESTIMATE | {"error": 0.1, "p": 0.5, "unit": "slide", "units": 3, "undefined": ""}
@@ -30,8 +30,8 @@ SCORE = {"run": "a", "fold_auc": {"0": 0.8, "1": 0.9}, "mean": ESTIMATE}
 EARLIER: list[tuple[type[Record], dict[str, Any], dict[str, Any]]] = [
     (RunConfig, {"config": {"optimizer": "logistic"}, "folds": "name", "folds_sha256": "f"}, {"weights_sha256": None}),
     (FoldMetrics, FOLD, {"epoch": None, "penalty": None, "macs": 0}),
-    (BlendMetrics, BLEND, {"scheme": "", "asked": "", "sd": None, "pooled": Estimate(**ESTIMATE, unit="patch", units=0)}),
-    (BlendMetrics, BLEND | {"gain_of_weights": DIFFERENCE}, {"gain_of_weights": Difference(**DIFFERENCE, corrected_p=None)}),
+    (BlendMetrics, BLEND, {"scheme": "", "sd": None, "pooled": Estimate(**ESTIMATE, unit="patch", units=0)}),
+    (BlendMetrics, BLEND | {"asked": "climb", "gain_of_weights": DIFFERENCE}, {"method": "climb"}),
     (PredictionsRecord, {"sources": {}, "files": {"oof.csv": "h"}}, {"images_per_second": 0.0}),
     (SubmissionRecord, SUBMISSION, {"missing_folds": [], "public_score": None, "mark": "0123456789abcdef"}),
     (HeldOutRecord, {"sources": HELD_OUT, "csv_sha256": "h"}, {}),

@@ -12,7 +12,7 @@ from pcam_kaggle.core.errors import program
 from pcam_kaggle.core.experiments import DEFAULT, EXPERIMENTS, PRETRAINED
 from pcam_kaggle.core.paths import user_path
 
-METHODS = ("mean", "rank", "climb")
+METHODS = ("mean", "rank")
 # Former commands of `kaggle`.
 RENAMED = {
     "check": "status",
@@ -99,7 +99,7 @@ IDS = Option("--ids", choices=["sha1", "names"], help="what ids are: SHA-1 of th
 FOLDS = Option("--folds", type=_folds, metavar="0,2", help="numbers of the folds to work on, from 0 [all]")
 SEEDS = Option("--seeds", type=_count, default=1, metavar="3", help="train and blend so many seeds, <name>-seed42 … [1]")
 HOURS = Option("--hours", type=_hours, help="end training after so many hours; unfinished folds are left out [no limit]")
-METHOD = Option("--method", choices=METHODS, default="mean", help="average values, ranks, or with weights (climb) [mean]")
+METHOD = Option("--method", choices=METHODS, default="mean", help="average probabilities, or ranks within folds [mean]")
 RUNS = Option("runs", nargs="*", help="names of runs, as in runs/ [all]")
 BASELINE = Option("--baseline", metavar="RUN", help="run to compare the others with [the one with the highest AUC]")
 COMPARED_FOLDS = Option("--folds", type=_folds, metavar="0,2", help="folds to compare, from 0 [all that the runs share]")
@@ -204,7 +204,7 @@ COMMANDS = (
 # Arguments that the help of a command shows.
 EXAMPLES = {
     "train": "-e quick --folds 0,2 --hours 2",
-    "blend": "bottleneck plain --method climb",
+    "blend": "bottleneck plain --method rank",
     "import": "other --oof oof.csv --test test.csv",
     "pipeline": "-e quick --subset 5000 --set epochs=3 --name first",
     "probe": "--set weights=~/encoder --name encoder",

@@ -5,15 +5,13 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference
-from pcam_kaggle.scoring.metrics import Floats, Labels, auc, rank_within
-from pcam_kaggle.scoring.results import BlendMetrics, Difference, OofScore
+from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval
+from pcam_kaggle.scoring.metrics import auc, rank_within
+from pcam_kaggle.scoring.results import BlendMetrics, OofScore
 
-Method = Literal["mean", "rank", "climb"]
-CLIMB_STEPS = 50
+Method = Literal["mean", "rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +42,28 @@ class Blend:
 def blend(members: list[RunPredictions], method: Method, clusters: Clusters = PATCHES) -> Blend:
     """Blend `members`, runs on the same folds, patches and test ids; test predictions are means over a member's folds.
 
-    `mean` averages probabilities, `rank` their ranks within a fold. `climb` weights the members by greedy forward selection on
-    the OOF AUC (Caruana et al. 2004); it falls back to the mean unless it is significantly better on folds that its weights
-    were not chosen on. Intervals and the test of the weights resample `clusters`. Raises UserError if the members differ in
-    folds, patches or test ids, if one is named twice, or if `climb` has one fold only.
+    `mean` averages probabilities, `rank` their ranks within a fold. Intervals resample `clusters`. Raises UserError if the
+    members differ in folds, patches or test ids, or if one is named twice.
     """
     _check(members)
     first = members[0]
-    labels, folds = first.oof["label"].to_numpy(), first.oof["fold"].to_numpy()
+    folds = first.oof["fold"].to_numpy()
     values = [member.oof["probability"].to_numpy() for member in members]
     tests = [[test["probability"].to_numpy() for test in member.tests] for member in members]
     if method == "rank":
         values = [rank_within(folds, each) for each in values]
         tests = [[rank_within(np.zeros(len(each), np.int64), each) for each in per_fold] for per_fold in tests]
-    oof, test = np.stack(values), np.stack([np.mean(per_fold, axis=0) for per_fold in tests])
-
-    used, weights, gain = method, np.full(len(members), 1 / len(members)), None
-    blended = weights @ oof
-    if method == "climb":
-        if len(np.unique(folds)) < 2:
-            raise UserError("--method climb: needs at least two folds and there is one; use mean")
-        crossed, gain = cross_climb(labels, folds, oof, clusters)
-        used = "mean"
-        if gain.low is not None and gain.low > 0:
-            used, weights, blended = "climb", climb(labels, oof), crossed
-    result = first.oof[["id", "label", "fold"]].assign(probability=blended)
+    weight, oof, test = 1 / len(members), np.mean(values, axis=0), np.mean([np.mean(each, axis=0) for each in tests], axis=0)
+    result = first.oof[["id", "label", "fold"]].assign(probability=oof)
     metrics = BlendMetrics(
-        members={member.name: float(weight) for member, weight in zip(members, weights, strict=True)},
-        method=used,
-        asked=method,
-        gain_of_weights=gain,
+        members=dict.fromkeys([member.name for member in members], weight),
+        method=method,
         scheme=first.scheme,
         folds_sha256=first.folds_sha256,
         missing_folds=first.missing,
         **dict(score(result, clusters)),
     )
-    return Blend(result, pd.DataFrame({"id": first.tests[0]["id"], "probability": weights @ test}), metrics)
+    return Blend(result, pd.DataFrame({"id": first.tests[0]["id"], "probability": test}), metrics)
 
 
 def score(oof: pd.DataFrame, clusters: Clusters = PATCHES) -> OofScore:
@@ -96,39 +80,6 @@ def score(oof: pd.DataFrame, clusters: Clusters = PATCHES) -> OofScore:
         pooled=interval(labels, values, clusters),
         ranked=interval(labels, rank_within(folds, values), clusters),
     )
-
-
-def climb(labels: Labels, values: Floats) -> Floats:
-    """Return weights (members,) that sum to 1, by greedy forward selection with replacement (Caruana et al. 2004).
-
-    Starting from the best member, each of up to 50 steps adds the member that raises the AUC of the sum most, until none does.
-    `labels` are (n,), `values` (members, n).
-    """
-    counts = np.zeros(len(values))
-    total, best = np.zeros(values.shape[1]), -np.inf
-    for _ in range(CLIMB_STEPS):
-        areas = [auc(labels, total + column) for column in values]
-        chosen = int(np.argmax(areas))
-        if areas[chosen] <= best:
-            break
-        best = areas[chosen]
-        counts[chosen] += 1
-        total = total + values[chosen]
-    return counts / counts.sum()
-
-
-def cross_climb(
-    labels: Labels, folds: NDArray[np.int64], values: Floats, clusters: Clusters = PATCHES
-) -> tuple[Floats, Difference]:
-    """Return the blend (n,) whose weights for each fold come from `climb` on the other folds, and its AUC minus the mean's.
-
-    `labels` and `folds` are (n,), `values` (members, n). The test of the difference resamples `clusters`.
-    """
-    blended = np.empty(len(labels))
-    for fold in np.unique(folds):
-        inside = folds == fold
-        blended[inside] = climb(labels[~inside], values[:, ~inside]) @ values[:, inside]
-    return blended, paired_difference(labels, blended, values.mean(axis=0), clusters)
 
 
 def _check(members: list[RunPredictions]) -> None:

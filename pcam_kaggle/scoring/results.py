@@ -93,14 +93,11 @@ class OofScore(Record):
 class BlendMetrics(OofScore):
     """The score of blended predictions, `metrics.json` of a run.
 
-    `members` has the weight of each run by its name, `asked` the method that was asked for. `gain_of_weights` is the AUC of
-    climbed weights minus the mean's, on folds that they were not chosen on. `scheme` is empty in files of earlier versions.
+    `members` has the weight of each run by its name; in files of earlier versions weights may differ. `scheme` is empty there.
     """
 
     members: dict[str, float]
     method: str
-    asked: str = ""
-    gain_of_weights: Difference | None = None
     scheme: str = ""
     folds_sha256: str
     missing_folds: list[int] = []

@@ -22,7 +22,7 @@ REFERENCES: dict[Family, str] = {"baseline": "the baseline", "all pairs": "the h
 
 
 def score_lines(metrics: BlendMetrics) -> list[str]:
-    """Return the OOF AUC as lines of text: per fold, pooled, missing folds, and the gain of weights if any were climbed."""
+    """Return the OOF AUC as lines of text: per fold, pooled, and missing folds."""
     folds = zip(metrics.folds, metrics.patches, metrics.fold_auc, strict=True)
     lines = [f"fold {fold}   {size:>7,} patches   OOF AUC {area:.4f}" for fold, size, area in folds]
     deviation = "" if metrics.sd is None else f" ± {metrics.sd:.4f} (SD over folds)"
@@ -33,9 +33,6 @@ def score_lines(metrics: BlendMetrics) -> list[str]:
         lines.append("folds may share slides: on held-out slides, models scored up to 0.03 lower (docs/scores.md)")
     if metrics.missing_folds:
         lines.append(f"missing: folds {', '.join(map(str, metrics.missing_folds))}")
-    if gain := metrics.gain_of_weights:
-        verdict = "weights are used" if metrics.method == "climb" else "not known to be more than noise, so the mean is used"
-        lines.append(f"difference of weights to mean   {gain.text('+.4f')} (unit: {gain.unit}): {verdict}")
     return lines
 
 
