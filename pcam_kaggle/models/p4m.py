@@ -4,11 +4,9 @@ A feature map (n, 8 fields, h, w) contains eight copies of each field, one per s
 an image is rotated or reflected, its feature maps are as well, and the eight copies are permuted.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, conv2d
+from torch.nn.functional import conv2d
 
 ORDER = 8
 
@@ -71,53 +69,12 @@ class GroupConv2d(nn.Module):
 class GroupNorm2d(nn.BatchNorm2d):
     """Batch norm of feature maps (n, channels, h, w) with one mean, variance, scale and shift for the copies of a field."""
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
     def __init__(self, channels: int) -> None:
         super().__init__(channels // ORDER)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise feature maps `x`; in training mode, also update the running statistics."""
-        if not self.training:
-            means, variances = self.running_mean.repeat(ORDER), self.running_var.repeat(ORDER)
-            return batch_norm(x, means, variances, self.weight.repeat(ORDER), self.bias.repeat(ORDER), eps=self.eps)
-        with torch.no_grad():
-            # PyTorch's kernel is slow on few channels, so it gets all of them, and the statistics of the copies are pooled.
-            statistics = torch.batch_norm_update_stats(x, None, None, 0.0)
-            means, variances = (each.to(self.weight.dtype).view(ORDER, -1) for each in statistics)
-            mean = means.mean(0)
-            variance = (variances + (means - mean) ** 2).mean(0)
-            count = x.numel() / self.num_features
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return _GroupNormalize.apply(x, self.weight, self.bias, mean, variance, self.eps)
-
-
-class _GroupNormalize(torch.autograd.Function):
-    """Batch norm with pooled statistics; its gradient is that of Ioffe & Szegedy 2015 (section 3) with sums over the copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps = eps
-        mean, variance, weight, bias = (each.repeat(ORDER) for each in (mean, variance, weight, bias))
-        return batch_norm(x, mean, variance, weight, bias, eps=eps)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
-        repeated = [each.repeat(ORDER) for each in (weight, mean, variance)]
-        # The statistics are taken as constants first; their part of the gradient of x is linear in x and follows from the sums.
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, *repeated, None, None, False, ctx.eps, [True, True, True]
-        )
-        of_weight, of_bias = of_weight.view(ORDER, -1).sum(0), of_bias.view(ORDER, -1).sum(0)
-        scale = weight * (variance + ctx.eps).rsqrt() * len(weight) / x.numel()
-        slope = -scale * (variance + ctx.eps).rsqrt() * of_weight
-        offset = -scale * of_bias - slope * mean
-        slope, offset = (each.repeat(ORDER).view(1, -1, 1, 1).to(x.dtype) for each in (slope, offset))
-        return of_x.addcmul_(x, slope).add_(offset), of_weight, of_bias, None, None, None
+        n, channels, height, width = x.shape
+        # The copies as further positions, which moves nothing in channels_last.
+        positions = x.permute(0, 2, 3, 1).reshape(n, height, ORDER * width, channels // ORDER).permute(0, 3, 1, 2)
+        return super().forward(positions).permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
