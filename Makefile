@@ -26,7 +26,7 @@ help: ## list the targets
 	@echo
 	@echo "DATA=folder       the competition's data (also PCAM_DATA)"
 	@echo "EXPERIMENT=name   bottleneck (default), quick, plain, bottleneck_d4, lite0, pretrained, dinov2,"
-	@echo "                  bottleneck_distilled, blend, best"
+	@echo "                  bottleneck_distilled, blend"
 	@echo "TORCHRUN='…'      several processes on one fold: TORCHRUN='--standalone --nproc-per-node 2 --max-restarts 3'"
 	@echo "ARGS='…'          more options, for example ARGS='--set epochs=20 --name longer'"
 

@@ -51,7 +51,7 @@ def loops(bench: Bench, measure: str, peer: str = "loop", **arguments: Any) -> d
 def training(bench: Bench) -> str:
     """Training speed against the loop and against the limit, our own step on one batch in memory; on a GPU without the loop."""
     is_on_gpu, tables = find_device() == "cuda", []
-    for net in (NET, "plain", *(["best"] if is_on_gpu else [])):
+    for net in (NET, "plain"):
         turns: dict[str, Turn] = {"ours": partial(bench.turn, "training", ENVIRONMENT, name=net)}
         values = bench.rounds(turns if is_on_gpu else turns | loops(bench, "loop_training", name=net))
         tables.append(f"`{net}`, ours on {values.pop('backend')[0]}:\n\n{comparison('images/s', values)}")

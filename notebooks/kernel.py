@@ -74,7 +74,7 @@ print(f"Python {platform.python_version()}, torch {found['torch']}; all packages
 
 # %% settings
 # bottleneck, quick, plain,
-# bottleneck_d4, best; with internet or
+# bottleneck_d4; with internet or
 # attached weights: lite0, pretrained,
 # dinov2, bottleneck_distilled, blend
 EXPERIMENT = "bottleneck"

@@ -152,14 +152,6 @@ def test_a_kept_file_is_read_back_equal(labels: pd.DataFrame, slides: pd.DataFra
         load_folds(labels, scheme, other, tmp_path)
 
 
-def test_a_slide_that_makes_folds_unequal_is_named(
-    labels: pd.DataFrame, slides: pd.DataFrame, package_log: pytest.LogCaptureFixture
-) -> None:
-    for count, is_warned in ((390, False), (900, True)):
-        draw_folds(labels, SLIDES, slides.assign(wsi=np.where(slides.index < count, "big", slides["wsi"])))
-        assert any("group big has 9" in message for message in package_log.messages) == is_warned
-
-
 def test_too_few_of_anything_is_said(labels: pd.DataFrame, slides: pd.DataFrame) -> None:
     with pytest.raises(UserError, match="fewer patches"):
         draw_folds(labels.assign(label=[1, 1, *[0] * 998]), PLAIN, None)

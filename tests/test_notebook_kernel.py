@@ -174,7 +174,7 @@ def test_several_seeds_are_blended_in_a_session(stand_in: Any) -> None:
     assert len(pd.read_csv(here.working / "submission.csv")) == len(pd.read_csv(here.data.sample))
 
 
-OTHERS = ["bottleneck", "plain", "bottleneck_d4", "best", "lite0"]
+OTHERS = ["bottleneck", "plain", "bottleneck_d4", "lite0"]
 
 
 @pytest.mark.parametrize(

@@ -326,16 +326,6 @@ def test_figures_of_all_patches_are_small() -> None:
     assert max(len(plot.svg) for plot in plots) < 60_000
 
 
-def test_an_undefined_correlation_is_not_printed_as_nan() -> None:
-    values = np.stack([np.arange(9.0), -np.arange(9.0), np.ones(9)])
-    some = figures.correlation(["a", "b", "constant"], values)
-    none = figures.correlation(["a", "constant"], values[::2])
-    assert "-1.000 to -1.000;" in some.caption
-    assert "n/a: all predictions of a run are equal" in some.caption
-    assert "probabilities: n/a;" in none.caption
-    assert "nan" not in some.svg + none.svg
-
-
 @pytest.mark.parametrize("draw", [figures.roc, figures.precision_recall])
 def test_an_inset_has_the_corner_that_good_curves_enter(draw: Callable[..., figures.Plot]) -> None:
     labels = np.arange(400) % 2

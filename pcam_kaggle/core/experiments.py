@@ -100,10 +100,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "dinov2": Experiment("DINOv2's ViT-S/14 at 112 px, weights from timm; also the settings for other ViTs", _DINOV2),
     "bottleneck_distilled": Experiment("default model, taught by pretrained", replace(_BOTTLENECK, teacher=PRETRAINED)),
     "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
-    "best": Experiment(
-        "wider bottleneck_d4, for a Kaggle session on two T4 GPUs",
-        replace(_D4, width=64, max_width=1024, epochs=15, batch_size=256),
-    ),
     DEMO: Experiment("synthetic patches only", replace(_DEMO, norm="train")),
 }
 

@@ -1,6 +1,5 @@
 """Cross-validation folds: drawn once, written to a file, and rejected if they no longer belong to the labels."""
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,6 @@ from pcam_kaggle.core.records import Record
 from pcam_kaggle.data.stain import stain_vectors
 from pcam_kaggle.data.store import PatchStore
 from pcam_kaggle.data.tables import draw_subset, labels_sha256, read_labels, read_numbers, read_slides, read_text
-
-log = logging.getLogger(__name__)
 
 UNMAPPED = "unmapped"
 STAIN_GROUPS = 50
@@ -173,10 +170,6 @@ def draw_folds(labels: pd.DataFrame, scheme: Scheme, slides: pd.DataFrame | None
             )
         if groups.nunique() < scheme.n_splits:
             raise UserError(f"{groups.nunique()} slides can't fill {scheme.n_splits} folds; use --set n_splits=…")
-        largest = groups.value_counts()
-        if largest.iloc[0] * scheme.n_splits > 2 * len(table):
-            size = f"{largest.index[0]} has {largest.iloc[0]:,} of {len(table):,} patches"
-            log.warning("folds: very unequal, since group %s, all in one fold; --set groups=none splits it", size)
         splitter = StratifiedGroupKFold(scheme.n_splits, shuffle=True, random_state=scheme.seed)
         table["group"] = groups
     if table["label"].value_counts().min() < scheme.n_splits:

@@ -255,16 +255,15 @@ def embedding(name: str, table: pd.DataFrame, keys: pd.Series, kind: str, mistak
 @mpl.rc_context(STYLE)
 def correlation(names: list[str], probabilities: Floats) -> Plot:
     """Return Spearman's correlation between the rows of `probabilities` (runs, n) as an annotated heat map."""
-    with np.errstate(invalid="ignore"):
-        matrix = np.corrcoef(rankdata(probabilities, axis=1))
+    matrix = np.corrcoef(rankdata(probabilities, axis=1))
     count = len(names)
     size = max(WIDTH, 1.2 + 0.48 * count)
     figure, ax = _panel(size, size * 0.85)
-    low = float(np.nanmin(matrix, initial=1))
+    low = float(matrix.min())
     ax.pcolormesh(matrix, cmap="cividis", vmin=low, vmax=1)
     for row, column in np.ndindex(count, count):
         colour = "#000000" if matrix[row, column] > (low + 1) / 2 else "#ffffff"
-        ax.text(column + 0.5, row + 0.5, _number(matrix[row, column]), color=colour, ha="center", va="center")
+        ax.text(column + 0.5, row + 0.5, f"{matrix[row, column]:.3f}", color=colour, ha="center", va="center")
     ticks = np.arange(count) + 0.5
     ax.set_xticks(ticks, names, rotation=30, ha="right")
     ax.set_yticks(ticks, names)
@@ -272,11 +271,9 @@ def correlation(names: list[str], probabilities: Floats) -> Plot:
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
     pairs = matrix[np.triu_indices(count, 1)]
-    defined = pairs[~np.isnan(pairs)]
-    ends = f"{_number(defined.min())} to {_number(defined.max())}" if len(defined) else "n/a"
+    ends = f"{pairs.min():.3f} to {pairs.max():.3f}"
     caption = f"Spearman's correlation of OOF probabilities: {ends}; the lower, the more a blend can gain."
-    reason = " n/a: all predictions of a run are equal." if len(defined) < len(pairs) else ""
-    return Plot(figure, "Correlation between runs", caption + reason)
+    return Plot(figure, "Correlation between runs", caption)
 
 
 @mpl.rc_context(STYLE)
@@ -342,7 +339,3 @@ def _histograms(parts: Mapping[str, tuple[Floats, int]], axes: tuple[str, str]) 
 def _panel(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure((width, height), layout="constrained")
     return figure, figure.add_subplot()
-
-
-def _number(value: float) -> str:
-    return "n/a" if np.isnan(value) else f"{value:.3f}"

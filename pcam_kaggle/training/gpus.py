@@ -1,16 +1,13 @@
 """Processes of a training: one per GPU, the epochs that each trains, and the loader processes beside each."""
 
-import logging
 import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import joblib
@@ -20,13 +17,8 @@ from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.core.logs import configure_logging, logging_verbosity
 from pcam_kaggle.core.process import end_with_parent
 from pcam_kaggle.training.device import configure_torch
-from pcam_kaggle.training.loader import PREFETCH
-
-log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-# A container has 64 MB of it by default.
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +31,10 @@ class Segment:
     is_split: bool = False
 
 
-def loader_processes(trained: int, batch_bytes: int) -> int:
+def loader_processes(trained: int) -> int:
     """Return the number of loader processes of each of `trained` folds: PCAM_WORKERS, or a share of the CPUs; at least 1."""
     trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * max(1, min(torch.cuda.device_count(), trained))
-    wanted = int(os.environ.get("PCAM_WORKERS") or joblib.cpu_count() // trainings)
-    if SHARED_MEMORY.is_dir():
-        slots = shutil.disk_usage(SHARED_MEMORY).free // trainings // batch_bytes
-        if (fitting := (slots - 1) // PREFETCH) < wanted:
-            log.info("train: shared memory has room for %d loader processes instead of %d", max(1, fitting), wanted)
-            wanted = fitting
-    return max(1, wanted)
+    return max(1, int(os.environ.get("PCAM_WORKERS") or joblib.cpu_count() // trainings))
 
 
 def round_robin(items: list[Item]) -> list[list[Item]]:

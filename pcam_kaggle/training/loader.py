@@ -58,11 +58,6 @@ class TrainBatches(Dataset):
         return torch.from_numpy(patches), torch.from_numpy(self.targets[chosen])
 
 
-def batch_bytes(config: Config) -> int:
-    """Return the bytes of the patches and targets of a batch."""
-    return config.batch_size * (3 * config.side**2 + torch.float32.itemsize)
-
-
 @functools.lru_cache(maxsize=1)
 def _order(seed: int, fold: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, fold, epoch)).permutation(count)
@@ -79,8 +74,8 @@ class _SharedBatches(Dataset):
             self.slots: list[Batch] = [tuple(part.clone().share_memory_() for part in empty) for _ in range(count)]
         except RuntimeError:
             raise UserError(
-                f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use a smaller one, or "
-                "make it larger (docker run --shm-size 1g)"
+                f"batch_size={data.config.batch_size}: shared memory has no room for {count} batches; use fewer --workers, "
+                "or make it larger (docker run --shm-size 1g)"
             ) from None
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ from pcam_kaggle.training.embed import mean_features
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.gpus import Segment, assign_epochs, loader_processes, run_on_gpus
 from pcam_kaggle.training.learner import EpochRow, Learner, best_row
-from pcam_kaggle.training.loader import TrainBatches, batch_bytes, batches
+from pcam_kaggle.training.loader import TrainBatches, batches
 from pcam_kaggle.training.schedule import learning_rate
 from pcam_kaggle.training.task import Task, open_session
 from pcam_kaggle.training.teacher import check_teacher, load_teacher
@@ -46,7 +46,7 @@ def train(task: Task, folds: list[int], budget: Budget = ENDLESS) -> None:
     configure_torch()
     with locked(run.folder) if rank() == 0 else nullcontext():
         backend = on_first_rank(partial(_open, task, folds))
-        loaders = loader_processes(len(folds), batch_bytes(config))
+        loaders = loader_processes(len(folds))
         log.info("train: %d of %d folds on %s", len(folds), config.n_splits, backend)
         log.debug("train: %d loader processes per training", loaders)
         done = {number: len(run.fold(number).log()) for number in folds}
