@@ -128,8 +128,10 @@ def add_blend(scored: Scored) -> None:
     """Add the experiment that blends others: the mean of their probabilities, the sum of their costs."""
     members = list(EXPERIMENTS[BLEND].members)
     made = [scored.records[member] for member in members]
+    folds = [scored.oof.loc[scored.oof[member].notna(), BY_LABEL].nunique() for member in members]
     scored.records[BLEND] = {
-        **{key: sum(each[key] for each in made) for key in ("parameters", "macs", "minutes")},
+        **{key: sum(each[key] for each in made) for key in ("parameters", "macs")},
+        "minutes": min(folds) * sum(each["minutes"] / count for each, count in zip(made, folds, strict=True)),
         **{key: 1 / sum(1 / each[key] for each in made) for key in SPEEDS},
         "base": BASELINE,
         "change": f"mean of {', '.join(members)}",

@@ -99,7 +99,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
     "dinov2": Experiment("DINOv2's ViT-S/14 at 112 px, weights from timm; also the settings for other ViTs", _DINOV2),
     "bottleneck_distilled": Experiment("default model, taught by dinov2", replace(_BOTTLENECK, teacher="dinov2")),
-    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
+    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(PRETRAINED, "dinov2")),
     DEMO: Experiment("synthetic patches only", replace(_DEMO, norm="train")),
 }
 

