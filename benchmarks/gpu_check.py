@@ -46,7 +46,7 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.training import cuda_graph, distributed, engine, gpus, train
 from pcam_kaggle.training.device import choose_backend, configure_torch
 from pcam_kaggle.training.learner import EpochRow, Learner
-from pcam_kaggle.training.loader import batch_bytes, batches
+from pcam_kaggle.training.loader import batches
 from pcam_kaggle.training.task import Task
 
 Row = dict[str, Any]
@@ -121,7 +121,7 @@ def finish(task: Task, choice: str, is_repeatable: bool = False) -> list[EpochRo
     configure_torch()
     torch.use_deterministic_algorithms(is_repeatable, warn_only=True)
     torch.backends.cudnn.benchmark &= not is_repeatable
-    workers = gpus.loader_processes(1, batch_bytes(task.config))
+    workers = gpus.loader_processes(1)
     with patch.object(train, "fastest_step", lambda learner: as_graph(learner)[0] if choice == "graph" else None):
         return list(train.train_fold(task, 0, choose_backend(task.config.precision), workers))
 

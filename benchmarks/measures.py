@@ -41,7 +41,7 @@ from pcam_kaggle.training.device import choose_backend, configure_torch
 from pcam_kaggle.training.engine import PREDICT_BATCH, predict_logits, train_epoch
 from pcam_kaggle.training.gpus import loader_processes
 from pcam_kaggle.training.learner import Learner
-from pcam_kaggle.training.loader import Batch, TrainBatches, batch_bytes, batches
+from pcam_kaggle.training.loader import Batch, TrainBatches, batches
 
 # Steps before the clock starts.
 WARM_UP = 8
@@ -77,7 +77,7 @@ def training(given: Source, name: str) -> None:
     learner, source = new_learner(given, config)
     learner.replay = fastest_step(learner)
     limit = images_per_second(learner, resident(learner, source), config, given.seconds)
-    augmented = batches(source, 0, loader_processes(1, batch_bytes(config)))
+    augmented = batches(source, 0, loader_processes(1))
     rate = images_per_second(learner, augmented, config, given.seconds)
     report({"rate": rate, "limit": limit, "backend": str(learner.backend)})
 
