@@ -302,7 +302,7 @@ ONLINE = {"enable_internet": True}
         # The members of a blend find what is attached; they have no settings of their own.
         (Kernel(Settings("blend"), "them/encoder"), ONLINE | {"dataset_sources": ["them/encoder"]}, []),
         # What nothing is attached for is downloaded, and the run is the one that the experiment makes here.
-        *((Kernel(Settings(name)), ONLINE, []) for name in ("blend", "dinov2", "lite0", "pretrained")),
+        *((Kernel(Settings(name)), ONLINE, []) for name in ("blend", "bottleneck_distilled", "dinov2", "lite0", "pretrained")),
         (Kernel(Settings("lite0", slides="them/maps")), ONLINE | {"dataset_sources": ["them/maps"]}, []),
     ],
 )
