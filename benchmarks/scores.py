@@ -96,6 +96,7 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
     metrics, session = [fold.metrics() for fold in folds], run.environments()[-1]
     rates = [fold.predictions_record().images_per_second for fold in folds]
     by_stain = made.folds == BY_STAIN
+    table = "experiments" if name in EXPERIMENTS else "seeds" if "-seed" in name else "trials"
     scored.records[name] = {
         "parameters": metrics[0].parameters,
         "macs": metrics[0].macs,
@@ -107,7 +108,7 @@ def harvest(scored: Scored, name: str, base: str | None, change: str | None) -> 
         "change": change,
         "backend": f"{session.device}, {session.backend.precision}",
         "commit": session.commit,
-        "table": "stain" if by_stain else "experiments" if name in EXPERIMENTS else "trials",
+        "table": "stain" if by_stain else table,
     }
     wanted = scored.oof[made.folds].isin([fold.number for fold in folds])
     _add_column(scored.oof, name, pd.concat([fold.predictions()[0] for fold in folds]), "probability", wanted)
@@ -176,16 +177,20 @@ def experiments_table(records: Records) -> str:
     lines = []
     for name, record in _listed(records, "experiments", "held_out"):
         scores, folds = record["scores"], len(record["scores"]["folds"])
+        rows = [name, *(row for row in records if row.startswith(f"{name}-seed"))]
+        seeds = [records[row]["scores"]["held_out"][0] for row in rows]
+        spread = f"{np.mean(seeds):.4f} ± {np.std(seeds, ddof=1):.4f} ({len(seeds)})" if len(seeds) > 1 else ""
         oof = _text(scores["oof"]) + (" (fold 0)" if folds == 1 else "")
         values = (
             _text(scores["held_out"]),
+            spread,
             _text(scores.get("held_out_difference"), "+"),
             oof,
             _text(scores.get("oof_difference"), "+"),
         )
         speeds = ", ".join(f"{record[key]:.0f}" for key in SPEEDS)
         lines.append((f"`{name}`", *values, f"{record['parameters']:,}", speeds, f"{record['minutes'] / folds:.1f}"))
-    scored = ("held-out slides", f"difference to `{BASELINE}`", "OOF", f"difference to `{BASELINE}`")
+    scored = ("held-out slides", "mean ± SD (seeds)", f"difference to `{BASELINE}`", "OOF", f"difference to `{BASELINE}`")
     return markdown(("experiment", *scored, "parameters", "images/s", "minutes per fold"), lines)
 
 

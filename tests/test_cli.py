@@ -35,6 +35,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, env=clean | environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_openmp_reads_the_spin_count_that_we_set(tmp_path: Path) -> None:
     line = ["pcam_kaggle", "compare", "--work", str(tmp_path)]
     code = f"import runpy, sys\nsys.argv = {line!r}\nrunpy.run_module('pcam_kaggle', run_name='__main__')"

@@ -92,6 +92,7 @@ def test_loaders_share_the_cores_of_the_processes_that_train(
     assert gpus.loader_processes(folds) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no scheduling classes")
 def test_a_loader_process_does_not_starve_beside_other_programs() -> None:
     """A process of the idle class, or of the lowest priority, gets nothing on a busy machine."""

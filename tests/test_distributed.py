@@ -61,6 +61,7 @@ def test_two_processes_share_a_batch(store: PatchStore, monkeypatch: pytest.Monk
     assert parts[0] + parts[1] == alone
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
     (tmp_path / "step.py").write_text(SHARED_STEP)
     environment = {**os.environ, "PYTHONPATH": str(Path(pcam_kaggle.__file__).parent.parent)}

@@ -115,7 +115,7 @@ run_on_gpus(exec, ["import time; print('started', flush=True); time.sleep(60)"] 
 """
 
 
-@pytest.mark.parametrize("code", [PACK_SLOWLY, TRAIN_SLOWLY], ids=["prepare", "train"])
+@pytest.mark.parametrize("code", [PACK_SLOWLY, pytest.param(TRAIN_SLOWLY, marks=pytest.mark.slow)], ids=["prepare", "train"])
 def test_child_processes_end_with_a_killed_parent_and_free_the_store(code: str, data: Data, tmp_path: Path) -> None:
     line = [sys.executable, "-c", code, str(data.root), str(tmp_path / "store")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

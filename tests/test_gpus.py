@@ -53,6 +53,7 @@ def _note_start_method(folder: Path, items: list[int]) -> None:
     (folder / str(items[0])).write_text(multiprocessing.get_start_method())
 
 
+@pytest.mark.slow
 def test_loaders_of_a_gpus_process_start_as_those_of_this_process(tmp_path: Path) -> None:
     run_on_gpus(partial(_note_start_method, tmp_path), [[0], [1]])
     assert {file.read_text() for file in tmp_path.iterdir()} == {multiprocessing.get_start_method()}

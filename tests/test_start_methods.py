@@ -20,6 +20,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_run_has_the_same_bytes(method: str, shared_data: Data, shared_work: Path, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(CODE)

@@ -182,6 +182,7 @@ def refuse(items: list[int]) -> None:
     raise UserError(f"fold {items[0]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "message"), [(refuse, "^fold 0$"), (killed, "^a GPU's process was killed")])
 def test_a_gpu_that_fails_in_its_own_process_is_one_error(work: Callable[[list[int]], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
