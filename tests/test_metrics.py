@@ -18,7 +18,7 @@ from pcam_kaggle.scoring.intervals import (
     pairs_to_test,
     simultaneous_differences,
 )
-from pcam_kaggle.scoring.metrics import auc, cross_entropy, operating_points, rank_within
+from pcam_kaggle.scoring.metrics import auc, calibration_error, cross_entropy, operating_points, rank_within
 from pcam_kaggle.scoring.results import Difference, Estimate
 from pcam_kaggle.scoring.tables import operating_table
 
@@ -290,3 +290,12 @@ def test_a_run_is_not_the_best_if_any_other_is_significantly_better() -> None:
     # The order of a pair does not matter.
     turned = simultaneous_differences(joint, swapped := [(other, run) for run, other in pairs])
     assert not_worse(3, swapped, turned) == [0, 1]
+
+
+def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
+    probabilities = np.repeat([0.2, 0.8, 0.95, 1.0], [100, 100, 40, 40])
+    # A probability of 1 is in the last bin, with 0.95: their labels are right together, not alone.
+    positive = [np.arange(n) < count for n, count in ((100, 20), (100, 80), (40, 40), (40, 38))]
+    labels = np.concatenate(positive).astype(int)
+    assert calibration_error(labels, probabilities) == pytest.approx(0)
+    assert calibration_error(1 - labels, probabilities) == pytest.approx((200 * 0.6 + 80 * 0.95) / 280)

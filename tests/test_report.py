@@ -33,7 +33,6 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import record_score
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
 from pcam_kaggle.scoring.held_out import Ensemble
-from pcam_kaggle.scoring.metrics import calibration_error
 from pcam_kaggle.scoring.results import Estimate, OofScore
 from pcam_kaggle.scoring.tables import operating_table
 
@@ -346,13 +345,6 @@ def test_test_probabilities_are_said_to_differ_where_they_do(shift: int, distanc
     plot = figures.oof_and_test("run", pd.DataFrame({"probability": ranks / 2000}), np.repeat(ranks + shift, 5) / 2000)
     assert f"mean probability 0.250 out of fold, {0.25 + shift / 2000:.3f} on the test set; D = {distance}." in plot.caption
     assert ("They differ" in plot.caption) == (shift == 250)
-
-
-def test_calibration_error_is_the_distance_from_the_diagonal() -> None:
-    probabilities = np.repeat([0.2, 0.8], 100)
-    labels = np.concatenate([np.arange(100) < 20, np.arange(100) < 80]).astype(int)
-    assert calibration_error(labels, probabilities) == pytest.approx(0)
-    assert calibration_error(1 - labels, probabilities) == pytest.approx(0.6)
 
 
 def test_slides_with_one_label_are_excluded() -> None:

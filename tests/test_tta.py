@@ -27,6 +27,14 @@ def test_blurred_chroma_is_that_of_opencv(patches: torch.Tensor) -> None:
     assert torch.equal(tta.blur_chroma(patches, 0), patches)
 
 
+def test_blurred_chroma_is_exact_under_autocast_and_stays_a_colour(patches: torch.Tensor) -> None:
+    saturated = (patches > 0.5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        blurred = tta.blur_chroma(saturated, 1.5)
+    torch.testing.assert_close(blurred, tta.blur_chroma(saturated.double(), 1.5).float())
+    assert (blurred.min(), blurred.max()) == (0, 1)
+
+
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_views_are_turned_crops_in_the_memory_format_of_the_image(shift: int, memory_format: torch.memory_format) -> None:
