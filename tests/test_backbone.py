@@ -132,6 +132,21 @@ def test_what_another_architecture_lacks_is_named(made: Arguments, wanted: Argum
         create(replace(VIT, weights=str(tmp_path / "weights.pth"), model_args=json.dumps(small | wanted)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"architecture": None}, "architecture"),
+        ({"model_args": []}, "model_args"),
+        ({"mean": 3}, "mean"),
+        ({"pretrained_cfg": {"input_size": 224}}, "pretrained_cfg.input_size"),
+    ],
+)
+def test_a_folders_settings_of_another_type_are_named(wrong: Arguments, field: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": ENCODER} | wrong))
+    with pytest.raises(UserError, match=f"config.json: {field}: .*; correct it"):
+        config_of(f"weights={tmp_path}")
+
+
 def test_a_file_whose_names_timm_converts_is_complete(tmp_path: Path) -> None:
     state = import_timm().create_model("vit_tiny_patch16_224").state_dict()
     torch.save({f"visual.trunk.{name}": value for name, value in state.items()}, tmp_path / "weights.pth")

@@ -356,6 +356,8 @@ def test_what_a_session_could_not_run_is_not_pushed(kernel: Kernel, printed: str
     [
         (METADATA, '"PCam submission"', '"a+b"', "use at least five letters"),
         (METADATA, '"dataset_sources": [],', "", "dataset_sources: Field required"),
+        (METADATA, '"enable_gpu": true', '"enable_gpu": false', "enable_gpu: Input should be True; correct it"),
+        (METADATA, "histopathologic-cancer-detection", "titanic", "competition_sources.0: Input should be 'histopathologic"),
         (NOTEBOOK, "dropout", "drop_out", "make notebook"),
     ],
 )

@@ -108,9 +108,13 @@ def test_ids_that_are_names_are_declared_not_guessed(data: Data, tmp_path: Path)
     assert "0012" in PatchStore(tmp_path / "store").ids("train")
     write_json(data.declaration, {"ids": "names"})
     assert not prepare(data, tmp_path / "store")[1]
-    write_json(data.declaration, {"ids": "numbers"})
-    with pytest.raises(UserError, match=r"dataset.json: ids: .*'sha1' or 'names'"):
-        prepare(data, tmp_path / "store")
+    for wrong, problem in (
+        ({"ids": "numbers"}, "ids: .*'sha1' or 'names'"),
+        ({"id": "names"}, "ids: Field required"),
+    ):
+        write_json(data.declaration, wrong)
+        with pytest.raises(UserError, match=f"dataset.json: {problem}; correct it"):
+            prepare(data, tmp_path / "store")
 
 
 def test_spaces_around_a_name_and_a_byte_order_mark_do_not_count(data: Data, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """JSON files as typed records: each file has one class, which alone knows its fields."""
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +12,8 @@ from pcam_kaggle.core.files import AGAIN, write_json
 class Record(BaseModel):
     """The content of a JSON file of any version: unknown fields are ignored, and those that were added later have defaults."""
 
+    # What to do about a damaged file; other text for files that people write.
+    advice: ClassVar[str] = AGAIN
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
     @classmethod
@@ -24,7 +26,7 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             field = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: {f'{field}: ' if field else ''}{first['msg'][:200]}; {AGAIN}") from None
+            raise UserError(f"{path}: {f'{field}: ' if field else ''}{first['msg'][:200]}; {cls.advice}") from None
 
     def write(self, path: Path) -> None:
         """Write the record atomically to `path` as indented UTF-8 JSON."""

@@ -44,7 +44,8 @@ CHUNK = 64
 class Declaration(Record):
     """The optional dataset.json beside the patches."""
 
-    ids: Ids = "sha1"
+    advice = "correct it"
+    ids: Ids
 
 
 def prepare(data: Data, store: Path, ids: Ids | None = None, subset: int = 0) -> tuple[StoreManifest, bool]:

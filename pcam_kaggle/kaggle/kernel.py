@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -24,9 +24,14 @@ ACCELERATORS = (DEFAULT_ACCELERATOR, "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100"
 class Metadata(Record):
     """The file kernel-metadata.json; fields that are not listed here are kept too."""
 
+    advice = "correct it"
     model_config = ConfigDict(extra="allow")
 
     title: str
+    language: Literal["python"]
+    kernel_type: Literal["notebook"]
+    enable_gpu: Literal[True]
+    competition_sources: tuple[Literal["histopathologic-cancer-detection"]]
     dataset_sources: list[str]
     kernel_sources: list[str]
     model_sources: list[str]

@@ -3,13 +3,30 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pcam_kaggle.core.errors import UserError, examples
-from pcam_kaggle.core.files import read_json
 from pcam_kaggle.core.paths import attached_folder, user_path
+from pcam_kaggle.core.records import Record
 
 # Arguments that this package passes itself, or that a config has a field for.
 OWN_ARGUMENTS = ("num_classes", "in_chans", "drop_rate", "img_size")
+
+
+class _Input(Record):
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    input_size: tuple[int, int, int] = (0, 0, 0)
+
+
+class _FolderConfig(_Input):
+    """The config.json of a folder; older versions of timm write the fields of `pretrained_cfg` at the top."""
+
+    advice = "correct it"
+    architecture: str = ""
+    model_args: dict[str, Any] = {}
+    global_pool: str | None = None
+    pretrained_cfg: _Input | None = None
 
 
 def with_folder_settings(assignments: Sequence[str]) -> list[str]:
@@ -25,28 +42,26 @@ def with_folder_settings(assignments: Sequence[str]) -> list[str]:
     if folder and len(files) > 1:
         found = examples([str(file.relative_to(folder)) for file in files])
         raise UserError(f"weights={given['weights']}: must hold one config.json, but holds {found}; name the folder of one")
-    content = read_json(files[0]) if files else {}
-    if "architecture" not in content:
+    content = _FolderConfig.read(files[0]) if files else _FolderConfig()
+    if not content.architecture:
         if files and "model" not in given:
             raise UserError(f"{files[0]}: names no architecture, so it is not timm's; add --set model=timm:NAME")
         return list(assignments)
-    added = [] if "model" in given else [f"model=timm:{content['architecture'].partition('.')[0]}"]
+    added = [] if "model" in given else [f"model=timm:{content.architecture.partition('.')[0]}"]
     try:
         own_arguments = {**json.loads(given.get("model_args") or "{}")}
     except (TypeError, ValueError):
         # `Config` reports what is wrong with them.
         return [*added, *assignments]
-    # Older versions of timm write these keys at the top.
-    about = content.get("pretrained_cfg") or content
-    model_args = content.get("model_args", {})
+    about = content.pretrained_cfg or content
     arguments = {
         # Encoders without a classifier may have an empty global_pool, which returns tokens that are not pooled.
-        **{key: value for key, value in model_args.items() if key not in OWN_ARGUMENTS and value != ""},
-        **({"global_pool": content["global_pool"]} if content.get("global_pool") else {}),
-        **{key: list(about[key]) for key in ("mean", "std") if key in about},
+        **{key: value for key, value in content.model_args.items() if key not in OWN_ARGUMENTS and value != ""},
+        **({"global_pool": content.global_pool} if content.global_pool else {}),
+        **{key: list(values) for key, values in (("mean", about.mean), ("std", about.std)) if values},
         **own_arguments,
     }
-    side = model_args.get("img_size") or about.get("input_size", [0])[-1]
+    side = content.model_args.get("img_size") or about.input_size[-1]
     if "img_size" not in arguments and "resize" not in given:
         added.append(f"resize={side[-1] if isinstance(side, list) else side}")
     kept = [assignment for assignment in assignments if not assignment.startswith("model_args=")]
