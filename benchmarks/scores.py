@@ -25,7 +25,7 @@ from pcam_kaggle.core.files import write
 from pcam_kaggle.core.paths import find_workspace
 from pcam_kaggle.data.tables import read_numbers
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, paired_difference, unit_of
+from pcam_kaggle.scoring.intervals import PATCHES, Clusters, interval, joint_aucs, simultaneous_differences, unit_of
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.results import Estimate
 
@@ -154,7 +154,8 @@ def score(scored: Scored, name: str, scheme: str) -> dict[str, Any]:
             clusters = PATCHES if unit == "patch" else Clusters(unit, table["stain_group"].to_numpy(np.int64))
             found[key] = _with_interval(interval(labels, table[name].to_numpy(), clusters))
             if base != name and base in table and table[base].notna().all():
-                made = paired_difference(labels, table[name].to_numpy(), table[base].to_numpy(), clusters)
+                joint = joint_aucs(labels, table[[name, base]].to_numpy().T, clusters)
+                made = simultaneous_differences(joint, [(0, 1)])[0]
                 found[f"{key}_difference"] = _with_interval(made)
     folds = [auc(part["label"].to_numpy(int), part[name].to_numpy()) for _, part in oof.groupby(scheme)]
     return {**found, "folds": _rounded(folds)}

@@ -12,8 +12,10 @@ from pcam_kaggle.runs.fold import PREDICTIONS
 from pcam_kaggle.runs.records import FoldMetrics, PredictionSources, PredictionsRecord, RunConfig
 from pcam_kaggle.runs.run import Run
 from pcam_kaggle.scoring.blend import RunPredictions, blend
-from pcam_kaggle.scoring.intervals import Clusters, unit_of
-from pcam_kaggle.scoring.metrics import Floats
+from pcam_kaggle.scoring.intervals import PATCHES as EACH_PATCH
+from pcam_kaggle.scoring.intervals import Clusters, joint_aucs, simultaneous_differences, unit_of
+from pcam_kaggle.scoring.metrics import Floats, Labels
+from pcam_kaggle.scoring.results import Difference
 
 SLIDES, PATCHES, FOLDS, TESTS = 18, 40, 3, 50
 N = SLIDES * PATCHES
@@ -79,3 +81,8 @@ def write_blended_run(work: Path, made: RunPredictions, **config: object) -> Run
     unit = unit_of(made.scheme)
     run.write_blend(blend([made], "mean", Clusters.of(made.oof["id"], None if unit == "patch" else SLIDE_MAP, unit)))
     return run
+
+
+def paired_difference(labels: Labels, scores: Floats, baseline: Floats, clusters: Clusters = EACH_PATCH) -> Difference:
+    """Return AUC(scores) - AUC(baseline), tested alone."""
+    return simultaneous_differences(joint_aucs(labels, np.stack([scores, baseline]), clusters), [(0, 1)])[0]

@@ -10,7 +10,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_runs import FOLD, FOLDS, LABELS, SLIDE, SLIDE_MAP, by_slide, fold_table, noisy, write_blended_run, write_run
+from made_runs import (
+    FOLD,
+    FOLDS,
+    LABELS,
+    SLIDE,
+    SLIDE_MAP,
+    by_slide,
+    fold_table,
+    noisy,
+    paired_difference,
+    write_blended_run,
+    write_run,
+)
 from sklearn.metrics import roc_auc_score
 
 from pcam_kaggle.cli.main import main
@@ -24,7 +36,7 @@ from pcam_kaggle.runs.run import Run
 from pcam_kaggle.runs.submissions import describe, write_ledger, write_submission
 from pcam_kaggle.scoring.blend import RunPredictions, blend
 from pcam_kaggle.scoring.compare import ComparedRun, Comparison
-from pcam_kaggle.scoring.intervals import Clusters, interval, paired_difference, unit_of
+from pcam_kaggle.scoring.intervals import Clusters, interval, unit_of
 from pcam_kaggle.scoring.results import BlendMetrics
 from pcam_kaggle.scoring.tables import comparison_table, conclusions, describe_difference
 

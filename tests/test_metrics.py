@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from made_runs import paired_difference
 from scipy import stats
 from sklearn.metrics import confusion_matrix, f1_score, log_loss, precision_score, recall_score, roc_auc_score
 
@@ -14,7 +15,6 @@ from pcam_kaggle.scoring.intervals import (
     interval,
     joint_aucs,
     not_worse,
-    paired_difference,
     pairs_to_test,
     simultaneous_differences,
 )

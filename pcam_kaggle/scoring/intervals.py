@@ -99,15 +99,6 @@ def interval(labels: Labels, scores: Floats, clusters: Clusters = PATCHES) -> Es
     return Estimate.from_error(float(joint.areas[0]), error, critical, joint.unit, joint.units, joint.undefined)
 
 
-def paired_difference(labels: Labels, scores: Floats, baseline: Floats, clusters: Clusters = PATCHES) -> Difference:
-    """Return AUC(scores) - AUC(baseline), both (n,) on the same patches, with interval and p.
-
-    These are undefined as in `interval`, unless both the difference and its estimated variance are zero. Raises ValueError as
-    `auc` does.
-    """
-    return simultaneous_differences(joint_aucs(labels, np.stack([scores, baseline]), clusters), [(0, 1)])[0]
-
-
 def family_of(baseline: str | None) -> Family:
     """Return which differences are tested together where the baseline was named, or else chosen by its AUC."""
     return "baseline" if baseline else "all pairs"
