@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pcam_kaggle.core.config import Config
 from pcam_kaggle.core.errors import UserError
-from pcam_kaggle.core.files import locked, read_json, reading, sha256, write, write_json
+from pcam_kaggle.core.files import locked, sha256, write
 from pcam_kaggle.core.logs import progress
 from pcam_kaggle.data.labelled import Patches
 from pcam_kaggle.data.store import PatchStore
@@ -41,7 +41,7 @@ Features = dict[str, NDArray[np.float32]]
 
 
 class Chunk(NamedTuple):
-    """The patches of a split at positions `start` to `stop` of its ids, whose features are written to `file`."""
+    """The patches of a split at positions `start` to `stop` of its ids; `file` has their features and the seconds of these."""
 
     split: str
     start: int
@@ -50,34 +50,27 @@ class Chunk(NamedTuple):
 
 
 def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS) -> tuple[Features, float] | None:
-    """Return the features of all patches, means over the config's views, and the patches per second; None if `budget` ends.
+    """Return the features of all patches, means over the config's views, and the patches per second of a device.
 
-    They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on.
+    None if `budget` ends. They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
     chunks = [
-        Chunk(split, start, min(start + CHUNK, len(store.ids(split))), folder / f"{split}_{start:07d}.npy")
+        Chunk(split, start, min(start + CHUNK, len(store.ids(split))), folder / f"{split}_{start:07d}.npz")
         for split in SPLITS
         for start in range(0, len(store.ids(split)), CHUNK)
     ]
-    rate_file = folder / "rate.json"
     with locked(folder):
-        if not rate_file.exists():
-            # The last part is computed again, to measure the rate.
-            chunks[-1].file.unlink(missing_ok=True)
         todo = [chunk for chunk in chunks if not chunk.file.exists()]
         if todo:
             log.info("embed: %d of %d parts of the patches into %s", len(todo), len(chunks), folder)
-            start = time.perf_counter()
             run_on_gpus(partial(_embed_chunks, config, store, backend, budget), round_robin(todo))
-            made = [chunk.stop - chunk.start for chunk in todo if chunk.file.exists()]
-            if made:
-                write_json(rate_file, {"images_per_second": sum(made) / (time.perf_counter() - start)})
-            if len(made) < len(todo):
-                return None
-        with reading(rate_file):
-            rate = float(read_json(rate_file)["images_per_second"])
-        return {split: np.concatenate([np.load(c.file) for c in chunks if c.split == split]) for split in SPLITS}, rate
+        if not all(chunk.file.exists() for chunk in chunks):
+            return None
+        parts = {split: [dict(np.load(chunk.file)) for chunk in chunks if chunk.split == split] for split in SPLITS}
+    features = {split: np.concatenate([part["features"] for part in loaded]) for split, loaded in parts.items()}
+    seconds = sum(float(part["seconds"]) for loaded in parts.values() for part in loaded)
+    return features, sum(map(len, features.values())) / seconds
 
 
 def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: Budget, assigned: list[Chunk]) -> None:
@@ -90,10 +83,11 @@ def _embed_chunks(config: Config, store: PatchStore, backend: Backend, budget: B
         for chunk in progress(list(chunks), f"embed {split}"):
             if budget.left() <= 0:
                 return
+            begun = time.perf_counter()
             features = mean_features(model, store, rows[chunk.start : chunk.stop], config, backend)
             if not np.isfinite(features).all():
                 raise UserError(f"{config.model}: a feature is not finite; use precision=fp32, another pool or model")
-            write(chunk.file, partial(np.save, arr=features))
+            write(chunk.file, partial(np.savez, features=features, seconds=time.perf_counter() - begun))
 
 
 def mean_features(
