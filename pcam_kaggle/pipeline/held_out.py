@@ -42,8 +42,8 @@ def evaluate(
 
     The runs are of experiments or blends of such. `folds` are those whose models predict, None for all that are trained;
     `baseline` is one of `names` that the others are compared with, None for the best. Predictions and scores are stored in the
-    evaluations/<set>/ of `workspace`. Raises UserError if a run does not exist, was trained on some of the patches, or has other
-    trained folds than another one; or as `read_labelled`, `predict_held_out` and `read_slide_map` do.
+    evaluations/<set>/ of `workspace`. Raises UserError if a run does not exist, was trained on some of the patches, or has
+    other trained folds than another one; or as `read_labelled`, `predict_held_out` and `read_slide_map` do.
     """
     ensembles = [Run(workspace.run(name)).ensemble() for name in dict.fromkeys(names)]
     if baseline and baseline not in names:

@@ -21,8 +21,8 @@ def import_runs(source: Path, workspace: Workspace) -> list[str]:
 
     Of a fold that is in both places the one with more finished epochs is used. Files are validated before they are copied, and
     only those that belong to a run are copied, `folds` and `submissions` beside `source`/runs included. If the call is
-    interrupted, the next one completes it. Raises UserError, with nothing of that run copied, if a file is damaged, the run here
-    has another config, folds or a submission of that name have other content here, or another process is writing here.
+    interrupted, the next one completes it. Raises UserError, with nothing of that run copied, if a file is damaged, the run
+    here has another config, folds or a submission of that name have other content here, or another process is writing here.
     """
     imported = []
     for folder in sorted(path for path in source.glob("runs/*") if path.is_dir()):

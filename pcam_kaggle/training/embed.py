@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
 def embed(config: Config, store: PatchStore, backend: Backend, budget: Budget = ENDLESS) -> tuple[Features, float] | None:
     """Return the features of all patches, means over the config's views, and the patches per second of a device.
 
-    None if `budget` ends. They are stored in the folder `embeddings` beside the store, named after the hash of what they depend on.
+    None if `budget` ends. The folder `embeddings` beside the store has them, named after the hash of what they depend on.
     """
     folder = store.folder.with_name("embeddings") / _key(config, store, backend)
     chunks = [
