@@ -10,7 +10,7 @@ from made_runs import FOLD, FOLDS, IDS, LABELS, noisy, write_run
 
 from pcam_kaggle.core.errors import UserError
 from pcam_kaggle.runs.run import Run
-from pcam_kaggle.scoring.blend import Method, RunPredictions, blend
+from pcam_kaggle.scoring.blend import Method, RunPredictions, blend, score
 from pcam_kaggle.scoring.intervals import interval
 from pcam_kaggle.scoring.metrics import auc
 from pcam_kaggle.scoring.tables import score_lines
@@ -53,6 +53,8 @@ def test_the_mean_and_its_metrics() -> None:
 
 def test_one_fold_has_no_deviation() -> None:
     alone = noisy("a", 1, 1)
+    two = score(alone.oof[alone.oof["fold"] < 2])
+    assert two.sd == pytest.approx(abs(two.fold_auc[0] - two.fold_auc[1]) / 2**0.5)
     inside = alone.oof[alone.oof["fold"] == 1].reset_index(drop=True)
     one = replace(alone, oof=inside, tests=alone.tests[1:2], missing=[0, 2])
     metrics = blend([one], "mean").metrics

@@ -85,6 +85,11 @@ def test_operating_points_match_scikit_learn_with_ties(decimals: int, signal: fl
         assert points.loc[f"{percent} % sensitivity", "threshold"] == thresholds[sensitivity >= percent / 100].max()
 
 
+def test_half_of_the_patches_above_a_threshold_are_positive() -> None:
+    points = operating_points(np.array([1, 0, 0, 1]), np.array([0.9, 0.8, 0.1, 0.2]))
+    assert points.loc["0.5", ["PPV", "sensitivity", "specificity"]].tolist() == [0.5, 0.5, 0.5]
+
+
 @pytest.mark.parametrize("value", [0.3, 0.7])
 def test_operating_points_of_equal_probabilities_are_not_printed_as_nan(value: float) -> None:
     labels = np.array([0, 1, 1, 0, 1])
