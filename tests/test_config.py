@@ -123,10 +123,10 @@ def test_a_rendered_config_fits_its_width_and_a_blend_shows_its_folds_alone(name
 def test_an_unknown_experiment_and_changes_or_seeds_of_a_blend_are_refused() -> None:
     with pytest.raises(UserError, match=rf"^-e lite: no such experiment; choose one of {', '.join(EXPERIMENTS)}$"):
         experiment("lite")
-    with pytest.raises(UserError, match=r"^epochs=3: a blend of pretrained, dinov2 has no settings of its own"):
+    with pytest.raises(UserError, match=r"^epochs=3: a blend of bottleneck, pretrained has no settings of its own"):
         experiment("blend").changed(["epochs=3"])
     assert experiment("blend").changed([]) == experiment("blend").config
-    with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of pretrained, dinov2"):
+    with pytest.raises(UserError, match=r"--seeds 2: blend is a blend; use -e with one of bottleneck, pretrained"):
         plan("blend", seeds=2)
     with pytest.raises(UserError, match="no such experiment"):
         experiment("blend-seed7")

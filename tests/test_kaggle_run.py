@@ -5,14 +5,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Call, Pcam
 from kaggle_server import KERNEL, STARTED, Content, Kaggle, Reply, quota, saved, use_token
 
-from pcam_kaggle.core.experiments import EXPERIMENTS
 from pcam_kaggle.core.files import locked, read_json, write_json
 from pcam_kaggle.core.paths import COMPETITION
 from pcam_kaggle.kaggle import session
@@ -224,8 +222,7 @@ def test_what_is_asked_for_is_told_apart(session: Path, monkeypatch: MonkeyPatch
     call("run", *options, "--slides", "me/both", "--resume", "--detach")
     assert len(warned) == 1
     assert "is not downloaded yet" in call("run", *options, status=2)
-    monkeypatch.setitem(EXPERIMENTS, "both", replace(EXPERIMENTS["blend"], members=("bottleneck", "plain")))
-    assert "bottleneck: has another config than both blends" in call("run", "-e", "both", status=2, work=session)
+    assert "bottleneck: has another config than blend blends" in call("run", "-e", "blend", status=2, work=session)
 
 
 def test_another_request_does_not_replace_a_session_that_is_not_downloaded(account: Account, call: Call) -> None:

