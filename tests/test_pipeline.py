@@ -291,6 +291,7 @@ def test_kaggles_mounts_are_found_in_both_layouts(tmp_path: Path) -> None:
     assert find_workspace(None, tmp_path).store == tmp_path / "temp" / "store"
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = [part for field in (*TINY, "tta=1", "epochs=1") for part in ("--set", field)]
     assert main(["pipeline", "--demo", "--work", str(tmp_path), *fields]) == 0

@@ -87,6 +87,7 @@ def test_predictions_are_those_of_the_model_with_the_fitted_classifier(precision
         load_best(fold, task.config, CPU)
 
 
+@pytest.mark.slow
 def test_a_patch_is_embedded_once_per_weights_views_and_precision(task: Task, embedded: list[int]) -> None:
     probe(task, [0])
     assert sorted(embedded) == list(range(36 + 7))

@@ -220,6 +220,7 @@ def test_labels_are_suspect_where_every_run_contradicts_them(runs: str, found: s
     assert [*table] == ["id", "label", *(f"probability_{run}" for run in runs)]
 
 
+@pytest.mark.slow
 def test_suspect_labels_rest_on_runs_that_are_not_blends(blended: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "CERTAIN", 0.0)
     assert filled(made(blended, "bottleneck", "other", "both"))["suspects"] == 12
