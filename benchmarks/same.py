@@ -49,6 +49,11 @@ COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 RENAMED = {SCORES: SCORES.replace("scores", "ledger", 1)}
 # Ends of the names of measurements, and of the table that names the commit.
 MEASURED = (".images_per_second", ".minutes", "ledger.csv")
+# The last of several commits after which every training computes something else.
+NUMBERS = ("bff5268", "logits, Adam's first steps, the last learning rate and the random numbers of crops differ")
+PROBE = ("85e71e0", "a probe standardises features in float64")
+SUMS = ("1a9c0b3", "statistics of the copies of a field are summed in another order")
+TEACHER = ("cef54e0", "a teacher labels augmented patches of train and test")
 # Patterns of files, or of values in them (`file:path.to.key`), that differ on purpose, with the commit since which they do.
 REASONS = {
     "folds/*_near_duplicates.csv": ("c973a7a", "near-duplicates are not listed any more"),
@@ -56,15 +61,15 @@ REASONS = {
     "*.json:runs*.drop": ("baeb792", "was named fall"),
     "*.json:runs*.changed": ("baeb792", "evaluate applies no corruptions any more"),
     "*.json:words*": ("baeb792", "no sentence on statistical power any more"),
-    "runs/*": ("bff5268", "training patches are cropped and turned by albumentations, which draws other random numbers"),
-    "submissions/*": ("bff5268", "the same"),
-    "*output_*": ("bff5268", "the same"),
-    "runs/probe/*": ("85e71e0", "a probe standardises features in float64"),
-    "submissions/probe-*": ("85e71e0", "the same"),
-    "runs/d4/*": ("1a9c0b3", "statistics of the copies of a field are summed in another order"),
-    "submissions/d4-*": ("1a9c0b3", "the same"),
-    "runs/taught/*": ("cef54e0", "a teacher labels augmented patches of train and test"),
-    "submissions/taught-*": ("cef54e0", "the same"),
+    "runs/probe/*": PROBE,
+    "submissions/probe-*": PROBE,
+    "runs/d4/*": SUMS,
+    "submissions/d4-*": SUMS,
+    "runs/taught/*": TEACHER,
+    "submissions/taught-*": TEACHER,
+    "runs/*": NUMBERS,
+    "submissions/*": NUMBERS,
+    "*output_*": NUMBERS,
 }
 
 

@@ -138,7 +138,7 @@ def listing_problems(split: Split, ids: Ids) -> list[Problem]:
     found = [Problem(split.name, *file, "a second file of its id", f"remove it or {files[file[0]]}") for file in second]
     for row in split.rows:
         if ids == "sha1" and not SHA1.fullmatch(row.id):
-            found.append(Problem(*row, "its id is no SHA-1 in lower case", "write it so, or use --ids names for other ids"))
+            found.append(Problem(*row, "its id is no SHA-1 in lower case", "write it so; for other ids use --ids names"))
         elif row.id in missing:
             reason = f"missing, though listed in {split.table.name}"
             found.append(Problem(*row, reason, "copy the file again or drop the row"))
